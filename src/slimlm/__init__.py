@@ -1,0 +1,17 @@
+"""slimlm makes language models smaller without retraining them: 4-bit weights, 2:4 sparsity, low-rank repair.
+
+import slimlm
+
+result = slimlm.compress("path-or-hub-name", "out", recipe="slim", data="text.txt")
+model = slimlm.load("out")
+"""
+
+from importlib.metadata import version
+
+from slimlm.core.errors import SlimlmError
+from slimlm.load import load
+from slimlm.pipeline import Result, compress
+from slimlm.recipe import Recipe, open_recipe
+
+__version__ = version("slimlm")
+__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe"]

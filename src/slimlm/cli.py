@@ -1,0 +1,296 @@
+"""The command line: verbs, not knobs. Progress goes to standard error, results to standard output."""
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from slimlm import demo as demonstration
+from slimlm.core import registry
+from slimlm.core.errors import DataError, SlimlmError
+from slimlm.data.documents import DEFAULT_DATA, documents
+from slimlm.data.windows import token_stream, windows_of
+from slimlm.evaluate.activations import ActivationFormat, rounded_activations
+from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
+from slimlm.evaluate.perplexity import perplexity
+from slimlm.evaluate.results import Record
+from slimlm.models.structure import context_length
+from slimlm.pipeline import Progress as Reporter
+from slimlm.pipeline import compress as compress_model
+from slimlm.pipeline import pick_device
+from slimlm.recipe import shipped
+from slimlm.report.tables import layers_table, plain_table, size, summary_table
+from slimlm.storage import checkpoint
+
+app = typer.Typer(
+    name="slimlm",
+    help="Make language models smaller without retraining them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Tables keep their width when piped; on a terminal they fit it.
+output = Console(width=None if sys.stdout.isatty() else 160)
+notes = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not hold anything.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see 'slimlm methods') or a .toml file.")] = "slim",
+    data: Annotated[
+        str | None,
+        typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens per window, at most the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress a model and write it packed."""
+    with _progress() as report:
+        result = compress_model(
+            model,
+            out,
+            recipe=recipe,
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            progress=report,
+        )
+    if as_json:
+        _print_json({"path": str(result.path), **result.record.to_dict()})
+        return
+    output.print(summary_table(result.record))
+    output.print(f"\nwritten and verified: {result.path}", highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    out: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    text: Annotated[str, typer.Option(help=".txt, .jsonl, .parquet or folder; hub data set; stdlib.")],
+    against: Annotated[str | None, typer.Option(help="A second model to measure beside it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.  [default: the model's context, at most 2048]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop reading after this many tokens.")] = None,
+    activations: Annotated[
+        ActivationFormat | None, typer.Option(help="Round the activations of the first model's linear layers.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text, of one model or of two side by side."""
+    where = pick_device(device)
+    models = [open_any(source) for source in (out, against) if source is not None]
+    window = length or min(context_length(models[0].model) or 2048, 2048)
+    tokens = token_stream(models[0].tokenizer, documents(text, "evaluation"), at_most=max_tokens)
+    windows = windows_of(tokens, window, source=text)
+    if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(windows[0])):
+        raise DataError(f"{out} and {against} cut text into different tokens; their perplexities cannot be compared")
+    with _progress() as report:
+        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, where, report) for opened in models]
+    predicted = windows[:, 1:].numel()
+    if as_json:
+        _print_json({"text": text, "tokens": predicted, "length": window, "models": rows})
+        return
+    title = f"{predicted} tokens of {text}, windows of {window}"
+    columns = ("model", "activations", "bits/weight", "size", "perplexity")
+    shown = [
+        (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", size(r["bytes"]), f"{r['perplexity']:.4f}") for r in rows
+    ]
+    output.print(plain_table(title, columns, shown, left=2))
+
+
+@app.command()
+def generate(
+    out: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Stream text from a model."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    where = pick_device(device)
+    opened = open_any(out)
+    tokenizer = opened.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if not start + ids:
+        raise SlimlmError("the prompt is empty and the tokenizer has no token to begin with; give --prompt some text")
+    room = (context_length(opened.model) or sys.maxsize) - len(start + ids)
+    if room < 1:
+        raise SlimlmError(f"the prompt has {len(start + ids)} tokens; the model's context holds {room + len(start + ids)}")
+    torch.manual_seed(seed)
+    inputs = torch.tensor([start + ids], device=where)
+    opened.model.to(where).generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=min(max_new_tokens, room),
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_k=0 if temperature > 0 else None,
+        top_p=None,
+        pad_token_id=tokenizer.eos_token_id or 0,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+@app.command(name="inspect")
+def inspect_(
+    out: Annotated[Path, typer.Argument(help="Compressed folder.")],
+    as_json: Json = False,
+) -> None:
+    """What is in a compressed folder: every layer and the totals."""
+    data = checkpoint.read_record(out)
+    checkpoint.verify_files(out)
+    if as_json:
+        _print_json(data)
+        return
+    record = Record.from_dict(data)
+    output.print(layers_table(record))
+    output.print()
+    output.print(summary_table(record))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """Every method with one line, its paper and its options; and the recipes."""
+    found = [_method(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+    if as_json:
+        _print_json({"methods": found, "recipes": shipped()})
+        return
+    rows = [
+        (m["kind"], m["name"], m["summary"], m["paper"], ", ".join(f"{k}={v!r}" for k, v in m["options"].items()))
+        for m in found
+    ]
+    output.print(plain_table(None, ("step", "method", "what it does", "arXiv", "options and defaults"), rows, left=5))
+    output.print()
+    output.print(plain_table(None, ("recipe", "what it does"), list(shipped().items()), left=2))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the compressed model here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress the bundled model in several ways and show the figures beside the original's; offline."""
+    with _progress() as report:
+        shown = demonstration.run(out, report)
+    if as_json:
+        _print_json(shown.to_dict())
+        return
+    output.print(demonstration.table(shown))
+    output.print(f"\n{shown.prompt}[...]", markup=False, highlight=False, style="bold")
+    for name, continuation in shown.continuations.items():
+        output.print(f"\n-- {name}", style="bold", markup=False, highlight=False)
+        output.print(continuation, markup=False, highlight=False)
+    if out is not None:
+        output.print(f"\nkept: {out}   try: slimlm generate {out} --prompt 'def main('", markup=False, highlight=False)
+
+
+def _method(kind: str, name: str) -> dict[str, Any]:
+    method = registry.find(kind, name)
+    head = inspect.getdoc(inspect.getmodule(method)) or ""
+    paper = re.search(r"arXiv (\d{4}\.\d{5})", head)
+    return {
+        "kind": kind,
+        "name": name,
+        "summary": (inspect.getdoc(method) or "").splitlines()[0],
+        "paper": paper[1] if paper else "-",
+        "options": {f.name: f.default for f in dataclasses.fields(method)},
+    }
+
+
+def _evaluated(
+    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, where: torch.device, report: Reporter
+) -> dict[str, Any]:
+    opened.model.to(where)
+    stage = f"evaluate {opened.source}"
+    with rounded_activations(opened.model, activations):
+        measured = perplexity(opened.model, windows, progress=partial(report, stage))
+    return {
+        "model": opened.source,
+        "activations": activations or "as they are",
+        "bits_per_weight": opened.bits_per_weight,
+        "bytes": opened.bytes,
+        "perplexity": measured.value,
+    }
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Reporter]:
+    """A live bar with the time left on a terminal; one line per stage elsewhere. Both on standard error."""
+    if not notes.is_terminal:
+        yield _Lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+class _Lines:
+    """Progress as lines: where each stage begins and ends, and between, at most every ten seconds, the time left."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+        self.spoke = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self.began.setdefault(stage, now)
+        if 0 < done < total and now - self.spoke < 10:
+            return
+        self.spoke = now
+        left = f", {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
+        sys.stderr.write(f"{stage} {done}/{total}{left}\n")
+        sys.stderr.flush()
+
+
+def main() -> None:
+    """Entry point: an error of ours is one message and status 2; `--debug`, anywhere on the line, adds the traceback."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app(args=arguments)
+    except SlimlmError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"slimlm: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,28 @@
+"""One tree of errors. Each message says what was asked, what was found and what would work.
+
+The command line prints the message alone and leaves with status 2; a traceback appears only with `--debug`.
+"""
+
+
+class SlimlmError(Exception):
+    """Whatever slimlm refuses or cannot do, in words."""
+
+
+class RecipeError(SlimlmError):
+    """A recipe, a method name or an option that makes no sense."""
+
+
+class ModelError(SlimlmError):
+    """A model that cannot be found, read or compressed."""
+
+
+class DataError(SlimlmError):
+    """Calibration or evaluation text that cannot be found or is too short."""
+
+
+class CheckpointError(SlimlmError):
+    """A checkpoint that is damaged, newer than this program, or in the way."""
+
+
+class NumericsError(SlimlmError):
+    """NaN or infinity where a number was needed."""

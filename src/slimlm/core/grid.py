@@ -1,0 +1,178 @@
+"""The even grid: weight = codes x scale, codes from -2^(bits-1) to 2^(bits-1) - 1, zero exact.
+
+One scale serves the whole matrix, a row, or a group of consecutive inputs of a row; the last group of a row is shorter
+where the width does not divide. A search for a scale and the quantizer that it serves use the same `nearest`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import RecipeError
+
+Group = int | Literal["tensor", "row"]
+"""How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""
+
+FP16_SMALLEST_NORMAL = 2.0**-14
+FP16_LARGEST = 65504.0
+
+
+def check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise RecipeError(f"bits = {bits}: an even grid has 2 to 8 bits")
+
+
+def check_group(group: Group) -> None:
+    if isinstance(group, int) and group < 1:
+        raise RecipeError(f'group = {group}: give a number of inputs of at least 1, "row" or "tensor"')
+
+
+def top_code(bits: int) -> int:
+    """The largest code; the smallest is `-top_code - 1`."""
+    return 2 ** (bits - 1) - 1
+
+
+def nearest(ratio: Tensor, bits: int) -> Tensor:
+    """The grid code (as float) nearest to weight / scale, ties to even."""
+    top = top_code(bits)
+    return ratio.round().clamp(-top - 1, top)
+
+
+def rows_of(weight: Tensor, group: Group) -> Tensor:
+    """The weights that share a scale, one set a row: `[sets, size]`, zeros filling a short last group.
+
+    A zero costs nothing on a grid that holds zero, so the filling changes no search.
+    """
+    out, width = weight.shape
+    if group == "tensor":
+        return weight.reshape(1, -1)
+    if group == "row" or group >= width:
+        return weight
+    groups = -(-width // group)
+    padded = torch.nn.functional.pad(weight, (0, groups * group - width))
+    return padded.reshape(out * groups, group)
+
+
+def scale_shape(shape: tuple[int, int], group: Group) -> tuple[int, int]:
+    """The shape `[rows, groups]` of the scales of a `[out, in]` weight."""
+    out, width = shape
+    if group == "tensor":
+        return 1, 1
+    return out, 1 if group == "row" else -(-width // group)
+
+
+def spread(scale: Tensor, width: int, group: Group) -> Tensor:
+    """Scales `[rows, groups]` as a tensor that multiplies a `[out, width]` weight."""
+    if scale.shape[1] == 1:
+        return scale.float()
+    assert isinstance(group, int)
+    return scale.float().repeat_interleave(group, dim=1)[:, :width]
+
+
+def encode(weight: Tensor, scale: Tensor, *, bits: int, group: Group) -> Tensor:
+    """Codes int8 `[out, in]` of a weight on the grid with these scales `[rows, groups]`; a zero scale gives code 0."""
+    wide = spread(scale, weight.shape[1], group)
+    ratio = torch.where(wide == 0, torch.zeros_like(weight), weight / torch.where(wide == 0, 1.0, wide))
+    return nearest(ratio, bits).to(torch.int8)
+
+
+def storable(scale: Tensor) -> Tensor:
+    """The scales in the dtype they are stored in; encode with this tensor, so that file and codes agree.
+
+    float16 where there are many and all fit its normal range (relative error 2^-11), float32 otherwise: a single
+    scale costs nothing, and a tiny one must not lose its bits in the subnormal range.
+    """
+    nonzero = scale[scale != 0].abs()
+    few = scale.numel() == 1
+    fits = nonzero.numel() == 0 or (nonzero.min() >= FP16_SMALLEST_NORMAL and nonzero.max() <= FP16_LARGEST)
+    return scale.float() if few or not fits else scale.to(torch.float16)
+
+
+def absmax_scale(sets: Tensor, bits: int) -> Tensor:
+    """The scale `[sets]` that puts the largest magnitude of each set `[sets, size]` on the top code."""
+    return sets.abs().amax(dim=1) / top_code(bits)
+
+
+def grid_error(points: Tensor, mass: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Sum over a set's points of mass x (grid value - point)^2: `[sets, candidates]`.
+
+    points and mass `[sets, size]`; scale `[sets, candidates]`, all positive.
+    """
+    ratio = points[:, None, :] / scale[..., None]
+    miss = nearest(ratio, bits).sub_(ratio).square_()
+    return torch.einsum("scp,sp->sc", miss, mass) * scale.square()
+
+
+_COARSE = 48
+_FINE = 9
+_ROUNDS = 3
+_ELEMENTS_AT_ONCE = 2**23
+
+
+def best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
+    """The scale `[sets]` of least `grid_error` for each set of points `[sets, size]` with masses `[sets, size]`.
+
+    A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
+    of the candidates, down to a bound below which clipping the largest point alone costs more than AbsMax costs in
+    all; so the result is never worse than AbsMax. A set of zeros gets the scale 0.
+    """
+    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * _COARSE))
+    parts = [_best_scale(p, m, bits) for p, m in zip(points.split(at_once), mass.split(at_once), strict=True)]
+    return torch.cat(parts)
+
+
+def _best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
+    top = top_code(bits)
+    where = (points.abs() * (mass > 0)).argmax(dim=1, keepdim=True)
+    largest = points.abs().gather(1, where)
+    upper = largest / top
+    empty = largest == 0
+    upper = torch.where(empty, torch.ones_like(upper), upper)
+    worst = grid_error(points, mass, upper, bits)
+    reach = largest - (worst / mass.gather(1, where).clamp_min(1e-30)).sqrt()
+    lower = torch.maximum(reach / (top + 1), upper / 4096)
+    lower = torch.minimum(lower, upper * (top / (top + 1)) * 0.999)
+
+    steps = torch.linspace(0, 1, _COARSE, device=points.device)
+    candidates = upper * (lower / upper) ** steps
+    best, at = _pick(points, mass, candidates, bits)
+    ratio = (upper / lower) ** (1 / (_COARSE - 1))
+    steps = torch.linspace(-1, 1, _FINE, device=points.device)
+    for _ in range(_ROUNDS):
+        found, cost = _pick(points, mass, best * ratio**steps, bits)
+        best = torch.where(cost < at, found, best)
+        at = torch.minimum(cost, at)
+        ratio = ratio ** (2 / (_FINE - 1))
+    return torch.where(empty, torch.zeros_like(best), best)[:, 0]
+
+
+def _pick(points: Tensor, mass: Tensor, candidates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    cost, index = grid_error(points, mass, candidates, bits).min(dim=1, keepdim=True)
+    return candidates.gather(1, index), cost
+
+
+_FEW = 2**15
+_BINS = 2**15
+
+
+def distribution(sets: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and masses `[sets, points]` that stand for sets of weights `[sets, size]`.
+
+    A set of more than 32768 weights becomes a histogram; its outermost point is the exact extreme.
+    """
+    if sets.shape[1] <= _FEW:
+        return sets, torch.ones_like(sets)
+    points, masses = zip(*(_histogram(row) for row in sets), strict=True)
+    return torch.stack(points), torch.stack(masses)
+
+
+def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
+    largest = float(values.abs().max())
+    if largest == 0:
+        return values.new_zeros(_BINS), values.new_ones(_BINS)
+    mass = torch.histc(values, _BINS, -largest, largest)
+    width = 2 * largest / _BINS
+    points = (torch.arange(_BINS, device=values.device) + 0.5) * width - largest
+    points[0], points[-1] = -largest, largest
+    return points, mass

@@ -1,0 +1,90 @@
+"""Best low-rank products in a weighted norm, without an inverse, a shift or a full SVD.
+
+For an error E `[out, in]` and per-input energies h `[in]` (mean squared input, H = diag(h)), the product left x right of
+rank r that minimises ||(E - left right) H^(1/2)||_F is left = U, right = U^T E, where U holds the r leading
+eigenvectors of E H E^T. (Any positive semidefinite H has this form; nothing is inverted, so inputs that never fire do
+no harm.) The residual squared is the sum of the remaining eigenvalues.
+"""
+
+import torch
+from torch import Tensor
+
+_EXACT_UP_TO = 1024
+_OVERSAMPLE = 16
+_SWEEPS = 4
+
+
+def weighted_square(error: Tensor, energy: Tensor) -> float:
+    """||E H^(1/2)||_F^2 for E `[out, in]` and energies `[in]`."""
+    return float((error.double().square() * energy.double()).sum())
+
+
+def best_low_rank(error: Tensor, energy: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors `[out, rank]` and `[rank, in]` of the best product in the energy norm; the left one is orthonormal.
+
+    Exact (one symmetric eigenproblem in float64 on the smaller side) up to 1024 rows or columns or where the rank is
+    over a third of them; above, block subspace iteration with a fixed seed, within 2 % of the optimal residual.
+    """
+    scaled = error * energy.clamp_min(0).sqrt()
+    side = min(scaled.shape)
+    if side <= _EXACT_UP_TO or rank > side // 3:
+        basis = _leading_exactly(scaled.double(), rank).to(error.dtype)
+    else:
+        basis = _leading_by_iteration(scaled, rank)
+    return basis, basis.T @ error
+
+
+def _leading_exactly(matrix: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors, from the Gram matrix of the smaller side."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        return vectors[:, -rank:].flip(1)
+    _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    # QR rather than a division by singular values: directions without energy get some orthonormal completion.
+    basis, _ = torch.linalg.qr(matrix @ vectors[:, -rank:].flip(1))
+    return basis
+
+
+def _leading_by_iteration(matrix: Tensor, rank: int) -> Tensor:
+    width = min(rank + _OVERSAMPLE, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    basis, _ = torch.linalg.qr(matrix @ start)
+    for _ in range(_SWEEPS):
+        basis, _ = torch.linalg.qr(matrix @ (matrix.T @ basis))
+    small = basis.T @ matrix
+    _, vectors = torch.linalg.eigh((small @ small.T).double())
+    return basis @ vectors[:, -rank:].flip(1).to(matrix.dtype)
+
+
+def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with ||left_i|| = ||right_i||_H for each component, which suits rounding best.
+
+    The norms of right are taken in the energy norm where there is energy at all, else plainly.
+    """
+    weight = energy if bool((energy > 0).any()) else torch.ones_like(energy)
+    norm_left = left.norm(dim=0)
+    norm_right = (right.square() * (weight / weight.mean())).sum(dim=1).sqrt()
+    dead = (norm_left == 0) | (norm_right == 0)
+    factor = torch.where(dead, torch.ones_like(norm_left), (norm_right / norm_left.clamp_min(1e-30)).sqrt())
+    return left * factor, right / factor[:, None]
+
+
+def refit_left(error: Tensor, right: Tensor, energy: Tensor) -> Tensor:
+    """The left factor `[out, rank]` of least weighted error for a given right one: E H R^T (R H R^T)^+."""
+    weighted = (right * energy).double()
+    return (_solve(weighted @ right.double().T, weighted @ error.double().T)).T.to(error.dtype)
+
+
+def refit_right(error: Tensor, left: Tensor) -> Tensor:
+    """The right factor `[rank, in]` of least error for a given left one: (L^T L)^+ L^T E, whatever the energies."""
+    left = left.double()
+    return _solve(left.T @ left, left.T @ error.double()).to(error.dtype)
+
+
+def _solve(gram: Tensor, target: Tensor) -> Tensor:
+    """Least-norm solution of a symmetric positive semidefinite system, for singular ones too."""
+    values, vectors = torch.linalg.eigh(gram)
+    cut = values[-1].clamp_min(0) * 1e-12
+    inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+    return vectors @ (inverse[:, None] * (vectors.T @ target))

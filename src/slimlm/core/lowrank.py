@@ -1,0 +1,88 @@
+"""From an error to a stored low-rank part: rank, best product, balance, rounding, refit.
+
+Every compensator ends here; they differ in the norm (the per-input energies) and in the error they hand over.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid, linalg
+from slimlm.core.errors import RecipeError
+from slimlm.core.parts import LowRank, Plain, Uniform
+
+_REFITS = 4
+
+AdapterBits = Literal[4, 8, 16]
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """How large an adapter may be and how its factors are stored."""
+
+    rank: float
+    """share of min(out, in), from 0 to 1; the rank is its integer part, never padded"""
+    bits: AdapterBits
+    group: int
+    """inputs (or outputs) of one component that share a scale, at 4 and 8 bits"""
+    refit: bool
+    """alternate rounding and least squares after the first rounding"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank <= 1:
+            raise RecipeError(f"rank = {self.rank}: give a share of min(out, in), from 0 to 1")
+        if self.bits not in (4, 8, 16):
+            raise RecipeError(f"bits = {self.bits}: adapters are stored at 4, 8 or 16 bits")
+        grid.check_group(self.group)
+
+    def rank_of(self, shape: tuple[int, int]) -> int:
+        """The true rank for a weight of this shape (1e-9 keeps 0.3 x 10 from becoming 2)."""
+        return int(self.rank * min(shape) + 1e-9)
+
+
+def low_rank_part(error: Tensor, energy: Tensor, form: AdapterFormat) -> LowRank | None:
+    """The part that best stands for error `[out, in]` in the norm of energies `[in]`; None at rank 0.
+
+    The rounded factors are improved by alternation: with one factor rounded the other is solved by least squares and
+    rounded in turn (the inner loop of CALDERA, arXiv 2405.18886), and the best iterate in the energy norm is kept.
+    """
+    rank = form.rank_of((error.shape[0], error.shape[1]))
+    if rank == 0:
+        return None
+    left, right = linalg.best_low_rank(error, energy, rank)
+    left, right = linalg.balanced(left, right, energy)
+    if form.bits == 16:
+        return LowRank(half(left.T), half(right))
+    return _rounded(error, energy, left, right, form)
+
+
+def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: AdapterFormat) -> LowRank:
+    best = LowRank(_round(left.T, form), _round(right, form))
+    if not form.refit:
+        return best
+    least = linalg.weighted_square(error - best.dense(), energy)
+    for _ in range(_REFITS):
+        left_part = _round(linalg.refit_left(error, _round(right, form).dense(), energy).T, form)
+        right = linalg.refit_right(error, left_part.dense().T)
+        part = LowRank(left_part, _round(right, form))
+        cost = linalg.weighted_square(error - part.dense(), energy)
+        if cost < least:
+            best, least = part, cost
+    return best
+
+
+def _round(factor: Tensor, form: AdapterFormat) -> Uniform:
+    """A factor `[rank, n]` on a grid with a scale per group along n."""
+    shape = (factor.shape[0], factor.shape[1])
+    sets = grid.rows_of(factor, form.group)
+    scale = grid.storable(grid.absmax_scale(sets, form.bits).view(grid.scale_shape(shape, form.group)))
+    codes = grid.encode(factor, scale, bits=form.bits, group=form.group)
+    return Uniform(codes, scale, form.bits, form.group)
+
+
+def half(values: Tensor) -> Plain:
+    """16-bit values: float16 where they fit its range, else bfloat16."""
+    fits = bool(values.abs().amax() <= grid.FP16_LARGEST) if values.numel() else True
+    return Plain(values.to(torch.float16 if fits else torch.bfloat16).contiguous())

@@ -1,0 +1,50 @@
+"""Which weights stay: n of every m consecutive inputs, or a share of each row. True stays."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern: `kept` of every `of` inputs, or (where `of` is 0) a `dropped` share of each row."""
+
+    kept: int
+    of: int
+    dropped: float
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Pattern":
+        """Read "2:4" (two kept of four) or a share of each row to drop, such as 0.5."""
+        if isinstance(text, int | float) and 0 <= text < 1:
+            return cls(0, 0, float(text))
+        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        if match and 0 < int(match[1]) <= int(match[2]):
+            return cls(int(match[1]), int(match[2]), 1 - int(match[1]) / int(match[2]))
+        raise RecipeError(
+            f'pattern = {text!r}: give "n:m" with 1 <= n <= m (such as "2:4", two kept of four inputs) '
+            "or a share of each row to drop, from 0 up to but not including 1"
+        )
+
+    def refuses(self, name: str, width: int) -> str | None:
+        """Why a layer of this many inputs cannot take the pattern, or None."""
+        if self.of and width % self.of:
+            return f"{self} needs in_features to be a multiple of {self.of}; {name} has {width}"
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}" if self.of else f"{self.dropped:g} of each row"
+
+
+def choose(score: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the highest scores: bool `[out, in]` for scores `[out, in]`. Equal scores: the earlier input stays."""
+    out, width = score.shape
+    size, kept = (pattern.of, pattern.kept) if pattern.of else (width, width - int(width * pattern.dropped))
+    groups = score.reshape(-1, size)
+    order = groups.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+    return keep.view(out, width)

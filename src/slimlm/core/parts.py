@@ -1,0 +1,274 @@
+"""A compressed weight is a sum of parts, and each part can say what it means.
+
+    W  ~  base.dense() + low_rank.dense() + ...
+
+`dense()` is the float32 matrix `[out, in]` a part stands for. That matrix is the law: kernels, files and tests are
+checked against it. `packed()` gives the tensors that are stored, by the end of their name; `storage_bits()` is their
+size. `describe()` is the small dictionary that, with those tensors, gives the part back through `rebuild`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from slimlm.core import bits as bitstream
+from slimlm.core import grid
+from slimlm.core.errors import CheckpointError
+
+Description = dict[str, Any]
+"""What JSON can hold: the kind of a part and its options."""
+
+
+class Part(Protocol):
+    """One summand of a compressed weight."""
+
+    zero_is_exact: ClassVar[bool]
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def dense(self) -> Tensor: ...
+    def packed(self) -> dict[str, Tensor]: ...
+    def describe(self) -> Description: ...
+    def storage_bits(self) -> int: ...
+
+
+class Elementwise(Part, Protocol):
+    """A part with one stored element per weight, so that a mask can drop some of them."""
+
+    def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]: ...
+
+
+class _Stored:
+    """Counts bits as stored: padding to whole bytes, scales and masks included."""
+
+    def packed(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def storage_bits(self) -> int:
+        """Bits of all tensors that must be stored for this part."""
+        return sum(8 * t.numel() * t.element_size() for t in self.packed().values())
+
+
+@dataclass(frozen=True)
+class Plain(_Stored):
+    """Floating-point weights as they are: float16, bfloat16 or float32."""
+
+    values: Tensor
+    """`[out, in]`"""
+    zero_is_exact: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.values.float()
+
+    def packed(self) -> dict[str, Tensor]:
+        return self.packed_kept(None)
+
+    def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]:
+        values = self.values if keep is None else self.values[keep].view(self.shape[0], -1)
+        return {"": values.contiguous().view(torch.uint8)}
+
+    def describe(self) -> Description:
+        return {"kind": "plain", "dtype": str(self.values.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Plain":
+        dtype = getattr(torch, about["dtype"])
+        return cls(_scatter(tensors[""].contiguous().view(dtype), shape, keep))
+
+
+@dataclass(frozen=True)
+class Uniform(_Stored):
+    """Integer codes on an even grid: weight = codes x scale (x input_scale, per input, where there is one)."""
+
+    codes: Tensor
+    """int8 `[out, in]`, from -2^(bits-1) to 2^(bits-1) - 1"""
+    scale: Tensor
+    """`[1, 1]`, `[out, 1]` or `[out, groups]`, in its storage dtype"""
+    bits: int
+    group: grid.Group
+    input_scale: Tensor | None = None
+    """float16 `[in]`, or None for ones"""
+    zero_is_exact: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dense(self) -> Tensor:
+        dense = self.codes.float() * grid.spread(self.scale, self.shape[1], self.group)
+        return dense if self.input_scale is None else dense * self.input_scale.float()
+
+    def packed(self) -> dict[str, Tensor]:
+        return self.packed_kept(None)
+
+    def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]:
+        codes = self.codes if keep is None else self.codes[keep].view(self.shape[0], -1)
+        unsigned = codes.to(torch.int16) + 2 ** (self.bits - 1)
+        tensors = {"": bitstream.pack(unsigned, self.bits), "scale": self.scale.contiguous()}
+        if self.input_scale is not None:
+            tensors["input_scale"] = self.input_scale
+        return tensors
+
+    def describe(self) -> Description:
+        return {"kind": "uniform", "bits": self.bits, "group": self.group}
+
+    @classmethod
+    def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Uniform":
+        bits = about["bits"]
+        stored = shape[1] if keep is None else _kept_per_row(keep)
+        codes = bitstream.unpack(tensors[""], bits, stored).to(torch.int16) - 2 ** (bits - 1)
+        return cls(
+            _scatter(codes.to(torch.int8), shape, keep),
+            tensors["scale"],
+            bits,
+            about["group"],
+            tensors.get("input_scale"),
+        )
+
+
+@dataclass(frozen=True)
+class Pruned(_Stored):
+    """A part of which only some weights stay; the mask is stored as one bit per weight.
+
+    For 2:4 that bit costs exactly what two 2-bit positions per four inputs would, and serves every other pattern too.
+    Every row keeps the same number of weights, so that rows can be found in the packed codes.
+    """
+
+    inner: Plain | Uniform
+    keep: Tensor
+    """bool `[out, in]`; True stays"""
+    pattern: str
+    zero_is_exact: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def dense(self) -> Tensor:
+        return self.inner.dense() * self.keep
+
+    def packed(self) -> dict[str, Tensor]:
+        return {**self.inner.packed_kept(self.keep), "keep": bitstream.pack(self.keep.to(torch.uint8), 1)}
+
+    def describe(self) -> Description:
+        return {"kind": "pruned", "pattern": self.pattern, "inner": self.inner.describe()}
+
+    @classmethod
+    def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "Pruned":
+        keep = bitstream.unpack(tensors["keep"], 1, shape[1]).bool()
+        inner = _ELEMENTWISE[about["inner"]["kind"]].rebuild(about["inner"], tensors, shape, keep)
+        return cls(inner, keep, about["pattern"])
+
+
+@dataclass(frozen=True)
+class LowRank(_Stored):
+    """A product of two thin factors. Both are kept `[rank, n]`, so that groups run along the long side.
+
+    dense = left.dense()^T @ right.dense(), with left `[rank, out]` and right `[rank, in]`.
+    """
+
+    left: Plain | Uniform
+    right: Plain | Uniform
+    zero_is_exact: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[0]
+
+    def dense(self) -> Tensor:
+        return self.left.dense().T @ self.right.dense()
+
+    def packed(self) -> dict[str, Tensor]:
+        tensors = {}
+        for side, factor in (("left", self.left), ("right", self.right)):
+            tensors.update({_join(side, name): tensor for name, tensor in factor.packed().items()})
+        return tensors
+
+    def describe(self) -> Description:
+        return {"kind": "low_rank", "rank": self.rank, "left": self.left.describe(), "right": self.right.describe()}
+
+    @classmethod
+    def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "LowRank":
+        def factor(side: str, width: int) -> Plain | Uniform:
+            own = _under(side, tensors)
+            return _ELEMENTWISE[about[side]["kind"]].rebuild(about[side], own, (about["rank"], width), None)
+
+        return cls(factor("left", shape[0]), factor("right", shape[1]))
+
+
+_ELEMENTWISE: dict[str, type[Plain] | type[Uniform]] = {"plain": Plain, "uniform": Uniform}
+
+
+def _kept_per_row(keep: Tensor) -> int:
+    counts = keep.sum(dim=1)
+    if keep.shape[0] == 0:
+        return 0
+    if bool((counts != counts[0]).any()):
+        raise CheckpointError("a stored mask keeps different numbers of weights in different rows")
+    return int(counts[0])
+
+
+def _scatter(stored: Tensor, shape: tuple[int, int], keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return stored
+    if stored.numel() != int(keep.sum()):
+        raise CheckpointError(f"a stored mask keeps {int(keep.sum())} weights, but {stored.numel()} are stored")
+    full = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
+    full[keep] = stored.flatten()
+    return full
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}_{name}" if name else prefix
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors named `prefix` or `prefix_...`, by the rest of their names."""
+    return {n[len(prefix) :].removeprefix("_"): t for n, t in tensors.items() if n == prefix or n.startswith(prefix + "_")}
+
+
+def pack_parts(parts: tuple[Part, ...]) -> dict[str, Tensor]:
+    """The tensors of a layer's parts by name: `weight...` for the first, `extra1...` and on for the others."""
+    return {
+        _join("weight" if i == 0 else f"extra{i}", name): tensor
+        for i, part in enumerate(parts)
+        for name, tensor in part.packed().items()
+    }
+
+
+def unpack_parts(descriptions: list[Description], tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Part, ...]:
+    """The inverse of `pack_parts`; raises CheckpointError when a description and its tensors disagree."""
+    parts: list[Part] = []
+    for i, about in enumerate(descriptions):
+        own = _under("weight" if i == 0 else f"extra{i}", tensors)
+        kind = about.get("kind")
+        try:
+            if kind in _ELEMENTWISE:
+                parts.append(_ELEMENTWISE[kind].rebuild(about, own, shape, None))
+            elif kind == "pruned":
+                parts.append(Pruned.rebuild(about, own, shape))
+            elif kind == "low_rank":
+                parts.append(LowRank.rebuild(about, own, shape))
+            else:
+                raise CheckpointError(f"a part of unknown kind {kind!r}; this program knows plain, uniform, pruned, low_rank")
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"a {kind} part of shape {shape} does not fit its stored tensors: {error}") from error
+    return tuple(parts)
+
+
+def dense_of(parts: tuple[Part, ...]) -> Tensor:
+    """The float32 matrix `[out, in]` that a layer's parts stand for together."""
+    total = parts[0].dense()
+    for part in parts[1:]:
+        total = total + part.dense()
+    return total

@@ -1,0 +1,124 @@
+"""Documents from a source given by name.
+
+file.txt            one document, or several separated by lines that hold only <|endoftext|>
+file.jsonl          one document a line, in the field "text" (or "content")
+file.parquet        one document a row, in the column "text" (or "content")
+a folder            all such files in it, in order of name
+stdlib              the source of Python's standard library: its calibration or its evaluation part
+anything else       a hub data set, NAME or NAME:CONFIG (split: train for calibration, test for evaluation)
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from slimlm.core.errors import DataError
+from slimlm.data.stdlib import stdlib_documents
+
+Purpose = Literal["calibration", "evaluation"]
+
+DEFAULT_DATA = "allenai/c4:en"
+"""What calibration uses when nothing else is named, as the papers do; it comes from the hub."""
+
+SEPARATOR = "<|endoftext|>"
+_READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
+_FIELDS = ("text", "content")
+
+
+def documents(source: str, purpose: Purpose) -> Iterator[str]:
+    """The documents of a source, lazily, in order; raises DataError in words where there is none."""
+    if source == "stdlib":
+        return stdlib_documents(purpose)
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _READABLE)
+        if not files:
+            raise DataError(f"the folder {source} holds no file that ends in {', '.join(_READABLE)}")
+        return (text for file in files for text in _of_file(file))
+    if path.is_file():
+        if path.suffix not in _READABLE:
+            raise DataError(f"{source}: text is read from files that end in {', '.join(_READABLE)}")
+        return _of_file(path)
+    if path.suffix in _READABLE or source.startswith((".", "/", "~")):
+        raise DataError(f"no text at {source}")
+    return _of_hub(source, purpose)
+
+
+def _of_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _of_jsonl(path)
+        elif path.suffix == ".parquet":
+            yield from _of_parquet(path)
+        else:
+            yield from _of_text(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _of_text(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip() == SEPARATOR:
+                yield "".join(lines).strip("\n")
+                lines = []
+            else:
+                lines.append(line)
+    yield "".join(lines).strip("\n")
+
+
+def _of_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+            yield _text_of(row, f"{path}, line {number}")
+
+
+def _of_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from error
+    names = [name for name in _FIELDS if name in file.schema_arrow.names]
+    if not names:
+        raise DataError(f'{path} has no column "text" or "content"; it has {", ".join(file.schema_arrow.names)}')
+    for batch in file.iter_batches(columns=names[:1]):
+        yield from batch.column(0).to_pylist()
+
+
+def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
+    import datasets
+
+    repository, _, config = name.partition(":")
+    split = "train" if purpose == "calibration" else "test"
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name!r} is no file here, and the hub gave no data set of that name ({first}). Without a network: give "
+            "a .txt, .jsonl or .parquet file, 'stdlib' (Python's own source), or for calibration 'self' (the model's "
+            "own text)"
+        ) from error
+    for number, row in enumerate(rows):
+        yield _text_of(row, f"{name}, row {number}")
+
+
+def _text_of(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    for field in _FIELDS:
+        if isinstance(row, dict) and isinstance(row.get(field), str):
+            return str(row[field])
+    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise DataError(f'{where}: no text in a field "text" or "content"; found {found}')

@@ -1,0 +1,48 @@
+"""Text that every Python already has: the source of its standard library.
+
+The bundled example model is trained, calibrated and judged on it, so the demo needs no network and the project ships
+nobody's text. Files are dealt to three splits by a hash of their path, which makes the splits disjoint by file and
+the same on every machine (the files themselves differ a little from one Python version to the next).
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from slimlm.core.errors import DataError
+
+Split = Literal["train", "calibration", "evaluation"]
+
+_TESTS = {"test", "tests", "idle_test"}
+_NOT_PROSE = {"encodings", "pydoc_data", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+
+
+def split_of(path: str) -> Split:
+    """The split a file belongs to: 1/16 evaluation, 1/16 calibration, the rest training; by a hash of its path."""
+    lot = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 16
+    return "evaluation" if lot == 0 else "calibration" if lot == 1 else "train"
+
+
+def stdlib_documents(split: Split, *, with_tests: bool = False) -> Iterator[str]:
+    """The text of each standard-library module in one split, in order of path.
+
+    `with_tests` adds Python's own test suite, which not every installation has; only training uses it.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = False
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if _NOT_PROSE.intersection(parts) or (not with_tests and _TESTS.intersection(parts)):
+            continue
+        found = True
+        if split_of("/".join(parts)) == split:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if len(text) > 200:
+                yield text
+    if not found:
+        raise DataError(
+            f"no source of Python's standard library under {root} (it may be zipped); "
+            "give a text file with --data / --text instead of 'stdlib'"
+        )

@@ -1,0 +1,83 @@
+"""Token windows: a stream of documents cut into pieces of one length, none overlapping.
+
+Every document is preceded by the tokenizer's beginning-of-sequence token, where it has one; the last, incomplete window
+is dropped. This is the usual perplexity protocol and serves calibration as well.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimlm.core.errors import DataError
+
+_DOCUMENTS_AT_ONCE = 64
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
+    """All tokens of the texts, int64 `[tokens]`; reading stops once `at_most` are there."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens: list[int] = []
+    for batch in _batches(texts):
+        for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            tokens += start + row
+        if at_most is not None and len(tokens) >= at_most:
+            return torch.tensor(tokens[:at_most])
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
+    """Non-overlapping windows `[count, length]`; raises DataError where the text fills none."""
+    if length < 2:
+        raise DataError(f"length = {length}: a window needs at least 2 tokens")
+    count = len(tokens) // length
+    if count == 0:
+        raise DataError(
+            f"{source} gives {len(tokens)} tokens, less than one window of {length}; "
+            f"give more text or a smaller --length (at most {len(tokens)})"
+        )
+    return tokens[: count * length].view(count, length)
+
+
+def choose_windows(windows: Tensor, samples: int, seed: int) -> Tensor:
+    """`samples` windows drawn without repetition by `seed`, or all where there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed: int, start: int | None) -> Iterator[Tensor]:
+    """Windows `[batch, length]` that the model writes itself (temperature 1), for when no data can be had.
+
+    Each begins with the token `start`, or with a random one where the tokenizer has none.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    batch = max(1, 4096 // length)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for done in range(0, samples, batch):
+            rows = min(batch, samples - done)
+            first = torch.randint(vocabulary, (rows, 1)) if start is None else torch.full((rows, 1), start)
+            yield model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        if text:
+            batch.append(text)
+        if len(batch) == _DOCUMENTS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""Measurements: perplexity, activation rounding, and the record of a run."""

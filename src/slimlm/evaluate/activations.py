@@ -1,0 +1,71 @@
+"""8-bit activations as an option of evaluation (SLiM, arXiv 2410.09615, appendix B).
+
+Emulated: the inputs of every linear layer in the blocks are rounded and multiplied in the model's own dtype, so the figure is
+about quality, not speed. The tensor that a layer is given is never changed in place.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.models.structure import LINEAR_KINDS, blocks_of
+from slimlm.runtime.linear import CompressedLinear
+
+ActivationFormat = Literal["fp8", "int8-token", "int8-group"]
+
+_GROUP = 128
+_FP8_TOP = 448.0
+
+
+def fp8_per_tensor(x: Tensor) -> Tensor:
+    """Round to float8 E4M3 with one scale for the whole tensor, its largest magnitude on 448."""
+    scale = x.abs().amax().float().clamp_min(1e-30) / _FP8_TOP
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def int8_per_token(x: Tensor) -> Tensor:
+    """Round to 255 levels per token (last dimension), the largest magnitude on 127."""
+    return _int8(x.float()).to(x.dtype)
+
+
+def int8_per_group(x: Tensor) -> Tensor:
+    """Round to 255 levels per 128 consecutive inputs of a token; a short last group has its own scale."""
+    width = x.shape[-1]
+    padded = nn.functional.pad(x.float(), (0, -width % _GROUP))
+    return _int8(padded.unflatten(-1, (-1, _GROUP))).flatten(-2)[..., :width].to(x.dtype)
+
+
+def _int8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+FORMATS: dict[ActivationFormat, Callable[[Tensor], Tensor]] = {
+    "fp8": fp8_per_tensor,
+    "int8-token": int8_per_token,
+    "int8-group": int8_per_group,
+}
+
+
+@contextmanager
+def rounded_activations(model: nn.Module, form: ActivationFormat | None) -> Iterator[None]:
+    """Within this context the linear layers of the model's blocks see rounded inputs (none: as they are)."""
+    if form is None:
+        yield
+        return
+    rounding = FORMATS[form]
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounding(args[0]), *args[1:])
+
+    kinds = (CompressedLinear, *LINEAR_KINDS)
+    layers = [m for block in blocks_of(model).values() for m in block.modules() if isinstance(m, kinds)]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,102 @@
+"""The record of a compression: what each layer became, and the totals. Plain data; saved as slimlm.json."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from slimlm.core.layer import Layer, Stats, measured
+from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One linear layer after compression."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out, in)"""
+    parts: str
+    """in words, such as "2:4 of 4-bit (one scale) + rank 25 at 4 bits" """
+    bits: int
+    """stored bits of all parts together: codes, masks, scales, adapters, padding to whole bytes"""
+    sparsity: float
+    """share of weights that the mask drops from the base"""
+    rank: int
+    error: float
+    """relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together"""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the original matrix."""
+        return self.bits / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished compression."""
+
+    model: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    """source, windows, length, tokens, seed"""
+    layers: tuple[LayerRecord, ...]
+    left: dict[str, str]
+    """layers that stayed as they are, and why"""
+    original_bytes: int
+    """the tensors of the original model, tied ones once"""
+    stored_bytes: int
+    """the weight files on disk"""
+    seconds: float
+    peak_memory: int | None
+    """bytes; of the whole process, where the system tells"""
+    versions: dict[str, str]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all compressed layers."""
+        weights = sum(r.shape[0] * r.shape[1] for r in self.layers)
+        return sum(r.bits for r in self.layers) / weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, totals included."""
+        data = dataclasses.asdict(self)
+        data["bits_per_weight"] = self.bits_per_weight
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Record":
+        """The inverse of `to_dict`; other keys are ignored."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        kept = {key: value for key, value in data.items() if key in names}
+        kept["layers"] = tuple(LayerRecord(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
+        return cls(**kept)
+
+
+def record_of(layer: Layer, stats: Stats) -> LayerRecord:
+    """Sum a decided layer up."""
+    parts = layer.parts()
+    root = measured(stats.mean_square).to(layer.original).sqrt()
+    size = (layer.original * root).norm()
+    ranks = [part.rank for part in parts if isinstance(part, LowRank)]
+    return LayerRecord(
+        name=layer.name,
+        shape=layer.shape,
+        parts=" + ".join(_words(part) for part in parts),
+        bits=sum(part.storage_bits() for part in parts),
+        sparsity=0.0 if layer.keep is None else 1 - float(layer.keep.float().mean()),
+        rank=sum(ranks),
+        error=float((layer.error * root).norm() / size) if float(size) > 0 else 0.0,
+    )
+
+
+def _words(part: Part) -> str:
+    if isinstance(part, Pruned):
+        pattern = part.pattern if ":" in part.pattern else f"{float(part.pattern):.0%} sparse"
+        return f"{pattern} of {_words(part.inner)}"
+    if isinstance(part, LowRank):
+        return f"rank {part.rank} at {part.left.bits if isinstance(part.left, Uniform) else 16} bits"
+    if isinstance(part, Uniform):
+        scale = {"tensor": "one scale", "row": "scale per row"}.get(str(part.group), f"groups of {part.group}")
+        return f"{part.bits}-bit ({scale})"
+    assert isinstance(part, Plain)
+    return str(part.values.dtype).removeprefix("torch.")

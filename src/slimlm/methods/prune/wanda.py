@@ -1,0 +1,28 @@
+"""Wanda: prune by weight times activation norm.
+
+Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695, equation 1:
+score_ij = |W_ij| ||x_j||_2, compared within each row (or each n:m group of a row). The weight scored is the one decided
+so far: after a quantizer the rounded one ("prune W^Q", SLiM section 3), else the original, as the authors of SLiM do in
+their program.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.masks import Pattern, choose
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the weights of largest |weight| x input norm."""
+
+    pattern: str | float = "2:4"
+    needs: ClassVar[Need] = Need.MEAN_SQUARE
+
+    def __post_init__(self) -> None:
+        Pattern.parse(self.pattern)
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        norm = measured(stats.mean_square).to(layer.original).sqrt()
+        return layer.prune(choose(layer.working.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))

@@ -1,0 +1,33 @@
+"""AbsMax: the largest magnitude of each tensor, row or group goes on the largest code.
+
+The round-to-nearest baseline of the field. scale = max|w| / (2^(bits-1) - 1); codes -2^(bits-1)+1 .. 2^(bits-1)-1.
+Groups run along the input direction, as in GPTQ's and Marlin's kernels (the official SLiM code groups along outputs
+by default, which no kernel implements).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slimlm.core import grid
+from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.parts import Uniform
+
+
+@dataclass(frozen=True)
+class AbsMax:
+    """Round to nearest with the scale of the largest weight (tensor, row or group)."""
+
+    bits: int = 4
+    group: grid.Group = 128
+    needs: ClassVar[Need] = Need.NOTHING
+
+    def __post_init__(self) -> None:
+        grid.check_bits(self.bits)
+        grid.check_group(self.group)
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        del stats
+        sets = grid.rows_of(layer.target, self.group)
+        scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group)))
+        codes = grid.encode(layer.target, scale, bits=self.bits, group=self.group)
+        return layer.encode(Uniform(codes, scale, self.bits, self.group))

@@ -1,0 +1,47 @@
+"""SLiM-Quant^O: the activation-aware variant.
+
+Mozaffari, Yazdanbakhsh, Dehnavi: SLiM, arXiv 2410.09615, section 3.1 (Table 6).
+
+The share `salient` of input channels with the largest product of mean |x_j| and mean |w_.j| is multiplied by `boost`
+before rounding and divided after it; the scale itself is that of the plain weights. The authors emulate the division;
+here it is stored as one float16 per input channel, counted, and undone by the part itself.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from slimlm.core import grid
+from slimlm.core.errors import RecipeError
+from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.parts import Uniform
+
+
+@dataclass(frozen=True)
+class SlimQuantO:
+    """SLiM-Quant with the most salient input channels rounded on a finer grid."""
+
+    bits: int = 4
+    salient: float = 0.01
+    boost: float = 2.0
+    needs: ClassVar[Need] = Need.MEAN_ABS
+
+    def __post_init__(self) -> None:
+        grid.check_bits(self.bits)
+        if not 0 < self.salient < 1 or self.boost <= 1:
+            raise RecipeError(
+                f"salient = {self.salient}, boost = {self.boost}: salient is a share of the inputs between 0 and 1, "
+                "boost a factor above 1"
+            )
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        target = layer.target
+        points, mass = grid.distribution(grid.rows_of(target, "tensor"))
+        scale = grid.storable(grid.best_scale(points, mass, self.bits).view(1, 1))
+        saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
+        count = max(1, int(self.salient * target.shape[1]))
+        factor = torch.ones_like(saliency)
+        factor[saliency.topk(count).indices] = self.boost
+        codes = grid.encode(target * factor, scale, bits=self.bits, group="tensor")
+        return layer.encode(Uniform(codes, scale, self.bits, "tensor", (1 / factor).to(torch.float16)))

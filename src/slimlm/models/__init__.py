@@ -1,0 +1,1 @@
+"""Where a transformers model keeps its blocks and linear layers, and how to open one."""

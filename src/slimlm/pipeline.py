@@ -1,0 +1,278 @@
+"""READ FIRST. compress(): block by block: measure, apply the steps, swap, pass on.
+
+    for block in blocks:
+        stats = measure(block, inputs)                  # what the steps need, on the compressed prefix's outputs
+        for each linear layer:
+            layer = Layer.of(name, weight)
+            for step in recipe.steps:
+                layer = step(layer, stats)
+            swap(layer, CompressedLinear(layer.parts(), bias))
+        inputs = block(inputs)                          # now the compressed block
+
+Then the packed tensors are written, read back, and the reloaded model's logits compared with those in memory.
+"""
+
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from slimlm.calibrate import Flow, enter, measure, run
+from slimlm.core.errors import CheckpointError, DataError, ModelError, SlimlmError
+from slimlm.core.layer import Layer, Need
+from slimlm.data.documents import DEFAULT_DATA, documents
+from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
+from slimlm.evaluate.results import LayerRecord, Record, record_of
+from slimlm.load import load
+from slimlm.models.opening import DenseModel, open_dense
+from slimlm.models.structure import blocks_of, context_length, linears_of, swap, weight_of
+from slimlm.recipe import Recipe, open_recipe
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage import checkpoint
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on."""
+
+_READ_AHEAD = 8
+"""Calibration windows are drawn from up to this many times the text they need."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the calibration text comes from and how much of it is used."""
+
+    data: str = DEFAULT_DATA
+    """a .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", or "self" (the model's own text)"""
+    samples: int = 128
+    length: int = 2048
+    """tokens per window; at most the model's context"""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` gives back."""
+
+    path: Path
+    record: Record
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that says nothing."""
+    del stage, done, total
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Recipe = "slim",
+    data: str | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> Result:
+    """Compress a causal language model and write it to the folder `out`.
+
+    model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. data: see `Calibration`. device:
+    "auto", "cpu" or "cuda"; one block at a time is there.
+    Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
+    """
+    began = time.monotonic()
+    recipe = open_recipe(recipe) if isinstance(recipe, str) else recipe
+    checkpoint.refuse_occupied(Path(out))
+    where = pick_device(device)
+    wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
+    progress("open the model", 0, 1)
+    dense = open_dense(str(model))
+    blocks = blocks_of(dense.model)
+    left = refuse_early(dense.model, blocks, recipe)
+    windows = calibration_windows(dense, wanted, progress)
+    layers = compress_blocks(dense, blocks, recipe, windows, where, progress)
+    record = Record(
+        model=str(model),
+        recipe=recipe.to_dict(),
+        calibration={
+            **dataclasses.asdict(wanted),
+            "asked": samples,
+            "samples": windows.shape[0],
+            "length": windows.shape[1],
+            "tokens": windows.numel(),
+        },
+        layers=tuple(layers),
+        left=left,
+        original_bytes=dense.bytes,
+        stored_bytes=0,
+        seconds=0.0,
+        peak_memory=None,
+        versions=_versions(),
+    )
+    progress("write and verify", 0, 1)
+    with checkpoint.written_beside(Path(out)) as folder:
+        write(folder, dense)
+        record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
+        checkpoint.write_record(folder, record.to_dict())
+        verify(folder, dense.model, windows[:1])
+        record = dataclasses.replace(record, seconds=time.monotonic() - began, peak_memory=peak_memory())
+        checkpoint.write_record(folder, record.to_dict())
+    progress("write and verify", 1, 1)
+    return Result(Path(out), record)
+
+
+def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, str]:
+    """Check every layer against the recipe before any work; gives the layers that stay as they are, and why."""
+    left = {
+        name: "outside the blocks"
+        for name, module in linears_of(model).items()
+        if not any(name.startswith(block + ".") for block in blocks)
+    }
+    if not any(linears_of(block) for block in blocks.values()):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
+            "compress; slimlm knows nn.Linear and transformers' Conv1D"
+        )
+    for block_name, block in blocks.items():
+        for name, linear in linears_of(block).items():
+            full = f"{block_name}.{name}"
+            if recipe.leaves(full):
+                left[full] = "left by the recipe"
+                continue
+            weight = weight_of(linear)
+            if reason := recipe.refuses(full, weight.shape[1]):
+                raise ModelError(
+                    f"{reason}. Choose a pattern that divides it, a share such as pattern = 0.5, "
+                    f'or leave the layer out of the recipe (leave = ["*.{name}"])'
+                )
+            Layer.of(full, weight)
+    return left
+
+
+def calibration_windows(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
+    """Token windows `[count, length]` to calibrate on."""
+    if wanted.samples < 1:
+        raise DataError(f"samples = {wanted.samples}: calibration needs at least one window")
+    length = min(wanted.length, context_length(dense.model) or wanted.length)
+    tokenizer = dense.tokenizer
+    if wanted.data == "self":
+        start = None if tokenizer is None else tokenizer.bos_token_id
+        pieces = []
+        for piece in sample_from_model(dense.model, samples=wanted.samples, length=length, seed=wanted.seed, start=start):
+            pieces.append(piece)
+            progress("sample text", sum(map(len, pieces)), wanted.samples)
+        return torch.cat(pieces)
+    if tokenizer is None:
+        raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
+    texts = documents(wanted.data, "calibration")
+    tokens = token_stream(tokenizer, texts, at_most=_READ_AHEAD * wanted.samples * length)
+    return choose_windows(windows_of(tokens, length, source=wanted.data), wanted.samples, wanted.seed)
+
+
+def compress_blocks(
+    dense: DenseModel,
+    blocks: dict[str, nn.Module],
+    recipe: Recipe,
+    windows: Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> list[LayerRecord]:
+    """Compress the model's blocks in place, each on the outputs of those before it."""
+    progress("compress", 0, len(blocks))
+    flow = enter(dense.model, blocks, windows)
+    records: list[LayerRecord] = []
+    for done, (block_name, block) in enumerate(blocks.items(), 1):
+        block.to(device)
+        records += compress_block(block, block_name, flow, recipe, dense.dtypes, device)
+        flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
+        block.to("cpu")
+        progress("compress", done, len(blocks))
+    return records
+
+
+def compress_block(
+    block: nn.Module, block_name: str, flow: Flow, recipe: Recipe, dtypes: dict[str, torch.dtype], device: torch.device
+) -> list[LayerRecord]:
+    """Compress one block in place."""
+    stats = measure(block, block_name, flow, recipe.needs | Need.MEAN_SQUARE, device)
+    records = []
+    for name, linear in linears_of(block).items():
+        full = f"{block_name}.{name}"
+        if recipe.leaves(full):
+            continue
+        layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
+        for named in recipe.steps:
+            layer = named.step(layer, stats[name])
+        swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
+        records.append(record_of(layer, stats[name]))
+    return records
+
+
+def write(folder: Path, dense: DenseModel) -> None:
+    """Write weights, config and tokenizer; what was not compressed is cast back to its stored dtype, bit for bit."""
+    model = dense.model
+    compressed = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    packed = {f"{name}.{tensor}" for name, module in compressed.items() for tensor in module.packed_names}
+    cast: dict[int, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name in packed:
+            tensors[name] = tensor.contiguous()
+        else:
+            # Tied tensors share memory before the cast and must share it after.
+            tensors[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dense.dtypes[name]).contiguous())
+    checkpoint.write_weights(folder, tensors)
+    checkpoint.write_config(folder, dense.config, {name: module.about() for name, module in compressed.items()})
+    if dense.tokenizer is not None:
+        dense.tokenizer.save_pretrained(folder)
+    with suppress(OSError):
+        GenerationConfig.from_pretrained(dense.source).save_pretrained(folder)
+
+
+def verify(folder: Path, model: PreTrainedModel, window: Tensor) -> None:
+    """Open the folder as a user would; its tensors and its logits must be those in memory."""
+    checkpoint.verify_files(folder)
+    reloaded = load(folder, dtype=torch.float32)
+    theirs = reloaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, theirs[name]):
+            raise CheckpointError(f"verification failed: {name} reads back different from what was written")
+    with torch.no_grad():
+        difference = (model(window).logits - reloaded(window).logits).abs().max()
+    if not float(difference) < 1e-4:
+        raise CheckpointError(f"verification failed: the reloaded model's logits differ by up to {float(difference):.3g}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to compress on; "auto" is cuda where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SlimlmError("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held, in bytes, where the system tells."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in ("slimlm", "torch", "transformers", "safetensors")}
+    return {**found, "python": platform.python_version()}

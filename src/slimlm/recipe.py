@@ -1,0 +1,146 @@
+"""A recipe: the steps in order, as plain data.
+
+    name = "my-recipe"
+    summary = "one line"
+    leave = ["*.down_proj"]        # layers to leave as they are, by pattern on their full name (optional)
+
+    [[steps]]
+    quantize = "slim_quant"        # verb = method; its options follow
+    bits = 4
+
+    [[steps]]
+    prune = "wanda"
+    pattern = "2:4"
+
+Order is data: each step works on what the steps before it decided.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import reduce
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from slimlm.core import registry
+from slimlm.core.errors import RecipeError
+from slimlm.core.layer import Need, Step
+from slimlm.core.masks import Pattern
+
+
+@dataclass(frozen=True)
+class NamedStep:
+    """A step with the verb and name it was asked for by."""
+
+    kind: str
+    method: str
+    step: Step
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a recipe file would say it, every option spelled out."""
+        return {self.kind: self.method, **dataclasses.asdict(self.step)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to every linear layer, in order."""
+
+    name: str
+    summary: str
+    steps: tuple[NamedStep, ...]
+    leave: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> Need:
+        """The statistics its steps need together."""
+        return reduce(lambda needs, named: needs | named.step.needs, self.steps, Need.NOTHING)
+
+    def leaves(self, layer: str) -> bool:
+        """Whether this layer (by full name) stays as it is."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.leave)
+
+    def refuses(self, layer: str, width: int) -> str | None:
+        """Why a layer of this many inputs cannot take the recipe, or None."""
+        for named in self.steps:
+            pattern = getattr(named.step, "pattern", None)
+            if pattern is not None and (reason := Pattern.parse(pattern).refuses(layer, width)):
+                return reason
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `recipe_from_dict` reads back."""
+        steps = [named.to_dict() for named in self.steps]
+        return {"name": self.name, "summary": self.summary, "leave": list(self.leave), "steps": steps}
+
+
+def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
+    """Check plain data and build the recipe; raises RecipeError saying which step and option is wrong."""
+    unknown = set(data) - {"name", "summary", "leave", "steps"}
+    if unknown:
+        raise RecipeError(f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave and [[steps]]")
+    steps, leave = data.get("steps"), data.get("leave", [])
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
+        raise RecipeError(f"{source}: a recipe needs at least one [[steps]] table")
+    if not isinstance(leave, list) or not all(isinstance(p, str) for p in leave):
+        raise RecipeError(f'{source}: leave is a list of name patterns, such as ["*.down_proj"]')
+    named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
+    if sum(s.kind == "prune" for s in named) > 1:
+        raise RecipeError(f"{source}: a recipe prunes at most once; it has {sum(s.kind == 'prune' for s in named)} prune steps")
+    return Recipe(str(data.get("name", source)), str(data.get("summary", "")), named, tuple(leave))
+
+
+def _step(data: dict[str, Any], where: str) -> NamedStep:
+    verbs = [kind for kind in registry.KINDS if kind in data]
+    if len(verbs) != 1:
+        raise RecipeError(f"{where}: give exactly one of {', '.join(registry.KINDS)}; found {', '.join(data) or 'nothing'}")
+    kind = verbs[0]
+    try:
+        method = registry.find(kind, str(data[kind]))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    options = {key: value for key, value in data.items() if key != kind}
+    try:
+        return NamedStep(kind, str(data[kind]), TypeAdapter(method).validate_python(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]) if first["loc"] else ""
+        known = [f.name for f in dataclasses.fields(method)]
+        said = f"has no option {option!r}" if option not in known else f"{option} = {options.get(option)!r}: {first['msg']}"
+        raise RecipeError(f"{where} ({data[kind]}): {said}; its options are {', '.join(known)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where} ({data[kind]}): {error}") from None
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with slimlm: name and one line each, sorted."""
+    return {name: open_recipe(name).summary for name in _shipped_names()}
+
+
+def _shipped_names() -> list[str]:
+    folder = resources.files("slimlm.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def open_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or one from a .toml file."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"no recipe file at {name}")
+        text, source = path.read_text(encoding="utf-8"), name
+    else:
+        names = _shipped_names()
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+            raise RecipeError(f"no recipe is called {name!r}; {hint} (a file of your own ends in .toml)")
+        text, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
+    try:
+        return recipe_from_dict(tomllib.loads(text), source=source)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not TOML: {error}") from error

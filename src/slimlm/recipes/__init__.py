@@ -1,0 +1,1 @@
+"""The recipes that come with slimlm, one TOML file each."""

@@ -1,0 +1,86 @@
+"""`nn.Linear` goes in, `CompressedLinear` comes out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.core.parts import Description, Part, pack_parts, unpack_parts
+from slimlm.runtime.backends.reference import Reference
+
+
+class CompressedLinear(nn.Module):
+    """A linear layer whose weight is a sum of packed parts.
+
+    Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it never
+    changes them (only the bias follows a cast).
+    """
+
+    def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.descriptions = descriptions
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+        self.packed_names = tuple(packed)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._prepared: Tensor | None = None
+
+    @classmethod
+    def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
+        """A layer of these parts; the bias `[out]` is kept as it is."""
+        return cls(parts[0].shape, [part.describe() for part in parts], pack_parts(parts), bias)
+
+    @classmethod
+    def empty(cls, about: dict[str, Any]) -> "CompressedLinear":
+        """A layer on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
+        packed = {
+            name: torch.empty(size, dtype=getattr(torch, dtype), device="meta")
+            for name, (dtype, size) in about["tensors"].items()
+        }
+        shape = about["shape"][0], about["shape"][1]
+        bias = torch.empty(shape[0], device="meta") if about["bias"] else None
+        return cls(shape, about["parts"], packed, bias)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint's config says of this layer."""
+        return {
+            "shape": [self.out_features, self.in_features],
+            "bias": self.bias is not None,
+            "parts": self.descriptions,
+            "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in self.packed().items()},
+        }
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: getattr(self, name) for name in self.packed_names}
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts, unpacked."""
+        return unpack_parts(self.descriptions, self.packed(), (self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias for x `[..., in]`, in the dtype of x."""
+        prepared = self._prepared
+        if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
+            prepared = self._prepared = _REFERENCE.prepare(self.parts(), x.dtype)
+        y = _REFERENCE.matmul(x, prepared)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        kinds = " + ".join(d["kind"] for d in self.descriptions)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+        before = self.packed()
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        self._prepared = None
+        return self
+
+
+_REFERENCE = Reference()

@@ -1,0 +1,1 @@
+"""The packed checkpoint: the only place that touches its files."""

@@ -1,0 +1,161 @@
+"""The packed checkpoint, format 1: a folder that needs no base model.
+
+    config.json           the model's own config, plus `quantization_config`: for every compressed layer its shape, its
+                          parts and the name, dtype and shape of each stored tensor
+    *.safetensors         tensors; with several shards, model.safetensors.index.json says which is where
+    slimlm.json           the record: recipe, calibration, figures per layer, versions, and size and SHA-256 of each shard
+    tokenizer files       as the tokenizer writes them
+
+`docs/checkpoint-format.md` describes the fields and the order of bits. Two guards make transformers refuse the folder in
+words where slimlm is not imported, instead of filling layers with random numbers: `model_type` is a sentence that it
+does not know, and every compressed layer stores uint8 under the name `weight`, whose shape differs from the dense one.
+
+A folder is written beside its final place and renamed at the end, so a run that dies leaves no half checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slimlm.core.errors import CheckpointError
+
+FORMAT = 1
+METHOD = "slimlm"
+MODEL_TYPE = "slimlm checkpoint: run 'pip install slimlm', then 'import slimlm' before opening it"
+RECORD = "slimlm.json"
+_SHARD_SIZE = "4GB"
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise CheckpointError where something stands in the way of writing to `out`."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        held = ", ".join(sorted(p.name for p in out.iterdir())[:3])
+        raise CheckpointError(f"the output folder {out} already holds something ({held}); give another, or empty it yourself")
+    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{parent} is not writable, so {out} cannot be made")
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` when the block ends well, and is removed when it does not."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield partial
+        # mkdtemp makes the folder private; the checkpoint gets the permissions the user's umask gives.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the shards; of tensors that share memory (tied ones) the first is stored."""
+    first: dict[int, str] = {}
+    kept = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
+    save_torch_state_dict(kept, folder, max_shard_size=_SHARD_SIZE, metadata={"format": "pt", "slimlm_format": str(FORMAT)})
+
+
+def write_config(folder: Path, config: dict[str, Any], layers: dict[str, dict[str, Any]]) -> None:
+    """Write config.json: the model's own, with the compressed layers described."""
+    stored = {
+        **config,
+        "model_type": MODEL_TYPE,
+        "slimlm_model_type": config["model_type"],
+        "quantization_config": {"quant_method": METHOD, "format": FORMAT, "layers": layers},
+    }
+    (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write slimlm.json, with the size and checksum of each shard."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.glob("*.safetensors"))}
+    data = {"format": FORMAT, "files": files, **record}
+    (folder / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """slimlm.json as a dictionary, its format checked."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a slimlm checkpoint: it has no {RECORD}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    check_format(record.get("format"), folder)
+    return dict(record)
+
+
+def check_format(found: object, where: object) -> None:
+    """Raise CheckpointError for a format that this version cannot read."""
+    if not isinstance(found, int) or found < 1:
+        raise CheckpointError(f"{where} names no format version (found {found!r}); the checkpoint is damaged")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{where} has checkpoint format {found}; this slimlm reads up to {FORMAT}. Upgrade: pip install --upgrade slimlm"
+        )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this folder claims to be a slimlm checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def verify_files(folder: Path) -> None:
+    """Check every shard against its recorded size and SHA-256 and read its header; raises CheckpointError."""
+    files = read_record(folder).get("files", {})
+    if not files:
+        raise CheckpointError(f"{folder / RECORD} lists no weight files; the checkpoint is damaged")
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / RECORD} names a weight file outside the folder: {name!r}")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes where {expected['bytes']} were written; copy the checkpoint again")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the recorded one; copy the checkpoint again")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def stored_bytes(folder: Path) -> int:
+    """Size of a folder's weight files."""
+    return sum(p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        output.print(f"slimlm {version('slimlm')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Make language models smaller without retraining them."""
+    # `main` takes --debug off the line before typer sees it; it is declared here for --help.
+
+
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
@@ -61,8 +79,8 @@ def compress(
         str | None,
         typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens per window, at most the model's context.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")] = 2048,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -89,11 +107,13 @@ def compress(
 
 @app.command(name="eval")
 def evaluate(
-    out: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    model: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
     text: Annotated[str, typer.Option(help=".txt, .jsonl, .parquet or folder; hub data set; stdlib.")],
     against: Annotated[str | None, typer.Option(help="A second model to measure beside it.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per window.  [default: the model's context, at most 2048]")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop reading after this many tokens.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window.  [default: the model's context, at most 2048]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop reading after this many tokens.")] = None,
     activations: Annotated[
         ActivationFormat | None, typer.Option(help="Round the activations of the first model's linear layers.")
     ] = None,
@@ -102,12 +122,15 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, of one model or of two side by side."""
     where = pick_device(device)
-    models = [open_any(source) for source in (out, against) if source is not None]
-    window = length or min(context_length(models[0].model) or 2048, 2048)
+    models = [open_any(source) for source in (model, against) if source is not None]
+    context = min(context_length(opened.model) or sys.maxsize for opened in models)
+    window = length or min(context, 2048)
+    if window > context:
+        raise DataError(f"--length {window} is more than the model's context of {context} tokens")
     tokens = token_stream(models[0].tokenizer, documents(text, "evaluation"), at_most=max_tokens)
     windows = windows_of(tokens, window, source=text)
     if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(windows[0])):
-        raise DataError(f"{out} and {against} cut text into different tokens; their perplexities cannot be compared")
+        raise DataError(f"{model} and {against} cut text into different tokens; their perplexities cannot be compared")
     with _progress() as report:
         rows = [_evaluated(opened, windows, activations if opened is models[0] else None, where, report) for opened in models]
     predicted = windows[:, 1:].numel()
@@ -124,7 +147,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    out: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    model: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
@@ -135,7 +158,7 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
     where = pick_device(device)
-    opened = open_any(out)
+    opened = open_any(model)
     tokenizer = opened.tokenizer
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -194,7 +217,9 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the compressed model here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Keep the last model, compressed with recipe slim, here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress the bundled model in several ways and show the figures beside the original's; offline."""
@@ -286,7 +311,6 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         app(args=arguments)
     except SlimlmError as error:

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimlm.core.errors import CheckpointError
-from slimlm.models.opening import read_config
+from slimlm.models.opening import read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
@@ -34,7 +34,8 @@ def load(source: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
             "'slimlm compress', or open a dense model with transformers"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -57,6 +57,12 @@ class Calibration:
     """tokens per window; at most the model's context"""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 2:
+            raise DataError(
+                f"samples = {self.samples}, length = {self.length}: calibration needs at least one window of two tokens"
+            )
+
 
 @dataclass(frozen=True)
 class Result:
@@ -96,10 +102,13 @@ def compress(
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     progress("open the model", 0, 1)
     dense = open_dense(str(model))
+    progress("open the model", 1, 1)
     blocks = blocks_of(dense.model)
     left = refuse_early(dense.model, blocks, recipe)
+    inside = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.ndim > 1)
     windows = calibration_windows(dense, wanted, progress)
     layers = compress_blocks(dense, blocks, recipe, windows, where, progress)
+    coverage = sum(r.shape[0] * r.shape[1] for r in layers) / inside
     record = Record(
         model=str(model),
         recipe=recipe.to_dict(),
@@ -112,6 +121,7 @@ def compress(
         },
         layers=tuple(layers),
         left=left,
+        coverage=coverage,
         original_bytes=dense.bytes,
         stored_bytes=0,
         seconds=0.0,
@@ -155,13 +165,15 @@ def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: R
                     f'or leave the layer out of the recipe (leave = ["*.{name}"])'
                 )
             Layer.of(full, weight)
+        linear_weights = {f"{name}.weight" for name in linears_of(block)}
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 1 and name not in linear_weights:
+                left[f"{block_name}.{name}"] = f"{tuple(parameter.shape)}, not a linear layer that slimlm knows"
     return left
 
 
 def calibration_windows(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
     """Token windows `[count, length]` to calibrate on."""
-    if wanted.samples < 1:
-        raise DataError(f"samples = {wanted.samples}: calibration needs at least one window")
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     tokenizer = dense.tokenizer
     if wanted.data == "self":

@@ -16,6 +16,7 @@ Order is data: each step works on what the steps before it decided.
 """
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -104,14 +105,18 @@ def _step(data: dict[str, Any], where: str) -> NamedStep:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     options = {key: value for key, value in data.items() if key != kind}
+    known = [f.name for f in dataclasses.fields(method)]
+    for option in options:
+        if option not in known:
+            raise RecipeError(f"{where} ({data[kind]}): has no option {option!r}; its options are {', '.join(known)}")
     try:
-        return NamedStep(kind, str(data[kind]), TypeAdapter(method).validate_python(options))
+        # By way of JSON, because pydantic's strict mode takes no dictionary for a dataclass otherwise.
+        step = TypeAdapter(method).validate_json(json.dumps(options, default=str), strict=True)
+        return NamedStep(kind, str(data[kind]), step)
     except ValidationError as error:
         first = error.errors()[0]
-        option = str(first["loc"][0]) if first["loc"] else ""
-        known = [f.name for f in dataclasses.fields(method)]
-        said = f"has no option {option!r}" if option not in known else f"{option} = {options.get(option)!r}: {first['msg']}"
-        raise RecipeError(f"{where} ({data[kind]}): {said}; its options are {', '.join(known)}") from None
+        option = str(first["loc"][0])
+        raise RecipeError(f"{where} ({data[kind]}): {option} = {options.get(option)!r}: {first['msg']}") from None
     except RecipeError as error:
         raise RecipeError(f"{where} ({data[kind]}): {error}") from None
 
@@ -132,15 +137,15 @@ def open_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
-        text, source = path.read_text(encoding="utf-8"), name
+        content, source = path.read_bytes(), name
     else:
         names = _shipped_names()
         if name not in names:
             near = get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
             raise RecipeError(f"no recipe is called {name!r}; {hint} (a file of your own ends in .toml)")
-        text, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
+        content, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes(), f"recipe {name}"
     try:
-        return recipe_from_dict(tomllib.loads(text), source=source)
-    except tomllib.TOMLDecodeError as error:
+        return recipe_from_dict(tomllib.loads(content.decode()), source=source)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} is not TOML: {error}") from error

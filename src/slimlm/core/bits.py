@@ -7,6 +7,8 @@ Code i of a row therefore lies at bits [i*bits, (i+1)*bits) of that row's bytes.
 import torch
 from torch import Tensor
 
+from slimlm.core.errors import CheckpointError
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that one row of `count` codes takes."""
@@ -27,7 +29,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack`: uint8 `[rows, count]`."""
+    """The inverse of `pack`: uint8 `[rows, count]`; raises CheckpointError when the rows have another size."""
+    if packed.ndim != 2 or packed.shape[1] != packed_bytes(count, bits):
+        raise CheckpointError(
+            f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes a row; a stored tensor has the shape "
+            f"{list(packed.shape)}"
+        )
     rows = packed.shape[0]
     octets = (count + 7) // 8
     padded = torch.zeros(rows, octets * bits, dtype=torch.int64, device=packed.device)

@@ -115,7 +115,8 @@ def best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
 
     A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
     of the candidates, down to a bound below which clipping the largest point alone costs more than AbsMax costs in
-    all; so the result is never worse than AbsMax. A set of zeros gets the scale 0.
+    all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
+    top on) are tried too: a weight that is on a grid already need not use all its codes. A set of zeros gets the scale 0.
     """
     at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * _COARSE))
     parts = [_best_scale(p, m, bits) for p, m in zip(points.split(at_once), mass.split(at_once), strict=True)]
@@ -135,7 +136,8 @@ def _best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
     lower = torch.minimum(lower, upper * (top / (top + 1)) * 0.999)
 
     steps = torch.linspace(0, 1, _COARSE, device=points.device)
-    candidates = upper * (lower / upper) ** steps
+    inner = top / torch.arange(top // 2 + 1, top, device=points.device)
+    candidates = torch.cat([upper * (lower / upper) ** steps, upper * inner], dim=1)
     best, at = _pick(points, mass, candidates, bits)
     ratio = (upper / lower) ** (1 / (_COARSE - 1))
     steps = torch.linspace(-1, 1, _FINE, device=points.device)
@@ -150,6 +152,22 @@ def _best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
 def _pick(points: Tensor, mass: Tensor, candidates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     cost, index = grid_error(points, mass, candidates, bits).min(dim=1, keepdim=True)
     return candidates.gather(1, index), cost
+
+
+def polished(sets: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Each set's scale `[sets]` replaced by the least-squares one for its codes, where that errs less.
+
+    A weight that lies on a grid already gets that grid's scale back.
+    """
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
+    codes = nearest(sets / safe, bits)
+    fitted = (sets * codes).sum(dim=1) / codes.square().sum(dim=1).clamp_min(1)
+    fitted = torch.where(fitted > 0, fitted, safe[:, 0])[:, None]
+
+    def error(step: Tensor) -> Tensor:
+        return (nearest(sets / step, bits) * step - sets).square().sum(dim=1)
+
+    return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)
 
 
 _FEW = 2**15

@@ -38,10 +38,10 @@ def _leading_exactly(matrix: Tensor, rank: int) -> Tensor:
     """The `rank` leading left singular vectors, from the Gram matrix of the smaller side."""
     if matrix.shape[0] <= matrix.shape[1]:
         _, vectors = torch.linalg.eigh(matrix @ matrix.T)
-        return vectors[:, -rank:].flip(1)
+        return vectors.flip(1)[:, :rank]
     _, vectors = torch.linalg.eigh(matrix.T @ matrix)
     # QR rather than a division by singular values: directions without energy get some orthonormal completion.
-    basis, _ = torch.linalg.qr(matrix @ vectors[:, -rank:].flip(1))
+    basis, _ = torch.linalg.qr(matrix @ vectors.flip(1)[:, :rank])
     return basis
 
 
@@ -54,7 +54,7 @@ def _leading_by_iteration(matrix: Tensor, rank: int) -> Tensor:
         basis, _ = torch.linalg.qr(matrix @ (matrix.T @ basis))
     small = basis.T @ matrix
     _, vectors = torch.linalg.eigh((small @ small.T).double())
-    return basis @ vectors[:, -rank:].flip(1).to(matrix.dtype)
+    return basis @ vectors.flip(1)[:, :rank].to(matrix.dtype)
 
 
 def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,25 +59,28 @@ def low_rank_part(error: Tensor, energy: Tensor, form: AdapterFormat) -> LowRank
 
 
 def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: AdapterFormat) -> LowRank:
-    best = LowRank(_round(left.T, form), _round(right, form))
+    even = torch.ones_like(error[:, 0])
+    best = LowRank(_round(left.T, even, form), _round(right, energy, form))
     if not form.refit:
         return best
     least = linalg.weighted_square(error - best.dense(), energy)
     for _ in range(_REFITS):
-        left_part = _round(linalg.refit_left(error, _round(right, form).dense(), energy).T, form)
+        left = linalg.refit_left(error, _round(right, energy, form).dense(), energy)
+        left_part = _round(left.T, even, form)
         right = linalg.refit_right(error, left_part.dense().T)
-        part = LowRank(left_part, _round(right, form))
+        part = LowRank(left_part, _round(right, energy, form))
         cost = linalg.weighted_square(error - part.dense(), energy)
         if cost < least:
             best, least = part, cost
     return best
 
 
-def _round(factor: Tensor, form: AdapterFormat) -> Uniform:
-    """A factor `[rank, n]` on a grid with a scale per group along n."""
+def _round(factor: Tensor, mass: Tensor, form: AdapterFormat) -> Uniform:
+    """A factor `[rank, n]` on a grid with a scale per group along n, of least squared error under masses `[n]`."""
     shape = (factor.shape[0], factor.shape[1])
     sets = grid.rows_of(factor, form.group)
-    scale = grid.storable(grid.absmax_scale(sets, form.bits).view(grid.scale_shape(shape, form.group)))
+    masses = grid.rows_of(mass.expand_as(factor), form.group)
+    scale = grid.storable(grid.best_scale(sets, masses, form.bits).view(grid.scale_shape(shape, form.group)))
     codes = grid.encode(factor, scale, bits=form.bits, group=form.group)
     return Uniform(codes, scale, form.bits, form.group)
 

@@ -116,20 +116,23 @@ class Uniform(_Stored):
         return tensors
 
     def describe(self) -> Description:
-        return {"kind": "uniform", "bits": self.bits, "group": self.group}
+        return {
+            "kind": "uniform",
+            "bits": self.bits,
+            "group": self.group,
+            "input_scale": self.input_scale is not None,
+        }
 
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Uniform":
         bits = about["bits"]
         stored = shape[1] if keep is None else _kept_per_row(keep)
         codes = bitstream.unpack(tensors[""], bits, stored).to(torch.int16) - 2 ** (bits - 1)
-        return cls(
-            _scatter(codes.to(torch.int8), shape, keep),
-            tensors["scale"],
-            bits,
-            about["group"],
-            tensors.get("input_scale"),
-        )
+        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group"]))
+        input_scale = tensors["input_scale"] if about["input_scale"] else None
+        if input_scale is not None:
+            _fitting("input_scale", input_scale, (shape[1],))
+        return cls(_scatter(codes.to(torch.int8), shape, keep), scale, bits, about["group"], input_scale)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Pruned(_Stored):
 
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "Pruned":
-        keep = bitstream.unpack(tensors["keep"], 1, shape[1]).bool()
+        keep = _fitting("keep", bitstream.unpack(tensors["keep"], 1, shape[1]).bool(), shape)
         inner = _ELEMENTWISE[about["inner"]["kind"]].rebuild(about["inner"], tensors, shape, keep)
         return cls(inner, keep, about["pattern"])
 
@@ -218,9 +221,15 @@ def _kept_per_row(keep: Tensor) -> int:
     return int(counts[0])
 
 
+def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"a stored {name} has the shape {list(tensor.shape)}; this layer's is {list(shape)}")
+    return tensor
+
+
 def _scatter(stored: Tensor, shape: tuple[int, int], keep: Tensor | None) -> Tensor:
     if keep is None:
-        return stored
+        return _fitting("weight", stored, shape)
     if stored.numel() != int(keep.sum()):
         raise CheckpointError(f"a stored mask keeps {int(keep.sum())} weights, but {stored.numel()} are stored")
     full = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
@@ -238,12 +247,16 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack_parts(parts: tuple[Part, ...]) -> dict[str, Tensor]:
-    """The tensors of a layer's parts by name: `weight...` for the first, `extra1...` and on for the others."""
-    return {
+    """The tensors of a layer's parts by name: `weight...` for the first, `extra1...` and on for the others.
+
+    `weight` itself, the base's elements, is one-dimensional, row after row, so that no program takes it for a matrix.
+    """
+    tensors = {
         _join("weight" if i == 0 else f"extra{i}", name): tensor
         for i, part in enumerate(parts)
         for name, tensor in part.packed().items()
     }
+    return {**tensors, "weight": tensors["weight"].flatten()}
 
 
 def unpack_parts(descriptions: list[Description], tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Part, ...]:
@@ -253,6 +266,8 @@ def unpack_parts(descriptions: list[Description], tensors: dict[str, Tensor], sh
         own = _under("weight" if i == 0 else f"extra{i}", tensors)
         kind = about.get("kind")
         try:
+            if i == 0 and "" in own:
+                own[""] = own[""].view(shape[0], -1)
             if kind in _ELEMENTWISE:
                 parts.append(_ELEMENTWISE[kind].rebuild(about, own, shape, None))
             elif kind == "pruned":

@@ -10,6 +10,7 @@ anything else       a hub data set, NAME or NAME:CONFIG (split: train for calibr
 
 import json
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ _FIELDS = ("text", "content")
 
 def documents(source: str, purpose: Purpose) -> Iterator[str]:
     """The documents of a source, lazily, in order; raises DataError in words where there is none."""
+    if source == "self":
+        raise DataError("'self' is the text a model writes; it serves calibration, not evaluation. Name a text to measure on")
     if source == "stdlib":
         return stdlib_documents(purpose)
     path = Path(source)
@@ -105,10 +108,13 @@ def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
         rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        option = "--data" if purpose == "calibration" else "--text"
+        own = ", or 'self' (text that the model writes)" if purpose == "calibration" else ""
+        near = " Did you mean 'stdlib'?" if get_close_matches(name, ["stdlib"]) else ""
+        named = f"{name!r} (the default)" if name == DEFAULT_DATA else repr(name)
         raise DataError(
-            f"{name!r} is no file here, and the hub gave no data set of that name ({first}). Without a network: give "
-            "a .txt, .jsonl or .parquet file, 'stdlib' (Python's own source), or for calibration 'self' (the model's "
-            "own text)"
+            f"{named} is no file here, and the hub gave no data set of that name ({first}). Without a network, name a text "
+            f"with {option}: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
         ) from error
     for number, row in enumerate(rows):
         yield _text_of(row, f"{name}, row {number}")

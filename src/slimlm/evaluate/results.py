@@ -41,7 +41,9 @@ class Record:
     """source, windows, length, tokens, seed"""
     layers: tuple[LayerRecord, ...]
     left: dict[str, str]
-    """layers that stayed as they are, and why"""
+    """weights that stayed as they are, and why"""
+    coverage: float
+    """compressed weights over all matrix weights in the blocks"""
     original_bytes: int
     """the tensors of the original model, tied ones once"""
     stored_bytes: int

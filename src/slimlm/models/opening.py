@@ -1,6 +1,8 @@
 """Open a dense model from a folder or the hub, and say in words what is wrong when that fails."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError
 from slimlm.models.structure import original_dtypes
@@ -62,6 +65,18 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the screen meanwhile; ours tell what a run does."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def open_dense(source: str) -> DenseModel:
     """Load a causal language model in float32; nothing is trusted to run code.
 
@@ -72,7 +87,8 @@ def open_dense(source: str) -> DenseModel:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
     except SafetensorError as error:
         raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -51,8 +51,11 @@ def summary_table(record: Record) -> Table:
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
+    names = list(record.left)
+    left = "".join(f", {name}" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)
     rows = [
-        ("recipe", f"{record.recipe['name']}: {record.recipe['summary']}"),
+        ("recipe", named),
         ("calibration", f"{calibration['data']}, {calibration['samples']} windows of {calibration['length']} tokens{fewer}"),
         (
             "size",
@@ -61,7 +64,7 @@ def summary_table(record: Record) -> Table:
         ),
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
-        ("left as they are", f"{len(record.left)} linear layers, embeddings, norms"),
+        ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: embeddings, norms{left}"),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -72,6 +72,10 @@ class CompressedLinear(nn.Module):
         kinds = " + ".join(d["kind"] for d in self.descriptions)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._prepared = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         before = self.packed()
         super()._apply(fn, recurse)

@@ -8,7 +8,8 @@
 
 `docs/checkpoint-format.md` describes the fields and the order of bits. Two guards make transformers refuse the folder in
 words where slimlm is not imported, instead of filling layers with random numbers: `model_type` is a sentence that it
-does not know, and every compressed layer stores uint8 under the name `weight`, whose shape differs from the dense one.
+does not know, and every compressed layer stores a one-dimensional tensor under the name `weight`, which fits no dense
+layer.
 
 A folder is written beside its final place and renamed at the end, so a run that dies leaves no half checkpoint.
 """
@@ -31,7 +32,7 @@ from slimlm.core.errors import CheckpointError
 
 FORMAT = 1
 METHOD = "slimlm"
-MODEL_TYPE = "slimlm checkpoint: run 'pip install slimlm', then 'import slimlm' before opening it"
+MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
 RECORD = "slimlm.json"
 _SHARD_SIZE = "4GB"
 
@@ -56,16 +57,22 @@ def written_beside(out: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
-        # mkdtemp makes the folder private; the checkpoint gets the permissions the user's umask gives.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        _give_usual_permissions(partial)
         if out.is_dir():
             out.rmdir()
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """What the user's umask gives new files; mkdtemp and some writers make private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -96,6 +103,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """slimlm.json as a dictionary, its format checked."""
     path = folder / RECORD
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder at {folder}")
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a slimlm checkpoint: it has no {RECORD}")
     try:
@@ -112,7 +121,7 @@ def check_format(found: object, where: object) -> None:
         raise CheckpointError(f"{where} names no format version (found {found!r}); the checkpoint is damaged")
     if found > FORMAT:
         raise CheckpointError(
-            f"{where} has checkpoint format {found}; this slimlm reads up to {FORMAT}. Upgrade: pip install --upgrade slimlm"
+            f"{where} has checkpoint format {found}; this slimlm reads up to {FORMAT}. Install a newer slimlm"
         )
 
 

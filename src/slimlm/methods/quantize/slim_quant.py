@@ -8,7 +8,8 @@ f is the distribution of the weights: a histogram for a whole tensor, the weight
 a group or a small tensor; so the probabilistic scale exists at every granularity. Departures, by `search`:
 
 grid    (default) the sum is taken over the very grid that is applied, codes -2^(bits-1) .. 2^(bits-1)-1 with both signs
-        of x, and the scan is geometric, so that a single far outlier does not hide the optimum.
+        of x, and the scan is geometric, so that a single far outlier does not hide the optimum; the
+        scale found is then set to the least-squares one for its codes, where that is better.
 paper   Algorithm 1 to the letter: cap alpha, step alpha / 2^(bits-1), f of |x| in max(512, min(n/1000, 20000)) bins, ten
         uniform coarse samples over (0, max|x|], ten fine ones around the best. The top level +alpha, a 17th one at 4
         bits, does not fit in the bits: the largest code is 2^(bits-1)-1.
@@ -59,8 +60,10 @@ class SlimQuant:
             return alpha_of_paper(weight, self.bits).view(1, 1) / 2 ** (self.bits - 1)
         if self.search == "code":
             return alpha_of_code(weight, self.bits).view(1, 1) / grid.top_code(self.bits)
-        points, mass = grid.distribution(grid.rows_of(weight, self.group))
-        return grid.best_scale(points, mass, self.bits).view(grid.scale_shape((weight.shape[0], weight.shape[1]), self.group))
+        sets = grid.rows_of(weight, self.group)
+        points, mass = grid.distribution(sets)
+        scale = grid.polished(sets, grid.best_scale(points, mass, self.bits), self.bits)
+        return scale.view(grid.scale_shape((weight.shape[0], weight.shape[1]), self.group))
 
 
 def absolute_histogram(weight: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -29,10 +29,10 @@ class SlimQuantO:
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
-        if not 0 < self.salient < 1 or self.boost <= 1:
+        if not 0 < self.salient < 1 or not 1 < self.boost <= 1 / grid.FP16_SMALLEST_NORMAL:
             raise RecipeError(
                 f"salient = {self.salient}, boost = {self.boost}: salient is a share of the inputs between 0 and 1, "
-                "boost a factor above 1"
+                "boost a factor above 1 and up to 16384"
             )
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
@@ -41,7 +41,8 @@ class SlimQuantO:
         scale = grid.storable(grid.best_scale(points, mass, self.bits).view(1, 1))
         saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
         count = max(1, int(self.salient * target.shape[1]))
-        factor = torch.ones_like(saliency)
-        factor[saliency.topk(count).indices] = self.boost
-        codes = grid.encode(target * factor, scale, bits=self.bits, group="tensor")
-        return layer.encode(Uniform(codes, scale, self.bits, "tensor", (1 / factor).to(torch.float16)))
+        inverse = torch.ones_like(saliency, dtype=torch.float16)
+        inverse[saliency.topk(count).indices] = 1 / self.boost
+        # The stored inverse, not the boost itself, so that file and codes agree where 1 / boost is not exact in float16.
+        codes = grid.encode(target / inverse.float(), scale, bits=self.bits, group="tensor")
+        return layer.encode(Uniform(codes, scale, self.bits, "tensor", inverse))

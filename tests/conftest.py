@@ -1,0 +1,114 @@
+"""Tiny random models of the real transformers classes, and the project's real data where it is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 256
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = {**WIDE, "intermediate_size": 88, "num_key_value_heads": 2, "max_position_embeddings": 64}
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE, **ENDS, attention_bias=True, mlp_bias=True)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE, **ENDS, tie_word_embeddings=True)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, **ENDS, sliding_window=16)),
+    "qwen2-mixed-attention": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            **LLAMA_LIKE,
+            **ENDS,
+            use_sliding_window=True,
+            sliding_window=16,
+            max_window_layers=1,
+            layer_types=["full_attention", "sliding_attention"],
+        )
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA_LIKE, **ENDS, head_dim=16)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(**WIDE, **ENDS, ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=48, dropout=0.0)
+    ),
+    "opt-projected": lambda: OPTForCausalLM(
+        OPTConfig(
+            **WIDE,
+            **ENDS,
+            ffn_dim=96,
+            max_position_embeddings=64,
+            word_embed_proj_dim=24,
+            do_layer_norm_before=False,
+            dropout=0.0,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; the byte 0 doubles as the beginning of a sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[0])
+
+
+def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model whose logits are far from constant."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    return model.to(dtype)
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """A model folder as a user has it."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 6000 bytes of made-up text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = torch.Generator().manual_seed(1)
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "river", "stone", "tree"]
+    drawn = torch.randint(len(words), (1200,), generator=generator)
+    path.write_text(" ".join(words[i] for i in drawn))
+    return path
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in float16 with its tokenizer."""
+    return save(random_model("llama", torch.float16), tmp_path_factory.mktemp("models") / "llama")

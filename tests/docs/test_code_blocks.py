@@ -1,0 +1,137 @@
+"""The code blocks of the README and of docs/ run as a reader would type them, page by page and in order."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import slimlm
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = Path("examples/pystd-5m")
+INSTALL = "python -m pip install "
+SECONDS = 600
+"""A page compresses a five-million-parameter model three times at most: a minute on an idle machine."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    line: int
+    """of its first line of code, in the page"""
+    code: str
+
+    @property
+    def file(self) -> str | None:
+        """The file it is to be written to, where its first line is a comment with nothing but a name."""
+        match = re.match(r"# ([\w./-]+\.\w+)\n", self.code)
+        return match[1] if match else None
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks in python, bash and toml, in order."""
+    found = re.finditer(r"^```(python|bash|toml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(m[1], text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found]
+
+
+def script_of(page: Path) -> str:
+    """One Python program that does what the page says, its line numbers those of the page.
+
+    Lines that install are left out: CI types them itself, and the tests run in what they made.
+    """
+    lines = ["import subprocess", "page = {}"]
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        if block.file is not None:
+            continue
+        if block.language == "python":
+            # Leading empty lines make a traceback point into the page.
+            code = "\n" * (block.line - 1) + block.code
+            lines.append(f"exec(compile({code!r}, {str(page)!r}, 'exec'), page)")
+        elif block.language == "bash":
+            code = "".join(line for line in block.code.splitlines(keepends=True) if not line.startswith(INSTALL))
+            if code.strip():
+                lines.append(f"subprocess.run(['bash', '-euo', 'pipefail', '-c', {code!r}], check=True)")
+    return "\n".join(lines) + "\n"
+
+
+def needs_the_model(page: Path) -> bool:
+    return str(MODEL) in "".join(block.code for block in blocks_of(page.read_text(encoding="utf-8")))
+
+
+def write_files(page: Path, folder: Path) -> bool:
+    """Write the blocks that name a file into the folder; gives whether they add to a copy of slimlm's source there."""
+    files = {block.file: block.code for block in blocks_of(page.read_text(encoding="utf-8")) if block.file is not None}
+    adds = any(name.startswith("src/slimlm/") for name in files)
+    if adds:
+        # A method is added to a copy, so that neither the checkout nor the installed package changes.
+        unneeded = shutil.ignore_patterns("__pycache__", "bundled")
+        shutil.copytree(Path(slimlm.__file__).parent, folder / "src/slimlm", ignore=unneeded)
+    for name, code in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code, encoding="utf-8")
+    return adds
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
+    script = script_of(page)
+    if needs_the_model(page) and not (ROOT / MODEL / "config.json").is_file():
+        pytest.skip(f"{MODEL} is not there yet; train it with examples/train_example_model.py")
+    (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
+    added = write_files(page, tmp_path)
+    environment = {
+        **os.environ,
+        # The commands of the environment that runs this test, whether or not it is activated.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    if added:
+        environment["PYTHONPATH"] = str(tmp_path / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, f"{page.name} does not run:\n{done.stdout[-4000:]}"
+
+
+def test_every_fence_opens_with_a_language_or_closes_a_block() -> None:
+    for page in PAGES:
+        fences = re.findall(r"^```(\w*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) % 2 == 0, page
+        assert all(fence in {"python", "bash", "toml"} for fence in fences[::2]), page
+        assert not any(fences[1::2]), page
+
+
+def test_blocks_are_found_with_their_line_language_and_file() -> None:
+    text = "one\n```python\n# a/b.py\nx = 1\n```\ntwo\n```bash\nls\n```\n```text\nno\n```\n"
+    first, second = blocks_of(text)
+    assert (first.language, first.line, first.file) == ("python", 3, "a/b.py")
+    assert (second.language, second.line, second.file, second.code) == ("bash", 8, None, "ls\n")
+
+
+def test_every_link_of_a_page_to_a_file_leads_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_ci_types_the_commands_of_the_readme() -> None:
+    typed = [b.code.strip() for b in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")) if b.code.startswith(INSTALL)]
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert len(typed) == 2
+    assert all(command in ci for command in typed)

@@ -1,0 +1,185 @@
+"""What every method owes, whoever wrote it. A method joins this suite by existing."""
+
+import dataclasses
+import importlib
+import inspect
+from itertools import permutations, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimlm.core import registry
+from slimlm.core.layer import Layer, Need, Stats, Step
+from slimlm.core.parts import Pruned, Uniform, dense_of, pack_parts, unpack_parts
+
+from .conftest import inputs, layer_of, stats_of
+
+Name = tuple[str, str]
+METHODS: list[Name] = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+SHAPES = [(48, 172), (96, 352), (172, 48), (7, 12), (1, 4)]
+"""Groups of 128 divide none of these widths; 96 x 352 is searched by histogram; 7 x 12 has rank 0 at the default 0.1."""
+
+every_method = pytest.mark.parametrize(("kind", "name"), METHODS, ids=[name for _, name in METHODS])
+
+
+def orders() -> list[tuple[Name, ...]]:
+    """All methods of one, two or three different verbs in every order, and the verbs of the recipe `slim`."""
+    verbs = [kinds for length in (1, 2, 3) for kinds in permutations(registry.KINDS, length)]
+    verbs.append(("quantize", "prune", "compensate", "quantize", "compensate"))
+    found = []
+    for kinds in verbs:
+        for names in product(*(registry.names(kind) for kind in dict.fromkeys(kinds))):
+            chosen = dict(zip(dict.fromkeys(kinds), names, strict=True))
+            found.append(tuple((kind, chosen[kind]) for kind in kinds))
+    return found
+
+
+def default(kind: str, name: str) -> Step:
+    return registry.find(kind, name)()
+
+
+def started(kind: str, layer: Layer, stats: Stats) -> Layer:
+    """The layer as a method of this kind usually meets it: a compensator after something to repair."""
+    if kind != "compensate":
+        return layer
+    return default("prune", "magnitude")(default("quantize", "absmax")(layer, stats), stats)
+
+
+def tensors_of(layer: Layer) -> dict[str, Tensor]:
+    return {f"{i}_{name}": t for i, part in enumerate(layer.parts()) for name, t in part.packed().items()}
+
+
+def assert_sound(layer: Layer) -> None:
+    """Finite, masked, of the right shape, and the same after storage."""
+    parts = layer.parts()
+    dense = dense_of(parts)
+    assert dense.shape == layer.original.shape
+    assert bool(dense.isfinite().all())
+    if layer.keep is not None:  # law 8
+        assert int((parts[0].dense()[~layer.keep] != 0).sum()) == 0
+    packed = pack_parts(parts)
+    back = unpack_parts([part.describe() for part in parts], packed, layer.shape)
+    assert torch.equal(dense_of(back), dense)  # law 23
+    again = pack_parts(back)
+    assert again.keys() == packed.keys()
+    assert all(torch.equal(again[name], packed[name]) for name in packed)
+    stored = sum(8 * len(t.contiguous().view(torch.uint8).flatten()) for t in packed.values())
+    assert sum(part.storage_bits() for part in parts) == stored  # law 29
+
+
+@every_method
+def test_the_defaults_work_and_the_options_are_fields(kind: str, name: str) -> None:
+    method = registry.find(kind, name)
+    step = method()
+    assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert isinstance(step.needs, Need)
+    assert "needs" not in {field.name for field in dataclasses.fields(method)}
+    assert step == dataclasses.replace(step)
+
+
+@every_method
+def test_the_class_says_in_one_line_what_it_gives(kind: str, name: str) -> None:
+    text = inspect.getdoc(registry.find(kind, name))
+    assert text and not text.startswith(registry.find(kind, name).__name__ + "("), "a docstring of its own"
+    summary = text.splitlines()[0]
+    assert summary.endswith(".")
+    assert 10 < len(summary) <= 100  # a row of the table of methods
+
+
+@every_method
+def test_the_file_names_its_paper_or_says_that_it_is_a_baseline(kind: str, name: str) -> None:
+    text = importlib.import_module(f"slimlm.methods.{kind}.{name}").__doc__ or ""
+    assert "arXiv" in text or "baseline" in text
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_result_is_sound_for_any_shape(kind: str, name: str, shape: tuple[int, int]) -> None:
+    stats = stats_of(inputs(shape[1]))
+    layer = default(kind, name)(started(kind, layer_of(*shape), stats), stats)
+    assert_sound(layer)
+
+
+@every_method
+def test_no_argument_is_changed(kind: str, name: str) -> None:
+    stats = stats_of(inputs())
+    layer = started(kind, layer_of(), stats)
+    weight, before = layer.original.clone(), {n: t.clone() for n, t in tensors_of(layer).items()}
+    measured = {f.name: getattr(stats, f.name).clone() for f in dataclasses.fields(stats) if f.name != "tokens"}
+    after = default(kind, name)(layer, stats)
+    assert torch.equal(layer.original, weight)
+    assert torch.equal(after.original, weight)
+    assert all(torch.equal(t, before[n]) for n, t in tensors_of(layer).items())
+    assert all(torch.equal(getattr(stats, n), t) for n, t in measured.items())
+
+
+@every_method
+def test_the_same_call_gives_the_same_bits(kind: str, name: str) -> None:  # law 28
+    stats = stats_of(inputs())
+    first, second = (default(kind, name)(started(kind, layer_of(), stats), stats) for _ in range(2))
+    assert all(torch.equal(t, tensors_of(second)[n]) for n, t in tensors_of(first).items())
+
+
+@every_method
+def test_the_random_state_is_left_alone(kind: str, name: str) -> None:
+    stats = stats_of(inputs())
+    layer = started(kind, layer_of(), stats)
+    before = torch.random.get_rng_state()
+    default(kind, name)(layer, stats)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@every_method
+def test_a_method_reads_no_statistic_that_it_did_not_ask_for(kind: str, name: str) -> None:
+    full = stats_of(inputs())
+    step = default(kind, name)
+    asked = {"mean_abs": Need.MEAN_ABS, "mean_square": Need.MEAN_SQUARE, "peak_mean_abs": Need.PEAK_MEAN_ABS}
+    only = Stats(full.tokens, **{field: getattr(full, field) for field, need in asked.items() if need in step.needs})
+    layer = started(kind, layer_of(), full)
+    assert all(torch.equal(t, tensors_of(step(layer, full))[n]) for n, t in tensors_of(step(layer, only)).items())
+
+
+@every_method
+@pytest.mark.parametrize("dead", [5, 172], ids=["some", "all"])
+def test_inputs_that_never_fire_do_no_harm(kind: str, name: str, dead: int) -> None:
+    stats = stats_of(inputs(dead=dead))
+    layer = default(kind, name)(started(kind, layer_of(), stats), stats)
+    assert_sound(layer)
+    # A dead input may lose its repair, but no weight may come out larger than it and its rounding can explain.
+    assert float(dense_of(layer.parts()).abs().max()) <= 2 * float(layer.original.abs().max())
+
+
+@every_method
+def test_a_weight_of_zeros_stays_zero(kind: str, name: str) -> None:
+    stats = stats_of(inputs())
+    zero = Layer.of("fc1", torch.zeros(48, 172, dtype=torch.float16))
+    layer = default(kind, name)(started(kind, zero, stats), stats)
+    assert_sound(layer)
+    assert int((dense_of(layer.parts()) != 0).sum()) == 0
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_other_dtypes_are_taken(kind: str, name: str, dtype: torch.dtype) -> None:
+    stats = stats_of(inputs())
+    layer = Layer.of("fc1", layer_of().original.to(dtype))
+    assert_sound(default(kind, name)(started(kind, layer, stats), stats))
+
+
+@pytest.mark.parametrize("names", orders(), ids=lambda names: "-".join(name for _, name in names))
+def test_methods_work_in_every_order(names: tuple[Name, ...]) -> None:
+    stats = stats_of(inputs(dead=3))
+    layer = layer_of()
+    masks: list[Tensor] = []
+    for kind, name in names:
+        layer = default(kind, name)(layer, stats)
+        masks += [] if layer.keep is None else [layer.keep]
+    assert_sound(layer)
+    assert all(torch.equal(mask, masks[0]) for mask in masks)  # no later step touches the mask
+    kinds = {kind for kind, _ in names}
+    base = layer.parts()[0]
+    assert isinstance(base, Pruned) == ("prune" in kinds)
+    assert isinstance(base.inner if isinstance(base, Pruned) else base, Uniform) == ("quantize" in kinds)
+    # 2:4 by magnitude drops a tenth of the energy or so, 4 bits less; half would mean that something undoes another.
+    assert float(layer.error.square().sum()) < 0.5 * float(layer.original.square().sum())

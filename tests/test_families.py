@@ -1,0 +1,142 @@
+"""Every family of this version, from a model folder to a packed one and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import slimlm
+from slimlm.calibrate import enter, run
+from slimlm.models.structure import blocks_of, linears_of
+from slimlm.recipe import recipe_from_dict
+from slimlm.runtime.linear import CompressedLinear
+
+from .conftest import random_model, save
+
+LENGTH = 48
+
+
+@pytest.fixture
+def folder(family: str, tmp_path: Path) -> Path:
+    return save(random_model(family), tmp_path / "dense")
+
+
+def squeeze(folder: Path, out: Path, text_file: Path, recipe: object = "slim") -> slimlm.Result:
+    return slimlm.compress(folder, out, recipe=recipe, data=str(text_file), samples=20, length=LENGTH)
+
+
+def test_a_saved_model_gives_the_same_logits_and_greedy_text_as_the_one_in_memory(
+    folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    squeeze(folder, tmp_path / "out", text_file)
+    ids = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    ours = slimlm.load(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any(isinstance(m, CompressedLinear) for m in theirs.modules())
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    # An independent reading: the dense class with each weight put back from its parts.
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    named = dict(dense.named_modules())
+    for name, module in ours.named_modules():
+        if isinstance(module, CompressedLinear):
+            weight = sum(part.dense() for part in module.parts())
+            parameter = named[name].weight
+            parameter.data = weight.T.contiguous() if "Conv1D" in type(named[name]).__name__ else weight
+    # float32 addition in another order moves logits of size one by about 1e-6
+    assert torch.allclose(dense(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(dense.generate(ids[:, :8], **options), ours.generate(ids[:, :8], **options))
+
+
+def test_what_is_not_compressed_stays_bit_for_bit(family: str, tmp_path: Path, text_file: Path) -> None:
+    folder = save(random_model(family, torch.bfloat16), tmp_path / "dense")
+    result = squeeze(folder, tmp_path / "out", text_file)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    compressed = {f"{layer.name}.weight" for layer in result.record.layers}
+    assert compressed <= set(before)
+    for name in set(before) - compressed:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(before[name], after[name]), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((folder / "config.json").read_text())
+    for key in ("model_type", "_name_or_path"):
+        original.pop(key, None)
+    assert {key: config[key] for key in original} == original
+
+
+def test_bits_reported_bits_in_memory_and_bytes_on_disk_agree(folder: Path, tmp_path: Path, text_file: Path) -> None:
+    record = squeeze(folder, tmp_path / "out", text_file).record
+    layers = {n: m for n, m in slimlm.load(tmp_path / "out").named_modules() if isinstance(m, CompressedLinear)}
+    assert {r.name: r.bits for r in record.layers} == {n: sum(p.storage_bits() for p in m.parts()) for n, m in layers.items()}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    own = [t for n, t in stored.items() if n.rpartition(".")[0] in layers and not n.endswith(".bias")]
+    on_disk = sum(t.numel() * t.element_size() for t in own)
+    assert on_disk * 8 == sum(r.bits for r in record.layers)
+
+
+def test_full_rank_at_eight_bits_without_pruning_leaves_the_logits_alone(folder: Path, tmp_path: Path, text_file: Path) -> None:
+    steps = [
+        {"quantize": "slim_quant", "bits": 8, "group": "row"},
+        {"compensate": "slim_lora", "rank": 1.0, "bits": 16},
+    ]
+    squeeze(folder, tmp_path / "out", text_file, recipe_from_dict({"steps": steps}, source="test"))
+    ids = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    dense = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.detach()
+    # The adapters' float16 rounding acts on the 8-bit error only, about 2^-11 x 2^-8 of a weight.
+    assert torch.allclose(dense, slimlm.load(tmp_path / "out")(ids).logits, atol=1e-3 * float(dense.abs().max()))
+
+
+def test_blocks_replayed_one_by_one_give_the_model_s_own_hidden_states(family: str) -> None:
+    model = random_model(family)
+    blocks = blocks_of(model)
+    windows = torch.randint(256, (5, LENGTH), generator=torch.Generator().manual_seed(4))
+    flow = enter(model, blocks, windows)
+    expected: dict[str, torch.Tensor] = {}
+    handles = [
+        block.register_forward_hook(lambda _m, _i, o, name=name: expected.update({name: o[0] if isinstance(o, tuple) else o}))
+        for name, block in blocks.items()
+    ]
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for name, block in blocks.items():
+        flow.hidden = list(run(block, name, flow, torch.device("cpu")))
+        assert torch.allclose(torch.cat(flow.hidden), expected[name], atol=1e-5), name
+
+
+def test_sliding_and_full_layers_keep_their_own_masks() -> None:
+    model = random_model("qwen2-mixed-attention")
+    blocks = blocks_of(model)
+    flow = enter(model, blocks, torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(5)))
+    masks = [flow.arguments[name, 2][1].get("attention_mask") for name in blocks]
+    assert masks[1] is not None
+    assert masks[0] is None or not torch.equal(masks[0], masks[1])
+
+
+def test_only_linear_layers_inside_the_blocks_are_found() -> None:
+    model = random_model("opt-projected")
+    outside = {name for name in linears_of(model) if not name.startswith("model.decoder.layers.")}
+    assert outside == {"lm_head", "model.decoder.project_in", "model.decoder.project_out"}
+
+
+def test_a_model_that_is_pruned_and_on_the_grid_already_comes_back_unchanged(tmp_path: Path, text_file: Path) -> None:
+    # law 21: compression is idempotent, with nothing left for the adapters
+    model = random_model("llama")
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if "proj.weight" in name:
+            codes = torch.randint(1, 8, parameter.shape, generator=generator).float()
+            codes *= torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            keep = torch.tensor([True, False, False, True]).repeat(parameter.shape[1] // 4)
+            parameter.data = codes * keep * 0.05
+    folder = save(model, tmp_path / "dense")
+    record = squeeze(folder, tmp_path / "out", text_file).record
+    assert max(layer.error for layer in record.layers) < 1e-6
+    for name, module in slimlm.load(tmp_path / "out").named_modules():
+        if isinstance(module, CompressedLinear):
+            total = sum(part.dense() for part in module.parts())
+            assert torch.allclose(total, model.get_parameter(f"{name}.weight"), atol=1e-7)

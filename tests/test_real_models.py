@@ -1,0 +1,46 @@
+"""On the project's real models and text, where they are there: who beats whom, and by the published protocol."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import slimlm
+from slimlm.data.documents import documents
+from slimlm.data.windows import token_stream, windows_of
+from slimlm.evaluate.compare import open_any
+from slimlm.evaluate.perplexity import perplexity
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MODEL = DATA / "models" / "stories260K-hf"
+
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the real models are not beside this checkout")
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    tokens = token_stream(
+        open_any(str(MODEL)).tokenizer,
+        documents(str(DATA / "text" / "tinystories-dev.txt"), "evaluation"),
+        at_most=40 * 512,
+    )
+    return windows_of(tokens, 512, source="tinystories-dev.txt")
+
+
+def rise(recipe: str, windows: torch.Tensor, out: Path) -> float:
+    text = DATA / "text" / "tinystories-calib.txt"
+    slimlm.compress(MODEL, out, recipe=recipe, data=str(text), samples=32, length=512)
+    dense = perplexity(open_any(str(MODEL)).model, windows).value
+    return perplexity(open_any(str(out)).model, windows).value - dense
+
+
+def test_the_dense_model_has_its_known_perplexity(windows: torch.Tensor) -> None:
+    # about 4.57 over the whole text; the first 40 windows are a little easier
+    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(4.6, abs=0.25)
+
+
+def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(windows: torch.Tensor, tmp_path: Path) -> None:
+    slim, code, wanda, magnitude, dense4 = (
+        rise(recipe, windows, tmp_path / recipe) for recipe in ("slim", "slim-code", "wanda", "magnitude", "absmax")
+    )
+    assert dense4 < slim < code < wanda < magnitude

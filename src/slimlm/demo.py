@@ -26,8 +26,8 @@ RECIPES = ("absmax", "magnitude", "wanda", "slim")
 CALIBRATION_WINDOWS = 64
 EVALUATION_TOKENS = 64 * 512
 LENGTH = 512
-PROMPT = "def read_lines(path, encoding=None):\n    "
-_NEW_TOKENS = 60
+PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n        "
+_NEW_TOKENS = 80
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,17 @@ def table(shown: Demo) -> Table:
 
 
 def _go_on(opened: OpenModel) -> str:
-    """What the model writes after the prompt, the likeliest token each time."""
+    """What the model writes after the prompt: drawn with a low temperature from a fixed seed, so that it does not loop."""
     tokenizer = opened.tokenizer
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]])
-    made = opened.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = opened.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=True,
+            temperature=0.5,
+            pad_token_id=0,
+        )
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))

@@ -5,7 +5,7 @@
 Every compression is a process of its own, as a user would start it, so that its time and peak memory are its own; both
 include starting Python and verifying the result. Perplexity is measured in float32 on windows of the model's context over
 the whole text, and again on its first 100,000 tokens, which is what published figures often cover. Writes
-benchmarks/results/quality-MODEL.json and prints a table.
+benchmarks/results/quality-MODEL.json, keeping an earlier run's rows of recipes that are not measured now, and prints a table.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +84,36 @@ def main() -> None:
     length = min(context_length(dense.model) or 2048, 2048)
     tokens = token_stream(dense.tokenizer, documents(arguments.text, "evaluation"), at_most=arguments.max_tokens)
     windows = windows_of(tokens, length, source=arguments.text)
+    name = Path(arguments.model).name
+    evaluation = f"{windows[:, 1:].numel()} tokens of {Path(arguments.text).name}, windows of {length}"
     rows = [{"recipe": "dense", "seed": 0, **figures(dense, windows), "seconds": 0.0, "peak_memory": None}]
+    rows += kept(RESULTS / f"quality-{name}.json", evaluation, arguments.recipes)
     for recipe in arguments.recipes:
         for seed in arguments.seeds:
             rows.append(compressed(arguments, recipe, seed, windows))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
-    name = Path(arguments.model).name
     result = {
         "model": name,
         "calibration": f"{arguments.samples} windows of {length} tokens of {Path(arguments.data).name}",
-        "evaluation": f"{windows[:, 1:].numel()} tokens of {Path(arguments.text).name}, windows of {length}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "evaluation": evaluation,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {package: version(package) for package in ("slimlm", "torch", "transformers")},
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     Console(width=140).print(plain_table(result["evaluation"], COLUMNS, summary(rows)))
+
+
+def kept(path: Path, evaluation: str, recipes: list[str]) -> list[dict[str, Any]]:
+    """An earlier run's rows of the other recipes, where it measured on the same text."""
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    if earlier["evaluation"] != evaluation:
+        return []
+    return [row for row in earlier["rows"] if row["recipe"] not in ("dense", *recipes)]
 
 
 COLUMNS = ("recipe", "bits/weight", "bytes", "perplexity", "rise (mean; all seeds)", "rise, first 100k", "seconds", "peak MB")

@@ -31,7 +31,7 @@ def first_block(family: str = "llama") -> tuple[nn.Module, dict[str, nn.Module],
 def test_statistics_equal_those_of_the_inputs_themselves() -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(3))
-    stats = measure(blocks[name], name, flow, EVERYTHING, CPU)
+    stats = measure(blocks[name], name, linears_of(blocks[name]), flow, EVERYTHING, CPU)
     seen: list[torch.Tensor] = []
     handle = blocks[name].get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     list(run(blocks[name], name, flow, CPU))
@@ -45,12 +45,15 @@ def test_statistics_equal_those_of_the_inputs_themselves() -> None:
     assert torch.allclose(found.peak_mean_abs.double(), x.abs().mean(dim=1).amax(dim=0), rtol=1e-5)
 
 
-def test_the_cut_into_batches_and_their_order_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:  # law 20
-    model, blocks, name = first_block()
+@pytest.mark.parametrize("family_name", ["llama", "opt"])  # OPT hands its fc layers [tokens, in], without windows
+def test_the_cut_into_batches_and_their_order_do_not_matter(  # law 20
+    monkeypatch: pytest.MonkeyPatch, family_name: str
+) -> None:
+    model, blocks, name = first_block(family_name)
     rows = windows(7)
-    whole = measure(blocks[name], name, enter(model, blocks, rows), EVERYTHING, CPU)
+    whole = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, rows), EVERYTHING, CPU)
     monkeypatch.setattr(calibrate, "_TOKENS_AT_ONCE", 96)
-    pieces = measure(blocks[name], name, enter(model, blocks, rows.flip(0)), EVERYTHING, CPU)
+    pieces = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, rows.flip(0)), EVERYTHING, CPU)
     for layer, expected in whole.items():
         for field in dataclasses.fields(expected):
             one, other = getattr(expected, field.name), getattr(pieces[layer], field.name)
@@ -62,7 +65,7 @@ def test_the_cut_into_batches_and_their_order_do_not_matter(monkeypatch: pytest.
 
 def test_layers_with_one_input_share_one_measurement() -> None:
     model, blocks, name = first_block()
-    stats = measure(blocks[name], name, enter(model, blocks, windows(2)), EVERYTHING, CPU)
+    stats = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), EVERYTHING, CPU)
     assert stats["self_attn.q_proj"] is stats["self_attn.k_proj"] is stats["self_attn.v_proj"]
     assert stats["mlp.gate_proj"] is stats["mlp.up_proj"]
     assert stats["mlp.gate_proj"] is not stats["mlp.down_proj"]
@@ -70,7 +73,9 @@ def test_layers_with_one_input_share_one_measurement() -> None:
 
 def test_only_what_is_needed_is_measured() -> None:
     model, blocks, name = first_block()
-    stats = measure(blocks[name], name, enter(model, blocks, windows(2)), Need.MEAN_SQUARE, CPU)["mlp.down_proj"]
+    stats = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), Need.MEAN_SQUARE, CPU)[
+        "mlp.down_proj"
+    ]
     assert stats.mean_square is not None
     assert stats.mean_abs is None
     assert stats.peak_mean_abs is None
@@ -96,7 +101,7 @@ def test_calibration_changes_neither_the_config_nor_the_weights_nor_the_hooks() 
     model, blocks, name = first_block("gpt2")
     config = model.config.to_dict()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    measure(blocks[name], name, enter(model, blocks, windows(2)), EVERYTHING, CPU)
+    measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), EVERYTHING, CPU)
     assert model.config.to_dict() == config
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -125,7 +130,7 @@ def test_inputs_that_overflow_name_the_layer() -> None:
     flow = enter(model, blocks, windows(2))
     flow.hidden[0][0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        measure(blocks[name], name, flow, Need.MEAN_SQUARE, CPU)
+        measure(blocks[name], name, linears_of(blocks[name]), flow, Need.MEAN_SQUARE, CPU)
 
 
 def test_gpt2_s_transposed_layers_are_found() -> None:

@@ -140,3 +140,20 @@ def test_a_model_that_is_pruned_and_on_the_grid_already_comes_back_unchanged(tmp
         if isinstance(module, CompressedLinear):
             total = sum(part.dense() for part in module.parts())
             assert torch.allclose(total, model.get_parameter(f"{name}.weight"), atol=1e-7)
+
+
+def test_tensors_of_several_dtypes_keep_their_own(tmp_path: Path, text_file: Path) -> None:
+    model = random_model("llama-tied", torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(7)) + 0.5
+    folder = save(model, tmp_path / "dense")
+    before = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in before.values()} == {torch.bfloat16, torch.float32}
+    result = squeeze(folder, tmp_path / "out", text_file)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in set(before) - {f"{layer.name}.weight" for layer in result.record.layers}:
+        assert before[name].dtype == after[name].dtype, name
+        assert torch.equal(before[name], after[name]), name
+    assert result.record.original_bytes == sum(t.numel() * t.element_size() for t in before.values())

@@ -35,8 +35,8 @@ def rise(recipe: str, windows: torch.Tensor, out: Path) -> float:
 
 
 def test_the_dense_model_has_its_known_perplexity(windows: torch.Tensor) -> None:
-    # about 4.57 over the whole text; the first 40 windows are a little easier
-    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(4.6, abs=0.25)
+    # 4.574 over the whole text; the first 40 windows are easier. Another torch moves the last digits.
+    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(4.331, rel=1e-3)
 
 
 def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(windows: torch.Tensor, tmp_path: Path) -> None:

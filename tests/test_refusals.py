@@ -116,7 +116,7 @@ def test_a_weight_that_is_not_finite_is_named(line: Line, tmp_path: Path, text_f
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = bad
     folder = save(model, tmp_path / "bad")
     said = line.refused("compress", folder, "-o", tmp_path / "o", "--data", text_file)
-    assert "model.layers.1.mlp.up_proj holds 1 NaN or infinite weights" in said
+    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite weights" in said
     assert not (tmp_path / "o").exists()
 
 
@@ -234,6 +234,89 @@ def test_transformers_refuses_the_folder_in_words_where_slimlm_is_not_imported(p
         assert words in done.stdout + done.stderr
 
 
+def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_path: Path, text_file: Path) -> None:
+    model = random_model("llama")
+    model.get_parameter("model.embed_tokens.weight").data[255, 0] = float("nan")
+    folder = save(model, tmp_path / "bad")
+    said = line.refused("compress", folder, "-o", tmp_path / "o", "--data", text_file)
+    assert "model.embed_tokens.weight holds 1 NaN" in said
+    assert "compress 0/" not in said
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ('leave = ["*.down_porj"]\n', "'*.down_porj' matches no layer"),
+        ('leave = ["*"]\n', "leaves no layer to compress"),
+    ],
+)
+def test_leave_patterns_that_match_nothing_or_everything_are_refused(
+    line: Line, llama_folder: Path, tmp_path: Path, text_file: Path, head: str, words: str
+) -> None:
+    recipe = recipe_file(tmp_path, head + '[[steps]]\nquantize = "absmax"\n')
+    assert words in line.refused("compress", llama_folder, "-o", tmp_path / "o", "--recipe", recipe, "--data", text_file)
+
+
+def test_layers_left_by_the_recipe_stay_dense(llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    recipe = recipe_file(tmp_path, 'leave = ["*.down_proj"]\n[[steps]]\nquantize = "absmax"\n')
+    result = slimlm.compress(llama_folder, tmp_path / "o", recipe=str(recipe), data=str(text_file), samples=4, length=32)
+    assert not any("down_proj" in layer.name for layer in result.record.layers)
+    assert result.record.left["model.layers.0.mlp.down_proj"] == "left by the recipe"
+    name = "model.layers.0.mlp.down_proj.weight"
+    stored, original = load_file(tmp_path / "o" / "model.safetensors"), load_file(llama_folder / "model.safetensors")
+    assert torch.equal(stored[name], original[name])
+
+
+def test_a_rank_below_one_and_a_repair_of_nothing_are_refused(
+    line: Line, llama_folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    small = '[[steps]]\nquantize = "absmax"\n[[steps]]\ncompensate = "svd"\nrank = 0.01\n'
+    first = '[[steps]]\ncompensate = "svd"\n[[steps]]\nquantize = "absmax"\n'
+    for text, words in ((small, "is less than rank 1"), (first, "nothing is damaged yet")):
+        recipe = recipe_file(tmp_path, text)
+        said = line.refused("compress", llama_folder, "-o", tmp_path / "o", "--recipe", recipe, "--data", text_file)
+        assert words in said
+
+
+def test_an_empty_folder_or_a_link_to_one_can_be_written_to(llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("empty", "link"):
+        slimlm.compress(llama_folder, tmp_path / name, recipe="absmax", data=str(text_file), samples=4, length=32)
+        slimlm.load(tmp_path / name)
+    assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.rglob("*partial*"))
+
+
+def test_a_run_that_fails_leaves_nothing_behind(
+    llama_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slimlm.storage.checkpoint.write_weights", full)
+    with pytest.raises(slimlm.SlimlmError, match="No space left"):
+        slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), samples=4, length=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_comes_with_a_model_is_not_run(line: Line, llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "coded"))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "mystery"
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    line.refused("compress", folder, "-o", tmp_path / "o", "--data", text_file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:x"])
+def test_a_device_that_is_none_is_refused(line: Line, llama_folder: Path, tmp_path: Path, device: str) -> None:
+    assert "device" in line.refused("compress", llama_folder, "-o", tmp_path / "o", "--device", device)
+
+
 @pytest.mark.parametrize("steps", ['quantize = "absmax"\nbits = 8', 'prune = "wanda"\npattern = "2:4"'])
 def test_packed_weights_never_have_the_shape_of_dense_ones(
     llama_folder: Path, tmp_path: Path, text_file: Path, steps: str
@@ -269,6 +352,7 @@ def test_no_token_or_home_path_gets_into_a_checkpoint(packed: Path, monkeypatch:
     slimlm.compress(folder, tmp_path / "o", data=str(tmp_path / "t.txt"), samples=4, length=32)
     for file in (tmp_path / "o").iterdir():
         assert secret.encode() not in file.read_bytes()
+        assert str(tmp_path).encode() not in file.read_bytes()
 
 
 def test_the_dense_class_itself_loads_a_checkpoint_once_slimlm_is_imported(packed: Path) -> None:

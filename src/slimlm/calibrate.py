@@ -1,8 +1,9 @@
 """Run one block on its inputs; measure what the steps need and nothing more."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Need, Stats
-from slimlm.models.structure import linears_of
 
 _TOKENS_AT_ONCE = 8192
 
@@ -33,8 +33,8 @@ class Flow:
         return sum(h.shape[0] * h.shape[1] for h in self.hidden)
 
 
-class _FirstBlockReachedError(Exception):
-    """Raised by the first block's hook once its inputs are in hand."""
+class _StopHereError(Exception):
+    """Raised by a hook once all it waited for is in hand, so that the rest of the model need not run."""
 
 
 def enter(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Flow:
@@ -53,6 +53,7 @@ def enter(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Fl
 
 
 def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor) -> dict[tuple[str, int], Arguments]:
+    final = next(reversed(blocks))
     seen: dict[tuple[str, int], Arguments] = {}
     last: list[tuple[str, Tensor]] = []
     hooks = []
@@ -72,6 +73,8 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             last[:] = [(name, _hidden_of(output))]
+            if name == final:
+                raise _StopHereError
 
         return hook
 
@@ -79,7 +82,7 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
         hooks.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
         hooks.append(block.register_forward_hook(after(name)))
     try:
-        with torch.no_grad():
+        with suppress(_StopHereError), torch.no_grad():
             model(batch, use_cache=False)
     finally:
         for handle in hooks:
@@ -95,13 +98,13 @@ def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(_split(args, kwargs)[0])
-        raise _FirstBlockReachedError
+        raise _StopHereError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
             model(batch, use_cache=False)
-    except _FirstBlockReachedError:
+    except _StopHereError:
         return caught[0]
     finally:
         handle.remove()
@@ -142,16 +145,18 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def measure(block: nn.Module, name: str, flow: Flow, needs: Need, device: torch.device) -> dict[str, Stats]:
-    """Statistics of the inputs of every linear layer of a block, by the layer's name within it.
+def measure(
+    block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, needs: Need, device: torch.device
+) -> dict[str, Stats]:
+    """Statistics of the inputs of these linear layers of a block, by the layer's name within it.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one measurement. Raises NumericsError where an
     input holds NaN or infinity.
     """
-    linears = linears_of(block)
     sums: dict[str, _Sums] = {}
     owner: dict[str, str] = {}
-    with _watching(linears, sums, owner, needs) as forget:
+    length = flow.hidden[0].shape[1]
+    with _watching(linears, sums, owner, partial(_Sums, needs, length)) as forget:
         for _ in run(block, name, flow, device):
             forget()
     unused = [layer for layer in linears if layer not in owner]
@@ -163,7 +168,7 @@ def measure(block: nn.Module, name: str, flow: Flow, needs: Need, device: torch.
 
 @contextmanager
 def _watching(
-    linears: dict[str, Any], sums: dict[str, "_Sums"], owner: dict[str, str], needs: Need
+    linears: dict[str, nn.Module], sums: dict[str, "_Sums"], owner: dict[str, str], new_sums: "Callable[[], _Sums]"
 ) -> Iterator[Callable[[], None]]:
     seen: list[tuple[Tensor, str]] = []
 
@@ -176,7 +181,7 @@ def _watching(
                     return
             seen.append((x, layer))
             owner[layer] = layer
-            sums.setdefault(layer, _Sums(needs)).add(x)
+            sums.setdefault(layer, new_sums()).add(x)
 
         return hook
 
@@ -191,24 +196,25 @@ def _watching(
 class _Sums:
     """Running sums over tokens, in float64: one batch of N and many batches give the same."""
 
-    def __init__(self, needs: Need) -> None:
+    def __init__(self, needs: Need, length: int) -> None:
         self.needs = needs
+        self.length = length
         self.tokens = 0
         self.abs: Tensor | float = 0.0
         self.square: Tensor | float = 0.0
         self.peak: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Count a batch `[windows, length, in]` in."""
+        """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it."""
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
         if self.needs & Need.MEAN_SQUARE:
             self.square = self.square + rows.square().sum(dim=0, dtype=torch.float64)
         if self.needs & (Need.MEAN_ABS | Need.PEAK_MEAN_ABS):
-            magnitude = x.abs()
-            self.abs = self.abs + magnitude.flatten(0, -2).sum(dim=0, dtype=torch.float64)
+            magnitude = rows.abs()
+            self.abs = self.abs + magnitude.sum(dim=0, dtype=torch.float64)
             if self.needs & Need.PEAK_MEAN_ABS:
-                peak = magnitude.view(-1, *x.shape[-2:]).mean(dim=1).amax(dim=0)
+                peak = magnitude.view(-1, self.length, rows.shape[1]).mean(dim=1).amax(dim=0)
                 self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
 
     def stats(self, name: str) -> Stats:

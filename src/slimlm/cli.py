@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
@@ -102,7 +103,7 @@ def compress(
         _print_json({"path": str(result.path), **result.record.to_dict()})
         return
     output.print(summary_table(result.record))
-    output.print(f"\nwritten and verified: {result.path}", highlight=False)
+    output.print(f"\nwritten and verified: {result.path}", markup=False, highlight=False)
 
 
 @app.command(name="eval")
@@ -282,7 +283,7 @@ def _progress() -> Iterator[Reporter]:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(escape(stage), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report

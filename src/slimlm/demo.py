@@ -20,6 +20,7 @@ from slimlm.evaluate.compare import OpenModel, open_any
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.pipeline import Progress, compress
 from slimlm.report.tables import plain_table, size
+from slimlm.storage.checkpoint import refuse_occupied
 
 NAME = "pystd-5m"
 RECIPES = ("absmax", "magnitude", "wanda", "slim")
@@ -66,6 +67,8 @@ def bundled_model() -> Path:
 
 def run(out: Path | None, progress: Progress) -> Demo:
     """Compress the bundled model by each recipe; the last one's checkpoint is kept in `out` where that is given."""
+    if out is not None:
+        refuse_occupied(out)
     source = str(bundled_model())
     original = open_any(source)
     tokens = token_stream(original.tokenizer, documents("stdlib", "evaluation"), at_most=EVALUATION_TOKENS)

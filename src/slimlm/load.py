@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer
@@ -33,10 +34,14 @@ def load(source: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
             f"{source} is not a slimlm checkpoint (quant_method: {method or 'none'}); compress it first with "
             "'slimlm compress', or open a dense model with transformers"
         )
+    if Path(source).is_dir():
+        checkpoint.verify_files(Path(source))
     try:
         with without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

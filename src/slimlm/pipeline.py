@@ -13,22 +13,23 @@ Then the packed tensors are written, read back, and the reloaded model's logits 
 """
 
 import dataclasses
+import fnmatch
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimlm.calibrate import Flow, enter, measure, run
-from slimlm.core.errors import CheckpointError, DataError, ModelError, SlimlmError
-from slimlm.core.layer import Layer, Need
+from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
+from slimlm.core.layer import Layer, Need, refuse_not_finite
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.evaluate.results import LayerRecord, Record, record_of
@@ -110,10 +111,11 @@ def compress(
     layers = compress_blocks(dense, blocks, recipe, windows, where, progress)
     coverage = sum(r.shape[0] * r.shape[1] for r in layers) / inside
     record = Record(
-        model=str(model),
+        model=_own_name(str(model)),
         recipe=recipe.to_dict(),
         calibration={
             **dataclasses.asdict(wanted),
+            "data": _own_name(wanted.data),
             "asked": samples,
             "samples": windows.shape[0],
             "length": windows.shape[1],
@@ -152,19 +154,24 @@ def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: R
             f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
             "compress; slimlm knows nn.Linear and transformers' Conv1D"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            refuse_not_finite(name, tensor)
+    known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
+    for pattern in recipe.leave:
+        if not fnmatch.filter(known, pattern):
+            raise RecipeError(f"leave = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+    if all(map(recipe.leaves, known)):
+        raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
             full = f"{block_name}.{name}"
             if recipe.leaves(full):
                 left[full] = "left by the recipe"
                 continue
-            weight = weight_of(linear)
-            if reason := recipe.refuses(full, weight.shape[1]):
-                raise ModelError(
-                    f"{reason}. Choose a pattern that divides it, a share such as pattern = 0.5, "
-                    f'or leave the layer out of the recipe (leave = ["*.{name}"])'
-                )
-            Layer.of(full, weight)
+            out, width = weight_of(linear).shape
+            if reason := recipe.refuses(full, (out, width)):
+                raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
         linear_weights = {f"{name}.weight" for name in linears_of(block)}
         for name, parameter in block.named_parameters():
             if parameter.ndim > 1 and name not in linear_weights:
@@ -215,12 +222,13 @@ def compress_block(
     block: nn.Module, block_name: str, flow: Flow, recipe: Recipe, dtypes: dict[str, torch.dtype], device: torch.device
 ) -> list[LayerRecord]:
     """Compress one block in place."""
-    stats = measure(block, block_name, flow, recipe.needs | Need.MEAN_SQUARE, device)
+    linears = {name: linear for name, linear in linears_of(block).items() if not recipe.leaves(f"{block_name}.{name}")}
+    if not linears:
+        return []
+    stats = measure(block, block_name, linears, flow, recipe.needs | Need.MEAN_SQUARE, device)
     records = []
-    for name, linear in linears_of(block).items():
+    for name, linear in linears.items():
         full = f"{block_name}.{name}"
-        if recipe.leaves(full):
-            continue
         layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
         for named in recipe.steps:
             layer = named.step(layer, stats[name])
@@ -246,8 +254,8 @@ def write(folder: Path, dense: DenseModel) -> None:
     checkpoint.write_config(folder, dense.config, {name: module.about() for name, module in compressed.items()})
     if dense.tokenizer is not None:
         dense.tokenizer.save_pretrained(folder)
-    with suppress(OSError):
-        GenerationConfig.from_pretrained(dense.source).save_pretrained(folder)
+    if (dense.folder / "generation_config.json").is_file():
+        shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
 
 
 def verify(folder: Path, model: PreTrainedModel, window: Tensor) -> None:
@@ -272,7 +280,13 @@ def pick_device(name: str) -> torch.device:
         raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SlimlmError("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
-    return torch.device(name)
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"') from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SlimlmError(f"device = {name!r}: torch finds {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return found
 
 
 def peak_memory() -> int | None:
@@ -283,6 +297,11 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _own_name(source: str) -> str:
+    """A source's name without the folders above it, which are nobody else's business; a hub name as it is."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def _versions() -> dict[str, str]:

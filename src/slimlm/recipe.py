@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Need, Step
+from slimlm.core.lowrank import rank_of
 from slimlm.core.masks import Pattern
 
 
@@ -65,12 +66,16 @@ class Recipe:
         """Whether this layer (by full name) stays as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.leave)
 
-    def refuses(self, layer: str, width: int) -> str | None:
-        """Why a layer of this many inputs cannot take the recipe, or None."""
+    def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
+        """Why a layer of this shape (out, in) cannot take the recipe, or None."""
         for named in self.steps:
             pattern = getattr(named.step, "pattern", None)
-            if pattern is not None and (reason := Pattern.parse(pattern).refuses(layer, width)):
-                return reason
+            if pattern is not None and (reason := Pattern.parse(pattern).refuses(layer, shape[1])):
+                return f"{reason}. Choose a pattern that divides it, or a share such as pattern = 0.5"
+            rank = getattr(named.step, "rank", None)
+            if rank and rank_of(rank, shape) == 0:
+                least = 1 / min(shape)
+                return f"rank = {rank} of {layer} ({shape[0]} x {shape[1]}) is less than rank 1; give at least {least:.3g}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +97,8 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
     if sum(s.kind == "prune" for s in named) > 1:
         raise RecipeError(f"{source}: a recipe prunes at most once; it has {sum(s.kind == 'prune' for s in named)} prune steps")
+    if named[0].kind == "compensate":
+        raise RecipeError(f"{source}: the first step is a repair, but nothing is damaged yet; quantize or prune before it")
     return Recipe(str(data.get("name", source)), str(data.get("summary", "")), named, tuple(leave))
 
 
@@ -111,7 +118,7 @@ def _step(data: dict[str, Any], where: str) -> NamedStep:
             raise RecipeError(f"{where} ({data[kind]}): has no option {option!r}; its options are {', '.join(known)}")
     try:
         # By way of JSON, because pydantic's strict mode takes no dictionary for a dataclass otherwise.
-        step = TypeAdapter(method).validate_json(json.dumps(options, default=str), strict=True)
+        step: Step = TypeAdapter(method).validate_json(json.dumps(options, default=str), strict=True)
         return NamedStep(kind, str(data[kind]), step)
     except ValidationError as error:
         first = error.errors()[0]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 
+_CODES_AT_ONCE = 2**22
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that one row of `count` codes takes."""
@@ -17,6 +19,16 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes `[rows, count]` (0 .. 2^bits - 1) into uint8 `[rows, packed_bytes(count, bits)]`."""
+    pieces = [_pack(piece, bits) for piece in codes.split(_rows_at_once(codes.shape[1]))]
+    return torch.cat(pieces)
+
+
+def _rows_at_once(count: int) -> int:
+    """Rows to work on at a time: the int64 in between take a dozen times the space of the codes."""
+    return max(1, _CODES_AT_ONCE // max(1, count))
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     octets = (count + 7) // 8
     padded = torch.zeros(rows, octets * 8, dtype=torch.int64, device=codes.device)
@@ -35,6 +47,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes a row; a stored tensor has the shape "
             f"{list(packed.shape)}"
         )
+    return torch.cat([_unpack(piece, bits, count) for piece in packed.split(_rows_at_once(count))])
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows = packed.shape[0]
     octets = (count + 7) // 8
     padded = torch.zeros(rows, octets * bits, dtype=torch.int64, device=packed.device)

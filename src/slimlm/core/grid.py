@@ -118,7 +118,7 @@ def best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
     all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
     top on) are tried too: a weight that is on a grid already need not use all its codes. A set of zeros gets the scale 0.
     """
-    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * _COARSE))
+    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * (_COARSE + top_code(bits) // 2)))
     parts = [_best_scale(p, m, bits) for p, m in zip(points.split(at_once), mass.split(at_once), strict=True)]
     return torch.cat(parts)
 
@@ -168,6 +168,14 @@ def polished(sets: Tensor, scale: Tensor, bits: int) -> Tensor:
         return (nearest(sets / step, bits) * step - sets).square().sum(dim=1)
 
     return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)
+
+
+def searched(weight: Tensor, *, bits: int, group: Group) -> Tensor:
+    """Scales `[rows, groups]` of least squared error for a weight `[out, in]` under its own distribution."""
+    sets = rows_of(weight, group)
+    points, mass = distribution(sets)
+    scale = polished(sets, best_scale(points, mass, bits), bits)
+    return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group))
 
 
 _FEW = 2**15

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ def measured(statistic: Tensor | None) -> Tensor:
     return statistic
 
 
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """Raise NumericsError, with the tensor's name and a count, where it holds NaN or infinity."""
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise NumericsError(
+            f"{name} holds {bad} NaN or infinite weights of {tensor.numel()}; the model file is damaged or was "
+            "saved in a dtype too narrow for it. Repair the model first; nothing was written"
+        )
+
+
 @dataclass(frozen=True)
 class Layer:
     """The state of one weight between two steps. Steps return a new one; no tensor is changed in place."""
@@ -57,12 +67,7 @@ class Layer:
     @classmethod
     def of(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "Layer":
         """Start from a weight `[out, in]`; raises NumericsError where it holds NaN or infinity."""
-        bad = int((~weight.isfinite()).sum())
-        if bad:
-            raise NumericsError(
-                f"{name} holds {bad} NaN or infinite weights of {weight.numel()}; the model file is damaged or was "
-                "saved in a dtype too narrow for it. Repair the model first; nothing was written"
-            )
+        refuse_not_finite(name, weight)
         return cls(name, weight.detach().float(), dtype or weight.dtype)
 
     @property
@@ -121,6 +126,9 @@ class Layer:
 class Step(Protocol):
     """A quantizer, a pruner or a compensator: a frozen dataclass whose fields are its options."""
 
-    needs: ClassVar[Need]
+    @property
+    def needs(self) -> Need:
+        """What calibration must measure for it; a class variable will do."""
+        ...
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer: ...

@@ -28,7 +28,7 @@ class AdapterFormat:
     group: int
     """inputs (or outputs) of one component that share a scale, at 4 and 8 bits"""
     refit: bool
-    """alternate rounding and least squares after the first rounding"""
+    """alternate rounding and least squares after the first rounding, at 4 and 8 bits"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank <= 1:
@@ -38,8 +38,13 @@ class AdapterFormat:
         grid.check_group(self.group)
 
     def rank_of(self, shape: tuple[int, int]) -> int:
-        """The true rank for a weight of this shape (1e-9 keeps 0.3 x 10 from becoming 2)."""
-        return int(self.rank * min(shape) + 1e-9)
+        """The true rank for a weight of this shape."""
+        return rank_of(self.rank, shape)
+
+
+def rank_of(share: float, shape: tuple[int, int]) -> int:
+    """The rank that a share of min(out, in) comes to, rounded down (1e-9 keeps 0.3 x 10 from becoming 2)."""
+    return int(share * min(shape) + 1e-9)
 
 
 def low_rank_part(error: Tensor, energy: Tensor, form: AdapterFormat) -> LowRank | None:
@@ -63,12 +68,11 @@ def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: A
     best = LowRank(_round(left.T, even, form), _round(right, energy, form))
     if not form.refit:
         return best
-    least = linalg.weighted_square(error - best.dense(), energy)
+    part, least = best, linalg.weighted_square(error - best.dense(), energy)
     for _ in range(_REFITS):
-        left = linalg.refit_left(error, _round(right, energy, form).dense(), energy)
-        left_part = _round(left.T, even, form)
-        right = linalg.refit_right(error, left_part.dense().T)
-        part = LowRank(left_part, _round(right, energy, form))
+        left_part = _round(linalg.refit_left(error, part.right.dense(), energy).T, even, form)
+        right_part = _round(linalg.refit_right(error, left_part.dense().T), energy, form)
+        part = LowRank(left_part, right_part)
         cost = linalg.weighted_square(error - part.dense(), energy)
         if cost < least:
             best, least = part, cost

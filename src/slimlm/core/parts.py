@@ -8,7 +8,7 @@ size. `describe()` is the small dictionary that, with those tensors, gives the p
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,20 +24,12 @@ Description = dict[str, Any]
 class Part(Protocol):
     """One summand of a compressed weight."""
 
-    zero_is_exact: ClassVar[bool]
-
     @property
     def shape(self) -> tuple[int, int]: ...
     def dense(self) -> Tensor: ...
     def packed(self) -> dict[str, Tensor]: ...
     def describe(self) -> Description: ...
     def storage_bits(self) -> int: ...
-
-
-class Elementwise(Part, Protocol):
-    """A part with one stored element per weight, so that a mask can drop some of them."""
-
-    def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]: ...
 
 
 class _Stored:
@@ -57,7 +49,6 @@ class Plain(_Stored):
 
     values: Tensor
     """`[out, in]`"""
-    zero_is_exact: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +85,6 @@ class Uniform(_Stored):
     group: grid.Group
     input_scale: Tensor | None = None
     """float16 `[in]`, or None for ones"""
-    zero_is_exact: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +137,6 @@ class Pruned(_Stored):
     keep: Tensor
     """bool `[out, in]`; True stays"""
     pattern: str
-    zero_is_exact: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -178,7 +167,6 @@ class LowRank(_Stored):
 
     left: Plain | Uniform
     right: Plain | Uniform
-    zero_is_exact: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -58,6 +58,8 @@ def _of_file(path: Path) -> Iterator[str]:
             yield from _of_text(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _of_text(path: Path) -> Iterator[str]:
@@ -103,21 +105,32 @@ def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
     import datasets
 
     repository, _, config = name.partition(":")
-    split = "train" if purpose == "calibration" else "test"
     try:
-        rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+        rows = None
+        for split in ("train",) if purpose == "calibration" else ("test", "validation"):
+            try:
+                rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+                break
+            except ValueError as error:  # what datasets raises for an unknown split, among other things
+                missing = error
+        if rows is None:
+            raise missing
+        for number, row in enumerate(rows):
+            yield _text_of(row, f"{name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        option = "--data" if purpose == "calibration" else "--text"
-        own = ", or 'self' (text that the model writes)" if purpose == "calibration" else ""
-        near = " Did you mean 'stdlib'?" if get_close_matches(name, ["stdlib"]) else ""
-        named = f"{name!r} (the default)" if name == DEFAULT_DATA else repr(name)
-        raise DataError(
-            f"{named} is no file here, and the hub gave no data set of that name ({first}). Without a network, name a text "
-            f"with {option}: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
-        ) from error
-    for number, row in enumerate(rows):
-        yield _text_of(row, f"{name}, row {number}")
+        raise DataError(_no_hub_data(name, purpose, error)) from error
+
+
+def _no_hub_data(name: str, purpose: Purpose, error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    named = f"{name!r} (the default)" if name == DEFAULT_DATA else repr(name)
+    option = "--data" if purpose == "calibration" else "--text"
+    own = ", or 'self' (text that the model writes)" if purpose == "calibration" else ""
+    near = " Did you mean 'stdlib'?" if get_close_matches(name, ["stdlib"]) else ""
+    return (
+        f"{named} is no file here, and the hub gave no data set of that name ({first}). Without a network, name a text "
+        f"with {option}: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
+    )
 
 
 def _text_of(row: Any, where: str) -> str:

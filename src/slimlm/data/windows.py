@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
 
-_DOCUMENTS_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 2**20
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
@@ -20,8 +20,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens: list[int] = []
     for batch in _batches(texts):
-        for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            tokens += start + row
+        rows = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (first, _), row in zip(batch, rows, strict=True):
+            tokens += (start if first else []) + row
         if at_most is not None and len(tokens) >= at_most:
             return torch.tensor(tokens[:at_most])
     return torch.tensor(tokens, dtype=torch.int64)
@@ -33,10 +34,8 @@ def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
         raise DataError(f"length = {length}: a window needs at least 2 tokens")
     count = len(tokens) // length
     if count == 0:
-        raise DataError(
-            f"{source} gives {len(tokens)} tokens, less than one window of {length}; "
-            f"give more text or a smaller --length (at most {len(tokens)})"
-        )
+        shorter = f" or a smaller --length (at most {len(tokens)})" if len(tokens) > 1 else ""
+        raise DataError(f"{source} gives {len(tokens)} tokens, less than one window of {length}; give more text{shorter}")
     return tokens[: count * length].view(count, length)
 
 
@@ -71,13 +70,16 @@ def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed
             )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
+    """Pieces of text, each with whether it begins a document; a book in one document is cut, so as not to be read whole."""
+    batch: list[tuple[bool, str]] = []
+    characters = 0
     for text in texts:
-        if text:
-            batch.append(text)
-        if len(batch) == _DOCUMENTS_AT_ONCE:
-            yield batch
-            batch = []
+        for begin in range(0, len(text), _CHARACTERS_AT_ONCE):
+            batch.append((begin == 0, text[begin : begin + _CHARACTERS_AT_ONCE]))
+            characters += len(batch[-1][1])
+            if characters >= _CHARACTERS_AT_ONCE:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch

@@ -1,15 +1,14 @@
 """Open any model folder, compressed or dense, and measure it beside another."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
 from slimlm.load import load
-from slimlm.models.opening import open_dense, open_tokenizer
-from slimlm.models.structure import linears_of
+from slimlm.models.opening import folder_of, open_dense, open_tokenizer, read_config
+from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -29,18 +28,20 @@ class OpenModel:
 
 def open_any(source: str) -> OpenModel:
     """Open a slimlm checkpoint or a dense model in float32; raises where it has no tokenizer."""
-    if checkpoint.is_checkpoint(Path(source)):
+    method = (read_config(source).get("quantization_config") or {}).get("quant_method")
+    if method == checkpoint.METHOD:
         model, tokenizer = load(source, dtype=torch.float32), open_tokenizer(source)
         layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
         bits = sum(8 * t.numel() * t.element_size() for m in layers for t in m.packed().values())
         per_weight = bits / sum(m.in_features * m.out_features for m in layers)
-        size = checkpoint.stored_bytes(Path(source))
+        size = checkpoint.stored_bytes(folder_of(source))
     else:
         dense = open_dense(source)
         model, tokenizer, size = dense.model, dense.tokenizer, dense.bytes
-        names = [f"{name}.weight" for name in linears_of(model)]
-        bits = sum(8 * model.get_parameter(n).numel() * dense.dtypes[n].itemsize for n in names)
-        per_weight = bits / sum(model.get_parameter(n).numel() for n in names)
+        names = [f"{block}.{name}.weight" for block, module in blocks_of(model).items() for name in linears_of(module)]
+        weights = {name: model.get_parameter(name).numel() for name in names}
+        bits = sum(8 * dense.dtypes[name].itemsize * count for name, count in weights.items())
+        per_weight = bits / max(1, sum(weights.values()))
     if tokenizer is None:
         raise DataError(f"{source} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
     return OpenModel(source, model, tokenizer, size, per_weight)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slimlm.core.errors import NumericsError
 
 _TOKENS_AT_ONCE = 4096
+_LOGITS_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
     """Perplexity of a causal model (token ids to `.logits`) on windows `[count, length]`; float32 losses."""
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
-    batches = windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    batches = windows.split(max(1, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary) // windows.shape[1]))
     for done, batch in enumerate(batches, 1):
         ids = batch.to(device)
         with torch.no_grad():

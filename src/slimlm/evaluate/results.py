@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from slimlm.core.errors import CheckpointError
 from slimlm.core.layer import Layer, Stats, measured
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
 
@@ -67,11 +68,14 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Record":
-        """The inverse of `to_dict`; other keys are ignored."""
+        """The inverse of `to_dict`; other keys are ignored. Raises CheckpointError where one is missing."""
         names = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in data.items() if key in names}
-        kept["layers"] = tuple(LayerRecord(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
-        return cls(**kept)
+        try:
+            kept["layers"] = tuple(LayerRecord(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
+            return cls(**kept)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the record of the checkpoint is incomplete: {error}") from error
 
 
 def record_of(layer: Layer, stats: Stats) -> LayerRecord:

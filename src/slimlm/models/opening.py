@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError
-from slimlm.models.structure import original_dtypes
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class DenseModel:
     """A model in float32 on the CPU, with what is needed to write it back as it was."""
 
     source: str
+    folder: Path
+    """where its files are: the folder given, or the hub's cache"""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     dtypes: dict[str, torch.dtype]
@@ -48,7 +60,7 @@ def read_config(source: str) -> dict[str, Any]:
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     try:
-        config = AutoConfig.from_pretrained(source).to_dict()
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False).to_dict()
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
             f"{source!r} is neither a folder here nor a model that the hub gave ({_first_line(error)}). "
@@ -57,12 +69,21 @@ def read_config(source: str) -> dict[str, Any]:
     return dict(config)
 
 
+def folder_of(source: str) -> Path:
+    """The folder that holds a model's files: the one given, or the hub's cache once it was loaded from there."""
+    path = Path(source)
+    return path if path.is_dir() else Path(snapshot_download(source, local_files_only=True))
+
+
 def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where it has none."""
+    """The model's tokenizer, or None where it has no tokenizer files; raises ModelError where they cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        folder = folder_of(source)
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        raise ModelError(f"the tokenizer of {source} cannot be opened: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -88,7 +109,11 @@ def open_dense(source: str) -> DenseModel:
         raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
     try:
         with without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
+            folder = folder_of(source)
+            dtypes = _stored_dtypes(folder, model) or _guessed_dtypes(source)
     except SafetensorError as error:
         raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -99,17 +124,47 @@ def open_dense(source: str) -> DenseModel:
             f"{source} lacks {len(lost)} tensors that {type(model).__name__} needs, {lost[0]} among them; "
             "transformers would fill them with random numbers. Download the model again"
         )
-    dtypes = original_dtypes(model)
-    model = model.float().eval().requires_grad_(False)
     size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
-    return DenseModel(source, model, open_tokenizer(source), dtypes, size, _as_stored(source, config))
-
-
-def _as_stored(source: str, config: dict[str, Any]) -> dict[str, Any]:
-    path = Path(source) / "config.json"
-    stored = json.loads(path.read_text()) if path.is_file() else dict(config)
+    model = model.eval().requires_grad_(False)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored.pop("_name_or_path", None)
-    return stored
+    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored)
+
+
+def _stored_dtypes(folder: Path, model: PreTrainedModel) -> dict[str, torch.dtype] | None:
+    """The dtype of every tensor in the files, by its name in the model; None where there are no safetensors files.
+
+    The files decide, not the config: a model may keep its norms in float32 beside weights in bfloat16.
+    """
+    found: dict[str, torch.dtype] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118, no mapping
+                kind = tensors.get_slice(key).get_dtype()
+                if kind in _DTYPES:
+                    found[key] = _DTYPES[kind]
+    state = model.state_dict()
+    if not found:
+        return None
+    if len(set(found.values())) == 1:
+        one = next(iter(found.values()))
+        return {name: one if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
+    by_memory = {state[name].data_ptr(): dtype for name, dtype in found.items() if name in state}
+    prefix = model.base_model_prefix + "."
+    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in found.items() if prefix + n in state}
+    lost = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.data_ptr() not in by_memory]
+    if lost:
+        raise ModelError(
+            f"the files in {folder} mix dtypes and do not name {lost[0]} as {type(model).__name__} does, so it could not be "
+            "written back as it was; convert the model to one dtype first"
+        )
+    return {name: by_memory.get(tensor.data_ptr(), tensor.dtype) for name, tensor in state.items()}
+
+
+def _guessed_dtypes(source: str) -> dict[str, torch.dtype]:
+    """For old .bin files: the dtypes that transformers gives the model."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+    return {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ The decoder is the `nn.ModuleList` that holds the most parameters. Inside its bl
 (embeddings, final norm, lm_head, projections around the stack) stays as it is.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -46,8 +45,3 @@ def context_length(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def original_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype of every parameter and stored buffer, by name."""
-    return {name: tensor.dtype for name, tensor in model.state_dict().items()}

@@ -44,35 +44,54 @@ def refuse_occupied(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         held = ", ".join(sorted(p.name for p in out.iterdir())[:3])
         raise CheckpointError(f"the output folder {out} already holds something ({held}); give another, or empty it yourself")
-    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{parent} is not writable, so {out} cannot be made")
+    _partial_for(out).rmdir()
+
+
+def _partial_for(out: Path) -> Path:
+    """A new folder on the way to `out`: inside it where it exists (it may be a mount point or a link), else beside it."""
+    where = out.absolute()
+    try:
+        if not where.is_dir():
+            where = where.parent
+            where.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.partial-", dir=where))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror or error}; give a folder that can be written") from error
 
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` when the block ends well, and is removed when it does not."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    """A new folder that becomes `out` when the block ends well, and is removed when it does not.
+
+    Raises CheckpointError where the disk refuses; a finished folder that cannot be moved is kept and named.
+    """
+    partial = _partial_for(out)
     try:
         yield partial
         _give_usual_permissions(partial)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"writing the checkpoint failed: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    try:
+        if partial.parent == out.absolute():
+            for file in list(partial.iterdir()):
+                file.rename(out / file.name)
+            partial.rmdir()
+        else:
+            partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint is complete in {partial}, but could not be moved to {out}: {error}") from error
 
 
 def _give_usual_permissions(folder: Path) -> None:
     """What the user's umask gives new files; mkdtemp and some writers make private ones."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -111,6 +130,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
+        raise CheckpointError(f"{path} is damaged: it holds no record")
     check_format(record.get("format"), folder)
     return dict(record)
 
@@ -125,24 +146,14 @@ def check_format(found: object, where: object) -> None:
         )
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether this folder claims to be a slimlm checkpoint."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return False
-    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD
-
-
 def verify_files(folder: Path) -> None:
     """Check every shard against its recorded size and SHA-256 and read its header; raises CheckpointError."""
     files = read_record(folder).get("files", {})
     if not files:
         raise CheckpointError(f"{folder / RECORD} lists no weight files; the checkpoint is damaged")
     for name, expected in files.items():
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise CheckpointError(f"{folder / RECORD} gives no size and checksum for {name}; the checkpoint is damaged")
         if Path(name).name != name:
             raise CheckpointError(f"{folder / RECORD} names a weight file outside the folder: {name!r}")
         path = folder / name
@@ -162,7 +173,7 @@ def verify_files(folder: Path) -> None:
 
 def stored_bytes(folder: Path) -> int:
     """Size of a folder's weight files."""
-    return sum(p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern))
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
 def _sha256(path: Path) -> str:

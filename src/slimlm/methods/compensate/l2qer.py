@@ -6,6 +6,8 @@ Zhang, Cheng, Constantinides, Zhao: LQER, arXiv 2402.02446, section 3.2 (the var
 
 `only_rounding` repairs the rounding of the weights that stay and not the pruning, which is how SLiM's tables apply it
 after Wanda; without it the whole error is repaired. The authors store 16-bit factors.
+
+At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass

@@ -11,10 +11,12 @@ saliency  "rms": sqrt(mean x^2), the least-squares choice and what the authors' 
           "mean_abs": mean |x|, what the paper's text uses.
 shift     add the statistic's smallest positive value to all channels, as the paper and the program do to avoid zeros
           (to mean |x| in the paper, to mean x^2 in the program). Not needed here; kept for reproduction.
+
+At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -32,10 +34,14 @@ class SlimLora:
     refit: bool = True
     saliency: Literal["rms", "mean_abs"] = "rms"
     shift: bool = False
-    needs: ClassVar[Need] = Need.MEAN_ABS | Need.MEAN_SQUARE
 
     def __post_init__(self) -> None:
         AdapterFormat(self.rank, self.bits, self.group, self.refit)
+
+    @property
+    def needs(self) -> Need:
+        """The one statistic that the saliency is made of."""
+        return Need.MEAN_SQUARE if self.saliency == "rms" else Need.MEAN_ABS
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         form = AdapterFormat(self.rank, self.bits, self.group, self.refit)

@@ -2,6 +2,8 @@
 
 The baseline of SLiM (arXiv 2410.09615, section 3.2): L R = argmin ||W - W^C - L R||_F, blind to the activations. By
 Eckart and Young the leading eigenvectors of E E^T give it; no SVD is computed.
+
+At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,14 @@
 """Wanda: prune by weight times activation norm.
 
 Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695, equation 1:
-score_ij = |W_ij| ||x_j||_2, compared within each row (or each n:m group of a row). The weight scored is the one decided
-so far: after a quantizer the rounded one ("prune W^Q", SLiM section 3), else the original, as the authors of SLiM do in
-their program.
+score_ij = |W_ij| ||x_j||_2, compared within each row (or each n:m group of a row). By `score`:
+
+working   (default) the weight decided so far: after a quantizer the rounded one ("prune W^Q", SLiM section 3).
+original  the model's own weight, even after a quantizer, as the authors of SLiM do in their program.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.masks import Pattern, choose
@@ -18,6 +19,7 @@ class Wanda:
     """Keep the weights of largest |weight| x input norm."""
 
     pattern: str | float = "2:4"
+    score: Literal["working", "original"] = "working"
     needs: ClassVar[Need] = Need.MEAN_SQUARE
 
     def __post_init__(self) -> None:
@@ -25,4 +27,5 @@ class Wanda:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         norm = measured(stats.mean_square).to(layer.original).sqrt()
-        return layer.prune(choose(layer.working.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))
+        weight = layer.original if self.score == "original" else layer.working
+        return layer.prune(choose(weight.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))

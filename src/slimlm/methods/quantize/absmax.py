@@ -27,7 +27,8 @@ class AbsMax:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        sets = grid.rows_of(layer.target, self.group)
+        target = layer.target
+        sets = grid.rows_of(target, self.group)
         scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group)))
-        codes = grid.encode(layer.target, scale, bits=self.bits, group=self.group)
+        codes = grid.encode(target, scale, bits=self.bits, group=self.group)
         return layer.encode(Uniform(codes, scale, self.bits, self.group))

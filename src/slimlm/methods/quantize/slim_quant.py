@@ -50,8 +50,9 @@ class SlimQuant:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        scale = grid.storable(self.scale_of(layer.target))
-        codes = grid.encode(layer.target, scale, bits=self.bits, group=self.group)
+        target = layer.target
+        scale = grid.storable(self.scale_of(target))
+        codes = grid.encode(target, scale, bits=self.bits, group=self.group)
         return layer.encode(Uniform(codes, scale, self.bits, self.group))
 
     def scale_of(self, weight: Tensor) -> Tensor:
@@ -60,10 +61,7 @@ class SlimQuant:
             return alpha_of_paper(weight, self.bits).view(1, 1) / 2 ** (self.bits - 1)
         if self.search == "code":
             return alpha_of_code(weight, self.bits).view(1, 1) / grid.top_code(self.bits)
-        sets = grid.rows_of(weight, self.group)
-        points, mass = grid.distribution(sets)
-        scale = grid.polished(sets, grid.best_scale(points, mass, self.bits), self.bits)
-        return scale.view(grid.scale_shape((weight.shape[0], weight.shape[1]), self.group))
+        return grid.searched(weight, bits=self.bits, group=self.group)
 
 
 def absolute_histogram(weight: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -37,8 +37,7 @@ class SlimQuantO:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         target = layer.target
-        points, mass = grid.distribution(grid.rows_of(target, "tensor"))
-        scale = grid.storable(grid.best_scale(points, mass, self.bits).view(1, 1))
+        scale = grid.storable(grid.searched(target, bits=self.bits, group="tensor"))
         saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
         count = max(1, int(self.salient * target.shape[1]))
         inverse = torch.ones_like(saliency, dtype=torch.float16)

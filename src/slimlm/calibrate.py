@@ -27,11 +27,6 @@ class Flow:
     arguments: dict[tuple[str, int], Arguments]
     """by block name and number of windows in the batch"""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in all batches."""
-        return sum(h.shape[0] * h.shape[1] for h in self.hidden)
-
 
 class _StopHereError(Exception):
     """Raised by a hook once all it waited for is in hand, so that the rest of the model need not run."""

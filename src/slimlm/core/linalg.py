@@ -72,18 +72,22 @@ def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tenso
 
 def refit_left(error: Tensor, right: Tensor, energy: Tensor) -> Tensor:
     """The left factor `[out, rank]` of least weighted error for a given right one: E H R^T (R H R^T)^+."""
-    weighted = (right * energy).double()
-    return (_solve(weighted @ right.double().T, weighted @ error.double().T)).T.to(error.dtype)
+    weighted = right * energy
+    gram = weighted.double() @ right.double().T
+    return _solve(gram, (weighted @ error.T).double()).T.to(error.dtype)
 
 
 def refit_right(error: Tensor, left: Tensor) -> Tensor:
     """The right factor `[rank, in]` of least error for a given left one: (L^T L)^+ L^T E, whatever the energies."""
-    left = left.double()
-    return _solve(left.T @ left, left.T @ error.double()).to(error.dtype)
+    gram = left.double().T @ left.double()
+    return _solve(gram, (left.T @ error).double()).to(error.dtype)
 
 
 def _solve(gram: Tensor, target: Tensor) -> Tensor:
-    """Least-norm solution of a symmetric positive semidefinite system, for singular ones too."""
+    """Least-norm solution of a symmetric positive semidefinite system, for singular ones too; in float64.
+
+    The system is rank x rank and cheap; the product with the whole error, which is not, stays in the caller's dtype.
+    """
     values, vectors = torch.linalg.eigh(gram)
     cut = values[-1].clamp_min(0) * 1e-12
     inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), torch.zeros_like(values))

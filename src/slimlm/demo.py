@@ -27,7 +27,7 @@ RECIPES = ("absmax", "magnitude", "wanda", "slim")
 CALIBRATION_WINDOWS = 64
 EVALUATION_TOKENS = 64 * 512
 LENGTH = 512
-PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n        "
+PROMPT = "class Queue:\n    def __init__(self, maxsize=0):"
 _NEW_TOKENS = 80
 
 

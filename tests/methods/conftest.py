@@ -24,7 +24,9 @@ def layer_of(out: int = 48, width: int = 172, seed: int = 0) -> Layer:
 def stats_of(x: Tensor) -> Stats:
     """All statistics of inputs `[windows, tokens, in]`."""
     flat = x.reshape(-1, x.shape[-1])
-    return Stats(len(flat), flat.abs().mean(dim=0), flat.square().mean(dim=0), x.abs().mean(dim=1).amax(dim=0))
+    gram = flat.T @ flat / len(flat)
+    # As if the layers before this one had been left alone: the original inputs are the inputs.
+    return Stats(len(flat), flat.abs().mean(dim=0), flat.square().mean(dim=0), x.abs().mean(dim=1).amax(dim=0), gram, gram)
 
 
 def inputs(width: int = 172, *, dead: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import NumericsError, RecipeError
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts import Elementwise, LowRank, Part, Plain, Pruned
 
 
 class Need(Flag):
@@ -18,6 +18,8 @@ class Need(Flag):
     MEAN_ABS = auto()
     MEAN_SQUARE = auto()
     PEAK_MEAN_ABS = auto()
+    GRAM = auto()
+    CROSS = auto()
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Stats:
     """`[in]`, mean of x_j^2"""
     peak_mean_abs: Tensor | None = None
     """`[in]`, the largest over the calibration windows of a window's mean |x_j|"""
+    gram: Tensor | None = None
+    """`[in, in]`, mean of x^T x"""
+    cross: Tensor | None = None
+    """`[in, in]`, mean of z^T x, where z `[tokens, in]` are the inputs that the layer has in the original model"""
 
 
 def measured(statistic: Tensor | None) -> Tensor:
@@ -61,8 +67,14 @@ class Layer:
     keep: Tensor | None = None
     """bool `[out, in]`; True stays"""
     pattern: str = ""
-    code: Plain | Uniform | None = None
+    code: Elementwise | None = None
     extras: tuple[LowRank, ...] = field(default=())
+    goal: Tensor | None = None
+    """float32 `[out, in]`: what all parts together should stand for, where a step aims at something else than the original"""
+    moved: Tensor | None = None
+    """float32 `[out, in]`: the base where a pruner has moved the weights that stay and nothing has coded them yet"""
+    notes: tuple[str, ...] = ()
+    """what the user should know of how this layer was decided, such as a stronger damping"""
 
     @classmethod
     def of(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "Layer":
@@ -75,9 +87,16 @@ class Layer:
         return self.original.shape[0], self.original.shape[1]
 
     @property
+    def aim(self) -> Tensor:
+        """What all parts together should stand for: the original unless a step aims at something else."""
+        return self.original if self.goal is None else self.goal
+
+    @property
     def target(self) -> Tensor:
-        """What a code should stand for: the original less what the extras carry, zero where pruned."""
-        target = self.original
+        """What a code should stand for: the goal less what the extras carry, or the moved weights; zero where pruned."""
+        if self.moved is not None:
+            return self.moved
+        target = self.aim
         for extra in self.extras:
             target = target - extra.dense()
         return target if self.keep is None else target * self.keep
@@ -91,8 +110,8 @@ class Layer:
 
     @property
     def damage(self) -> Tensor:
-        """The original less the base: what a repair should stand for."""
-        return self.original - self.working
+        """The aim less the base: what a repair should stand for."""
+        return self.aim - self.working
 
     @property
     def error(self) -> Tensor:
@@ -108,9 +127,17 @@ class Layer:
             raise RecipeError(f"{self.name} would be pruned twice; a recipe has one prune step")
         return replace(self, keep=keep, pattern=pattern)
 
-    def encode(self, code: Plain | Uniform) -> "Layer":
+    def move(self, base: Tensor) -> "Layer":
+        """Let the base be these weights `[out, in]`, zero where pruned, until something codes them."""
+        return replace(self, moved=base, code=None)
+
+    def encode(self, code: Elementwise) -> "Layer":
         """Let these codes stand for the target (in place of earlier ones)."""
-        return replace(self, code=code)
+        return replace(self, code=code, moved=None)
+
+    def note(self, *texts: str) -> "Layer":
+        """Add what the user should know."""
+        return replace(self, notes=(*self.notes, *texts))
 
     def repair(self, extra: LowRank) -> "Layer":
         """Put a part beside the base, in place of an earlier one: a later repair is a refit."""

@@ -126,6 +126,49 @@ class Uniform(_Stored):
 
 
 @dataclass(frozen=True)
+class Codebook(_Stored):
+    """Indices into one table of levels: weight = levels[index] x scale."""
+
+    index: Tensor
+    """uint8 `[out, in]`, from 0 to 2^bits - 1"""
+    levels: Tensor
+    """float16 `[2^bits]`, one table for the whole matrix"""
+    scale: Tensor
+    """as in `Uniform`"""
+    bits: int
+    group: grid.Group
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index.shape[0], self.index.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.levels.float()[self.index.long()] * grid.spread(self.scale, self.shape[1], self.group)
+
+    def packed(self) -> dict[str, Tensor]:
+        return self.packed_kept(None)
+
+    def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]:
+        index = self.index if keep is None else self.index[keep].view(self.shape[0], -1)
+        return {"": bitstream.pack(index, self.bits), "levels": self.levels, "scale": self.scale.contiguous()}
+
+    def describe(self) -> Description:
+        return {"kind": "codebook", "bits": self.bits, "group": self.group}
+
+    @classmethod
+    def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Codebook":
+        bits = about["bits"]
+        index = bitstream.unpack(tensors[""], bits, shape[1] if keep is None else _kept_per_row(keep))
+        levels = _fitting("levels", tensors["levels"], (2**bits,))
+        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group"]))
+        return cls(_scatter(index, shape, keep), levels, scale, bits, about["group"])
+
+
+Elementwise = Plain | Uniform | Codebook
+"""Parts that hold one code or value per weight, so that a mask can lie over them."""
+
+
+@dataclass(frozen=True)
 class Pruned(_Stored):
     """A part of which only some weights stay; the mask is stored as one bit per weight.
 
@@ -133,7 +176,7 @@ class Pruned(_Stored):
     Every row keeps the same number of weights, so that rows can be found in the packed codes.
     """
 
-    inner: Plain | Uniform
+    inner: Elementwise
     keep: Tensor
     """bool `[out, in]`; True stays"""
     pattern: str
@@ -165,8 +208,8 @@ class LowRank(_Stored):
     dense = left.dense()^T @ right.dense(), with left `[rank, out]` and right `[rank, in]`.
     """
 
-    left: Plain | Uniform
-    right: Plain | Uniform
+    left: Elementwise
+    right: Elementwise
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,14 +233,18 @@ class LowRank(_Stored):
 
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "LowRank":
-        def factor(side: str, width: int) -> Plain | Uniform:
+        def factor(side: str, width: int) -> Elementwise:
             own = _under(side, tensors)
             return _ELEMENTWISE[about[side]["kind"]].rebuild(about[side], own, (about["rank"], width), None)
 
         return cls(factor("left", shape[0]), factor("right", shape[1]))
 
 
-_ELEMENTWISE: dict[str, type[Plain] | type[Uniform]] = {"plain": Plain, "uniform": Uniform}
+_ELEMENTWISE: dict[str, type[Plain] | type[Uniform] | type[Codebook]] = {
+    "plain": Plain,
+    "uniform": Uniform,
+    "codebook": Codebook,
+}
 
 
 def _kept_per_row(keep: Tensor) -> int:
@@ -263,7 +310,9 @@ def unpack_parts(descriptions: list[Description], tensors: dict[str, Tensor], sh
             elif kind == "low_rank":
                 parts.append(LowRank.rebuild(about, own, shape))
             else:
-                raise CheckpointError(f"a part of unknown kind {kind!r}; this program knows plain, uniform, pruned, low_rank")
+                raise CheckpointError(
+                    f"a part of unknown kind {kind!r}; this program knows plain, uniform, codebook, pruned, low_rank"
+                )
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"a {kind} part of shape {shape} does not fit its stored tensors: {error}") from error
     return tuple(parts)

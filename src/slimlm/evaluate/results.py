@@ -6,7 +6,7 @@ from typing import Any
 
 from slimlm.core.errors import CheckpointError
 from slimlm.core.layer import Layer, Stats, measured
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def _words(part: Part) -> str:
         pattern = part.pattern if ":" in part.pattern else f"{float(part.pattern):.0%} sparse"
         return f"{pattern} of {_words(part.inner)}"
     if isinstance(part, LowRank):
-        return f"rank {part.rank} at {part.left.bits if isinstance(part.left, Uniform) else 16} bits"
-    if isinstance(part, Uniform):
+        return f"rank {part.rank} at {16 if isinstance(part.left, Plain) else part.left.bits} bits"
+    if isinstance(part, Uniform | Codebook):
         scale = {"tensor": "one scale", "row": "scale per row"}.get(str(part.group), f"groups of {part.group}")
-        return f"{part.bits}-bit ({scale})"
+        return f"{part.bits}-bit{' table' if isinstance(part, Codebook) else ''} ({scale})"
     assert isinstance(part, Plain)
     return str(part.values.dtype).removeprefix("torch.")

@@ -95,8 +95,9 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     if not isinstance(leave, list) or not all(isinstance(p, str) for p in leave):
         raise RecipeError(f'{source}: leave is a list of name patterns, such as ["*.down_proj"]')
     named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
-    if sum(s.kind == "prune" for s in named) > 1:
-        raise RecipeError(f"{source}: a recipe prunes at most once; it has {sum(s.kind == 'prune' for s in named)} prune steps")
+    pruners = [s.method for s in named if getattr(s.step, "pattern", None) not in (None, "")]
+    if len(pruners) > 1:
+        raise RecipeError(f"{source}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
     if named[0].kind == "compensate":
         raise RecipeError(f"{source}: the first step is a repair, but nothing is damaged yet; quantize or prune before it")
     return Recipe(str(data.get("name", source)), str(data.get("summary", "")), named, tuple(leave))

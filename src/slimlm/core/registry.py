@@ -9,7 +9,7 @@ from functools import cache
 
 from slimlm.core.errors import RecipeError
 
-KINDS = {"quantize": "quantizer", "prune": "pruner", "compensate": "compensator"}
+KINDS = {"quantize": "quantizer", "prune": "pruner", "compensate": "compensator", "joint": "joint solver"}
 """A recipe's verb and what does it; also the folders of slimlm.methods."""
 
 

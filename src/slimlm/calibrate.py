@@ -1,9 +1,8 @@
 """Run one block on its inputs; measure what the steps need and nothing more."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,14 +119,17 @@ def _hidden_of(output: Any) -> Tensor:
 
 def run(block: nn.Module, name: str, flow: Flow, device: torch.device) -> Iterator[Tensor]:
     """The block's output for each batch, on the CPU."""
+    for hidden in flow.hidden:
+        yield _hidden_of(_forward(block, name, flow, hidden, device)).to("cpu")
+
+
+def _forward(block: nn.Module, name: str, flow: Flow, hidden: Tensor, device: torch.device) -> Any:
+    args, kwargs = flow.arguments[name, len(hidden)]
+    moved = hidden.to(device)
+    args = tuple(_to(a, device) for a in args)
+    kwargs = {key: _to(value, device) for key, value in kwargs.items()}
     with torch.no_grad():
-        for hidden in flow.hidden:
-            args, kwargs = flow.arguments[name, len(hidden)]
-            moved = hidden.to(device)
-            args = tuple(_to(a, device) for a in args)
-            kwargs = {key: _to(value, device) for key, value in kwargs.items()}
-            output = block(moved, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": moved})
-            yield _hidden_of(output).to("cpu")
+        return block(moved, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": moved})
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -140,20 +142,73 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
+Original = tuple[nn.Module, Flow]
+"""A block as it was, and its inputs in the original model."""
+
+
+def stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, device: torch.device) -> list[list[str]]:
+    """The linear layers of a block in the order in which their inputs come about, those of one stage together.
+
+    A stage shares an input (q, k and v; gate and up), or holds the same layer of every expert. When the stages are
+    compressed one after another, each is measured on what the compressed ones before it hand over. Found by running one
+    batch; layers that it leaves out come last.
+    """
+    seen = next(_inputs(block, name, linears, Flow(flow.hidden[:1], flow.arguments), device))
+    stages: list[list[str]] = []
+    for layer, x in seen.items():
+        for stage in stages:
+            if any(seen[other] is x or _kind(other) == _kind(layer) for other in stage):
+                stage.append(layer)
+                break
+        else:
+            stages.append([layer])
+    missed = [layer for layer in linears if layer not in seen]
+    for layer in list(missed):
+        for stage in stages:
+            if any(_kind(other) == _kind(layer) for other in stage):
+                stage.append(layer)
+                missed.remove(layer)
+                break
+    return [*stages, missed] if missed else stages
+
+
+def _kind(layer: str) -> str:
+    """A layer's name without the numbers of experts in it."""
+    return ".".join("*" if piece.isdigit() else piece for piece in layer.split("."))
+
+
 def measure(
-    block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, needs: Need, device: torch.device
+    block: nn.Module,
+    name: str,
+    linears: dict[str, nn.Module],
+    flow: Flow,
+    needs: Need,
+    device: torch.device,
+    original: Original | None = None,
 ) -> dict[str, Stats]:
     """Statistics of the inputs of these linear layers of a block, by the layer's name within it.
 
-    Layers that are given the same tensor (q, k and v; gate and up) share one measurement. Raises NumericsError where an
-    input holds NaN or infinity.
+    Layers that are given the same tensor (q, k and v; gate and up) share one measurement. `original` is needed for
+    `Need.CROSS`; a layer that is routed other tokens there than here (an expert) gets no cross statistic. Raises
+    NumericsError where an input holds NaN or infinity.
     """
     sums: dict[str, _Sums] = {}
     owner: dict[str, str] = {}
     length = flow.hidden[0].shape[1]
-    with _watching(linears, sums, owner, partial(_Sums, needs, length)) as forget:
-        for _ in run(block, name, flow, device):
-            forget()
+    before = None
+    if needs & Need.CROSS:
+        assert original is not None, "the cross statistic needs the original block"
+        twin, twin_flow = original
+        before = _inputs(twin, name, {layer: twin.get_submodule(layer) for layer in linears}, twin_flow, device)
+    for seen in _inputs(block, name, linears, flow, device):
+        were = next(before) if before is not None else {}
+        first: list[tuple[Tensor, str]] = []
+        for layer, x in seen.items():
+            same = [other for tensor, other in first if tensor is x]
+            owner[layer] = same[0] if same else layer
+            if not same:
+                first.append((x, layer))
+                sums.setdefault(layer, _Sums(needs, length)).add(x, were.get(layer))
     unused = [layer for layer in linears if layer not in owner]
     if unused:
         raise ModelError(f"{name}.{unused[0]} saw no input during calibration; leave it out of the recipe (leave = [...])")
@@ -161,31 +216,29 @@ def measure(
     return {layer: stats[owner[layer]] for layer in linears}
 
 
-@contextmanager
-def _watching(
-    linears: dict[str, nn.Module], sums: dict[str, "_Sums"], owner: dict[str, str], new_sums: "Callable[[], _Sums]"
-) -> Iterator[Callable[[], None]]:
-    seen: list[tuple[Tensor, str]] = []
+def _inputs(
+    block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """For each batch the inputs of these layers, in the order of their calls; the block runs no further than it must."""
+    for hidden in flow.hidden:
+        seen: dict[str, Tensor] = {}
 
-    def hook_for(layer: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            for tensor, first in seen:
-                if tensor is x:
-                    owner[layer] = first
-                    return
-            seen.append((x, layer))
-            owner[layer] = layer
-            sums.setdefault(layer, new_sums()).add(x)
+        def hook_for(layer: str, seen: dict[str, Tensor] = seen) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen[layer] = args[0]
+                if len(seen) == len(linears):
+                    raise _StopHereError
 
-        return hook
+            return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in linears.items()]
-    try:
-        yield seen.clear
-    finally:
-        for handle in handles:
-            handle.remove()
+        handles = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in linears.items()]
+        try:
+            with suppress(_StopHereError):
+                _forward(block, name, flow, hidden, device)
+        finally:
+            for handle in handles:
+                handle.remove()
+        yield seen
 
 
 class _Sums:
@@ -198,11 +251,22 @@ class _Sums:
         self.abs: Tensor | float = 0.0
         self.square: Tensor | float = 0.0
         self.peak: Tensor | None = None
+        self.peak_abs: Tensor | None = None
+        self.window: Tensor | float = 0.0
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float | None = 0.0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it."""
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
+        if self.needs & Need.GRAM:
+            self.gram = self.gram + (rows.T @ rows).double()
+        if self.needs & Need.CROSS and self.cross is not None:
+            before = None if original is None else original.flatten(0, -2)
+            # Other tokens reach an expert where the router sees other activations; what cannot be paired is not.
+            paired = before is not None and before.shape == rows.shape
+            self.cross = self.cross + (before.T @ rows).double() if paired and before is not None else None
         if self.needs & Need.MEAN_SQUARE:
             self.square = self.square + rows.square().sum(dim=0, dtype=torch.float64)
         if self.needs & (Need.MEAN_ABS | Need.PEAK_MEAN_ABS):
@@ -211,20 +275,29 @@ class _Sums:
             if self.needs & Need.PEAK_MEAN_ABS:
                 peak = magnitude.view(-1, self.length, rows.shape[1]).mean(dim=1).amax(dim=0)
                 self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        if self.needs & Need.PEAK_ABS:
+            peak_abs = rows.abs().amax(dim=0)
+            self.peak_abs = peak_abs if self.peak_abs is None else torch.maximum(self.peak_abs, peak_abs)
+        if self.needs & Need.MEAN_WINDOW:
+            self.window = self.window + rows.view(-1, self.length, rows.shape[1]).sum(dim=0, dtype=torch.float64)
 
     def stats(self, name: str) -> Stats:
         """The means, on the CPU in float32."""
 
-        def mean(total: Tensor | float) -> Tensor | None:
+        def mean(total: Tensor | float | None, count: int = self.tokens) -> Tensor | None:
             if not isinstance(total, Tensor):
                 return None
             if not bool(total.isfinite().all()):
                 raise NumericsError(f"the inputs of {name} hold NaN or infinity; the model overflows on the calibration text")
-            return (total / self.tokens).float().cpu()
+            return (total / count).float().cpu()
 
         return Stats(
             self.tokens,
             mean_abs=mean(self.abs) if self.needs & Need.MEAN_ABS else None,
             mean_square=mean(self.square),
             peak_mean_abs=None if self.peak is None else self.peak.float().cpu(),
+            peak_abs=mean(self.peak_abs, count=1),
+            mean_window=mean(self.window, count=self.tokens // self.length),
+            gram=mean(self.gram),
+            cross=mean(self.cross),
         )

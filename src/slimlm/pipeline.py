@@ -1,17 +1,22 @@
 """READ FIRST. compress(): block by block: measure, apply the steps, swap, pass on.
 
     for block in blocks:
-        stats = measure(block, inputs)                  # what the steps need, on the compressed prefix's outputs
-        for each linear layer:
-            layer = Layer.of(name, weight)
-            for step in recipe.steps:
-                layer = step(layer, stats)
-            swap(layer, CompressedLinear(layer.parts(), bias))
+        for stage in stages(block):                     # layers whose inputs come about together; one stage unless sequential
+            stats = measure(block, inputs)              # what the steps need, on the compressed prefix's outputs
+            for each linear layer of the stage:
+                layer = Layer.of(name, weight)
+                for step in recipe.steps_for(layer):
+                    layer = step(layer, stats)
+                swap(layer, CompressedLinear(layer.parts(), bias))
+        match(block)                                    # where the recipe asks for it
         inputs = block(inputs)                          # now the compressed block
+
+Where a step follows the original model (Need.CROSS), or matching does, the original block and its own inputs go along.
 
 Then the packed tensors are written, read back, and the reloaded model's logits compared with those in memory.
 """
 
+import copy
 import dataclasses
 import fnmatch
 import platform
@@ -27,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.calibrate import Flow, enter, measure, run
+from slimlm.calibrate import Flow, Original, enter, measure, run, stages_of
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Layer, Need, refuse_not_finite
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -39,6 +44,7 @@ from slimlm.models.structure import blocks_of, context_length, linears_of, swap,
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+from slimlm.tune.match import Matching, match_block
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on."""
@@ -208,33 +214,73 @@ def compress_blocks(
     """Compress the model's blocks in place, each on the outputs of those before it."""
     progress("compress", 0, len(blocks))
     flow = enter(dense.model, blocks, windows)
+    own_inputs = recipe.matching is not None and recipe.matching.inputs != "compressed"
+    original_flow = flow if own_inputs or recipe.needs & Need.CROSS else None
     records: list[LayerRecord] = []
     for done, (block_name, block) in enumerate(blocks.items(), 1):
         block.to(device)
-        records += compress_block(block, block_name, flow, recipe, dense.dtypes, device)
+        twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
+        original = None if twin is None or original_flow is None else (twin, original_flow)
+        new = compress_block(block, block_name, flow, recipe, dense.dtypes, device, original)
+        if recipe.matching is not None and twin is not None:
+            matched = match(block, twin, block_name, flow, original_flow, recipe.matching, dense.dtypes, device)
+            new = [dataclasses.replace(record, matched=matched) for record in new]
+        records += new
         flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
+        if original is not None:
+            original_flow = Flow(list(run(original[0], block_name, original[1], device)), flow.arguments)
         block.to("cpu")
         progress("compress", done, len(blocks))
     return records
 
 
 def compress_block(
-    block: nn.Module, block_name: str, flow: Flow, recipe: Recipe, dtypes: dict[str, torch.dtype], device: torch.device
+    block: nn.Module,
+    block_name: str,
+    flow: Flow,
+    recipe: Recipe,
+    dtypes: dict[str, torch.dtype],
+    device: torch.device,
+    original: Original | None = None,
 ) -> list[LayerRecord]:
-    """Compress one block in place."""
+    """Compress one block in place; `original` is the block before and its inputs, for steps that follow them."""
     linears = {name: linear for name, linear in linears_of(block).items() if not recipe.leaves(f"{block_name}.{name}")}
     if not linears:
         return []
-    stats = measure(block, block_name, linears, flow, recipe.needs | Need.MEAN_SQUARE, device)
+    stages = stages_of(block, block_name, linears, flow, device) if recipe.sequential else [list(linears)]
     records = []
-    for name, linear in linears.items():
-        full = f"{block_name}.{name}"
-        layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
-        for named in recipe.steps:
-            layer = named.step(layer, stats[name])
-        swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
-        records.append(record_of(layer, stats[name]))
+    for stage in stages:
+        own = {name: linears[name] for name in stage}
+        stats = measure(block, block_name, own, flow, recipe.needs | Need.MEAN_SQUARE, device, original)
+        for name, linear in own.items():
+            full = f"{block_name}.{name}"
+            layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
+            for named in recipe.steps_for(full):
+                layer = named.step(layer, stats[name])
+            swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
+            records.append(record_of(layer, stats[name]))
     return records
+
+
+def match(
+    block: nn.Module,
+    twin: nn.Module,
+    block_name: str,
+    flow: Flow,
+    original_flow: Flow | None,
+    options: Matching,
+    dtypes: dict[str, torch.dtype],
+    device: torch.device,
+) -> tuple[float, float]:
+    """Tune a compressed block towards its original; the relative squared error on held-back windows before and after."""
+    inputs, teacher = flow, flow
+    if options.inputs != "compressed":
+        assert original_flow is not None
+        teacher = original_flow
+        inputs = original_flow if options.inputs == "dense" else flow
+    targets = list(run(twin, block_name, teacher, device))
+    matched = match_block(block, block_name, inputs, targets, options, dtypes, device)
+    return matched.before, matched.after
 
 
 def write(folder: Path, dense: DenseModel) -> None:

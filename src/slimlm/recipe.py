@@ -12,7 +12,15 @@
     prune = "wanda"
     pattern = "2:4"
 
-Order is data: each step works on what the steps before it decided.
+    [[rules]]                      # other options for some layers (optional); a later rule wins
+    layers = ["*.mlp.*"]
+    bits = 3
+
+    [matching]                     # gradient descent on each finished block (optional); options of slimlm.tune.match
+    passes = 10
+
+Order is data: each step works on what the steps before it decided. `sequential = true` compresses the layers of a block in
+the order in which their inputs come about, each measured on what the compressed ones before it hand over.
 """
 
 import dataclasses
@@ -33,6 +41,7 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Need, Step
 from slimlm.core.lowrank import rank_of
 from slimlm.core.masks import Pattern
+from slimlm.tune.match import Matching
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,18 @@ class NamedStep:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Other options for the layers that match one of the patterns."""
+
+    layers: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a recipe file would say it."""
+        return {"layers": list(self.layers), **dict(self.options)}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to do to every linear layer, in order."""
 
@@ -56,11 +77,22 @@ class Recipe:
     summary: str
     steps: tuple[NamedStep, ...]
     leave: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    sequential: bool = False
+    matching: Matching | None = None
 
     @property
     def needs(self) -> Need:
         """The statistics its steps need together."""
         return reduce(lambda needs, named: needs | named.step.needs, self.steps, Need.NOTHING)
+
+    def steps_for(self, layer: str) -> tuple[NamedStep, ...]:
+        """The steps with what the rules say of this layer (by full name)."""
+        steps = self.steps
+        for rule in self.rules:
+            if any(fnmatchcase(layer, pattern) for pattern in rule.layers):
+                steps = tuple(_overridden(named, rule, f"recipe {self.name}, rule for {rule.layers[0]}") for named in steps)
+        return steps
 
     def leaves(self, layer: str) -> bool:
         """Whether this layer (by full name) stays as it is."""
@@ -68,27 +100,35 @@ class Recipe:
 
     def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot take the recipe, or None."""
-        for named in self.steps:
+        for named in self.steps_for(layer):
             pattern = getattr(named.step, "pattern", None)
-            if pattern is not None and (reason := Pattern.parse(pattern).refuses(layer, shape[1])):
+            if pattern not in (None, "") and (reason := Pattern.parse(pattern).refuses(layer, shape[1])):
                 return f"{reason}. Choose a pattern that divides it, or a share such as pattern = 0.5"
             rank = getattr(named.step, "rank", None)
-            if rank and rank_of(rank, shape) == 0:
+            if rank and rank != "auto" and rank_of(rank, shape) == 0:
                 least = 1 / min(shape)
                 return f"rank = {rank} of {layer} ({shape[0]} x {shape[1]}) is less than rank 1; give at least {least:.3g}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `recipe_from_dict` reads back."""
-        steps = [named.to_dict() for named in self.steps]
-        return {"name": self.name, "summary": self.summary, "leave": list(self.leave), "steps": steps}
+        data: dict[str, Any] = {"name": self.name, "summary": self.summary, "leave": list(self.leave)}
+        data |= {"sequential": self.sequential, "steps": [named.to_dict() for named in self.steps]}
+        if self.rules:
+            data["rules"] = [rule.to_dict() for rule in self.rules]
+        if self.matching is not None:
+            data["matching"] = dataclasses.asdict(self.matching)
+        return data
 
 
 def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     """Check plain data and build the recipe; raises RecipeError saying which step and option is wrong."""
-    unknown = set(data) - {"name", "summary", "leave", "steps"}
+    unknown = set(data) - {"name", "summary", "leave", "sequential", "steps", "rules", "matching"}
     if unknown:
-        raise RecipeError(f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave and [[steps]]")
+        raise RecipeError(
+            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, [[steps]], [[rules]] "
+            "and [matching]"
+        )
     steps, leave = data.get("steps"), data.get("leave", [])
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise RecipeError(f"{source}: a recipe needs at least one [[steps]] table")
@@ -100,7 +140,39 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
         raise RecipeError(f"{source}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
     if named[0].kind == "compensate":
         raise RecipeError(f"{source}: the first step is a repair, but nothing is damaged yet; quantize or prune before it")
-    return Recipe(str(data.get("name", source)), str(data.get("summary", "")), named, tuple(leave))
+    sequential = data.get("sequential", False)
+    if not isinstance(sequential, bool):
+        raise RecipeError(f"{source}: sequential = {sequential!r}; give true or false")
+    rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(data.get("rules", []), 1))
+    matching = None
+    if "matching" in data:
+        matching = _options(Matching, dict(data["matching"]), f"{source}, matching")
+    name, summary = str(data.get("name", source)), str(data.get("summary", ""))
+    return Recipe(name, summary, named, tuple(leave), rules, sequential, matching)
+
+
+def _rule(data: Any, steps: tuple[NamedStep, ...], where: str) -> Rule:
+    layers = data.get("layers") if isinstance(data, dict) else None
+    if not isinstance(layers, list) or not layers or not all(isinstance(p, str) for p in layers):
+        raise RecipeError(f'{where}: a rule names its layers, such as layers = ["*.down_proj"], and then options')
+    rule = Rule(tuple(layers), tuple((key, value) for key, value in data.items() if key != "layers"))
+    fields = {field.name for named in steps for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
+    for option, _ in rule.options:
+        if option not in fields:
+            raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
+    for named in steps:
+        _overridden(named, rule, where)
+    return rule
+
+
+def _overridden(named: NamedStep, rule: Rule, where: str) -> NamedStep:
+    """The step with the rule's options, of those that it has."""
+    own = {field.name for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
+    changed = {key: value for key, value in rule.options if key in own}
+    if not changed:
+        return named
+    options = {**dataclasses.asdict(named.step), **changed}  # type: ignore[call-overload]
+    return NamedStep(named.kind, named.method, _options(type(named.step), options, f"{where} ({named.method})"))
 
 
 def _step(data: dict[str, Any], where: str) -> NamedStep:
@@ -113,20 +185,25 @@ def _step(data: dict[str, Any], where: str) -> NamedStep:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     options = {key: value for key, value in data.items() if key != kind}
-    known = [f.name for f in dataclasses.fields(method)]
+    step: Step = _options(method, options, f"{where} ({data[kind]})")
+    return NamedStep(kind, str(data[kind]), step)
+
+
+def _options(of: Any, options: dict[str, Any], where: str) -> Any:
+    """A dataclass from plain data; raises RecipeError naming the option that is wrong."""
+    known = [f.name for f in dataclasses.fields(of)]
     for option in options:
         if option not in known:
-            raise RecipeError(f"{where} ({data[kind]}): has no option {option!r}; its options are {', '.join(known)}")
+            raise RecipeError(f"{where}: has no option {option!r}; its options are {', '.join(known)}")
     try:
         # By way of JSON, because pydantic's strict mode takes no dictionary for a dataclass otherwise.
-        step: Step = TypeAdapter(method).validate_json(json.dumps(options, default=str), strict=True)
-        return NamedStep(kind, str(data[kind]), step)
+        return TypeAdapter(of).validate_json(json.dumps(options, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0])
-        raise RecipeError(f"{where} ({data[kind]}): {option} = {options.get(option)!r}: {first['msg']}") from None
+        raise RecipeError(f"{where}: {option} = {options.get(option)!r}: {first['msg']}") from None
     except RecipeError as error:
-        raise RecipeError(f"{where} ({data[kind]}): {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def shipped() -> dict[str, str]:

@@ -68,7 +68,7 @@ SLACK = {2: 1.06, 3: 1.03, 4: 1.015, 8: 1.015}
 def searched(values: Tensor, bits: int) -> Tensor:
     """The scale `[1]` found for one set of values `[n]`."""
     points, mass = grid.distribution(values.view(1, -1))
-    return grid.best_scale(points, mass, bits)
+    return grid.best_scale(points, mass, grid.Levels.of_bits(bits))
 
 
 def mean_square_error(values: Tensor, scale: Tensor | float, bits: int) -> float:
@@ -125,7 +125,7 @@ def test_the_error_under_the_histogram_is_the_error_itself(name: str, bits: int)
     assert points.shape[1] < values.numel(), "this test is about the histogram branch"
     assert float(mass.sum()) == values.numel()
     scale = searched(values, bits)
-    estimate = float(grid.grid_error(points, mass, scale[:, None], bits)) / values.numel()
+    estimate = float(grid.grid_error(points, mass, scale[:, None], grid.Levels.of_bits(bits))) / values.numel()
     assert estimate == pytest.approx(mean_square_error(values, scale, bits), rel=0.02)  # the bound of law 3
 
 
@@ -167,7 +167,7 @@ def test_the_scale_found_does_not_depend_on_the_order_of_the_weights(count: int)
 def test_sets_are_searched_independently_of_one_another() -> None:
     sets = torch.stack([normal(128), laplace(128) * 100, torch.zeros(128), uniform(128) * 1e-3])
     points, mass = grid.distribution(sets)
-    together = grid.best_scale(points, mass, 4)
+    together = grid.best_scale(points, mass, grid.Levels.of_bits(4))
     alone = torch.cat([searched(row, 4) for row in sets])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)  # batched sums may round differently
     assert float(together[2]) == 0
@@ -176,8 +176,8 @@ def test_sets_are_searched_independently_of_one_another() -> None:
 def test_more_sets_than_fit_at_once_are_searched_alike() -> None:
     sets = normal(3000, 64)  # 3000 x 64 x 48 candidates exceed the 2^23 elements taken at once
     points, mass = grid.distribution(sets)
-    whole = grid.best_scale(points, mass, 4)
-    torch.testing.assert_close(whole[-5:], grid.best_scale(points[-5:], mass[-5:], 4), rtol=1e-6, atol=0)
+    whole = grid.best_scale(points, mass, grid.Levels.of_bits(4))
+    torch.testing.assert_close(whole[-5:], grid.best_scale(points[-5:], mass[-5:], grid.Levels.of_bits(4)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -292,7 +292,7 @@ def test_groups_run_along_the_inputs_and_the_last_may_be_shorter() -> None:  # l
 def test_the_filling_of_a_short_group_does_not_change_its_scale() -> None:  # law 4
     weight = normal(5, 150)
     points, mass = grid.distribution(grid.rows_of(weight, 128))
-    filled = grid.best_scale(points, mass, 4).view(5, 2)[:, 1]
+    filled = grid.best_scale(points, mass, grid.Levels.of_bits(4)).view(5, 2)[:, 1]
     bare = torch.cat([searched(row, 4) for row in weight[:, 128:]])
     torch.testing.assert_close(filled, bare, rtol=1e-6, atol=0)  # sums over 128 and over 22 terms
 
@@ -343,7 +343,7 @@ def test_a_tie_goes_to_the_even_code() -> None:  # law 5, of the reference
 def test_the_cost_of_a_scale_by_hand() -> None:
     # Points 1 and 3 at scale 2: 1 is a tie and goes to 0, 3 (1.5) to 4: 1 * 1 + 5 * 1.
     points, mass = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 5.0]])
-    assert grid.grid_error(points, mass, torch.tensor([[2.0]]), 4).tolist() == [[6.0]]
+    assert grid.grid_error(points, mass, torch.tensor([[2.0]]), grid.Levels.of_bits(4)).tolist() == [[6.0]]
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9])

@@ -26,7 +26,16 @@ def stats_of(x: Tensor) -> Stats:
     flat = x.reshape(-1, x.shape[-1])
     gram = flat.T @ flat / len(flat)
     # As if the layers before this one had been left alone: the original inputs are the inputs.
-    return Stats(len(flat), flat.abs().mean(dim=0), flat.square().mean(dim=0), x.abs().mean(dim=1).amax(dim=0), gram, gram)
+    return Stats(
+        len(flat),
+        flat.abs().mean(dim=0),
+        flat.square().mean(dim=0),
+        x.abs().mean(dim=1).amax(dim=0),
+        gram,
+        gram,
+        peak_abs=flat.abs().amax(dim=0),
+        mean_window=x.mean(dim=0),
+    )
 
 
 def inputs(width: int = 172, *, dead: int = 0) -> Tensor:

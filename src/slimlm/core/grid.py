@@ -1,9 +1,10 @@
-"""The even grid: weight = codes x scale, codes from -2^(bits-1) to 2^(bits-1) - 1, zero exact.
+"""Grids: weight = level x scale. The even grid has the levels -2^(bits-1) to 2^(bits-1) - 1, zero exact; a table has any.
 
 One scale serves the whole matrix, a row, or a group of consecutive inputs of a row; the last group of a row is shorter
 where the width does not divide. A search for a scale and the quantizer that it serves use the same `nearest`.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,6 +38,68 @@ def nearest(ratio: Tensor, bits: int) -> Tensor:
     """The grid code (as float) nearest to weight / scale, ties to even."""
     top = top_code(bits)
     return ratio.round().clamp(-top - 1, top)
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The values that codes stand for, in units of the scale, ascending: the even grid or a table."""
+
+    values: Tensor
+    """float32 `[2^bits]`"""
+    even: bool
+
+    @classmethod
+    def of_bits(cls, bits: int) -> "Levels":
+        """The even grid of this many bits."""
+        return cls(torch.arange(-top_code(bits) - 1, top_code(bits) + 1).float(), True)
+
+    @property
+    def bits(self) -> int:
+        return len(self.values).bit_length() - 1
+
+    @property
+    def top(self) -> float:
+        """The largest level."""
+        return float(self.values[-1])
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude of a level; on the even grid it is a negative one's."""
+        return float(self.values.abs().max())
+
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """The level nearest to weight / scale, as float."""
+        return nearest(ratio, self.bits) if self.even else self.values.to(ratio.device)[self.index(ratio)]
+
+    def index(self, ratio: Tensor) -> Tensor:
+        """The place (0 and on) of the nearest level in `values`."""
+        if self.even:
+            return (nearest(ratio, self.bits) - self.values[0]).long()
+        values = self.values.to(ratio.device)
+        return torch.bucketize(ratio.contiguous(), (values[1:] + values[:-1]) / 2)
+
+    def rounded(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The index of the nearest level and the value it stands for; a scale of zero gives the value zero."""
+        index = self.index(torch.where(scale == 0, torch.zeros_like(weight), weight / torch.where(scale == 0, 1.0, scale)))
+        return index, self.values.to(weight)[index] * scale
+
+
+def fitted(ratio: Tensor, mass: Tensor, levels: Levels) -> Levels:
+    """A table of as many levels that errs less on these ratios `[points]` with masses `[points]`: Lloyd's iteration.
+
+    Each level moves to the mean of the points nearest to it, ten times; a level without points stays. The levels are
+    rounded to float16, as they are stored.
+    """
+    values = levels.values.to(ratio)
+    for _ in range(_LLOYD):
+        index = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2)
+        total = torch.zeros_like(values).scatter_add_(0, index, mass)
+        moment = torch.zeros_like(values).scatter_add_(0, index, mass * ratio)
+        values = torch.where(total > 0, moment / total.clamp_min(1e-30), values).sort().values
+    return Levels(values.half().float(), False)
+
+
+_LLOYD = 10
 
 
 def rows_of(weight: Tensor, group: Group) -> Tensor:
@@ -94,23 +157,24 @@ def absmax_scale(sets: Tensor, bits: int) -> Tensor:
     return sets.abs().amax(dim=1) / top_code(bits)
 
 
-def grid_error(points: Tensor, mass: Tensor, scale: Tensor, bits: int) -> Tensor:
+def grid_error(points: Tensor, mass: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     """Sum over a set's points of mass x (grid value - point)^2: `[sets, candidates]`.
 
-    points and mass `[sets, size]`; scale `[sets, candidates]`, all positive.
+    points and mass `[sets, size]`; scale `[sets, candidates]`, none zero.
     """
     ratio = points[:, None, :] / scale[..., None]
-    miss = nearest(ratio, bits).sub_(ratio).square_()
+    miss = levels.nearest(ratio).sub_(ratio).square_()
     return torch.einsum("scp,sp->sc", miss, mass) * scale.square()
 
 
 _COARSE = 48
 _FINE = 9
 _ROUNDS = 3
-_ELEMENTS_AT_ONCE = 2**23
+_ELEMENTS_AT_ONCE = 2**19
+"""Candidates x points worked on at a time: small enough for the processor's cache."""
 
 
-def best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
+def best_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = _COARSE) -> Tensor:
     """The scale `[sets]` of least `grid_error` for each set of points `[sets, size]` with masses `[sets, size]`.
 
     A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
@@ -118,39 +182,67 @@ def best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
     all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
     top on) are tried too: a weight that is on a grid already need not use all its codes. A set of zeros gets the scale 0.
     """
-    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * (_COARSE + top_code(bits) // 2)))
-    parts = [_best_scale(p, m, bits) for p, m in zip(points.split(at_once), mass.split(at_once), strict=True)]
-    return torch.cat(parts)
+    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * coarse))
+    pieces = zip(points.split(at_once), mass.split(at_once), strict=True)
+    return torch.cat([_best_scale(piece, own, levels, coarse) for piece, own in pieces])
 
 
-def _best_scale(points: Tensor, mass: Tensor, bits: int) -> Tensor:
-    top = top_code(bits)
+def signed_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = 24) -> Tensor:
+    """As `best_scale`, negative where the largest point then falls on the side of the grid that reaches further."""
+    counted = points * (mass > 0)
+    largest = counted.gather(1, counted.abs().argmax(dim=1, keepdim=True))
+    longer = -1.0 if -levels.values[0] > levels.values[-1] else 1.0
+    sign = torch.where(largest * longer < 0, -1.0, 1.0)
+    return best_scale(points * sign, mass, levels, coarse=coarse) * sign[:, 0]
+
+
+def nearby_scale(points: Tensor, mass: Tensor, levels: Levels, start: Tensor) -> Tensor:
+    """A scale `[sets]` no worse than `start` `[sets]`: seven within 12 % of it, then least squares for the best one's codes."""
+    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * 7))
+    pieces = zip(points.split(at_once), mass.split(at_once), start.split(at_once), strict=True)
+    return torch.cat([_nearby_scale(*piece, levels) for piece in pieces])
+
+
+def _nearby_scale(points: Tensor, mass: Tensor, start: Tensor, levels: Levels) -> Tensor:
+    safe = torch.where(start == 0, torch.ones_like(start), start)[:, None]
+    steps = 1.12 ** torch.linspace(-1, 1, 7, device=points.device)
+    best, at = _pick(points, mass, safe * steps, levels)
+    value = levels.nearest(points / best)
+    fitted_scale = (points * value * mass).sum(dim=1, keepdim=True) / (value.square() * mass).sum(dim=1, keepdim=True)
+    usable = fitted_scale.isfinite() & (fitted_scale != 0)
+    fitted_scale = torch.where(usable, fitted_scale, best)
+    best = torch.where(grid_error(points, mass, fitted_scale, levels) < at, fitted_scale, best)
+    return torch.where(start == 0, start, best[:, 0])
+
+
+def _best_scale(points: Tensor, mass: Tensor, levels: Levels, coarse: int) -> Tensor:
+    top, reach = levels.top, levels.reach
     where = (points.abs() * (mass > 0)).argmax(dim=1, keepdim=True)
     largest = points.abs().gather(1, where)
     upper = largest / top
     empty = largest == 0
     upper = torch.where(empty, torch.ones_like(upper), upper)
-    worst = grid_error(points, mass, upper, bits)
-    reach = largest - (worst / mass.gather(1, where).clamp_min(1e-30)).sqrt()
-    lower = torch.maximum(reach / (top + 1), upper / 4096)
-    lower = torch.minimum(lower, upper * (top / (top + 1)) * 0.999)
+    worst = grid_error(points, mass, upper, levels)
+    clipped = largest - (worst / mass.gather(1, where).clamp_min(1e-30)).sqrt()
+    lower = torch.maximum(clipped / reach, upper / 4096)
+    lower = torch.minimum(lower, upper * (top / reach) * 0.999)
 
-    steps = torch.linspace(0, 1, _COARSE, device=points.device)
+    steps = torch.linspace(0, 1, coarse, device=points.device)
     inner = top / torch.arange(top // 2 + 1, top, device=points.device)
     candidates = torch.cat([upper * (lower / upper) ** steps, upper * inner], dim=1)
-    best, at = _pick(points, mass, candidates, bits)
-    ratio = (upper / lower) ** (1 / (_COARSE - 1))
+    best, at = _pick(points, mass, candidates, levels)
+    ratio = (upper / lower) ** (1 / (coarse - 1))
     steps = torch.linspace(-1, 1, _FINE, device=points.device)
     for _ in range(_ROUNDS):
-        found, cost = _pick(points, mass, best * ratio**steps, bits)
+        found, cost = _pick(points, mass, best * ratio**steps, levels)
         best = torch.where(cost < at, found, best)
         at = torch.minimum(cost, at)
         ratio = ratio ** (2 / (_FINE - 1))
     return torch.where(empty, torch.zeros_like(best), best)[:, 0]
 
 
-def _pick(points: Tensor, mass: Tensor, candidates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    cost, index = grid_error(points, mass, candidates, bits).min(dim=1, keepdim=True)
+def _pick(points: Tensor, mass: Tensor, candidates: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    cost, index = grid_error(points, mass, candidates, levels).min(dim=1, keepdim=True)
     return candidates.gather(1, index), cost
 
 
@@ -174,7 +266,7 @@ def searched(weight: Tensor, *, bits: int, group: Group) -> Tensor:
     """Scales `[rows, groups]` of least squared error for a weight `[out, in]` under its own distribution."""
     sets = rows_of(weight, group)
     points, mass = distribution(sets)
-    scale = polished(sets, best_scale(points, mass, bits), bits)
+    scale = polished(sets, best_scale(points, mass, Levels.of_bits(bits)), bits)
     return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group))
 
 

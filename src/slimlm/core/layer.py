@@ -20,6 +20,8 @@ class Need(Flag):
     PEAK_MEAN_ABS = auto()
     GRAM = auto()
     CROSS = auto()
+    PEAK_ABS = auto()
+    MEAN_WINDOW = auto()
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Stats:
     """`[in, in]`, mean of x^T x"""
     cross: Tensor | None = None
     """`[in, in]`, mean of z^T x, where z `[tokens, in]` are the inputs that the layer has in the original model"""
+    peak_abs: Tensor | None = None
+    """`[in]`, the largest |x_j|"""
+    mean_window: Tensor | None = None
+    """`[length, in]`, mean of x over the calibration windows at each of their positions"""
 
 
 def measured(statistic: Tensor | None) -> Tensor:
@@ -92,14 +98,19 @@ class Layer:
         return self.original if self.goal is None else self.goal
 
     @property
-    def target(self) -> Tensor:
-        """What a code should stand for: the goal less what the extras carry, or the moved weights; zero where pruned."""
+    def whole(self) -> Tensor:
+        """What a code should stand for, before pruning takes its share: the aim less the extras, or the moved weights."""
         if self.moved is not None:
             return self.moved
-        target = self.aim
+        whole = self.aim
         for extra in self.extras:
-            target = target - extra.dense()
-        return target if self.keep is None else target * self.keep
+            whole = whole - extra.dense()
+        return whole
+
+    @property
+    def target(self) -> Tensor:
+        """What a code should stand for: `whole`, zero where pruned."""
+        return self.whole if self.keep is None else self.whole * self.keep
 
     @property
     def working(self) -> Tensor:

@@ -1,9 +1,11 @@
 """Best low-rank products in a weighted norm, without an inverse, a shift or a full SVD.
 
-For an error E `[out, in]` and per-input energies h `[in]` (mean squared input, H = diag(h)), the product left x right of
-rank r that minimises ||(E - left right) H^(1/2)||_F is left = U, right = U^T E, where U holds the r leading
-eigenvectors of E H E^T. (Any positive semidefinite H has this form; nothing is inverted, so inputs that never fire do
-no harm.) The residual squared is the sum of the remaining eigenvalues.
+For an error E `[out, in]` and a positive semidefinite H, the product left x right of rank r that minimises
+||(E - left right) H^(1/2)||_F is left = U, right = U^T E, where U holds the r leading eigenvectors of E H E^T. Nothing is
+inverted, so inputs that never fire do no harm. The residual squared is the sum of the remaining eigenvalues.
+
+H is given as `energy`: a vector `[in]` stands for diag(energy), the mean squared inputs; a matrix `[in, in]` is H itself, the
+covariance of the inputs.
 """
 
 import torch
@@ -12,19 +14,31 @@ from torch import Tensor
 _EXACT_UP_TO = 1024
 _OVERSAMPLE = 16
 _SWEEPS = 4
+_WARM_SWEEPS = 2
+
+
+def weighed(matrix: Tensor, energy: Tensor) -> Tensor:
+    """M H for M `[rows, in]`."""
+    return matrix * energy if energy.ndim == 1 else matrix @ energy
 
 
 def weighted_square(error: Tensor, energy: Tensor) -> float:
-    """||E H^(1/2)||_F^2 for E `[out, in]` and energies `[in]`."""
-    return float((error.double().square() * energy.double()).sum())
+    """||E H^(1/2)||_F^2 for E `[out, in]`."""
+    if energy.ndim == 1:
+        return float((error.double().square() * energy.double()).sum())
+    # The product in the caller's dtype, because it is the one costly thing; the sum, which cancels nothing, in float64.
+    return float((weighed(error, energy).double() * error).sum())
 
 
-def best_low_rank(error: Tensor, energy: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_low_rank(error: Tensor, energy: Tensor, rank: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Factors `[out, rank]` and `[rank, in]` of the best product in the energy norm; the left one is orthonormal.
 
-    Exact (one symmetric eigenproblem in float64 on the smaller side) up to 1024 rows or columns or where the rank is
-    over a third of them; above, block subspace iteration with a fixed seed, within 2 % of the optimal residual.
+    Exact (one symmetric eigenproblem in float64 on the smaller side; on the outputs for a covariance) up to 1024 rows or
+    columns or where the rank is over a third of them; above, block subspace iteration with a fixed seed, within 2 % of the
+    optimal residual, from a basis `start` `[out, any]` of a nearby error where there is one.
     """
+    if energy.ndim == 2:
+        return _best_under_covariance(error, energy, rank, start)
     scaled = error * energy.clamp_min(0).sqrt()
     side = min(scaled.shape)
     if side <= _EXACT_UP_TO or rank > side // 3:
@@ -32,6 +46,30 @@ def best_low_rank(error: Tensor, energy: Tensor, rank: int) -> tuple[Tensor, Ten
     else:
         basis = _leading_by_iteration(scaled, rank)
     return basis, basis.T @ error
+
+
+def _best_under_covariance(error: Tensor, gram: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    out = len(error)
+    if out <= _EXACT_UP_TO or rank > out // 3:
+        basis = _leading_of((weighed(error, gram) @ error.T).double(), rank).to(error.dtype)
+        return basis, basis.T @ error
+    width = min(rank + _OVERSAMPLE, out)
+    sweeps = _SWEEPS if start is None else _WARM_SWEEPS
+    generator = torch.Generator().manual_seed(0)
+    fresh = torch.randn(out, width - (0 if start is None else start.shape[1]), generator=generator).to(error)
+    basis = fresh if start is None else torch.cat([start, fresh], dim=1)
+    for _ in range(sweeps):
+        basis, _ = torch.linalg.qr(basis)
+        basis = error @ (gram @ (error.T @ basis))
+    basis, _ = torch.linalg.qr(basis)
+    small = basis.T @ error
+    basis = basis @ _leading_of((weighed(small, gram) @ small.T).double(), rank).to(error.dtype)
+    return basis, basis.T @ error
+
+
+def _leading_of(square: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of a symmetric matrix."""
+    return torch.linalg.eigh((square + square.T) / 2).eigenvectors.flip(1)[:, :rank]
 
 
 def _leading_exactly(matrix: Tensor, rank: int) -> Tensor:
@@ -62,9 +100,11 @@ def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tenso
 
     The norms of right are taken in the energy norm where there is energy at all, else plainly.
     """
-    weight = energy if bool((energy > 0).any()) else torch.ones_like(energy)
+    own = energy if energy.ndim == 1 else energy.diagonal()
+    silent = not bool((own > 0).any())
+    weight = torch.ones_like(own) if silent else energy / own.mean()
     norm_left = left.norm(dim=0)
-    norm_right = (right.square() * (weight / weight.mean())).sum(dim=1).sqrt()
+    norm_right = (weighed(right, weight) * right).sum(dim=1).clamp_min(0).sqrt()
     dead = (norm_left == 0) | (norm_right == 0)
     factor = torch.where(dead, torch.ones_like(norm_left), (norm_right / norm_left.clamp_min(1e-30)).sqrt())
     return left * factor, right / factor[:, None]
@@ -72,7 +112,7 @@ def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tenso
 
 def refit_left(error: Tensor, right: Tensor, energy: Tensor) -> Tensor:
     """The left factor `[out, rank]` of least weighted error for a given right one: E H R^T (R H R^T)^+."""
-    weighted = right * energy
+    weighted = weighed(right, energy)
     gram = weighted.double() @ right.double().T
     return _solve(gram, (weighted @ error.T).double()).T.to(error.dtype)
 

@@ -1,6 +1,7 @@
 """From an error to a stored low-rank part: rank, best product, balance, rounding, refit.
 
-Every compensator ends here; they differ in the norm (the per-input energies) and in the error they hand over.
+Every compensator ends here; they differ in the norm (energies of the inputs, or their covariance) and in the error they
+hand over.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from slimlm.core import grid, linalg
 from slimlm.core.errors import RecipeError
 from slimlm.core.parts import LowRank, Plain, Uniform
+from slimlm.core.sweep import Across, Along, Inverse, coded, inverse_of, sweep
 
 _REFITS = 2
 """Rounds of refitting; the first brings most of the gain, a third next to nothing."""
@@ -48,20 +50,69 @@ def rank_of(share: float, shape: tuple[int, int]) -> int:
     return int(share * min(shape) + 1e-9)
 
 
-def low_rank_part(error: Tensor, energy: Tensor, form: AdapterFormat) -> LowRank | None:
-    """The part that best stands for error `[out, in]` in the norm of energies `[in]`; None at rank 0.
+def low_rank_part(
+    error: Tensor,
+    energy: Tensor,
+    form: AdapterFormat,
+    *,
+    start: Tensor | None = None,
+    inverse: Inverse | None = None,
+) -> LowRank | None:
+    """The part that best stands for error `[out, in]` in the norm of `energy` (see `linalg`); None at rank 0.
 
     The rounded factors are improved by alternation: with one factor rounded the other is solved by least squares and
-    rounded in turn (the inner loop of CALDERA, arXiv 2405.18886), and the best iterate in the energy norm is kept.
+    rounded in turn (the inner loop of CALDERA, arXiv 2405.18886), and the best iterate in the energy norm is kept. Under a
+    covariance the rounding itself is a sweep, so that what a rounded input or component loses the later ones repair;
+    `inverse` saves inverting the covariance once more, `start` is a basis `[out, any]` of a nearby error's left factor.
     """
     rank = form.rank_of((error.shape[0], error.shape[1]))
     if rank == 0:
         return None
-    left, right = linalg.best_low_rank(error, energy, rank)
+    left, right = linalg.best_low_rank(error, energy, rank, start=start)
     left, right = linalg.balanced(left, right, energy)
     if form.bits == 16:
         return LowRank(half(left.T), half(right))
-    return _rounded(error, energy, left, right, form)
+    if energy.ndim == 1:
+        return _rounded(error, energy, left, right, form)
+    return _swept(error, energy, right, form, inverse or inverse_of(energy, damp=_DAMP))
+
+
+_DAMP = 0.01
+
+
+def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inverse: Inverse) -> LowRank:
+    """Round the right factor under H, the left one (refitted to it) under R H R^T, and again from a refitted right one."""
+    levels = grid.Levels.of_bits(form.bits)
+    best: LowRank | None = None
+    least = float("inf")
+    for _ in range(1 + _REFITS if form.refit else 1):
+        right_part = _swept_right(right, inverse, levels, form)
+        rounded = right_part.dense()
+        inner = linalg.weighed(rounded, gram) @ rounded.T
+        left = linalg.refit_left(error, rounded, gram)
+        across = Across(levels, len(right), form.group)
+        sweep(left, inverse_of(inner, damp=_DAMP), rounding=across)
+        left_part = _uniform(torch.stack(across.index).to(torch.uint8), torch.stack(across.scale), levels, form)
+        part = LowRank(left_part, right_part)
+        cost = linalg.weighted_square(error - part.dense(), gram)
+        if best is None or cost < least:
+            best, least = part, cost
+        right = linalg.refit_right(error, left_part.dense().T)
+    assert best is not None
+    return best
+
+
+def _swept_right(right: Tensor, inverse: Inverse, levels: grid.Levels, form: AdapterFormat) -> Uniform:
+    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group)]
+    along = Along(levels, sizes, len(right), one=False, start=None, device=right.device)
+    sweep(right, inverse, rounding=along)
+    return _uniform(along.index.T.contiguous(), along.scale.T.contiguous(), levels, form)
+
+
+def _uniform(index: Tensor, scale: Tensor, levels: grid.Levels, form: AdapterFormat) -> Uniform:
+    part = coded(index, scale, levels, form.group)
+    assert isinstance(part, Uniform)
+    return part
 
 
 def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: AdapterFormat) -> LowRank:
@@ -85,7 +136,9 @@ def _round(factor: Tensor, mass: Tensor, form: AdapterFormat) -> Uniform:
     shape = (factor.shape[0], factor.shape[1])
     sets = grid.rows_of(factor, form.group)
     masses = grid.rows_of(mass.expand_as(factor), form.group)
-    scale = grid.storable(grid.best_scale(sets, masses, form.bits).view(grid.scale_shape(shape, form.group)))
+    scale = grid.storable(
+        grid.best_scale(sets, masses, grid.Levels.of_bits(form.bits)).view(grid.scale_shape(shape, form.group))
+    )
     codes = grid.encode(factor, scale, bits=form.bits, group=form.group)
     return Uniform(codes, scale, form.bits, form.group)
 

@@ -25,6 +25,10 @@ class LayerRecord:
     rank: int
     error: float
     """relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together"""
+    notes: tuple[str, ...] = ()
+    """what the user should know of how it was decided"""
+    matched: tuple[float, float] | None = None
+    """of its block: squared output error over squared output, on windows held back, before and after matching"""
 
     @property
     def bits_per_weight(self) -> float:
@@ -92,6 +96,7 @@ def record_of(layer: Layer, stats: Stats) -> LayerRecord:
         sparsity=0.0 if layer.keep is None else 1 - float(layer.keep.float().mean()),
         rank=sum(ranks),
         error=float((layer.error * root).norm() / size) if float(size) > 0 else 0.0,
+        notes=layer.notes,
     )
 
 

@@ -1,0 +1,567 @@
+"""The one column sweep: choose and round weights input by input, and let those to come repair what was lost.
+
+For a weight W `[out, in]` and the covariance H `[in, in]` of its inputs, base B is sought with little tr((W - B) H (W - B)^T).
+Input j is decided (kept or dropped, rounded) with all later ones free to answer; with H^-1 = U^T U, U upper triangular, the
+deciding costs (w_j - b_j)^2 / U_jj^2 and the best answer of the later inputs is w_k -= (w_j - b_j) U_jk / U_jj.
+
+    GPTQ       (Frantar et al., arXiv 2210.17323, equations 2 and 3, section 3.3)     rounding, nothing dropped
+    SparseGPT  (Frantar, Alistarh, arXiv 2301.00774, equations 3 and 4, section 3.4)  dropping by w^2 / U_jj^2, no rounding
+    both       (SparseGPT, section 3.5)                                               each column is dropped or rounded
+
+The sweep halves the inputs again and again: the left half is swept, its errors go to the right half in one matrix product,
+the right half is swept. So nearly all arithmetic is products of matrices at every size, and Python does a few steps per
+input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights side by side.
+
+`polish` goes on from a sweep's result by coordinate descent on the same objective: each group of inputs is decided anew
+(which stay, and their codes) given all others, and each scale is moved; no step raises the objective. (Cyclic coordinate
+descent on codes alone is QuantEase, Behdin et al., arXiv 2309.01885.)
+"""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid
+from slimlm.core.errors import NumericsError, RecipeError
+from slimlm.core.grid import Group, Levels
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import Codebook, Elementwise, Uniform
+
+_SHARE_AT_ONCE = 128
+"""Inputs among which a share of each row is dropped at a time."""
+_LEAF = 4
+_MOST_CHOICES = 70
+"""Ways to keep n of m that are all tried; 4 of 8 has this many."""
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The factor of the inverse covariance that a sweep needs, and how it was come by."""
+
+    upper: Tensor
+    """U `[in, in]`, upper triangular, float32, (H + damping)^-1 = U^T U"""
+    damped: float
+    """what was added to the diagonal of H, as a share of its mean"""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def conditional(self) -> Tensor:
+        """`[in]`: mean square of each input that the later inputs do not explain, 1 / U_jj^2."""
+        return self.upper.diagonal().square().reciprocal()
+
+
+def inverse_of(gram: Tensor, *, damp: float, tokens: int | None = None) -> Inverse:
+    """Damp and invert a covariance `[in, in]`; in float64.
+
+    `damp` x the mean of the diagonal is added to the diagonal, ten times more as long as the factorization fails, which is
+    noted. Inputs that never fire are left with the damping alone, so their weights are rounded and repair nothing. Raises
+    NumericsError for a covariance with NaN or infinity, or one that cannot be factored with as much damping as itself.
+    """
+    width = len(gram)
+    square = gram.double()
+    if not bool(square.isfinite().all()):
+        raise NumericsError("the covariance of the inputs holds NaN or infinity; the model overflows on the calibration text")
+    mean = float(square.diagonal().mean())
+    if mean == 0:
+        return Inverse(torch.eye(width, device=gram.device), 0.0, ("no input ever fires; weights rounded to nearest",))
+    identity = torch.eye(width, dtype=torch.float64, device=gram.device)
+    used = damp
+    while used <= 1:
+        lower, failed = torch.linalg.cholesky_ex(square + used * mean * identity)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                notes = (
+                    () if used == damp else (f"covariance could be inverted only with damping {used:g} instead of {damp:g}",)
+                )
+                return Inverse(upper.float(), used, notes)
+        used = max(10 * used, 1e-6)
+    raise NumericsError("the covariance of the inputs cannot be inverted even with damping as large as its mean diagonal")
+
+
+def check_damp(damp: float) -> None:
+    if not 0 <= damp <= 1:
+        raise RecipeError(f"damp = {damp}: give a share of the mean diagonal of the covariance, from 0 to 1")
+
+
+def tokens_needed(width: int) -> int:
+    """Tokens from which on a covariance of this many inputs is taken as it is."""
+    return 2 * width
+
+
+def conditioned(gram: Tensor, tokens: int) -> tuple[Tensor, tuple[str, ...]]:
+    """The covariance `[in, in]` of that many tokens, and a note where they are too few to know it.
+
+    Under two tokens per input what is measured between two inputs is shrunk toward zero, by in / (in + tokens): the share of
+    noise in it, roughly. The energies themselves stay.
+    """
+    width = len(gram)
+    if tokens >= tokens_needed(width):
+        return gram, ()
+    share = width / (width + tokens)
+    note = (
+        f"{tokens} calibration tokens for the covariance of {width} inputs, which needs {tokens_needed(width)}: "
+        f"what lies off its diagonal was shrunk by {share:.0%}"
+    )
+    return gram * (1 - share) + torch.diag(gram.diagonal() * share), (note,)
+
+
+class Rounding(Protocol):
+    """How a sweep rounds one input's weights after another."""
+
+    starts: list[int]
+    """where along the inputs, in the order of the sweep, groups begin"""
+
+    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+        """A group begins: its weights `[inputs, out]` as they are now, and what an error in each counts (none: dropped)."""
+
+    def round(self, place: int, group: int, column: Tensor) -> Tensor:
+        """The rounded weights `[out]` of the input at this place."""
+
+
+class Unrounded:
+    """Leaves every weight as it is: SparseGPT alone."""
+
+    def __init__(self) -> None:
+        self.starts = [0]
+
+    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+        """There is nothing to search."""
+
+    def round(self, place: int, group: int, column: Tensor) -> Tensor:
+        return column
+
+
+class Along:
+    """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
+
+    The search weighs each weight with what an error in it costs at that point, and starts from an earlier scale where
+    there is one. `scale` `[groups, out]` (`[1, 1]` where one serves all) and `index` `[in, out]` fill up as the sweep goes.
+    """
+
+    def __init__(self, levels: Levels, sizes: list[int], out: int, *, one: bool, start: Tensor | None, device: torch.device):
+        self.levels, self.one, self.start = levels, one, start
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.scale = torch.zeros(len(sizes), 1 if one else out, device=device)
+        self.index = torch.zeros(sum(sizes), out, dtype=torch.uint8, device=device)
+
+    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+        if self.one:
+            points, masses = grid.distribution((rows * (mass > 0)).reshape(1, -1))
+        else:
+            points, masses = rows.T.contiguous(), mass.T.contiguous()
+        if self.start is None:
+            scale = grid.signed_scale(points, masses, self.levels)
+        else:
+            scale = grid.nearby_scale(points, masses, self.levels, self.start[group])
+        self.scale[group] = grid.storable(scale[:, None])[:, 0].float()
+
+    def round(self, place: int, group: int, column: Tensor) -> Tensor:
+        index, value = self.levels.rounded(column, self.scale[group])
+        self.index[place] = index
+        return value
+
+
+class Across:
+    """Groups of consecutive outputs of one input share a scale: the left factor of an adapter.
+
+    `scale` and `index` hold a row `[groups]` and `[out]` per input.
+    """
+
+    def __init__(self, levels: Levels, width: int, group: int) -> None:
+        self.levels, self.group = levels, group
+        self.starts = list(range(width))
+        self.scale: list[Tensor] = []
+        self.index: list[Tensor] = []
+
+    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+        """Every input is a group of its own, searched as it is rounded."""
+
+    def round(self, place: int, group: int, column: Tensor) -> Tensor:
+        sets = grid.rows_of(column[None], self.group)
+        scale = grid.storable(grid.signed_scale(sets, torch.ones_like(sets), self.levels)[None]).float()
+        index, value = self.levels.rounded(column, grid.spread(scale, len(column), self.group).expand(1, len(column))[0])
+        self.scale.append(scale[0])
+        self.index.append(index)
+        return value
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep decided, in the order of the weight's own inputs."""
+
+    value: Tensor
+    """float32 `[out, in]`: the base, zero where dropped"""
+    moved: Tensor
+    """float32 `[out, in]`: each weight as it was when its turn came"""
+    keep: Tensor | None
+    """bool `[out, in]`, None where nothing is dropped"""
+    index: Tensor | None = None
+    """uint8 `[out, in]`: places in the levels, where rounded"""
+    scale: Tensor | None = None
+    """float32 `[out, groups]` or `[1, 1]`"""
+    levels: Levels | None = None
+
+    def code(self, group: Group) -> Elementwise:
+        """The rounded base as a part (without its mask)."""
+        assert self.index is not None and self.scale is not None and self.levels is not None
+        return coded(self.index, self.scale, self.levels, group)
+
+
+def coded(index: Tensor, scale: Tensor, levels: Levels, group: Group) -> Uniform | Codebook:
+    """The part of these places in the levels `[out, in]` and scales `[out, groups]`."""
+    # A transposed column counts as contiguous to torch and yet cannot be viewed as bytes; this one can.
+    stored = grid.storable(scale).flatten().view(scale.shape)
+    if levels.even:
+        codes = (index.to(torch.int16) + int(levels.values[0])).to(torch.int8)
+        return Uniform(codes, stored, levels.bits, group)
+    return Codebook(index, levels.values.half(), stored, levels.bits, group)
+
+
+def check_grouping(group: Group, pattern: Pattern | None) -> None:
+    """Raise RecipeError where a group would cut through the n:m groups of a mask."""
+    if pattern is not None and pattern.of and isinstance(group, int) and group % pattern.of:
+        raise RecipeError(f"group = {group}: under the pattern {pattern} give a multiple of {pattern.of}")
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which a sweep takes the inputs."""
+
+    inputs: Tensor
+    """int64 `[in]`"""
+    sizes: list[int]
+    """inputs in each group, in that order"""
+
+    @property
+    def back(self) -> Tensor:
+        """Where in the order each input is, int64 `[in]`."""
+        return self.inputs.argsort()
+
+
+def order_of(energy: Tensor, *, group: Group, pattern: Pattern | None) -> Order:
+    """The inputs `[in]` in order of falling energy, no group of a scale or of n:m torn apart.
+
+    Groups go by their mean energy, and inside a group fours (or the m of n:m) by theirs. So scales stay contiguous, can be
+    searched when their group is reached, and no index of groups has to be stored, which GPTQ's act-order needs.
+    """
+    width = len(energy)
+    size = width if isinstance(group, str) else min(group, width)
+    chunk = pattern.of if pattern is not None and pattern.of else _LEAF
+    groups = sorted(torch.arange(width).split(size), key=lambda own: -float(energy[own].mean()))
+    chunks = [sorted(own.split(chunk), key=lambda few: -float(energy[few].mean())) for own in groups]
+    return Order(torch.cat([few for own in chunks for few in own]).to(energy.device), [len(own) for own in groups])
+
+
+def rounded_sweep(
+    target: Tensor,
+    inverse: Inverse,
+    order: Order,
+    *,
+    levels: Levels,
+    group: Group,
+    pattern: Pattern | None = None,
+    keep: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Swept:
+    """A sweep in this order with scales per group; `inverse` is that of the covariance in the order, `start` earlier scales."""
+    first = torch.tensor([0, *order.sizes[:-1]]).cumsum(0)
+    place = torch.zeros(1, dtype=torch.int64) if isinstance(group, str) else order.inputs.cpu()[first] // group
+    along = Along(
+        levels,
+        order.sizes,
+        len(target),
+        one=group == "tensor",
+        start=None if start is None else start.T[place.to(start.device)],
+        device=target.device,
+    )
+    found = _swept_in(order, target, inverse, along, pattern, keep)
+    back = order.back
+    scale = torch.empty_like(along.scale)
+    scale[place.to(scale.device)] = along.scale
+    return replace(found, index=along.index[back].T.contiguous(), scale=scale.T.contiguous(), levels=levels)
+
+
+def unrounded_sweep(
+    target: Tensor, inverse: Inverse, order: Order, *, pattern: Pattern | None = None, keep: Tensor | None = None
+) -> Swept:
+    """A sweep in this order that drops and does not round."""
+    return _swept_in(order, target, inverse, Unrounded(), pattern, keep)
+
+
+def _swept_in(
+    order: Order, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
+) -> Swept:
+    ordered = None if keep is None else keep[:, order.inputs]
+    found = sweep(target[:, order.inputs], inverse, rounding=rounding, pattern=pattern, keep=ordered)
+    back = order.back
+    kept = None if found.keep is None else found.keep[:, back].contiguous()
+    return Swept(found.value[:, back].contiguous(), found.moved[:, back].contiguous(), kept)
+
+
+def sweep(
+    target: Tensor,
+    inverse: Inverse,
+    *,
+    rounding: Rounding,
+    pattern: Pattern | None = None,
+    keep: Tensor | None = None,
+) -> Swept:
+    """One pass over the inputs of target `[out, in]`; `pattern` chooses what is dropped, `keep` `[out, in]` says it.
+
+    The inputs are taken as they come (`rounded_sweep` orders them). Scales and codes stay with the rounding. Cost: out x in^2
+    multiplications and about fifteen vector operations per input.
+    """
+    state = _Sweep(target, inverse, rounding, pattern, keep)
+    state.walk(0, target.shape[1])
+    kept = None if state.keep is None else state.keep.T.contiguous()
+    return Swept(state.value.T.contiguous(), state.rest.T.contiguous(), kept)
+
+
+class _Sweep:
+    """The working state of one sweep; everything is `[in, out]`."""
+
+    def __init__(
+        self, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
+    ) -> None:
+        self.upper, self.conditional = inverse.upper, inverse.conditional
+        self.rounding, self.pattern = rounding, None if keep is not None else pattern
+        self.rest = target.T.contiguous().clone()
+        self.value = torch.zeros_like(self.rest)
+        self.missed = torch.zeros_like(self.rest)
+        self.keep = keep.T.contiguous() if keep is not None else None
+        if self.pattern is not None:
+            self.keep = torch.zeros_like(self.rest, dtype=torch.bool)
+        width = len(self.rest)
+        self.groups = rounding.starts
+        self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
+        leaf = self.pattern.of if self.pattern is not None and self.pattern.of else _LEAF
+        self.leaves = _divided(sorted({*self.groups, *self.units}), width, leaf)
+
+    def walk(self, low: int, high: int) -> None:
+        """Sweep the inputs from low up to high, all earlier errors having reached them."""
+        middle = self._cut(low, high)
+        if middle is None:
+            self._leaf(low, high)
+            return
+        self.walk(low, middle)
+        self.rest[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.missed[low:middle], alpha=-1)
+        self.walk(middle, high)
+
+    def _cut(self, low: int, high: int) -> int | None:
+        """The border nearest the middle, of the coarsest kind that lies inside: a group or a unit is never torn."""
+        for borders in (*sorted((self.groups, self.units), key=len), self.leaves):
+            inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
+            if inside:
+                return min(inside, key=lambda border: abs(2 * border - low - high))
+        return None
+
+    def _leaf(self, low: int, high: int) -> None:
+        if low in self.units[bisect_left(self.units, low) :][:1]:
+            self._choose(low, _end(self.units, low, len(self.rest)))
+        group = bisect_right(self.groups, low) - 1
+        if self.groups[group] == low:
+            self._begin(group)
+        for place in range(low, high):
+            column = self.rest[place]
+            rounded = self.rounding.round(place, group, column)
+            if self.keep is not None:
+                rounded = rounded * self.keep[place]
+            self.value[place] = rounded
+            self.missed[place] = (column - rounded) / self.upper[place, place]
+            if place + 1 < high:
+                self.rest[place + 1 : high].addr_(self.upper[place, place + 1 : high], self.missed[place], alpha=-1)
+
+    def _begin(self, group: int) -> None:
+        low = self.groups[group]
+        high = _end(self.groups, low, len(self.rest))
+        mass = self.conditional[low:high, None].expand_as(self.rest[low:high])
+        if self.keep is not None:
+            if len(self.units) > len(self.groups):
+                # The scale must suit those that will stay: a first choice for the whole group, made again unit by unit.
+                self._choose(low, high)
+            mass = mass * self.keep[low:high]
+        self.rounding.begin(group, self.rest[low:high], mass)
+
+    def _choose(self, low: int, high: int) -> None:
+        """The mask of these inputs by what dropping each would cost now."""
+        assert self.keep is not None and self.pattern is not None
+        score = (self.rest[low:high].square() * self.conditional[low:high, None]).T
+        pattern = self.pattern
+        if not pattern.of:
+            # So that the units of a row together drop what the row should.
+            count = int(high * pattern.dropped + 1e-9) - int(low * pattern.dropped + 1e-9)
+            pattern = replace(pattern, dropped=count / (high - low))
+        self.keep[low:high] = choose(score, pattern).T
+
+
+def _end(borders: list[int], low: int, width: int) -> int:
+    """Where the piece that begins at `low` ends."""
+    after = bisect_right(borders, low)
+    return borders[after] if after < len(borders) else width
+
+
+def _divided(borders: list[int], width: int, size: int) -> list[int]:
+    """The pieces between borders cut further, each from its own beginning."""
+    ends = [*borders[1:], width]
+    return [place for low, high in zip(borders, ends, strict=True) for place in range(low, high, size)]
+
+
+def _units(groups: list[int], width: int, pattern: Pattern) -> list[int]:
+    """Where the inputs begin among which a mask is chosen at a time: m for n:m, about 128 for a share of each row."""
+    if pattern.of:
+        return _divided(groups, width, pattern.of)
+    size = _end(groups, 0, width)
+    return _divided(groups, width, _SHARE_AT_ONCE) if size > _SHARE_AT_ONCE else groups[:: -(-_SHARE_AT_ONCE // size)]
+
+
+def polish(target: Tensor, gram: Tensor, base: Swept, *, group: Group, pattern: Pattern | None) -> Swept:
+    """One pass of coordinate descent on tr((W - B) H (W - B)^T) from a rounded base; never raises it.
+
+    target W `[out, in]`, gram H `[in, in]`. Under an n:m `pattern` with at most 70 ways to keep n of m, each group of m is
+    decided anew: for every way the least-squares values given all other inputs, rounded one after another with the rest of
+    the group answering, and the best of all ways and the present one is taken. Else the mask stays and the codes are
+    decided one input at a time. At the start of each scale group the scale takes its own best step.
+    """
+    choices = None
+    if pattern is not None and pattern.of and len(_ways(pattern)) <= _MOST_CHOICES:
+        choices = pattern
+    state = _Polish(target, gram, base, group, choices)
+    state.walk(0, target.shape[1])
+    keep = None if state.keep is None else state.keep.T.contiguous()
+    index, scale = state.index.T.contiguous(), state.scale.T.contiguous()
+    return replace(base, value=state.value.T.contiguous(), keep=keep, index=index, scale=scale)
+
+
+def _ways(pattern: Pattern) -> list[tuple[int, ...]]:
+    return list(combinations(range(pattern.of), pattern.kept))
+
+
+class _Polish:
+    """The working state of one pass; everything is `[in, out]`."""
+
+    def __init__(self, target: Tensor, gram: Tensor, base: Swept, group: Group, choices: Pattern | None) -> None:
+        assert base.index is not None and base.scale is not None and base.levels is not None
+        self.gram, self.levels = gram, base.levels
+        self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
+        self.scale = base.scale.T.contiguous().clone()
+        self.keep = None if base.keep is None else base.keep.T.contiguous().clone()
+        self.pull = gram @ (target.T - self.value)
+        """H (W - B)^T `[in, out]`: half the slope of the objective, exact for the inputs whose turn it is"""
+        self.change = torch.zeros_like(self.value)
+        width = len(self.value)
+        self.groups = list(range(0, width, width if isinstance(group, str) else group))
+        self.leaves = _divided(self.groups, width, _LEAF if choices is None else choices.of)
+        self.ways = None if choices is None else torch.tensor(_ways(choices), device=gram.device)
+        if self.ways is not None:
+            self.inverses = self._inverses(self.ways, choices.of)  # type: ignore[union-attr]
+
+    def _inverses(self, ways: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """For each group of inputs and way to keep some: the inverse of their covariance, and its upper factor."""
+        width = len(self.gram)
+        at = torch.arange(width, device=ways.device).view(-1, 1, size)[:, :, :].expand(-1, len(ways), -1)
+        kept = at.gather(2, ways[None].expand(len(at), -1, -1))
+        own = self.gram[kept[..., :, None], kept[..., None, :]].double()
+        own = own + 1e-6 * own.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None] * torch.eye(
+            ways.shape[1]
+        ).to(own)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
+        return inverse.float(), torch.linalg.cholesky(inverse, upper=True).float()
+
+    def walk(self, low: int, high: int) -> None:
+        """Decide the inputs from low up to high, their pull being exact."""
+        for borders in (self.groups, self.leaves):
+            inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
+            if inside:
+                middle = min(inside, key=lambda border: abs(2 * border - low - high))
+                self.walk(low, middle)
+                self.pull[middle:high].addmm_(self.gram[middle:high, low:middle], self.change[low:middle], alpha=-1)
+                self.walk(middle, high)
+                return
+        group = bisect_right(self.groups, low) - 1
+        if self.groups[group] == low:
+            self._rescale(group)
+        if self.ways is None:
+            self._recode(low, high, group)
+        else:
+            self._choose(low, high, group)
+
+    def _rescale(self, group: int) -> None:
+        """The best step of one group's scales (of the only scale, where one serves all rows), as far as storage can tell."""
+        low = self.groups[group]
+        high = _end(self.groups, low, len(self.value))
+        value = self.value[low:high]
+        along = (value * self.pull[low:high]).sum(dim=0)
+        bend = (value * (self.gram[low:high, low:high] @ value)).sum(dim=0)
+        if self.scale.shape[1] == 1:
+            along, bend = along.sum(dim=0, keepdim=True), bend.sum(dim=0, keepdim=True)
+        old = self.scale[group]
+        new = old * (1 + along / bend.clamp_min(1e-30))
+        new = grid.storable(new[:, None])[:, 0].float()
+        step = torch.where(old == 0, torch.zeros_like(old), new / torch.where(old == 0, 1.0, old) - 1)
+        better = (step.square() * bend < 2 * step * along) & (new != 0)
+        step = torch.where(better, step, torch.zeros_like(step))
+        self.scale[group] = torch.where(better, new, old)
+        moved = value * step
+        value += moved
+        self.pull[low:].addmm_(self.gram[low:, low:high], moved, alpha=-1)
+
+    def _change(self, low: int, high: int, change: Tensor) -> None:
+        """Move these inputs' weights; the pull on themselves is made exact at once, that on later ones by `walk`."""
+        self.value[low:high] += change
+        self.change[low:high] += change
+        self.pull[low:high] -= self.gram[low:high, low:high] @ change
+
+    def _recode(self, low: int, high: int, group: int) -> None:
+        for place in range(low, high):
+            bend = self.gram[place, place]
+            if float(bend) <= 0:
+                continue
+            old = self.value[place]
+            index, new = self.levels.rounded(old + self.pull[place] / bend, self.scale[group])
+            if self.keep is not None:
+                new = new * self.keep[place]
+            gain = 2 * (new - old) * self.pull[place] - (new - old).square() * bend
+            better = gain > 0
+            self.index[place] = torch.where(better, index, self.index[place].long())
+            self._change_one(place, high, torch.where(better, new - old, torch.zeros_like(old)))
+
+    def _change_one(self, place: int, high: int, change: Tensor) -> None:
+        self.value[place] += change
+        self.change[place] += change
+        self.pull[place:high].addr_(self.gram[place:high, place], change, alpha=-1)
+
+    def _choose(self, low: int, high: int, group: int) -> None:
+        assert self.ways is not None and self.keep is not None
+        own, old = self.gram[low:high, low:high], self.value[low:high]
+        wanted = self.pull[low:high] + own @ old
+        """what the group's weights b should solve, H b = this `[m, out]`; their cost is b H b - 2 b this"""
+        inverse, upper = (pieces[low // (high - low)] for pieces in self.inverses)
+        goal = torch.einsum("wij,wjo->wio", inverse, wanted[self.ways])
+        values, indices = [], []
+        for i in range(self.ways.shape[1]):
+            index, value = self.levels.rounded(goal[:, i], self.scale[group])
+            values.append(value)
+            indices.append(index)
+            answer = upper[:, i, i + 1 :, None] * ((goal[:, i] - value) / upper[:, i, i, None])[:, None]
+            goal[:, i + 1 :] -= answer
+        value = torch.stack(values, dim=1)
+        kept = own[self.ways[:, :, None], self.ways[:, None, :]]
+        cost = (value * (torch.einsum("wij,wjo->wio", kept, value) - 2 * wanted[self.ways])).sum(dim=1)
+        least, way = cost.min(dim=0)
+        now = (old * (own @ old - 2 * wanted)).sum(dim=0)
+        # A margin of float32's rounding, so that no pass ever raises the objective by noise.
+        better = least < now - 1e-6 * now.abs()
+        places = self.ways[way].T
+        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, way[None, None].expand(1, value.shape[1], -1))[0])
+        index = torch.zeros_like(self.index[low:high]).scatter_(
+            0, places, torch.stack(indices, dim=1).gather(0, way[None, None].expand(1, value.shape[1], -1))[0].to(torch.uint8)
+        )
+        keep = torch.zeros_like(self.keep[low:high]).scatter_(0, places, True)
+        self.index[low:high] = torch.where(better, index, self.index[low:high])
+        self.keep[low:high] = torch.where(better, keep, self.keep[low:high])
+        self._change(low, high, torch.where(better, chosen - old, torch.zeros_like(old)))

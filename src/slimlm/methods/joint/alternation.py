@@ -1,0 +1,263 @@
+"""Alternation: pruning, rounding and low-rank repair decided together, in turn, against one objective.
+
+SLiM (Mozaffari et al., arXiv 2410.09615, equation 1) states the objective for the sum of a pruned, rounded base B and an
+adapter L R, but decides them once, one after another. Here, with H the covariance of the inputs the layer really gets,
+
+    minimise tr((G - B - L R) H (G - B - L R)^T)
+
+by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.sweep) of G - L R, its mask and scales chosen anew; L R is
+the best product for G - B (QERA's optimum, slimlm.core.linalg). After the sweeps, coordinate descent polishes the base and
+the factors are rounded and refitted in each round. The best iterate is kept, and every one ends in a refit of the
+adapters. Alternation of this kind for sparse plus low-rank without rounding is HASSLE-free (Makni et al., arXiv
+2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for rounding plus low-rank CALDERA (Saha et al., arXiv 2405.18886).
+
+G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
+that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
+goal as a whole): G = W (C + a I) (H + a I)^-1, C = E[z^T x] with z the layer's inputs in the original model, and a = `follow`
+x the mean diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W.
+
+levels    "even": integer codes. "table": 2^bits levels fitted to what is rounded (under 2:4 nothing near zero is left). "auto":
+          a table where it saves at least 4 % of the rounding error.
+base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
+norm      "full", or "diagonal": H is replaced by its diagonal throughout.
+bits      16 leaves the base unrounded.
+rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
+rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, likewise.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid, linalg
+from slimlm.core.errors import RecipeError
+from slimlm.core.grid import Levels
+from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import LowRank
+from slimlm.core.sweep import (
+    Inverse,
+    Order,
+    Swept,
+    check_damp,
+    check_grouping,
+    conditioned,
+    inverse_of,
+    order_of,
+    polish,
+    rounded_sweep,
+    unrounded_sweep,
+)
+
+_TABLE_SAVES = 0.04
+_FRESH_SWEEPS = 2
+"""Sweeps whose scales are searched from scratch; later ones start from the scales before."""
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """Mask, codes and adapters decided in turn against one objective until a round gains little."""
+
+    bits: int = 4
+    group: grid.Group = 32
+    pattern: str | float = "2:4"
+    rank: float | Literal["auto"] = 0.1
+    adapter_bits: AdapterBits = 4
+    adapter_group: int = 128
+    levels: Literal["auto", "even", "table"] = "auto"
+    rounds: int = 16
+    polish: int = 8
+    patience: float = 0.005
+    follow: float = 0.1
+    base: Literal["sweep", "project"] = "sweep"
+    norm: Literal["full", "diagonal"] = "full"
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bits != 16:
+            grid.check_bits(self.bits)
+        grid.check_group(self.group)
+        if self.pattern != "":
+            check_grouping(self.group, Pattern.parse(self.pattern))
+        AdapterFormat(0.1 if self.rank == "auto" else self.rank, self.adapter_bits, self.adapter_group, True)
+        check_damp(self.damp)
+        if self.rounds < 1 or self.polish < 0 or not 0 <= self.patience < 1:
+            raise RecipeError(
+                f"rounds = {self.rounds}, polish = {self.polish}, patience = {self.patience}: give at least one round, no "
+                "negative number, and a share below 1"
+            )
+        if self.base == "project" and self.levels == "table":
+            raise RecipeError('levels = "table" is fitted to what sweeps round; use base = "sweep", or levels = "even"')
+        if not self.follow >= 0:
+            raise RecipeError(f"follow = {self.follow}: give a damping above 0, or 0 to aim at the original weight")
+
+    @property
+    def needs(self) -> Need:
+        """The covariance of the inputs, and of the original inputs with them where those are followed."""
+        return Need.GRAM | Need.CROSS if self.follow else Need.GRAM
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        if self.norm == "diagonal":
+            gram = torch.diag(gram.diagonal())
+        if self.follow and stats.cross is None:
+            notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
+        elif self.follow and notes:
+            notes = (*notes, "for the same reason the original model's outputs are not followed")
+        elif self.follow:
+            cross = measured(stats.cross).to(layer.original)
+            layer = replace(layer, goal=_goal(layer.original, gram, cross, self.follow))
+        search = _Search(self, layer, gram)
+        search.run()
+        return search.decided(layer).note(*notes, *search.inverse.notes)
+
+
+def _goal(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
+    """W (C + a I) (H + a I)^-1 for a = damp x mean diagonal of H; W where no input ever fires."""
+    amount = damp * gram.diagonal().double().mean()
+    if float(amount) == 0:
+        return weight
+    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    lower = torch.linalg.cholesky(gram.double() + amount * identity)
+    moved = weight @ (cross.double() + amount * identity).to(weight)
+    return torch.cholesky_solve(moved.T.double(), lower).T.to(weight)
+
+
+class _Search:
+    """The state of one layer's alternation."""
+
+    def __init__(self, options: Alternation, layer: Layer, gram: Tensor) -> None:
+        assert options.rank != "auto", "the plan gives every layer its rank before the layer is reached"
+        self.options, self.gram = options, gram
+        self.energy = gram if options.norm == "full" else gram.diagonal()
+        self.aim = layer.aim
+        self.given = layer.keep
+        self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
+        self.levels = None if options.bits == 16 else Levels.of_bits(options.bits)
+        self.order = order_of(gram.diagonal(), group=options.group, pattern=self.pattern)
+        self.inverse = self._inverse(self.order)
+        rank = float(options.rank)
+        self.rough = AdapterFormat(rank, 16, options.adapter_group, True)
+        self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group, True)
+        self.natural = (
+            inverse_of(gram, damp=options.damp) if self.final.rank_of(layer.shape) and self.final.bits != 16 else None
+        )
+        self.base: Swept | None = None
+        self.adapter: LowRank | None = None
+        self.best: tuple[float, Swept, LowRank | None] | None = None
+
+    def _inverse(self, order: Order) -> Inverse:
+        return inverse_of(self.gram[order.inputs][:, order.inputs], damp=self.options.damp)
+
+    def run(self) -> None:
+        """Sweeps against an unrounded adapter, then polishing of the best one against the adapter as it is stored."""
+        patience = self.options.patience
+        found: tuple[float, Swept, LowRank | None] | None = None
+        for number in range(self.options.rounds):
+            self.base = self._sweep(number)
+            error = self._repair(self.rough)
+            gain = 1.0 if found is None else 1 - error / max(found[0], 1e-30)
+            if gain > 0:
+                found = error, self.base, self.adapter
+            if gain <= patience:
+                break
+        assert found is not None
+        last, self.base, self.adapter = found
+        last = self._repair(self.final, count=True)
+        for _ in range(self.options.polish if self.levels is not None else 0):
+            self.base = self._polish()
+            error = self._repair(self.final, count=True)
+            if last - error <= patience * last:
+                break
+            last = error
+
+    def decided(self, layer: Layer) -> Layer:
+        """The best iterate."""
+        assert self.best is not None
+        _, base, adapter = self.best
+        if base.keep is not None and self.given is None:
+            layer = layer.prune(base.keep, str(self.options.pattern))
+        layer = replace(layer, extras=() if adapter is None else (adapter,))
+        return layer.move(base.value) if base.levels is None else layer.encode(base.code(self.options.group))
+
+    def _target(self) -> Tensor:
+        return self.aim if self.adapter is None else self.aim - self.adapter.dense()
+
+    def _sweep(self, number: int) -> Swept:
+        target, options = self._target(), self.options
+        pattern = None if self.given is not None else self.pattern
+        if options.base == "project":
+            return _projected(target, self.gram.diagonal(), self.levels, options.group, pattern, self.given)
+        if self.levels is None:
+            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, keep=self.given)
+        start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
+        found = rounded_sweep(
+            target,
+            self.inverse,
+            self.order,
+            levels=self.levels,
+            group=options.group,
+            pattern=pattern,
+            keep=self.given,
+            start=start,
+        )
+        if options.levels != "even":
+            self._fit_levels(found)
+        return found
+
+    def _fit_levels(self, found: Swept) -> None:
+        """A table for the next sweep, fitted to what this one rounded, where it is asked for or pays."""
+        assert found.scale is not None and self.levels is not None
+        scale = grid.spread(found.scale, found.value.shape[1], self.options.group).expand_as(found.value)
+        counted = scale != 0 if found.keep is None else found.keep & (scale != 0)
+        mass = (self.inverse.conditional[self.order.back] * scale.square())[counted]
+        ratio = found.moved[counted] / scale[counted]
+        if not mass.numel():
+            return
+        table = grid.fitted(ratio, mass, self.levels)
+
+        def error(levels: Levels) -> float:
+            return float(((levels.nearest(ratio) - ratio).square() * mass).sum())
+
+        pays = error(table) < (1 - _TABLE_SAVES) * error(Levels.of_bits(self.options.bits))
+        if self.options.levels == "table" or pays:
+            self.levels = table
+
+    def _polish(self) -> Swept:
+        assert self.base is not None
+        pattern = None if self.given is not None else self.pattern
+        return polish(self._target(), self.gram, self.base, group=self.options.group, pattern=pattern)
+
+    def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
+        """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
+        assert self.base is not None
+        damage = self.aim - self.base.value
+        start = None if self.adapter is None else torch.linalg.qr(self.adapter.left.dense().T).Q
+        self.adapter = low_rank_part(damage, self.energy, form, start=start, inverse=self.natural)
+        left = damage if self.adapter is None else damage - self.adapter.dense()
+        error = linalg.weighted_square(left, self.energy)
+        if count and (self.best is None or error < self.best[0]):
+            self.best = error, self.base, self.adapter
+        return error
+
+
+def _projected(
+    target: Tensor, energy: Tensor, levels: Levels | None, group: grid.Group, pattern: Pattern | None, given: Tensor | None
+) -> Swept:
+    """The base without error feedback: the mask of highest |w| sqrt(H_jj), scales of least squared error under H_jj."""
+    keep = given if pattern is None else choose(target.abs() * energy.clamp_min(0).sqrt(), pattern)
+    kept = target if keep is None else target * keep
+    if levels is None:
+        return Swept(kept, target, keep)
+    sets = grid.rows_of(kept, group)
+    masses = torch.ones_like(sets) if group == "tensor" else grid.rows_of(energy.expand_as(kept), group)
+    if group == "tensor":
+        sets, masses = grid.distribution(sets)
+    scale = grid.storable(
+        grid.signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group))
+    ).float()
+    index, value = levels.rounded(kept, grid.spread(scale, kept.shape[1], group).expand_as(kept))
+    return Swept(value if keep is None else value * keep, target, keep, index.to(torch.uint8), scale, levels)

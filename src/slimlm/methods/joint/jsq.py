@@ -1,0 +1,129 @@
+"""JSQ: prune by weight, input norm and the range of the output without the weight; then round smoothed weights.
+
+Guo, Wu, Wang, Liu, Yang, Ding, Gong, Qin, Liu: Compressing Large Language Models by Joint Sparsification and Quantization,
+ICML 2024 (PMLR 235, pages 16945 to 16957; no arXiv number). A baseline of SLiM's tables, which extend it from 8 to 4 bits. The
+formulas are those of the two programs; the paper's equation numbers were not at hand.
+
+    score_oi = |W_oi| ||x_i||_2 + rho ss_oi           ss_oi = max_t r_t - min_t r_t,   r_t = sum over j != i of W_oj a_tj
+    s_i = max|x_i|^alpha / max_o|W_oi|^(1 - alpha)    of the weights that stay (SmoothQuant, 2211.10438, equation 4)
+
+a `[length, in]` is the mean over the calibration windows of the inputs at each position t; ||x_i||_2 is that of one window
+(root mean square over windows), which sets the balance with rho. W s is rounded by AbsMax, and 1 / s is stored per input.
+
+alpha = 0 still evens out the weights' columns, and alpha = 1 the inputs; no value turns smoothing off. Departures:
+
+- clip  The programs cap each window's inputs at their top 1 % in magnitude before anything is measured. Here the measured
+        statistics are capped instead, each at its own top share `clip`: a over positions and inputs, ||x_i|| and max|x_i|
+        over inputs (the least of that share is the cap: of fewer than 2 / clip inputs none changes).
+- Activations are not rounded. Smoothing then only moves precision to the inputs that are large.
+- The programs fold s into the norm before q, k, v and before the first linear layers of the MLP, one s for those that share an
+  input. Here every layer has its own, stored with it and undone by the part itself.
+- s means nothing up to a factor: its geometric mean is 1, and 1 / s keeps to float16's normal range (the programs: s >= 1e-5).
+  Inputs that never fire, or of which no weight stays, have s = 1.
+- The maxima are over all windows (the programs keep the last window's, by a misspelled key), and the next block is measured
+  on the outputs of the finished one (the programs: pruned, not yet smoothed and rounded).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid
+from slimlm.core.errors import RecipeError
+from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import Uniform
+
+
+@dataclass(frozen=True)
+class Jsq:
+    """Keep weights by input norm and output range; round those that stay, smoothed (SmoothQuant)."""
+
+    bits: int = 4
+    group: grid.Group = 128
+    pattern: str | float = "2:4"
+    rho: float = 2.1
+    alpha: float = 0.5
+    clip: float = 0.01
+    needs: ClassVar[Need] = Need.MEAN_SQUARE | Need.PEAK_ABS | Need.MEAN_WINDOW
+
+    def __post_init__(self) -> None:
+        grid.check_bits(self.bits)
+        grid.check_group(self.group)
+        Pattern.parse(self.pattern)
+        if not 0 <= self.rho < math.inf:
+            raise RecipeError(f"rho = {self.rho}: give the weight of the output's range in the score, 0 or more")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha = {self.alpha}: give an exponent from 0 (even weights) to 1 (even inputs)")
+        if not 0 <= self.clip < 1:
+            raise RecipeError(f"clip = {self.clip}: give the share of a statistic to cap, from 0 up to but not including 1")
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        target = layer.target
+        keep = choose(self.score(target, stats), Pattern.parse(self.pattern))
+        kept = target * keep
+        peak = capped(measured(stats.peak_abs).to(target), self.clip)
+        inverse = inverse_smoothing(kept, peak, alpha=self.alpha)
+        # The stored inverse, not s itself, so that file and codes agree.
+        smooth = kept / inverse.float()
+        largest = grid.absmax_scale(grid.rows_of(smooth, self.group), self.bits)
+        scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group)))
+        codes = grid.encode(smooth, scale, bits=self.bits, group=self.group)
+        code = Uniform(codes, scale, self.bits, self.group, inverse)
+        return layer.prune(keep, str(self.pattern)).encode(code)
+
+    def score(self, weight: Tensor, stats: Stats) -> Tensor:
+        """What each weight `[out, in]` is worth: the larger stays."""
+        window = measured(stats.mean_window).to(weight)
+        norm = capped((len(window) * measured(stats.mean_square).to(weight)).sqrt(), self.clip)
+        return weight.abs() * norm + self.rho * ranges_without(weight, capped(window, self.clip))
+
+
+def capped(statistic: Tensor, share: float) -> Tensor:
+    """The statistic with its largest magnitudes, this share of its entries, cut down to the least of them."""
+    count = int(share * statistic.numel())
+    if count == 0:
+        return statistic
+    limit = float(statistic.abs().flatten().topk(count).values[-1])
+    return statistic.clamp(-limit, limit)
+
+
+def inverse_smoothing(kept: Tensor, peak: Tensor, *, alpha: float) -> Tensor:
+    """1 / s, float16 `[in]` of geometric mean 1, for the weights that stay `[out, in]` and max |x| `[in]`."""
+    largest = kept.abs().amax(dim=0)
+    live = (peak > 0) & (largest > 0)
+    # float64, so that the constant factor below is taken out to the last bit of float16.
+    exponent = (1 - alpha) * largest.double().log2() - alpha * peak.double().log2()
+    exponent = torch.where(live, exponent, 0.0)
+    exponent = torch.where(live, exponent - exponent.sum() / live.sum().clamp_min(1), 0.0)
+    # 2^-14 is the smallest normal number of float16, 2^15 the largest power of two.
+    return exponent.clamp(-14, 15).exp2().to(torch.float16)
+
+
+_ELEMENTS_AT_ONCE = 2**17
+"""512 KiB in float32, about what a CPU core's cache holds."""
+
+
+def ranges_without(weight: Tensor, window: Tensor) -> Tensor:
+    """`[out, in]`: the largest less the smallest value of output o over a window's positions, input i left out.
+
+    weight `[out, in]`, window `[length, in]`. length x out x in steps, taken in pieces: only one has the memory of a piece.
+    """
+    length, width = window.shape
+    columns = max(1, min(width, _ELEMENTS_AT_ONCE // length))
+    rows = max(1, _ELEMENTS_AT_ONCE // (length * columns))
+    inputs = window.T.contiguous()
+    output = weight @ inputs
+    pieces = zip(weight.split(rows), output.split(rows), strict=True)
+    return torch.cat([_ranges_of_rows(w, y, inputs, columns) for w, y in pieces])
+
+
+def _ranges_of_rows(weight: Tensor, output: Tensor, inputs: Tensor, columns: int) -> Tensor:
+    pieces = []
+    for w, x in zip(weight.split(columns, dim=1), inputs.split(columns), strict=True):
+        rest = torch.addcmul(output[:, None], w[..., None], x, value=-1)  # [rows, columns, length]
+        pieces.append(rest.amax(dim=-1) - rest.amin(dim=-1))
+    return torch.cat(pieces, dim=1)

@@ -1,0 +1,43 @@
+"""GPTQ: round input by input, the later inputs repairing what each rounding loses.
+
+Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, arXiv 2210.17323, equations 2 and 3, sections 3.2 and 3.3 (slimlm.core.sweep).
+
+Groups are true groups along the input, their scales searched on the weights as they are when the sweep reaches the group.
+Departures: the scale has least squared error under the sweep's own costs (the authors take the extremes); the grid is
+symmetric and the scale may be negative, so that the longer side of the grid serves the largest weight; `order = "energy"`
+takes groups, and fours within them, by falling energy, which needs no stored permutation (the authors' act-order does).
+After a pruner the mask stays, and the weights that stay also repair the pruning.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from slimlm.core import grid
+from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.sweep import check_damp, conditioned, inverse_of, order_of, rounded_sweep
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Round with error feedback under the covariance of the inputs."""
+
+    bits: int = 4
+    group: grid.Group = 128
+    order: Literal["energy", "input"] = "energy"
+    damp: float = 0.01
+    needs: ClassVar[Need] = Need.GRAM
+
+    def __post_init__(self) -> None:
+        grid.check_bits(self.bits)
+        grid.check_group(self.group)
+        check_damp(self.damp)
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        order = order_of(
+            gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group=self.group, pattern=None
+        )
+        inverse = inverse_of(gram[order.inputs][:, order.inputs], damp=self.damp)
+        levels = grid.Levels.of_bits(self.bits)
+        swept = rounded_sweep(layer.whole, inverse, order, levels=levels, group=self.group, keep=layer.keep)
+        return layer.encode(swept.code(self.group)).note(*notes, *inverse.notes)

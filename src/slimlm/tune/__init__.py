@@ -1,0 +1,1 @@
+"""Gradient descent on what compression left continuous."""

@@ -2,7 +2,7 @@
 
 import slimlm
 
-result = slimlm.compress("path-or-hub-name", "out", recipe="slim", data="text.txt")
+result = slimlm.compress("path-or-hub-name", "out", data="text.txt")
 model = slimlm.load("out")
 """
 
@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 from slimlm.core.errors import SlimlmError
 from slimlm.load import load
-from slimlm.pipeline import Result, compress
+from slimlm.pipeline import Result, compress, plan
 from slimlm.recipe import Recipe, open_recipe
 
 __version__ = version("slimlm")
-__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe"]
+__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe", "plan"]

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
 from slimlm.core import registry
-from slimlm.core.errors import DataError, SlimlmError
+from slimlm.core.errors import DataError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
@@ -32,11 +32,13 @@ from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
 from slimlm.models.structure import context_length
+from slimlm.pipeline import DEFAULT_RECIPE, pick_device
 from slimlm.pipeline import Progress as Reporter
 from slimlm.pipeline import compress as compress_model
-from slimlm.pipeline import pick_device
-from slimlm.recipe import shipped
-from slimlm.report.tables import layers_table, plain_table, size, summary_table
+from slimlm.pipeline import plan as make_plan
+from slimlm.plan.options import Objective
+from slimlm.recipe import shipped, to_toml
+from slimlm.report.tables import choices_table, layers_table, options_table, plain_table, plan_words, size, summary_table
 from slimlm.storage import checkpoint
 
 app = typer.Typer(
@@ -52,6 +54,18 @@ notes = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+RecipeName = Annotated[str, typer.Option(help="A recipe's name (see 'slimlm methods') or a .toml file.")]
+Bits = Annotated[float | None, typer.Option(help="Average bits per weight to spend, everything counted; plans each layer.")]
+Counted = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size), or bytes and operations (speed).")]
+Data = Annotated[
+    str | None,
+    typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")]
+Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,23 +89,25 @@ def options(
 def compress(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not hold anything.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see 'slimlm methods') or a .toml file.")] = "slim",
-    data: Annotated[
-        str | None,
-        typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    bits: Bits = None,
+    objective: Counted = "size",
+    data: Data = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write it packed."""
+    """Compress a model and write it packed; with --bits, plan first what each layer becomes."""
     with _progress() as report:
         result = compress_model(
             model,
             out,
             recipe=recipe,
+            bits=bits,
+            objective=objective,
+            tell=_tell,
             data=data,
             samples=samples,
             length=length,
@@ -104,6 +120,64 @@ def compress(
         return
     output.print(summary_table(result.record))
     output.print(f"\nwritten and verified: {result.path}", markup=False, highlight=False)
+
+
+@app.command(name="plan")
+def plan_(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    bits: Bits = None,
+    objective: Counted = "size",
+    save: Annotated[Path | None, typer.Option(help="Write the recipe that carries the plan out here (.toml).")] = None,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    data: Data = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show what each layer could become, what that would cost and lose, and what a budget chooses; compresses nothing."""
+    refuse_file(save)
+    with _progress() as report:
+        found, planned = make_plan(
+            model,
+            recipe=recipe,
+            bits=bits,
+            objective=objective,
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            progress=report,
+            tell=_tell,
+        )
+    if save is not None:
+        save.write_text(to_toml(planned), encoding="utf-8")
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    data_ = found.to_dict()
+    output.print(options_table(data_))
+    output.print()
+    output.print(choices_table(data_))
+    output.print(f"\n{plan_words(data_)}", markup=False, highlight=False)
+    if save is not None:
+        output.print(f"written: {save}   next: slimlm compress MODEL --out OUT --recipe {save}", markup=False, highlight=False)
+
+
+def refuse_file(path: Path | None) -> None:
+    """Raise before any work where a recipe could not be written to this path."""
+    if path is None:
+        return
+    if path.suffix != ".toml":
+        raise RecipeError(f"--save {path}: a recipe's file ends in .toml")
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise RecipeError(f"--save {path}: " + ("it exists already" if path.exists() else "there is no such folder"))
+
+
+def _tell(text: str) -> None:
+    notes.print(f"note: {text}", markup=False, highlight=False)
 
 
 @app.command(name="eval")

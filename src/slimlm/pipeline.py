@@ -35,12 +35,15 @@ from transformers import PreTrainedModel
 from slimlm.calibrate import Flow, Original, enter, measure, run, stages_of
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Layer, Need, refuse_not_finite
+from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.evaluate.results import LayerRecord, Record, record_of
 from slimlm.load import load
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, linears_of, swap, weight_of
+from slimlm.plan.options import Objective, Option, options_for
+from slimlm.plan.plan import Plan, alternation_of, auto_bits, auto_options, make_plan, refuse_budget
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
@@ -79,6 +82,16 @@ class Result:
     record: Record
 
 
+Tell = Callable[[str], None]
+"""Told in words what the user should know."""
+
+DEFAULT_RECIPE = "best"
+
+
+def silent(text: str) -> None:
+    """Keeps what it is told to itself."""
+
+
 def quiet(stage: str, done: int, total: int) -> None:
     """Progress that says nothing."""
     del stage, done, total
@@ -88,34 +101,35 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: str | Recipe = "slim",
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: float | None = None,
+    objective: Objective = "size",
     data: str | None = None,
     samples: int = 128,
     length: int = 2048,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = quiet,
+    tell: Tell = silent,
 ) -> Result:
     """Compress a causal language model and write it to the folder `out`.
 
-    model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. data: see `Calibration`. device:
-    "auto", "cpu" or "cuda"; one block at a time is there.
+    model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. bits: average bits per weight that may be
+    spent, everything counted; what each layer becomes is then planned (see slimlm.plan). data: see `Calibration`. device:
+    "auto", "cpu" or "cuda"; one block at a time is there. tell: told in words what the user should know.
     Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
     """
     began = time.monotonic()
-    recipe = open_recipe(recipe) if isinstance(recipe, str) else recipe
     checkpoint.refuse_occupied(Path(out))
-    where = pick_device(device)
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    progress("open the model", 0, 1)
-    dense = open_dense(str(model))
-    progress("open the model", 1, 1)
-    blocks = blocks_of(dense.model)
-    left = refuse_early(dense.model, blocks, recipe)
-    inside = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.ndim > 1)
-    windows = calibration_windows(dense, wanted, progress)
-    layers = compress_blocks(dense, blocks, recipe, windows, where, progress)
-    coverage = sum(r.shape[0] * r.shape[1] for r in layers) / inside
+    ready = prepare(str(model), recipe, bits, objective, wanted, device, progress, tell)
+    dense, recipe = ready.dense, ready.recipe
+    found = None
+    if ready.budget is not None:
+        found = planned(ready, progress)
+        recipe = found.recipe(recipe)
+    inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
+    layers = compress_blocks(dense, ready.blocks, recipe, ready.windows, ready.device, progress)
     record = Record(
         model=_own_name(str(model)),
         recipe=recipe.to_dict(),
@@ -123,29 +137,144 @@ def compress(
             **dataclasses.asdict(wanted),
             "data": _own_name(wanted.data),
             "asked": samples,
-            "samples": windows.shape[0],
-            "length": windows.shape[1],
-            "tokens": windows.numel(),
+            "samples": ready.windows.shape[0],
+            "length": ready.windows.shape[1],
+            "tokens": ready.windows.numel(),
         },
         layers=tuple(layers),
-        left=left,
-        coverage=coverage,
+        left=ready.left,
+        coverage=sum(r.shape[0] * r.shape[1] for r in layers) / inside,
         original_bytes=dense.bytes,
         stored_bytes=0,
         seconds=0.0,
         peak_memory=None,
         versions=_versions(),
+        plan=None if found is None else found.to_dict(),
     )
     progress("write and verify", 0, 1)
     with checkpoint.written_beside(Path(out)) as folder:
         write(folder, dense)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict())
-        verify(folder, dense.model, windows[:1])
+        verify(folder, dense.model, ready.windows[:1])
         record = dataclasses.replace(record, seconds=time.monotonic() - began, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict())
     progress("write and verify", 1, 1)
     return Result(Path(out), record)
+
+
+def plan(
+    model: str | Path,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: float | None = None,
+    objective: Objective = "size",
+    data: str | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = quiet,
+    tell: Tell = silent,
+) -> tuple[Plan, Recipe]:
+    """Choose what each layer becomes within a budget; gives the plan and the recipe that carries it out.
+
+    The arguments are those of `compress`; with `bits` left out the recipe must say rank = "auto".
+    """
+    wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
+    ready = prepare(str(model), recipe, bits, objective, wanted, device, progress, tell)
+    if ready.budget is None:
+        raise RecipeError(
+            f'there is nothing to plan: give --bits, or a recipe with rank = "auto" ({ready.recipe.name} has none)'
+        )
+    found = planned(ready, progress)
+    return found, found.recipe(ready.recipe)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model, opened and checked, before any work."""
+
+    dense: DenseModel
+    blocks: dict[str, nn.Module]
+    recipe: Recipe
+    left: dict[str, str]
+    """layers that stay as they are, and why"""
+    windows: Tensor
+    device: torch.device
+    budget: tuple[list[Option], float, Objective] | None
+    """what a plan may choose from, bits per weight, and what is counted; None where nothing is to be planned"""
+
+
+def prepare(
+    model: str,
+    recipe: str | Recipe,
+    bits: float | None,
+    objective: Objective,
+    wanted: Calibration,
+    device: str,
+    progress: Progress,
+    tell: Tell,
+) -> Ready:
+    """Open the model and check everything that can be checked; raises in words."""
+    recipe = open_recipe(recipe) if isinstance(recipe, str) else recipe
+    where = pick_device(device)
+    if bits is not None:
+        alternation_of(recipe)
+        if not 1 < bits <= 16:
+            raise RecipeError(f"--bits {bits:g}: give an average between 1 and 16 bits per weight")
+    progress("open the model", 0, 1)
+    dense = open_dense(model)
+    progress("open the model", 1, 1)
+    blocks = blocks_of(dense.model)
+    left = refuse_early(dense.model, blocks, recipe)
+    shapes = compressible(blocks, recipe)
+    budget: tuple[list[Option], float, Objective] | None = None
+    if bits is not None:
+        budget = options_for(bits, objective), bits, objective
+    elif any(getattr(named.step, "rank", None) == "auto" for named in recipe.steps):
+        budget = auto_options(recipe), auto_bits(recipe, list(shapes.values())), objective
+    if budget is not None:
+        refuse_budget(shapes, *budget)
+    windows = calibration_windows(dense, wanted, progress)
+    if recipe.needs & Need.GRAM:
+        tell_of_few_tokens(shapes, windows.numel(), tell)
+    return Ready(dense, blocks, recipe, left, windows, where, budget)
+
+
+def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Full name and shape (out, in) of every layer that the recipe compresses."""
+    linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
+    shapes = {name: weight_of(linear).shape for name, linear in linears.items() if not recipe.leaves(name)}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Tell) -> None:
+    """Say so where the calibration text is too short for the covariance of the widest layer."""
+    name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
+    if tokens < tokens_needed(width):
+        tell(
+            f"calibration has {tokens} tokens, but the covariance of the widest layer ({name}, {width} inputs) needs "
+            f"{tokens_needed(width)}: for layers with too few, what is measured between two inputs is shrunk and the original "
+            "model's outputs are not followed. Give more text or --samples for a better result"
+        )
+
+
+def planned(ready: Ready, progress: Progress) -> Plan:
+    """The plan for what was prepared with a budget."""
+    assert ready.budget is not None
+    options, bits, objective = ready.budget
+    return make_plan(
+        ready.dense.model,
+        ready.blocks,
+        ready.recipe,
+        ready.windows,
+        options=options,
+        bits=bits,
+        objective=objective,
+        device=ready.device,
+        progress=progress,
+    )
 
 
 def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, str]:
@@ -167,6 +296,9 @@ def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: R
     for pattern in recipe.leave:
         if not fnmatch.filter(known, pattern):
             raise RecipeError(f"leave = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+    for rule in recipe.rules:
+        if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
+            raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.leaves, known)):
         raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
     for block_name, block in blocks.items():

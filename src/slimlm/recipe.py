@@ -126,8 +126,8 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     unknown = set(data) - {"name", "summary", "leave", "sequential", "steps", "rules", "matching"}
     if unknown:
         raise RecipeError(
-            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, [[steps]], [[rules]] "
-            "and [matching]"
+            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, [[steps]], "
+            "[[rules]] and [matching]"
         )
     steps, leave = data.get("steps"), data.get("leave", [])
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
@@ -204,6 +204,24 @@ def _options(of: Any, options: dict[str, Any], where: str) -> Any:
         raise RecipeError(f"{where}: {option} = {options.get(option)!r}: {first['msg']}") from None
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a file that `open_recipe` reads."""
+    data = recipe.to_dict()
+    top = {key: value for key, value in data.items() if not isinstance(value, dict) and key not in ("steps", "rules")}
+    lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
+    for table in ("steps", "rules"):
+        for row in data.get(table, []):
+            lines += ["", f"[[{table}]]", *(f"{key} = {_toml(value)}" for key, value in row.items())]
+    if "matching" in data:
+        lines += ["", "[matching]", *(f"{key} = {_toml(value)}" for key, value in data["matching"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Strings, numbers, truth values and lists of them are in TOML what they are in JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def shipped() -> dict[str, str]:

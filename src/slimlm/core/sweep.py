@@ -158,7 +158,7 @@ class Along:
             scale = grid.signed_scale(points, masses, self.levels)
         else:
             scale = grid.nearby_scale(points, masses, self.levels, self.start[group])
-        self.scale[group] = grid.storable(scale[:, None])[:, 0].float()
+        self.scale[group] = _stored(scale, self.scale.numel())
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
         index, value = self.levels.rounded(column, self.scale[group])
@@ -183,11 +183,17 @@ class Across:
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
         sets = grid.rows_of(column[None], self.group)
-        scale = grid.storable(grid.signed_scale(sets, torch.ones_like(sets), self.levels)[None]).float()
-        index, value = self.levels.rounded(column, grid.spread(scale, len(column), self.group).expand(1, len(column))[0])
-        self.scale.append(scale[0])
+        scale = grid.signed_scale(sets, torch.ones_like(sets), self.levels)
+        scale = _stored(scale, len(self.starts) * len(scale))
+        index, value = self.levels.rounded(column, grid.spread(scale[None], len(column), self.group).expand(1, len(column))[0])
+        self.scale.append(scale)
         self.index.append(index)
         return value
+
+
+def _stored(scale: Tensor, count: int) -> Tensor:
+    """These scales `[n]` of a part's `count`, float32, as storage will give them back: an only one is not rounded."""
+    return grid.storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
 
 
 @dataclass(frozen=True)
@@ -381,9 +387,10 @@ class _Sweep:
         high = _end(self.groups, low, len(self.rest))
         mass = self.conditional[low:high, None].expand_as(self.rest[low:high])
         if self.keep is not None:
-            if len(self.units) > len(self.groups):
-                # The scale must suit those that will stay: a first choice for the whole group, made again unit by unit.
-                self._choose(low, high)
+            first = _end(self.units, low, len(self.rest)) if self.units else high
+            if first < high:
+                # The scale must suit those that will stay: a first choice after the first unit, made again unit by unit.
+                self._choose(first, high)
             mass = mass * self.keep[low:high]
         self.rounding.begin(group, self.rest[low:high], mass)
 
@@ -501,7 +508,7 @@ class _Polish:
             along, bend = along.sum(dim=0, keepdim=True), bend.sum(dim=0, keepdim=True)
         old = self.scale[group]
         new = old * (1 + along / bend.clamp_min(1e-30))
-        new = grid.storable(new[:, None])[:, 0].float()
+        new = _stored(new, self.scale.numel())
         step = torch.where(old == 0, torch.zeros_like(old), new / torch.where(old == 0, 1.0, old) - 1)
         better = (step.square() * bend < 2 * step * along) & (new != 0)
         step = torch.where(better, step, torch.zeros_like(step))

@@ -57,6 +57,8 @@ class Record:
     peak_memory: int | None
     """bytes; of the whole process, where the system tells"""
     versions: dict[str, str]
+    plan: dict[str, Any] | None = None
+    """where bits or ranks were planned: the options, what was measured and what was chosen"""
 
     @property
     def bits_per_weight(self) -> float:

@@ -34,6 +34,12 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+def put_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Set the weight from `[out, in]`, whatever way the layer stores it."""
+    own = linear.get_parameter("weight")
+    own.data.copy_(weight.T if isinstance(linear, Conv1D) else weight)
+
+
 def swap(block: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the block has the layer `name`."""
     parent, _, leaf = name.rpartition(".")

@@ -1,6 +1,7 @@
 """What the command line shows: rich tables made from plain records."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -47,6 +48,50 @@ def layers_table(record: Record) -> Table:
     return plain_table(None, columns, rows, left=3)
 
 
+def options_table(plan: dict[str, Any]) -> Table:
+    """A row per option of a plan: what it would cost and lose in all layers, and how many groups of layers took it."""
+    groups = plan["choices"]
+    weights = [group["weights"] for group in groups]
+    rows = []
+    for i, option in enumerate(plan["options"]):
+        bits = sum(group["bits"][i] * own for group, own in zip(groups, weights, strict=True)) / sum(weights)
+        losses = [group["losses"][i] for group in groups]
+        loss = None if None in losses else sum(losses)
+        mark = "best alone" if i == plan["uniform"] else ""
+        rows.append((option["words"], f"{bits:.3f}", _loss(loss), str(sum(group["chosen"] == i for group in groups)), mark))
+    columns = ("option", "bits/weight", "sum of losses", "groups that take it", "")
+    return plain_table("every group of layers by itself (loss: KL per token to the original, in nats)", columns, rows)
+
+
+def choices_table(plan: dict[str, Any]) -> Table:
+    """A row per group of layers: what was chosen."""
+    rows = []
+    for group in plan["choices"]:
+        first, *others = group["layers"]
+        i = group["chosen"]
+        name = first + (f" and {', '.join(other.rpartition('.')[2] for other in others)}" if others else "")
+        rows.append((name, plan["options"][i]["words"], f"{group['bits'][i]:.3f}", _loss(group["losses"][i])))
+    return plain_table(None, ("layers", "chosen", "bits/weight", "loss"), rows, left=2)
+
+
+def plan_words(plan: dict[str, Any]) -> str:
+    """The outcome of a plan in a sentence or two."""
+    text = (
+        f"{plan['bits_per_weight']:.3f} bits per weight of {plan['asked_bits']:.3f} asked for (counted by "
+        f"{plan['objective']}); with every layer so: loss {_loss(plan['planned_loss'])}"
+    )
+    if plan["uniform"] is None:
+        return text + ". No single option for all layers fits the budget."
+    single = f"{plan['options'][plan['uniform']]['words']} in all layers: {_loss(plan['uniform_loss'])}"
+    if plan["fallback"]:
+        return text + f", but {single}. The mixture does not pay, so the single option was taken."
+    return text + f"; {single}."
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
 def summary_table(record: Record) -> Table:
     """The totals of a compression."""
     errors = sorted(r.error for r in record.layers)
@@ -67,7 +112,10 @@ def summary_table(record: Record) -> Table:
         ),
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
+        *_matched_row(record),
+        *_plan_row(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: embeddings, norms{left}"),
+        *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -76,3 +124,25 @@ def summary_table(record: Record) -> Table:
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def _matched_row(record: Record) -> list[tuple[str, str]]:
+    pairs = [layer.matched for layer in record.layers if layer.matched is not None]
+    if not pairs:
+        return []
+    before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    return [
+        ("block matching", f"relative squared error of the blocks' outputs {before:.5f} -> {after:.5f}, on windows held back")
+    ]
+
+
+def _plan_row(record: Record) -> list[tuple[str, str]]:
+    return [] if record.plan is None else [("plan", plan_words(record.plan))]
+
+
+def _notes_row(record: Record) -> list[tuple[str, str]]:
+    told = [(layer.name, note) for layer in record.layers for note in layer.notes]
+    if not told:
+        return []
+    others = f" ({len(told)} notes in all; see slimlm.json)" if len(told) > 1 else ""
+    return [("note", f"{told[0][0]}: {told[0][1]}{others}")]

@@ -42,18 +42,18 @@ Step = tuple[int, Tensor]
 class Matching:
     """How blocks are matched."""
 
-    passes: int = 10
+    passes: int = 4
     """over the windows that are not held back"""
-    rate: float = 0.01
+    rate: float = 0.02
     """Adam's first step for a tensor, as a share of the tensor's root mean square; it falls to zero as a cosine"""
-    codes: Literal["frozen", "ste"] = "frozen"
+    codes: Literal["frozen", "ste"] = "ste"
     """the base's codes: as they are, or moved through latent codes"""
     held_back: float = 0.125
     """share of the windows, but at least one, on which iterates are compared"""
-    inputs: Literal["compressed", "dense", "follow"] = "compressed"
+    inputs: Literal["compressed", "dense", "follow"] = "follow"
     """For the caller. "compressed": inputs from the compressed blocks before, targets from the dense block on the same;
     "dense": both from the dense model; "follow": inputs from the compressed blocks, targets from the dense model."""
-    batch: int = 8
+    batch: int = 2
     """windows per step, at most as many as one batch of the flow holds"""
 
     def __post_init__(self) -> None:
@@ -130,14 +130,14 @@ class _Form:
 
     @classmethod
     def of(cls, block: nn.Module) -> "_Form":
-        layers = {name: module for name, module in block.named_modules() if isinstance(module, CompressedLinear)}
+        layers: dict[str, nn.Module] = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
         linears = {name for name, module in block.named_modules() if isinstance(module, (*LINEAR_KINDS, CompressedLinear))}
         vectors = {
             name: parameter.detach().clone()
             for name, parameter in block.named_parameters()
             if parameter.ndim == 1 and name.rpartition(".")[0] not in linears
         }
-        return cls(dict(layers), vectors)
+        return cls(layers, vectors)
 
     def put_layers(self, block: nn.Module) -> None:
         for name, layer in self.layers.items():

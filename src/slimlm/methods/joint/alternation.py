@@ -19,7 +19,7 @@ x the mean diagonal of H, which holds G near W where the inputs say little; 0 le
 levels    "even": integer codes. "table": 2^bits levels fitted to what is rounded (under 2:4 nothing near zero is left). "auto":
           a table where it saves at least 4 % of the rounding error.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
-norm      "full", or "diagonal": H is replaced by its diagonal throughout.
+norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
 rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
 rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, likewise.
@@ -101,8 +101,6 @@ class Alternation:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
-        if self.norm == "diagonal":
-            gram = torch.diag(gram.diagonal())
         if self.follow and stats.cross is None:
             notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
         elif self.follow and notes:
@@ -110,6 +108,8 @@ class Alternation:
         elif self.follow:
             cross = measured(stats.cross).to(layer.original)
             layer = replace(layer, goal=_goal(layer.original, gram, cross, self.follow))
+        if self.norm == "diagonal":
+            gram = torch.diag(gram.diagonal())
         search = _Search(self, layer, gram)
         search.run()
         return search.decided(layer).note(*notes, *search.inverse.notes)

@@ -1,0 +1,112 @@
+"""What a layer may become, what that stores and what it costs to run, before anything is computed."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slimlm.core import grid
+from slimlm.core.bits import packed_bytes
+from slimlm.core.lowrank import rank_of
+from slimlm.core.masks import Pattern
+
+Objective = Literal["size", "speed"]
+
+_PROMPT, _GENERATED = 512, 128
+"""Tokens of the workload that `speed` counts: a prompt and what is generated, one sequence at a time."""
+_OPERATIONS_PER_BYTE = 100
+"""Operations a machine does in the time in which it moves a byte; until kernels are measured, one figure for all."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a layer: base and adapter."""
+
+    bits: int
+    group: grid.Group
+    pattern: str | float
+    """"" keeps the base dense"""
+    rank: float
+    adapter_bits: int = 4
+    adapter_group: int = 128
+
+    def overrides(self) -> dict[str, Any]:
+        """The options of the alternation that this stands for."""
+        return {"bits": self.bits, "group": self.group, "pattern": self.pattern, "rank": self.rank}
+
+    def refuses(self, shape: tuple[int, int]) -> str | None:
+        """Why a layer of this shape cannot be stored so, or None."""
+        if self.rank and rank_of(self.rank, shape) == 0:
+            return f"rank {self.rank} is less than rank 1"
+        return None if self.pattern == "" else Pattern.parse(self.pattern).refuses("the layer", shape[1])
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits of codes, scales, mask and adapter, padding included; scales at 16 bits, and an even grid."""
+        out, width = shape
+        kept = width
+        bits = 0
+        if self.pattern != "":
+            pattern = Pattern.parse(self.pattern)
+            kept = width * pattern.kept // pattern.of if pattern.of else width - int(width * pattern.dropped + 1e-9)
+            bits += 8 * out * packed_bytes(width, 1)
+        rows, groups = grid.scale_shape(shape, self.group)
+        bits += 8 * out * packed_bytes(kept, self.bits) + (32 if rows * groups == 1 else 16 * rows * groups)
+        rank = rank_of(self.rank, shape)
+        for side in shape if rank else ():
+            scales = rank * -(-side // self.adapter_group)
+            if self.adapter_bits == 16:
+                bits += 16 * rank * side
+            else:
+                bits += 8 * rank * packed_bytes(side, self.adapter_bits) + (32 if scales == 1 else 16 * scales)
+        return bits
+
+    def operations(self, shape: tuple[int, int]) -> int:
+        """Multiplications and additions per token; what n:m drops is not multiplied."""
+        out, width = shape
+        share = 1.0
+        if self.pattern != "" and Pattern.parse(self.pattern).of:
+            share = 1 - Pattern.parse(self.pattern).dropped
+        return int(2 * out * width * share) + 2 * rank_of(self.rank, shape) * (out + width)
+
+    def cost(self, shape: tuple[int, int], objective: Objective) -> float:
+        """Stored bits, or for speed the bits that could be moved in the time of one prompt and its continuation.
+
+        While generating, every token moves all stored bits; for the prompt they are moved once, and the operations count.
+        """
+        stored = self.stored_bits(shape)
+        if objective == "size":
+            return float(stored)
+        prompt = max(stored, 8 * _PROMPT * self.operations(shape) / _OPERATIONS_PER_BYTE)
+        return prompt + _GENERATED * max(stored, 8 * self.operations(shape) / _OPERATIONS_PER_BYTE)
+
+    def __str__(self) -> str:
+        group = f"groups of {self.group}" if isinstance(self.group, int) else f"scale per {self.group}"
+        pattern = "dense" if self.pattern == "" else str(self.pattern)
+        adapter = f" + rank {self.rank:g} at {self.adapter_bits} bits" if self.rank else ""
+        return f"{pattern} {self.bits}-bit, {group}{adapter}"
+
+
+def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) -> float:
+    """The cost that may be spent: what plain dense layers of `bits` per weight would cost."""
+    total = 0.0
+    for shape in shapes:
+        out, width = shape
+        stored = bits * out * width
+        if objective == "speed":
+            operations = 8 * 2 * out * width / _OPERATIONS_PER_BYTE
+            stored = max(stored, _PROMPT * operations) + _GENERATED * max(stored, operations)
+        total += stored
+    return total
+
+
+def options_for(bits: float, objective: Objective) -> list[Option]:
+    """The options worth measuring for an average of `bits` per weight.
+
+    Dense codes of widths around it, in long and short groups, and some with an adapter; for size one 2:4 option, so that the
+    table shows where it stands (by bytes alone it seldom wins), for speed several.
+    """
+    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 2 < width <= max(3.0, bits + 2)]
+    dense = [Option(width, group, "", 0.0) for width in widths for group in (128, 32)]
+    repaired = [Option(width, 64, "", 0.05) for width in widths if width <= bits]
+    sparse = [Option(4, 32, "2:4", 0.1)]
+    if objective == "speed":
+        sparse = [Option(3, 64, "2:4", 0.1), Option(4, 64, "2:4", 0.05), *sparse, Option(4, 32, "2:4", 0.2)]
+    return dense + repaired + sparse

@@ -9,9 +9,11 @@ from slimlm.core import registry
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Need
 from slimlm.methods.compensate.slim_lora import SlimLora
+from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped
+from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
+from slimlm.tune.match import Matching
 
 
 def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:
@@ -154,7 +156,9 @@ def test_an_option_that_makes_no_sense_is_refused_with_what_would(step: dict[str
         ([{"bits": 4}], ["quantize", "prune", "compensate", "bits"]),
         ([{"quantize": "absmax", "prune": "wanda"}], ["exactly one"]),
         (["absmax"], ["[[steps]]"]),
-        ([{"prune": "wanda"}, {"quantize": "absmax"}, {"prune": "magnitude"}], ["at most once", "2"]),
+        ([{"prune": "wanda"}, {"quantize": "absmax"}, {"prune": "magnitude"}], ["at most once", "wanda and magnitude"]),
+        ([{"joint": "alternation"}, {"prune": "wanda"}], ["at most once", "alternation and wanda"]),
+        ([{"compensate": "svd"}, {"quantize": "absmax"}], ["first step is a repair"]),
     ],
 )
 def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words: list[str]) -> None:
@@ -191,3 +195,153 @@ def test_an_unknown_recipe_gets_the_nearest_or_all() -> None:
     with pytest.raises(RecipeError) as caught:
         open_recipe("zzzz")
     assert all(name in str(caught.value) for name in shipped())
+
+
+# Rules for some layers
+
+
+def options_of(some: Recipe, layer: str) -> list[Any]:
+    return [named.step for named in some.steps_for(layer)]
+
+
+def test_a_rule_changes_the_layers_it_names_and_no_others() -> None:
+    some = recipe({"quantize": "slim_quant"}, {"prune": "wanda"}, rules=[{"layers": ["*.mlp.*", "*.o_proj"], "bits": 3}])
+    changed = [SlimQuant(3), Wanda()]
+    assert options_of(some, "model.layers.0.mlp.up_proj") == changed
+    assert options_of(some, "model.layers.7.self_attn.o_proj") == changed
+    assert options_of(some, "model.layers.0.self_attn.q_proj") == [SlimQuant(4), Wanda()]
+
+
+def test_a_rule_reaches_every_step_that_has_the_option_and_no_other_step() -> None:
+    steps = {"quantize": "slim_quant", "group": 64}, {"prune": "wanda"}, {"compensate": "slim_lora"}
+    some = recipe(*steps, rules=[{"layers": ["*"], "bits": 8, "pattern": "1:4"}])
+    assert options_of(some, "a") == [SlimQuant(8, 64), Wanda("1:4"), SlimLora(bits=8)]
+
+
+def test_of_two_rules_the_later_one_wins_and_what_it_does_not_say_stays() -> None:
+    rules = [{"layers": ["*.mlp.*"], "bits": 3, "group": 64}, {"layers": ["*.0.*"], "bits": 8}]
+    some = recipe({"quantize": "slim_quant"}, rules=rules)
+    assert options_of(some, "model.0.mlp.up") == [SlimQuant(8, 64)]
+    assert options_of(some, "model.1.mlp.up") == [SlimQuant(3, 64)]
+    assert options_of(some, "model.0.attn.q") == [SlimQuant(8)]
+
+
+def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: Path) -> None:
+    first = recipe(
+        {"joint": "alternation", "rank": "auto", "levels": "table"},
+        name="own",
+        summary='with "quotes" and a \\ backslash',
+        leave=["*.lm"],
+        rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group": "row"}],
+        sequential=True,
+        matching={"passes": 3, "inputs": "follow"},
+    )
+    assert first.sequential and first.matching == Matching(3, inputs="follow")
+    assert recipe_from_dict(first.to_dict(), source="again") == first
+    assert open_recipe(written(tmp_path, to_toml(first))) == first
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_written_to_a_file_says_the_same(tmp_path: Path, name: str) -> None:
+    assert open_recipe(written(tmp_path, to_toml(open_recipe(name)))) == open_recipe(name)
+
+
+def test_what_a_file_does_not_say_is_off() -> None:
+    some = recipe({"quantize": "absmax"})
+    assert (some.sequential, some.rules, some.matching) == (False, (), None)
+    assert recipe({"quantize": "absmax"}, matching={}).matching == Matching()
+
+
+def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
+    some = recipe(
+        {"joint": "alternation"},
+        rules=[
+            {"layers": ["*.dense"], "pattern": ""},
+            {"layers": ["*.half"], "pattern": 0.5},
+            {"layers": ["*.thin"], "rank": 0.01},
+        ],
+    )
+    said = some.refuses("a.fc1", (64, 770))
+    assert said is not None and "2:4" in said and "770" in said
+    assert some.refuses("a.dense", (64, 770)) is None
+    assert some.refuses("a.half", (64, 770)) is None
+    said = some.refuses("a.thin", (64, 768))
+    assert said is not None and "rank = 0.01" in said and "at least 0.0156" in said
+
+
+def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
+    assert recipe({"joint": "alternation"}).needs == Need.GRAM | Need.CROSS
+    assert recipe({"joint": "alternation", "follow": 0.0}).needs == Need.GRAM
+    assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == Need.GRAM
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="needs are those of the steps without what the rules change")
+def test_the_needs_are_also_those_that_a_rule_brings_in() -> None:
+    some = recipe({"joint": "alternation", "follow": 0.0}, rules=[{"layers": ["*.mlp.*"], "follow": 0.1}])
+    assert options_of(some, "a.mlp.up") == [Alternation(follow=0.1)]
+    assert some.needs == Need.GRAM | Need.CROSS
+
+
+def test_a_joint_solver_without_a_pattern_leaves_the_pruning_to_a_pruner() -> None:
+    some = recipe({"prune": "wanda"}, {"joint": "alternation", "pattern": ""})
+    assert [named.method for named in some.steps] == ["wanda", "alternation"]
+
+
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="only the steps without their rules are checked for it")
+def test_a_rule_that_makes_a_second_step_prune_is_refused() -> None:
+    steps = {"joint": "alternation", "pattern": ""}, {"prune": "wanda"}
+    assert "at most once" in refusal(*steps, rules=[{"layers": ["*"], "pattern": "2:4"}])
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("absmax", ["names its layers"]),
+        ({}, ["names its layers"]),
+        ({"bits": 3}, ["names its layers", "*.down_proj"]),
+        ({"layers": "*.mlp.*", "bits": 3}, ["names its layers"]),
+        ({"layers": [], "bits": 3}, ["names its layers"]),
+        ({"layers": [3], "bits": 3}, ["names its layers"]),
+        ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group", "damp"]),
+        ({"layers": ["*"], "quantize": "absmax"}, ["'quantize'", "bits"]),
+        ({"layers": ["*"], "bits": 1}, ["gptq", "bits = 1", "2 to 8"]),
+        ({"layers": ["*"], "bits": "many"}, ["gptq", "bits", "many"]),
+        ({"layers": ["*"], "group": 0}, ["gptq", "group = 0"]),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words: list[str]) -> None:
+    said = refusal({"quantize": "gptq"}, rules=[{"layers": ["*"], "bits": 3}, rule])
+    assert "rule 2" in said
+    assert all(word in said for word in words), said
+
+
+def test_rules_that_are_one_table_are_refused() -> None:
+    assert "rule 1" in refusal({"quantize": "gptq"}, rules={"layers": ["*"], "bits": 3})
+
+
+@pytest.mark.parametrize("sequential", [1, "yes", [True]])
+def test_sequential_is_true_or_false(sequential: Any) -> None:
+    assert "sequential" in refusal({"quantize": "absmax"}, sequential=sequential)
+
+
+@pytest.mark.parametrize(
+    ("matching", "words"),
+    [
+        ({"pass": 3}, ["'pass'", "passes", "rate"]),
+        ({"passes": 0}, ["passes = 0", "at least one"]),
+        ({"passes": "many"}, ["passes", "many"]),
+        ({"rate": 2.0}, ["rate = 2"]),
+        ({"codes": "free"}, ["codes", "free", "ste"]),
+        ({"inputs": "none"}, ["inputs", "none", "follow"]),
+    ],
+)
+def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], words: list[str]) -> None:
+    said = refusal({"quantize": "absmax"}, matching=matching)
+    assert "mine, matching" in said
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.xfail(strict=True, raises=(TypeError, ValueError), reason="taken for a list or table without a look")
+@pytest.mark.parametrize(("key", "value"), [("rules", 3), ("matching", 3), ("matching", "yes")])
+def test_rules_and_matching_that_are_neither_lists_nor_tables_are_refused(key: str, value: Any) -> None:
+    assert key.removesuffix("s") in refusal({"quantize": "absmax"}, **{key: value})

@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 from slimlm.core.errors import SlimlmError
 from slimlm.load import load
-from slimlm.pipeline import Result, compress, plan
+from slimlm.pipeline import Result, compress
 from slimlm.recipe import Recipe, open_recipe
 
 __version__ = version("slimlm")
-__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe", "plan"]
+__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe"]

@@ -241,3 +241,177 @@ def test_rank_one_by_hand() -> None:
     # The second input has all the energy, so its column (0, 3) is kept whole and the first, (2, 0), is given up.
     left, right = linalg.best_low_rank(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([1.0, 4.0]), 1)
     torch.testing.assert_close(left @ right, torch.tensor([[0.0, 0.0], [0.0, 3.0]]), rtol=0, atol=1e-6)  # float32
+
+
+# The full covariance
+
+COVARIANCES = ["ones", "spread", "full", "singular", "dead", "nothing"]
+
+
+def covariance_of(kind: str, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """H `[width, width]`: of independent inputs, of correlated ones, of fewer tokens than inputs, of some that never fire."""
+    if kind in ("ones", "spread", "nothing"):
+        return torch.diag(energy_of(kind, width, dtype))
+    tokens = width // 3 if kind == "singular" else 4 * width
+    x = draw(tokens, width, seed=21, dtype=torch.float64) + 2 * draw(tokens, 1, seed=22, dtype=torch.float64)
+    x = x * torch.exp(draw(width, seed=23, dtype=torch.float64)) * (1 if kind != "dead" else torch.arange(width) % 3 != 0)
+    return (x.T @ x / tokens).to(dtype)
+
+
+def tail_under(error: Tensor, gram: Tensor, rank: int) -> float:
+    """The sum of all but the `rank` largest eigenvalues of E H E^T, in float64."""
+    values = torch.linalg.eigvalsh(error.double() @ gram.double() @ error.double().T).flip(0)
+    return float(values[rank:].clamp_min(0).sum())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 15])
+@pytest.mark.parametrize("kind", COVARIANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_the_residual_under_a_covariance_is_the_tail_of_the_spectrum(  # law 9; E H E^T itself is in the caller's dtype
+    shape: tuple[int, int], kind: str, rank: int, dtype: torch.dtype, precision: float
+) -> None:
+    error, gram = draw(*shape, dtype=dtype), covariance_of(kind, shape[1], dtype)
+    found = residual(error.double(), gram.double(), tuple(f.double() for f in linalg.best_low_rank(error, gram, rank)))  # type: ignore[arg-type]
+    whole = linalg.weighted_square(error, gram)
+    # A singular covariance is singular but for its own rounding, whose eigenvalues have either sign.
+    assert found == pytest.approx(tail_under(error, gram, rank), rel=precision, abs=torch.finfo(dtype).eps * whole)
+
+
+@pytest.mark.parametrize("kind", ["ones", "spread", "dead"])
+def test_a_diagonal_covariance_is_the_vector_of_its_energies(kind: str) -> None:  # law 11
+    error, energy = draw(24, 40), energy_of(kind, 40)
+    gram = torch.diag(energy)
+    torch.testing.assert_close(_product(error, gram), _product(error, energy), rtol=1e-4, atol=1e-5)  # float32 products
+    right = draw(5, 40, seed=3)
+    torch.testing.assert_close(linalg.weighed(right, gram), linalg.weighed(right, energy), rtol=1e-6, atol=0)
+    assert linalg.weighted_square(error, gram) == pytest.approx(linalg.weighted_square(error, energy), rel=1e-6)  # float32
+    for one, other in zip(
+        linalg.balanced(error[:, :5], right, gram), linalg.balanced(error[:, :5], right, energy), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    one, other = linalg.refit_left(error, right, gram), linalg.refit_left(error, right, energy)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # float32 sums over four decades of energy
+
+
+@pytest.mark.parametrize("kind", ["full", "singular", "dead"])
+def test_the_exact_norm_beats_the_diagonal_one_and_that_the_plain_one(kind: str) -> None:  # law 11
+    gram = covariance_of(kind, 40)
+    exact = diagonal = plain = 0.0
+    for seed in range(5):
+        error = draw(24, 40, seed=seed)
+        each = [residual(error, gram, linalg.best_low_rank(error, h, 5)) for h in (gram, gram.diagonal(), torch.ones(40))]
+        assert each[0] <= each[1] * (1 + 1e-5)  # a theorem; float32
+        exact, diagonal, plain = exact + each[0], diagonal + each[1], plain + each[2]
+    assert exact < 0.99 * diagonal < 0.99 * plain  # no theorem, but so it is for unequal, correlated inputs
+
+
+@pytest.mark.parametrize("kind", COVARIANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_higher_rank_never_leaves_more_under_a_covariance(shape: tuple[int, int], kind: str) -> None:  # law 12
+    error, gram = draw(*shape), covariance_of(kind, shape[1])
+    left = [residual(error, gram, linalg.best_low_rank(error, gram, rank)) for rank in range(min(shape) + 1)]
+    whole = linalg.weighted_square(error, gram)
+    assert left[0] == whole
+    # Of a singular covariance nothing but its rounding is left from its rank on, which has either sign.
+    assert all(after <= before + 1e-7 * whole for before, after in pairwise(left))
+    assert abs(left[-1]) <= 1e-7 * whole
+
+
+@pytest.mark.parametrize("kind", ["full", "singular", "dead"])
+def test_no_nearby_product_is_better_under_a_covariance(kind: str) -> None:  # law 10
+    error, gram = draw(24, 40, dtype=torch.float64), covariance_of(kind, 40, torch.float64)
+    left, right = linalg.best_low_rank(error, gram, 5)
+    least = residual(error, gram, (left, right))
+    for seed in range(100):
+        size = 10.0 ** -(1 + seed % 3)
+        moves = draw(24, 5, seed=2 * seed, dtype=torch.float64), draw(5, 40, seed=2 * seed + 1, dtype=torch.float64)
+        assert residual(error, gram, (left + size * moves[0], right + size * moves[1])) > least
+
+
+def test_the_inverse_free_form_equals_the_whitened_svd_under_a_covariance() -> None:  # law 13
+    error, gram = draw(24, 40, dtype=torch.float64), covariance_of("full", 40, torch.float64)
+    left, right = linalg.best_low_rank(error, gram, 5)
+    root = torch.linalg.cholesky(gram)
+    u, s, v = torch.linalg.svd(error @ root, full_matrices=False)
+    whitened = torch.linalg.solve_triangular(root, u[:, :5] * s[:5] @ v[:5], upper=False, left=False)
+    torch.testing.assert_close(left @ right, whitened, rtol=1e-8, atol=1e-8)  # float64, the condition of H about 1e4
+
+
+def test_permuting_and_scaling_inputs_does_so_to_the_product_under_a_covariance() -> None:  # law 14
+    error, gram = draw(24, 40, dtype=torch.float64), covariance_of("full", 40, torch.float64)
+    columns = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    permuted = _product(error[:, columns], 100 * gram[columns][:, columns])
+    torch.testing.assert_close(permuted, _product(error, gram)[:, columns], rtol=1e-8, atol=1e-8)  # float64
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("kind", ["full", "singular", "spread"])
+@pytest.mark.parametrize("rank", [2, 20])
+def test_the_iteration_under_a_covariance_is_within_two_percent_of_the_optimum(  # law 13
+    rank: int, kind: str, warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, gram = draw(200, 120), covariance_of(kind, 120)
+    start = linalg.best_low_rank(error + 0.1 * draw(200, 120, seed=1), gram, rank)[0] if warm else None
+    monkeypatch.setattr(linalg, "_EXACT_UP_TO", 16)
+    factors = linalg.best_low_rank(error, gram, rank, start=start)
+    again = linalg.best_low_rank(error, gram, rank, start=start)
+    assert torch.equal(factors[0], again[0]) and torch.equal(factors[1], again[1])
+    torch.testing.assert_close(factors[0].T @ factors[0], torch.eye(rank), rtol=0, atol=1e-5)  # float32 inner products
+    assert residual(error, gram, factors) <= 1.02 * tail_under(error, gram, rank) + 1e-10 * linalg.weighted_square(error, gram)
+
+
+@pytest.mark.parametrize("columns", [3, 10, 26])
+def test_a_start_of_another_rank_does_no_harm(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, gram = draw(200, 120), covariance_of("full", 120)
+    start = linalg.best_low_rank(error, gram, columns)[0]
+    monkeypatch.setattr(linalg, "_EXACT_UP_TO", 16)
+    assert residual(error, gram, linalg.best_low_rank(error, gram, 10, start=start)) <= 1.02 * tail_under(error, gram, 10)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="a start with over rank + 16 columns asks randn for a negative size"
+)
+def test_a_start_of_a_far_higher_rank_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_a_start_of_another_rank_does_no_harm(40, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", COVARIANCES)
+def test_a_refit_never_raises_the_error_under_a_covariance(kind: str) -> None:  # law 16
+    error, gram = draw(24, 40), covariance_of(kind, 40)
+    whole = linalg.weighted_square(error, gram)
+    for seed in range(5):
+        left, right = draw(24, 5, seed=seed + 1), draw(5, 40, seed=seed + 50)
+        before = residual(error, gram, (left, right))
+        better = linalg.refit_left(error, right, gram)
+        after_left = residual(error, gram, (better, right))
+        after_both = residual(error, gram, (better, linalg.refit_right(error, better)))
+        # float32 factors leave (1e-6)^2 of the whole where an exact fit is possible; a covariance adds up many of them.
+        assert after_left <= before + 1e-10 * whole
+        assert after_both <= after_left * (1 + 1e-6) + 1e-10 * whole
+
+
+def test_the_weighted_error_is_the_error_of_the_outputs() -> None:  # law 19
+    x = draw(300, 40, dtype=torch.float64) @ draw(40, 40, seed=1, dtype=torch.float64)
+    error = draw(24, 40, seed=2, dtype=torch.float64)
+    outputs = float((x @ error.T).square().sum()) / 300
+    assert linalg.weighted_square(error, x.T @ x / 300) == pytest.approx(outputs, rel=1e-10)  # float64
+
+
+@pytest.mark.parametrize("kind", COVARIANCES)
+def test_balancing_keeps_the_product_and_evens_the_norms_under_a_covariance(kind: str) -> None:  # law 14
+    error, gram = draw(24, 40), covariance_of(kind, 40)
+    factors = linalg.best_low_rank(error, gram, 6)
+    left, right = linalg.balanced(*factors, gram)
+    torch.testing.assert_close(left @ right, factors[0] @ factors[1], rtol=1e-4, atol=1e-5)  # a factor and its inverse
+    if kind != "nothing":
+        norm_right = (linalg.weighed(right, gram / gram.diagonal().mean()) * right).sum(dim=1).sqrt()
+        torch.testing.assert_close(left.norm(dim=0), norm_right, rtol=1e-4, atol=0)
+
+
+def test_rank_one_under_a_covariance_by_hand() -> None:
+    # The inputs are one and the same, so only the sums of the rows matter, 3 and 1: the whole error is of rank one in H.
+    left, right = linalg.best_low_rank(torch.tensor([[1.0, 2.0], [1.0, 0.0]]), torch.ones(2, 2), 1)
+    product = left @ right
+    torch.testing.assert_close(product.sum(dim=1), torch.tensor([3.0, 1.0]), rtol=1e-6, atol=1e-6)
+    assert residual(torch.tensor([[1.0, 2.0], [1.0, 0.0]]), torch.ones(2, 2), (left, right)) == pytest.approx(0, abs=1e-10)

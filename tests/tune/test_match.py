@@ -20,7 +20,7 @@ from slimlm.tune.match import Matched, Matching, match_block, nearest_level, tun
 from ..conftest import random_model
 
 CPU = torch.device("cpu")
-QUICK = Matching(passes=2, rate=0.02, batch=4)
+QUICK = Matching(passes=2, rate=0.02, batch=4, codes="frozen")
 LEVELS = torch.tensor([-1.0, -0.7, -0.5, -0.3, -0.1, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, -1.3, 1.5, -1.6, 0.1]).half()
 
 

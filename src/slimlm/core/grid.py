@@ -80,7 +80,11 @@ class Levels:
 
     def rounded(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The index of the nearest level and the value it stands for; a scale of zero gives the value zero."""
-        index = self.index(torch.where(scale == 0, torch.zeros_like(weight), weight / torch.where(scale == 0, 1.0, scale)))
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        if self.even:
+            level = nearest(weight * inverse, self.bits)
+            return level - self.values[0], level * scale
+        index = self.index(weight * inverse)
         return index, self.values.to(weight)[index] * scale
 
 

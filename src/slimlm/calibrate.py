@@ -157,7 +157,7 @@ def stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: 
     stages: list[list[str]] = []
     for layer, x in seen.items():
         for stage in stages:
-            if any(seen[other] is x or _kind(other) == _kind(layer) for other in stage):
+            if any(seen[other] is x or _kind(block, other) == _kind(block, layer) for other in stage):
                 stage.append(layer)
                 break
         else:
@@ -165,16 +165,20 @@ def stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: 
     missed = [layer for layer in linears if layer not in seen]
     for layer in list(missed):
         for stage in stages:
-            if any(_kind(other) == _kind(layer) for other in stage):
+            if any(_kind(block, other) == _kind(block, layer) for other in stage):
                 stage.append(layer)
                 missed.remove(layer)
                 break
     return [*stages, missed] if missed else stages
 
 
-def _kind(layer: str) -> str:
-    """A layer's name without the numbers of experts in it."""
-    return ".".join("*" if piece.isdigit() else piece for piece in layer.split("."))
+def _kind(block: nn.Module, layer: str) -> str:
+    """A layer's name without the number of its expert, which is its place in a list (nn.ModuleList)."""
+    pieces = layer.split(".")
+    for i, piece in enumerate(pieces):
+        if piece.isdigit() and i > 0 and isinstance(block.get_submodule(".".join(layer.split(".")[:i])), nn.ModuleList):
+            pieces[i] = "*"
+    return ".".join(pieces)
 
 
 def measure(
@@ -200,7 +204,7 @@ def measure(
         assert original is not None, "the cross statistic needs the original block"
         twin, twin_flow = original
         before = _inputs(twin, name, {layer: twin.get_submodule(layer) for layer in linears}, twin_flow, device)
-    for seen in _inputs(block, name, linears, flow, device):
+    for hidden, seen in zip(flow.hidden, _inputs(block, name, linears, flow, device), strict=True):
         were = next(before) if before is not None else {}
         first: list[tuple[Tensor, str]] = []
         for layer, x in seen.items():
@@ -208,7 +212,7 @@ def measure(
             owner[layer] = same[0] if same else layer
             if not same:
                 first.append((x, layer))
-                sums.setdefault(layer, _Sums(needs, length)).add(x, were.get(layer))
+                sums.setdefault(layer, _Sums(needs, length)).add(x, were.get(layer), whole=len(hidden) * length)
     unused = [layer for layer in linears if layer not in owner]
     if unused:
         raise ModelError(f"{name}.{unused[0]} saw no input during calibration; leave it out of the recipe (leave = [...])")
@@ -256,16 +260,19 @@ class _Sums:
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float | None = 0.0
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it."""
+    def add(self, x: Tensor, original: Tensor | None = None, *, whole: int = 0) -> None:
+        """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it.
+
+        original: the same layer's input in the original model. whole: tokens of the batch; inputs that are not all of them
+        (an expert's) cannot be paired, because the router may have picked others there.
+        """
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
         if self.needs & Need.GRAM:
             self.gram = self.gram + (rows.T @ rows).double()
         if self.needs & Need.CROSS and self.cross is not None:
             before = None if original is None else original.flatten(0, -2)
-            # Other tokens reach an expert where the router sees other activations; what cannot be paired is not.
-            paired = before is not None and before.shape == rows.shape
+            paired = before is not None and before.shape == rows.shape and len(rows) == whole
             self.cross = self.cross + (before.T @ rows).double() if paired and before is not None else None
         if self.needs & Need.MEAN_SQUARE:
             self.square = self.square + rows.square().sum(dim=0, dtype=torch.float64)

@@ -84,7 +84,8 @@ class Recipe:
     @property
     def needs(self) -> Need:
         """The statistics its steps need together."""
-        return reduce(lambda needs, named: needs | named.step.needs, self.steps, Need.NOTHING)
+        varied = [_overridden(named, rule, f"recipe {self.name}") for rule in self.rules for named in self.steps]
+        return reduce(lambda needs, named: needs | named.step.needs, (*self.steps, *varied), Need.NOTHING)
 
     def steps_for(self, layer: str) -> tuple[NamedStep, ...]:
         """The steps with what the rules say of this layer (by full name)."""
@@ -135,24 +136,38 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     if not isinstance(leave, list) or not all(isinstance(p, str) for p in leave):
         raise RecipeError(f'{source}: leave is a list of name patterns, such as ["*.down_proj"]')
     named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
-    pruners = [s.method for s in named if getattr(s.step, "pattern", None) not in (None, "")]
-    if len(pruners) > 1:
-        raise RecipeError(f"{source}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
+    _refuse_order(named, source)
     if named[0].kind == "compensate":
         raise RecipeError(f"{source}: the first step is a repair, but nothing is damaged yet; quantize or prune before it")
     sequential = data.get("sequential", False)
     if not isinstance(sequential, bool):
         raise RecipeError(f"{source}: sequential = {sequential!r}; give true or false")
-    rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(data.get("rules", []), 1))
-    matching = None
-    if "matching" in data:
-        matching = _options(Matching, dict(data["matching"]), f"{source}, matching")
+    own_rules, own_matching = data.get("rules", []), data.get("matching")
+    if not isinstance(own_rules, list) or not all(isinstance(rule, dict) for rule in own_rules):
+        raise RecipeError(f"{source}: rules are [[rules]] tables, each with layers and options")
+    if "matching" in data and not isinstance(own_matching, dict):
+        raise RecipeError(f"{source}: matching = {own_matching!r}; give a [matching] table, which may be empty")
+    rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(own_rules, 1))
+    matching = None if own_matching is None else _options(Matching, own_matching, f"{source}, matching")
     name, summary = str(data.get("name", source)), str(data.get("summary", ""))
     return Recipe(name, summary, named, tuple(leave), rules, sequential, matching)
 
 
-def _rule(data: Any, steps: tuple[NamedStep, ...], where: str) -> Rule:
-    layers = data.get("layers") if isinstance(data, dict) else None
+def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:
+    """Raise RecipeError where two steps would prune, or one would move weights that are coded already."""
+    pruners = [named.method for named in steps if getattr(named.step, "pattern", "") != ""]
+    if len(pruners) > 1:
+        raise RecipeError(f"{where}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
+    coded = ""
+    for named in steps:
+        if coded and getattr(named.step, "moves", False):
+            raise RecipeError(f"{where}: {named.method} moves the weights that {coded} has coded; put it before {coded}")
+        if named.kind in ("quantize", "joint"):
+            coded = named.method
+
+
+def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rule:
+    layers = data.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(p, str) for p in layers):
         raise RecipeError(f'{where}: a rule names its layers, such as layers = ["*.down_proj"], and then options')
     rule = Rule(tuple(layers), tuple((key, value) for key, value in data.items() if key != "layers"))
@@ -160,8 +175,7 @@ def _rule(data: Any, steps: tuple[NamedStep, ...], where: str) -> Rule:
     for option, _ in rule.options:
         if option not in fields:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
-    for named in steps:
-        _overridden(named, rule, where)
+    _refuse_order(tuple(_overridden(named, rule, where) for named in steps), where)
     return rule
 
 

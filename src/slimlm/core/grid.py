@@ -15,6 +15,9 @@ from slimlm.core.errors import RecipeError
 Group = int | Literal["tensor", "row"]
 """How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""
 
+LARGEST_TABLE = 4
+"""Bits of the largest table of levels that is used: sixteen entries, which a kernel looks up in one register."""
+
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_LARGEST = 65504.0
 
@@ -192,12 +195,16 @@ def best_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = _C
 
 
 def signed_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = 24) -> Tensor:
-    """As `best_scale`, negative where the largest point then falls on the side of the grid that reaches further."""
-    counted = points * (mass > 0)
-    largest = counted.gather(1, counted.abs().argmax(dim=1, keepdim=True))
-    longer = -1.0 if -levels.values[0] > levels.values[-1] else 1.0
-    sign = torch.where(largest * longer < 0, -1.0, 1.0)
-    return best_scale(points * sign, mass, levels, coarse=coarse) * sign[:, 0]
+    """As `best_scale` over both signs: a negative scale puts the longer side of the grid on the other side of zero."""
+    plain = best_scale(points, mass, levels, coarse=coarse)
+    if float(levels.values[0]) == -levels.top:
+        return plain
+    turned = -best_scale(-points, mass, levels, coarse=coarse)
+    return torch.where(_error_of(points, mass, turned, levels) < _error_of(points, mass, plain, levels), turned, plain)
+
+
+def _error_of(points: Tensor, mass: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+    return grid_error(points, mass, torch.where(scale == 0, 1.0, scale)[:, None], levels)[:, 0]
 
 
 def nearby_scale(points: Tensor, mass: Tensor, levels: Levels, start: Tensor) -> Tensor:
@@ -232,7 +239,7 @@ def _best_scale(points: Tensor, mass: Tensor, levels: Levels, coarse: int) -> Te
     lower = torch.minimum(lower, upper * (top / reach) * 0.999)
 
     steps = torch.linspace(0, 1, coarse, device=points.device)
-    inner = top / torch.arange(top // 2 + 1, top, device=points.device)
+    inner = top / torch.arange(top // 2 + 1, max(top, top // 2 + 1), device=points.device)
     candidates = torch.cat([upper * (lower / upper) ** steps, upper * inner], dim=1)
     best, at = _pick(points, mass, candidates, levels)
     ratio = (upper / lower) ** (1 / (coarse - 1))

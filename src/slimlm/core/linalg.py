@@ -56,8 +56,9 @@ def _best_under_covariance(error: Tensor, gram: Tensor, rank: int, start: Tensor
     width = min(rank + _OVERSAMPLE, out)
     sweeps = _SWEEPS if start is None else _WARM_SWEEPS
     generator = torch.Generator().manual_seed(0)
-    fresh = torch.randn(out, width - (0 if start is None else start.shape[1]), generator=generator).to(error)
-    basis = fresh if start is None else torch.cat([start, fresh], dim=1)
+    known = error.new_empty(out, 0) if start is None else start[:, :width]
+    fresh = torch.randn(out, width - known.shape[1], generator=generator).to(error)
+    basis = torch.cat([known, fresh], dim=1)
     for _ in range(sweeps):
         basis, _ = torch.linalg.qr(basis)
         basis = error @ (gram @ (error.T @ basis))

@@ -90,9 +90,9 @@ def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inve
         rounded = right_part.dense()
         inner = linalg.weighed(rounded, gram) @ rounded.T
         left = linalg.refit_left(error, rounded, gram)
-        across = Across(levels, len(right), form.group)
+        across = Across(left, levels, form.group)
         sweep(left, inverse_of(inner, damp=_DAMP), rounding=across)
-        left_part = _uniform(torch.stack(across.index).to(torch.uint8), torch.stack(across.scale), levels, form)
+        left_part = _uniform(across.index, across.scale, levels, form)
         part = LowRank(left_part, right_part)
         cost = linalg.weighted_square(error - part.dense(), gram)
         if best is None or cost < least:

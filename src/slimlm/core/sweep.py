@@ -167,27 +167,27 @@ class Along:
 
 
 class Across:
-    """Groups of consecutive outputs of one input share a scale: the left factor of an adapter.
+    """Groups of consecutive outputs of one input share a scale, searched beforehand: the left factor of an adapter.
 
-    `scale` and `index` hold a row `[groups]` and `[out]` per input.
+    `scale` is `[in, groups]`, and `index` `[in, out]` fills up as the sweep goes.
     """
 
-    def __init__(self, levels: Levels, width: int, group: int) -> None:
-        self.levels, self.group = levels, group
-        self.starts = list(range(width))
-        self.scale: list[Tensor] = []
-        self.index: list[Tensor] = []
+    def __init__(self, weight: Tensor, levels: Levels, group: int) -> None:
+        columns = weight.T.contiguous()
+        sets = grid.rows_of(columns, group)
+        found = grid.signed_scale(sets, torch.ones_like(sets), levels)
+        self.levels = levels
+        self.starts = list(range(len(columns)))
+        self.scale = grid.storable(found.view(grid.scale_shape((len(columns), len(weight)), group))).float()
+        self.wide = grid.spread(self.scale, len(weight), group).expand_as(columns)
+        self.index = torch.zeros_like(columns, dtype=torch.uint8)
 
     def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
-        """Every input is a group of its own, searched as it is rounded."""
+        """The scales are there."""
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        sets = grid.rows_of(column[None], self.group)
-        scale = grid.signed_scale(sets, torch.ones_like(sets), self.levels)
-        scale = _stored(scale, len(self.starts) * len(scale))
-        index, value = self.levels.rounded(column, grid.spread(scale[None], len(column), self.group).expand(1, len(column))[0])
-        self.scale.append(scale)
-        self.index.append(index)
+        index, value = self.levels.rounded(column, self.wide[place])
+        self.index[place] = index
         return value
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from slimlm.core import grid
 from slimlm.core.bits import packed_bytes
+from slimlm.core.grid import LARGEST_TABLE
 from slimlm.core.lowrank import rank_of
 from slimlm.core.masks import Pattern
 
@@ -27,6 +28,8 @@ class Option:
     rank: float
     adapter_bits: int = 4
     adapter_group: int = 128
+    table: bool = True
+    """whether room for a table of levels is counted; only the search finds out whether one pays"""
 
     def overrides(self) -> dict[str, Any]:
         """The options of the alternation that this stands for."""
@@ -39,7 +42,10 @@ class Option:
         return None if self.pattern == "" else Pattern.parse(self.pattern).refuses("the layer", shape[1])
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits of codes, scales, mask and adapter, padding included; scales at 16 bits, and an even grid."""
+        """Bits of codes, scales, mask and adapter, padding and a table of levels included; scales at 16 bits.
+
+        At most this many are stored: the table's few bits are saved where an even grid serves as well.
+        """
         out, width = shape
         kept = width
         bits = 0
@@ -49,6 +55,8 @@ class Option:
             bits += 8 * out * packed_bytes(width, 1)
         rows, groups = grid.scale_shape(shape, self.group)
         bits += 8 * out * packed_bytes(kept, self.bits) + (32 if rows * groups == 1 else 16 * rows * groups)
+        if self.table and self.bits <= LARGEST_TABLE:
+            bits += 16 * 2**self.bits
         rank = rank_of(self.rank, shape)
         for side in shape if rank else ():
             scales = rank * -(-side // self.adapter_group)
@@ -100,13 +108,14 @@ def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) 
 def options_for(bits: float, objective: Objective) -> list[Option]:
     """The options worth measuring for an average of `bits` per weight.
 
-    Dense codes of widths around it, in long and short groups, and some with an adapter; for size one 2:4 option, so that the
-    table shows where it stands (by bytes alone it seldom wins), for speed several.
+    Dense codes of widths around it, the narrow ones also in short groups, and one with an adapter; for size one 2:4 option, so
+    that the table shows where it stands (by bytes alone it seldom wins), for speed several.
     """
-    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 2 < width <= max(3.0, bits + 2)]
-    dense = [Option(width, group, "", 0.0) for width in widths for group in (128, 32)]
-    repaired = [Option(width, 64, "", 0.05) for width in widths if width <= bits]
+    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 1.5 < width <= max(3.0, bits + 2)]
+    dense = [Option(width, 128, "", 0.0) for width in widths]
+    short = [Option(width, 32, "", 0.0) for width in widths if width <= 3]
+    repaired = [Option(width, 64, "", 0.05) for width in widths if width <= bits][-1:]
     sparse = [Option(4, 32, "2:4", 0.1)]
     if objective == "speed":
         sparse = [Option(3, 64, "2:4", 0.1), Option(4, 64, "2:4", 0.05), *sparse, Option(4, 32, "2:4", 0.2)]
-    return dense + repaired + sparse
+    return dense + short + repaired + sparse

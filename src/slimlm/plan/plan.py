@@ -28,7 +28,7 @@ from slimlm.recipe import NamedStep, Recipe, Rule
 
 _LOGITS_AT_ONCE = 2**26
 _JUDGED_TOKENS = 4096
-_ROUNDS, _POLISH = 3, 1
+_ROUNDS, _POLISH = 2, 1
 """Of the alternation while planning: the order of the options shows early."""
 AUTO_SHARE = 0.1
 """The rank, as a share, whose bits `rank = "auto"` may spend."""
@@ -125,13 +125,18 @@ def alternation_of(recipe: Recipe) -> NamedStep:
 def auto_options(recipe: Recipe) -> list[Option]:
     """Ranks to choose from where the recipe says rank = "auto"."""
     step: Any = alternation_of(recipe).step
-    return [Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group) for rank in _AUTO_RANKS]
+    return [
+        Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group, step.levels != "even")
+        for rank in _AUTO_RANKS
+    ]
 
 
 def auto_bits(recipe: Recipe, shapes: list[tuple[int, int]]) -> float:
     """Bits per weight of rank 0.1 everywhere: what rank = "auto" may spend."""
     step: Any = alternation_of(recipe).step
-    option = Option(step.bits, step.group, step.pattern, AUTO_SHARE, step.adapter_bits, step.adapter_group)
+    option = Option(
+        step.bits, step.group, step.pattern, AUTO_SHARE, step.adapter_bits, step.adapter_group, step.levels != "even"
+    )
     return sum(option.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
 
 

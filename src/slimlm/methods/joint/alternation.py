@@ -16,8 +16,8 @@ that the compressed layers before it hand over (the least-squares idea of GPTAQ,
 goal as a whole): G = W (C + a I) (H + a I)^-1, C = E[z^T x] with z the layer's inputs in the original model, and a = `follow`
 x the mean diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W.
 
-levels    "even": integer codes. "table": 2^bits levels fitted to what is rounded (under 2:4 nothing near zero is left). "auto":
-          a table where it saves at least 4 % of the rounding error.
+levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero is left). "auto":
+          a table, from the second sweep on, where it saves at least 4 % of the rounding error.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
@@ -91,6 +91,12 @@ class Alternation:
             )
         if self.base == "project" and self.levels == "table":
             raise RecipeError('levels = "table" is fitted to what sweeps round; use base = "sweep", or levels = "even"')
+        if self.levels == "table" and self.bits > grid.LARGEST_TABLE:
+            raise RecipeError(f'levels = "table", bits = {self.bits}: tables have up to {grid.LARGEST_TABLE} bits; use "even"')
+        if self.levels == "table" and self.rounds < 2:
+            raise RecipeError(
+                f'levels = "table", rounds = {self.rounds}: a table is fitted to what a first sweep rounds; give two'
+            )
         if not self.follow >= 0:
             raise RecipeError(f"follow = {self.follow}: give a damping above 0, or 0 to aim at the original weight")
 
@@ -142,6 +148,7 @@ class _Search:
         rank = float(options.rank)
         self.rough = AdapterFormat(rank, 16, options.adapter_group, True)
         self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group, True)
+        self.stored = replace(self.final, refit=False)
         self.natural = (
             inverse_of(gram, damp=options.damp) if self.final.rank_of(layer.shape) and self.final.bits != 16 else None
         )
@@ -165,14 +172,17 @@ class _Search:
             if gain <= patience:
                 break
         assert found is not None
-        last, self.base, self.adapter = found
-        last = self._repair(self.final, count=True)
+        _, self.base, self.adapter = found
+        last = self._repair(self.stored, count=True)
         for _ in range(self.options.polish if self.levels is not None else 0):
             self.base = self._polish()
-            error = self._repair(self.final, count=True)
+            error = self._repair(self.stored, count=True)
             if last - error <= patience * last:
                 break
             last = error
+        assert self.best is not None
+        self.base = self.best[1]
+        self._repair(self.final, count=True)
 
     def decided(self, layer: Layer) -> Layer:
         """The best iterate."""
@@ -204,7 +214,7 @@ class _Search:
             keep=self.given,
             start=start,
         )
-        if options.levels != "even":
+        if options.levels != "even" and options.bits <= grid.LARGEST_TABLE:
             self._fit_levels(found)
         return found
 

@@ -24,6 +24,7 @@ class SparseGpt:
     order: Literal["energy", "input"] = "energy"
     damp: float = 0.01
     needs: ClassVar[Need] = Need.GRAM
+    moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Pattern.parse(self.pattern)

@@ -1,0 +1,153 @@
+"""Plans on a tiny model: the budget holds, the model comes out unharmed, the recipe says it all, refusals in words."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimlm
+from slimlm import pipeline
+from slimlm.calibrate import enter  # noqa: F401  (the model is opened as users open it)
+from slimlm.cli import app
+from slimlm.core.errors import DataError, RecipeError
+from slimlm.models.structure import blocks_of
+from slimlm.plan.options import Option, options_for
+from slimlm.plan.plan import make_plan
+from slimlm.recipe import open_recipe, recipe_from_dict
+
+from ..conftest import random_model
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(256, (12, 32), generator=torch.Generator().manual_seed(0))
+
+
+def quick_recipe(**options: object) -> slimlm.Recipe:
+    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group": 16, **options}
+    return recipe_from_dict({"name": "quick", "sequential": True, "steps": [step]}, source="test")
+
+
+def plan_of(bits: float, options: list[Option] | None = None, model: torch.nn.Module | None = None) -> pipeline.Plan:
+    model = random_model("llama") if model is None else model
+    options = options or [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]
+    arguments = {"options": options, "bits": bits, "objective": "size", "device": CPU, "progress": pipeline.quiet}
+    return make_plan(model, blocks_of(model), quick_recipe(), WINDOWS, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [3.0, 4.7, 5.9])
+def test_the_plan_keeps_its_budget_and_uses_most_of_it(bits: float) -> None:
+    found = plan_of(bits)
+    assert found.bits_per_weight <= bits
+    assert found.bits_per_weight > bits - 1  # the options are 2 bits apart, and some of the 14 layers can always move up
+
+
+def test_the_model_comes_out_as_it_went_in() -> None:
+    model = random_model("gpt2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan_of(4.0, model=model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_that_share_an_input_get_one_choice() -> None:
+    found = plan_of(4.0)
+    names = [[layer.rpartition(".")[2] for layer in choice.layers] for choice in found.choices]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_more_bits_for_a_group_lose_less() -> None:
+    for choice in plan_of(4.0).choices:
+        two, four, six, _ = choice.losses
+        assert two > four > six > 0
+
+
+def test_the_choice_is_never_worse_than_the_single_option_where_both_were_checked() -> None:
+    found = plan_of(4.6)
+    assert found.uniform is not None
+    assert found.fallback == (found.uniform_loss < found.planned_loss)
+    if found.fallback:
+        assert {choice.chosen for choice in found.choices} == {found.uniform}
+
+
+def test_too_few_windows_are_refused() -> None:
+    model = random_model("llama")
+    with pytest.raises(DataError, match="at least 3"):
+        make_plan(
+            model,
+            blocks_of(model),
+            quick_recipe(),
+            WINDOWS[:2],
+            options=options_for(4.0, "size"),
+            bits=4.0,
+            objective="size",
+            device=CPU,
+            progress=pipeline.quiet,
+        )
+
+
+def test_a_planned_model_has_the_bits_that_the_plan_says(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"data": str(text_file), "samples": 24, "length": 48}
+    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=quick_recipe(levels="even"), bits=4.8, **options)
+    record = result.record
+    assert record.plan is not None
+    # Room for tables of levels is planned and not used here.
+    assert record.plan["bits_per_weight"] - 0.2 < record.bits_per_weight <= record.plan["bits_per_weight"]
+    assert record.bits_per_weight <= 4.8
+    kinds = {layer.parts for layer in record.layers}
+    assert len(kinds) > 1 or record.plan["fallback"]
+    assert json.loads((tmp_path / "out" / "slimlm.json").read_text())["plan"]["asked_bits"] == 4.8
+
+
+def test_rank_auto_spends_the_bits_of_rank_a_tenth(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"data": str(text_file), "samples": 24, "length": 48}
+    fixed = slimlm.compress(llama_folder, tmp_path / "fixed", recipe=quick_recipe(levels="even"), **options)
+    auto = slimlm.compress(llama_folder, tmp_path / "auto", recipe=quick_recipe(levels="even", rank="auto"), **options)
+    assert auto.record.bits_per_weight <= fixed.record.bits_per_weight
+    assert auto.record.bits_per_weight > 0.9 * fixed.record.bits_per_weight
+    assert {layer.sparsity for layer in auto.record.layers} == {0.5}
+    assert auto.record.plan is not None
+
+
+def test_the_saved_recipe_carries_the_plan_out(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "quick.toml"
+    recipe.write_text('name = "quick"\n[[steps]]\njoint = "alternation"\nrounds = 1\npolish = 0\nlevels = "even"\ngroup = 16\n')
+    where = ["--data", str(text_file), "--samples", "24", "--length", "48"]
+    saved = tmp_path / "planned.toml"
+    done = CliRunner().invoke(
+        app, ["plan", str(llama_folder), "--recipe", str(recipe), "--bits", "4.8", "--save", str(saved), *where]
+    )
+    assert done.exit_code == 0, done.output
+    assert "down_proj" in done.output and "groups that take it" in done.output
+    planned = open_recipe(str(saved))
+    assert tomllib.loads(saved.read_text())["rules"] == [rule.to_dict() for rule in planned.rules]
+    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=planned, data=str(text_file), samples=24, length=48)
+    assert result.record.bits_per_weight <= 4.8
+    again = CliRunner().invoke(app, ["plan", str(llama_folder), "--bits", "4.8", "--save", str(saved), *where])
+    assert isinstance(again.exception, RecipeError) and "exists already" in str(again.exception)
+
+
+def test_the_json_of_a_plan_is_json(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "quick.toml"
+    recipe.write_text('name = "quick"\n[[steps]]\njoint = "alternation"\nrounds = 1\npolish = 0\n')
+    line = ["plan", str(llama_folder), "--recipe", str(recipe), "--bits", "3.1", "--json", "--data", str(text_file)]
+    done = CliRunner().invoke(app, [*line, "--samples", "24", "--length", "48"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert data["bits_per_weight"] <= 3.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"recipe": "slim", "bits": 3.5}, "alternation"),
+        ({"bits": 1.6}, "smallest"),
+        ({"bits": 0.5}, "between 1 and 16"),
+        ({}, "nothing to plan"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: dict[str, object], said: str, llama_folder: Path, text_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        pipeline.plan(llama_folder, data=str(text_file), samples=24, length=48, **arguments)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ that the compressed layers before it hand over (the least-squares idea of GPTAQ,
 goal as a whole): G = W (C + a I) (H + a I)^-1, C = E[z^T x] with z the layer's inputs in the original model, and a = `follow`
 x the mean diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W.
 
-levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero is left). "auto":
-          a table, from the second sweep on, where it saves at least 4 % of the rounding error.
+levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero
+          is left). "auto": a table, from the second sweep on, where it saves at least 4 % of the rounding error.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.

@@ -293,7 +293,7 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Keep the last model, compressed with recipe slim, here.")
+        Path | None, typer.Option("-o", "--out", help="Keep the last model, compressed with recipe best, here.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ from slimlm.report.tables import plain_table, size
 from slimlm.storage.checkpoint import refuse_occupied
 
 NAME = "pystd-5m"
-RECIPES = ("absmax", "magnitude", "wanda", "slim")
+RECIPES = ("absmax", "magnitude", "wanda", "slim", "best")
 CALIBRATION_WINDOWS = 64
 EVALUATION_TOKENS = 64 * 512
 LENGTH = 512
@@ -95,7 +95,7 @@ def run(out: Path | None, progress: Progress) -> Demo:
             )
             opened = open_any(str(target))
             rows.append(measure(opened, recipe, result.record.seconds))
-            if recipe in ("magnitude", "slim"):
+            if recipe in ("magnitude", "best"):
                 continuations[recipe] = _go_on(opened)
     return Demo(tuple(rows), windows[:, 1:].numel(), PROMPT, continuations)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlm.calibrate import Flow, Original, enter, measure, run, stages_of
-from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
+from slimlm.core.errors import CheckpointError, DataError, ModelError, NumericsError, RecipeError, SlimlmError
 from slimlm.core.layer import Layer, Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -387,8 +387,11 @@ def compress_block(
         for name, linear in own.items():
             full = f"{block_name}.{name}"
             layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
-            for named in recipe.steps_for(full):
-                layer = named.step(layer, stats[name])
+            try:
+                for named in recipe.steps_for(full):
+                    layer = named.step(layer, stats[name])
+            except NumericsError as error:
+                raise NumericsError(f"{full}: {error}") from error
             swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
             records.append(record_of(layer, stats[name]))
     return records

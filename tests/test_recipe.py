@@ -275,7 +275,6 @@ def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
     assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == Need.GRAM
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="needs are those of the steps without what the rules change")
 def test_the_needs_are_also_those_that_a_rule_brings_in() -> None:
     some = recipe({"joint": "alternation", "follow": 0.0}, rules=[{"layers": ["*.mlp.*"], "follow": 0.1}])
     assert options_of(some, "a.mlp.up") == [Alternation(follow=0.1)]
@@ -287,16 +286,31 @@ def test_a_joint_solver_without_a_pattern_leaves_the_pruning_to_a_pruner() -> No
     assert [named.method for named in some.steps] == ["wanda", "alternation"]
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="only the steps without their rules are checked for it")
 def test_a_rule_that_makes_a_second_step_prune_is_refused() -> None:
     steps = {"joint": "alternation", "pattern": ""}, {"prune": "wanda"}
-    assert "at most once" in refusal(*steps, rules=[{"layers": ["*"], "pattern": "2:4"}])
+    said = refusal(*steps, rules=[{"layers": ["a"], "bits": 3}, {"layers": ["b"], "pattern": "2:4"}])
+    assert "mine, rule 2" in said and "at most once; alternation and wanda" in said
+
+
+@pytest.mark.parametrize("first", [{"quantize": "slim_quant"}, {"quantize": "gptq"}, {"joint": "alternation", "pattern": ""}])
+def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dict[str, Any]) -> None:
+    coder = next(iter(first.values()))
+    for between in ([], [{"compensate": "qera"}]):
+        said = refusal(first, *between, {"prune": "sparsegpt"})
+        assert f"mine: sparsegpt moves the weights that {coder} has coded; put it before {coder}" in said
+    assert [named.method for named in recipe({"prune": "sparsegpt"}, first).steps] == ["sparsegpt", coder]
+    assert [named.method for named in recipe(first, {"prune": "wanda"}).steps] == [coder, "wanda"]
+
+
+def test_which_pruners_move_weights_is_known() -> None:
+    moving = [name for name in registry.names("prune") if getattr(registry.find("prune", name), "moves", False)]
+    assert moving == ["sparsegpt"]
+    assert "'moves'" in refusal({"prune": "sparsegpt", "moves": False})  # no option
 
 
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ("absmax", ["names its layers"]),
         ({}, ["names its layers"]),
         ({"bits": 3}, ["names its layers", "*.down_proj"]),
         ({"layers": "*.mlp.*", "bits": 3}, ["names its layers"]),
@@ -315,8 +329,9 @@ def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words:
     assert all(word in said for word in words), said
 
 
-def test_rules_that_are_one_table_are_refused() -> None:
-    assert "rule 1" in refusal({"quantize": "gptq"}, rules={"layers": ["*"], "bits": 3})
+@pytest.mark.parametrize("rules", [{"layers": ["*"], "bits": 3}, "absmax", 3, None, [{"layers": ["*"], "bits": 3}, "absmax"]])
+def test_rules_that_are_no_list_of_tables_are_refused(rules: Any) -> None:
+    assert "mine: rules are [[rules]] tables, each with layers and options" in refusal({"quantize": "gptq"}, rules=rules)
 
 
 @pytest.mark.parametrize("sequential", [1, "yes", [True]])
@@ -341,7 +356,7 @@ def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], wor
     assert all(word in said for word in words), said
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, ValueError), reason="taken for a list or table without a look")
-@pytest.mark.parametrize(("key", "value"), [("rules", 3), ("matching", 3), ("matching", "yes")])
-def test_rules_and_matching_that_are_neither_lists_nor_tables_are_refused(key: str, value: Any) -> None:
-    assert key.removesuffix("s") in refusal({"quantize": "absmax"}, **{key: value})
+@pytest.mark.parametrize("matching", [3, "yes", True, [], None])
+def test_a_matching_that_is_no_table_is_refused(matching: Any) -> None:
+    said = refusal({"quantize": "absmax"}, matching=matching)
+    assert f"mine: matching = {matching!r}; give a [matching] table" in said

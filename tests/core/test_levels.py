@@ -131,27 +131,40 @@ def test_a_fitted_table_by_hand() -> None:
 
 
 @pytest.mark.parametrize("levels", ALL)
-def test_turning_the_weights_round_turns_the_scale_round(levels: Levels) -> None:  # law 1
-    points, mass = draw(50, 24), masses(50, 24)
-    assert torch.equal(signed_scale(-points, mass, levels), -signed_scale(points, mass, levels))
+def test_a_scale_of_either_sign_is_the_better_of_the_two_searches(levels: Levels) -> None:  # law 3
+    points, mass = draw(200, 24), masses(200, 24)
+    scale = signed_scale(points, mass, levels)
+    plain, turned = best_scale(points, mass, levels, coarse=24), -best_scale(-points, mass, levels, coarse=24)
+    found, one, other = (error(points, mass, each, levels) for each in (scale, plain, turned))
+    assert bool((found <= torch.minimum(one, other) * (1 + 1e-4)).all())  # compared in float32, differences of near numbers
+    # A negative scale is taken only where it errs less, and here it sometimes does and sometimes does not.
+    assert torch.equal(scale, torch.where(scale < 0, turned, plain))
+    assert bool((found[scale < 0] < one[scale < 0]).all())
+    assert 0 < int((scale < 0).sum()) < 200
+    assert float(found.sum()) < min(float(one.sum()), float(other.sum()))
 
 
 @pytest.mark.parametrize("levels", ALL)
-def test_the_largest_weight_lies_on_the_side_that_reaches_further(levels: Levels) -> None:
-    points, mass = draw(200, 24), masses(200, 24)
-    scale = signed_scale(points, mass, levels)
-    counted = points * (mass > 0)
-    largest = counted.gather(1, counted.abs().argmax(dim=1, keepdim=True))[:, 0]
-    assert bool((largest * scale < 0).all())  # all these levels reach further below zero
-    mirrored = Levels(-levels.values.flip(0), False)
-    assert bool((largest * signed_scale(points, mass, mirrored) > 0).all())
+def test_turning_the_weights_round_changes_no_error_and_turns_the_scale_but_for_ties(levels: Levels) -> None:  # law 1
+    points, mass = draw(50, 24), masses(50, 24)
+    here, there = signed_scale(points, mass, levels), signed_scale(-points, mass, levels)
+    one, other = error(points, mass, here, levels), error(-points, mass, there, levels)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=0)  # of a tie in float32 either may be taken
+    untied = error(points, mass, -here, levels) > one * (1 + 1e-4)
+    assert torch.equal(there[untied], -here[untied])
 
 
-@pytest.mark.parametrize("levels", [*map(Levels.of_bits, (2, 3, 4))])
-def test_a_scale_of_either_sign_errs_no_more_on_the_whole(levels: Levels) -> None:
-    points, mass = draw(300, 16), masses(300, 16)
-    signed, positive = (error(points, mass, find(points, mass, levels), levels) for find in (signed_scale, best_scale))
-    assert float(signed.sum()) < float(positive.sum())
+def test_a_symmetric_table_needs_no_negative_scale() -> None:
+    table = Levels(torch.tensor([-2.0, -0.5, 0.5, 2.0]), False)
+    points, mass = draw(50, 24), masses(50, 24)
+    assert torch.equal(signed_scale(points, mass, table), best_scale(points, mass, table, coarse=24))
+
+
+def test_the_sign_of_a_scale_by_hand() -> None:
+    # On -2, -1, 0, 1 these two are exact with the scale -1 and 1: the one that lies alone takes the longer side.
+    points = torch.tensor([[2.0, -1.0], [-2.0, 1.0]])
+    scale = signed_scale(points, torch.ones(2, 2), Levels.of_bits(2))
+    assert scale.tolist() == pytest.approx([-1, 1], rel=2**-8)  # where the search ends
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -173,7 +186,6 @@ def test_a_set_of_zeros_gets_the_scale_zero_and_one_without_mass_a_finite_one() 
         assert bool(found.isfinite().all())
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="best_scale tries top / arange(top // 2 + 1, top): empty below 1")
 def test_a_table_whose_largest_level_is_below_one_is_searched_like_any_other() -> None:
     points, mass = draw(50, 24), masses(50, 24)
     small = Levels(TABLE.values / 4, False)

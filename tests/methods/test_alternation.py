@@ -208,16 +208,18 @@ def test_under_two_of_four_a_table_saves_and_for_weights_on_a_grid_none_does() -
     assert isinstance(base_of(step(Layer.of("fc1", codes * 0.03125), stats_of(draw(4, 32, 32)))), Uniform)
 
 
-def test_a_table_that_is_asked_for_comes() -> None:
-    assert isinstance(base_of(solved(levels="table", pattern="")), Codebook)
+@pytest.mark.parametrize("options", [{"rounds": 2}, {"bits": 2, "rounds": 2}, {"pattern": ""}, {"group": "tensor"}], ids=str)
+def test_a_table_that_is_asked_for_comes(options: dict[str, Any]) -> None:
+    assert isinstance(base_of(solved(levels="table", **options)), Codebook)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a table is fitted for the sweep after; one round has none")
-def test_a_table_that_is_asked_for_comes_in_one_round_too() -> None:
-    assert isinstance(base_of(solved(levels="table", rounds=1)), Codebook)
+@pytest.mark.parametrize("bits", [5, 8])
+def test_over_four_bits_no_table_is_tried(bits: int) -> None:
+    auto = solved(bits=bits, rounds=2, polish=1)
+    assert isinstance(base_of(auto), Uniform)
+    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, rounds=2, polish=1, levels="even").parts()))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="grid.best_scale cannot search a table whose top level is below 1")
 def test_two_bits_and_one_scale_for_all_work() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     assert stats.gram is not None
@@ -363,7 +365,10 @@ def test_an_even_aim_needs_no_note() -> None:
         ({"rounds": 0}, "rounds = 0"),
         ({"polish": -1}, "polish = -1"),
         ({"patience": 1.0}, "patience = 1"),
-        ({"base": "project", "levels": "table"}, 'levels = "table"'),
+        ({"base": "project", "levels": "table"}, 'levels = "table" .*use base = "sweep"'),
+        ({"levels": "table", "rounds": 1}, 'levels = "table", rounds = 1.*give two'),
+        ({"levels": "table", "bits": 5}, 'levels = "table", bits = 5.*up to 4 bits; use "even"'),
+        ({"levels": "table", "bits": 16}, 'levels = "table", bits = 16'),
         ({"follow": -0.1}, "follow = -0.1"),
         ({"follow": float("nan")}, "follow = nan"),
     ],

@@ -1,18 +1,23 @@
 """Calibration: what is measured, on which inputs, and how often."""
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import slimlm
 from slimlm import calibrate
 from slimlm.calibrate import Flow, enter, measure, run, stages_of
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Layer, Need, Stats
+from slimlm.evaluate.results import Record
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
-from slimlm.pipeline import compress_block
+from slimlm.pipeline import compress_block, tell_of_few_tokens
 from slimlm.recipe import recipe_from_dict
 
 from .conftest import random_model
@@ -460,3 +465,56 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
     largest = float(one.abs().max())
     assert float((one - other).abs().max()) > 0.01 * largest  # two bits change the activations
     torch.testing.assert_close(seen[f"{name}.{last}"], other if sequential else one, rtol=1e-4, atol=1e-6 * largest)  # float32
+
+
+# Too few tokens for a covariance: the widest layers here have 88 inputs and need 176, the others 48 and need 96
+
+
+def compressed_with(
+    llama_folder: Path, text_file: Path, out: Path, step: dict[str, Any], windows: int, leave: tuple[str, ...] = ()
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
+    told: list[str] = []
+    recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
+    slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, tell=told.append)
+    record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
+    return told, {layer.name: layer.notes for layer in record.layers}
+
+
+GPTQ = {"quantize": "gptq", "group": 16}
+
+
+@pytest.mark.parametrize("follow", [None, 0.0, 0.1])
+def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_layers_that_have_too_few(
+    llama_folder: Path, text_file: Path, tmp_path: Path, follow: float | None
+) -> None:
+    joint = {"joint": "alternation", "group": 16, "rounds": 1, "polish": 0, "follow": follow}
+    step = GPTQ if follow is None else joint
+    told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4)
+    assert len(told) == 1
+    assert "calibration has 128 tokens" in told[0] and "mlp.down_proj, 88 inputs) needs 176" in told[0]
+    assert "--samples" in told[0]
+    wide = {name: own for name, own in notes.items() if name.endswith("down_proj")}
+    assert len(wide) == 2 and len(notes) == 14
+    for own in wide.values():
+        assert "128 calibration tokens for the covariance of 88 inputs, which needs 176" in own[0]
+        assert any("not followed" in note for note in own) == bool(follow)
+    assert all(own == () for name, own in notes.items() if name not in wide)
+
+
+def test_tokens_enough_for_every_layer_that_is_compressed_are_no_matter_to_tell(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for number, (step, windows, leave) in enumerate(
+        [(GPTQ, 6, ()), (GPTQ, 4, ("*.down_proj",)), ({"quantize": "absmax"}, 1, ()), ({"prune": "wanda"}, 1, ())]
+    ):
+        told, notes = compressed_with(llama_folder, text_file, tmp_path / str(number), step, windows, leave)
+        assert told == []
+        assert set(notes.values()) == {()}
+
+
+@pytest.mark.parametrize("tokens", [0, 175, 176, 1000])
+def test_the_widest_layer_decides_whether_there_are_tokens_enough(tokens: int) -> None:
+    told: list[str] = []
+    tell_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
+    assert [("b, 88 inputs" in text, f"{tokens} tokens" in text) for text in told] == ([(True, True)] if tokens < 176 else [])

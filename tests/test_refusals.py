@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimlm
-from slimlm.cli import main
+from slimlm.cli import app, main
 
 from .conftest import random_model, save
 
@@ -61,6 +61,24 @@ def recipe_file(folder: Path, text: str) -> Path:
     path = folder / "mine.toml"
     path.write_text(text)
     return path
+
+
+VERBS = ["compress", "plan", "eval", "generate", "inspect", "methods", "demo"]
+
+
+def test_the_verbs_are_these() -> None:
+    assert [command.name or command.callback.__name__ for command in app.registered_commands if command.callback] == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(line: Line, verb: str) -> None:
+    status, out, _ = line(verb, "--help")
+    assert status == 0
+    assert f"slimlm {verb}" in out
+
+
+def test_a_verb_that_is_none_is_refused(line: Line) -> None:
+    assert "plann" in line.refused("plann")
 
 
 def test_an_unknown_recipe_names_the_nearest(line: Line, llama_folder: Path, tmp_path: Path) -> None:
@@ -359,3 +377,38 @@ def test_the_dense_class_itself_loads_a_checkpoint_once_slimlm_is_imported(packe
     ids = torch.arange(20)[None]
     one = LlamaForCausalLM.from_pretrained(packed)(ids).logits
     assert torch.equal(one, AutoModelForCausalLM.from_pretrained(packed)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("plan.json", "a recipe's file ends in .toml"),
+        ("plan", "a recipe's file ends in .toml"),
+        ("there.toml", "it exists already"),
+        ("folder.toml", "it exists already"),
+        ("nowhere/plan.toml", "there is no such folder"),
+        ("there.toml/plan.toml", "there is no such folder"),
+    ],
+)
+def test_a_plan_that_cannot_be_saved_is_refused_before_the_work(line: Line, tmp_path: Path, file: str, words: str) -> None:
+    (tmp_path / "there.toml").write_text("precious")
+    (tmp_path / "folder.toml").mkdir()
+    # There is no model either: the path is looked at before anything is opened.
+    said = line.refused("plan", tmp_path / "no-model", "--bits", "4", "--save", tmp_path / file)
+    assert "--save" in said and words in said
+    assert (tmp_path / "there.toml").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.toml", "there.toml"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--recipe", "slim", "--bits", "4"], "alternation"),
+        (["--bits", "1"], "between 1 and 16"),
+        (["--bits", "nan"], "between 1 and 16"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused_before_the_model_is_opened(
+    line: Line, tmp_path: Path, more: list[str], words: str
+) -> None:
+    assert words in line.refused("plan", tmp_path / "no-model", *more)

@@ -217,3 +217,27 @@ def test_a_salience_that_makes_no_sense_is_refused(salient: float, boost: float)
 def test_a_quantizer_refuses_bits_that_no_grid_has(method: type[AbsMax], bits: int) -> None:
     with pytest.raises(RecipeError, match="2 to 8"):
         method(bits)
+
+
+@pytest.mark.parametrize("group", ["tensor", "row", 32])
+def test_weighing_by_energy_errs_less_at_the_output_and_not_weighing_less_at_the_weight(group: grid.Group) -> None:
+    # 256 x 172 is more than 32768 weights, so one scale per tensor is searched on a weighted histogram.
+    layer, stats = layer_of(256), stats_of(inputs())
+    assert stats.mean_square is not None
+    even, weighed = (SlimQuant(3, group, weigh=weigh)(layer, stats).error.square() for weigh in ("even", "energy"))
+    # Both are searched on a grid of scales, so each is best up to its last step.
+    assert float((weighed * stats.mean_square).sum()) <= 1.001 * float((even * stats.mean_square).sum())
+    assert float(even.sum()) <= 1.001 * float(weighed.sum())
+    assert float((weighed * stats.mean_square).sum()) != float((even * stats.mean_square).sum())
+
+
+def test_equal_energies_weigh_nothing() -> None:
+    layer = layer_of()
+    stats = Stats(1, mean_square=torch.full((172,), 0.3))
+    even, weighed = (code_of(SlimQuant(4, 32, weigh=weigh)(layer, stats)) for weigh in ("even", "energy"))
+    assert torch.equal(even.codes, weighed.codes)
+
+
+def test_the_searches_of_paper_and_program_refuse_weights() -> None:
+    with pytest.raises(RecipeError, match="weigh"):
+        SlimQuant(4, search="paper", weigh="energy")

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from typer.testing import CliRunner
 
 import slimlm
 from slimlm import pipeline
-from slimlm.calibrate import enter  # noqa: F401  (the model is opened as users open it)
 from slimlm.cli import app
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.models.structure import blocks_of
@@ -29,14 +29,21 @@ def quick_recipe(**options: object) -> slimlm.Recipe:
     return recipe_from_dict({"name": "quick", "sequential": True, "steps": [step]}, source="test")
 
 
-def plan_of(bits: float, options: list[Option] | None = None, model: torch.nn.Module | None = None) -> pipeline.Plan:
-    model = random_model("llama") if model is None else model
-    options = options or [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]
+OPTIONS = [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]
+BUDGETS = [3.0, 4.7, 5.9]
+
+
+def planned(bits: float, model: torch.nn.Module, options: list[Option]) -> pipeline.Plan:
     arguments = {"options": options, "bits": bits, "objective": "size", "device": CPU, "progress": pipeline.quiet}
     return make_plan(model, blocks_of(model), quick_recipe(), WINDOWS, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [3.0, 4.7, 5.9])
+@cache
+def plan_of(bits: float) -> pipeline.Plan:
+    return planned(bits, random_model("llama"), OPTIONS)
+
+
+@pytest.mark.parametrize("bits", BUDGETS)
 def test_the_plan_keeps_its_budget_and_uses_most_of_it(bits: float) -> None:
     found = plan_of(bits)
     assert found.bits_per_weight <= bits
@@ -46,24 +53,25 @@ def test_the_plan_keeps_its_budget_and_uses_most_of_it(bits: float) -> None:
 def test_the_model_comes_out_as_it_went_in() -> None:
     model = random_model("gpt2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan_of(4.0, model=model)
+    planned(4.0, model, OPTIONS[::3])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_layers_that_share_an_input_get_one_choice() -> None:
-    found = plan_of(4.0)
+    found = plan_of(BUDGETS[1])
     names = [[layer.rpartition(".")[2] for layer in choice.layers] for choice in found.choices]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
 def test_more_bits_for_a_group_lose_less() -> None:
-    for choice in plan_of(4.0).choices:
+    for choice in plan_of(BUDGETS[1]).choices:
         two, four, six, _ = choice.losses
         assert two > four > six > 0
 
 
-def test_the_choice_is_never_worse_than_the_single_option_where_both_were_checked() -> None:
-    found = plan_of(4.6)
+@pytest.mark.parametrize("bits", BUDGETS)
+def test_the_choice_is_never_worse_than_the_single_option_where_both_were_checked(bits: float) -> None:
+    found = plan_of(bits)
     assert found.uniform is not None
     assert found.fallback == (found.uniform_loss < found.planned_loss)
     if found.fallback:

@@ -257,27 +257,37 @@ def _pick(points: Tensor, mass: Tensor, candidates: Tensor, levels: Levels) -> t
     return candidates.gather(1, index), cost
 
 
-def polished(sets: Tensor, scale: Tensor, bits: int) -> Tensor:
+def polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None = None) -> Tensor:
     """Each set's scale `[sets]` replaced by the least-squares one for its codes, where that errs less.
 
-    A weight that lies on a grid already gets that grid's scale back.
+    A weight that lies on a grid already gets that grid's scale back. `mass` `[sets, size]` weighs the errors.
     """
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
     codes = nearest(sets / safe, bits)
-    fitted = (sets * codes).sum(dim=1) / codes.square().sum(dim=1).clamp_min(1)
+    weighed = codes if mass is None else codes * mass
+    square = (weighed * codes).sum(dim=1)
+    fitted = (sets * weighed).sum(dim=1) / (square.clamp_min(1) if mass is None else square)
     fitted = torch.where(fitted > 0, fitted, safe[:, 0])[:, None]
 
     def error(step: Tensor) -> Tensor:
-        return (nearest(sets / step, bits) * step - sets).square().sum(dim=1)
+        missed = (nearest(sets / step, bits) * step - sets).square()
+        return (missed if mass is None else missed * mass).sum(dim=1)
 
     return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)
 
 
-def searched(weight: Tensor, *, bits: int, group: Group) -> Tensor:
-    """Scales `[rows, groups]` of least squared error for a weight `[out, in]` under its own distribution."""
+def searched(weight: Tensor, *, bits: int, group: Group, energy: Tensor | None = None) -> Tensor:
+    """Scales `[rows, groups]` of least squared error for a weight `[out, in]` under its own distribution.
+
+    With `energy` `[in]`, the mean squared inputs, a weight's error counts by its input's: the error of the output then, as
+    far as inputs do not correlate. Inputs that never fire count next to nothing.
+    """
     sets = rows_of(weight, group)
-    points, mass = distribution(sets)
-    scale = polished(sets, best_scale(points, mass, Levels.of_bits(bits)), bits)
+    own = None
+    if energy is not None and bool((energy > 0).any()):
+        own = rows_of((energy / energy.mean()).clamp_min(1e-6).expand_as(weight), group)
+    points, mass = distribution(sets, own)
+    scale = polished(sets, best_scale(points, mass, Levels.of_bits(bits)), bits, own)
     return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group))
 
 
@@ -285,23 +295,27 @@ _FEW = 2**15
 _BINS = 2**15
 
 
-def distribution(sets: Tensor) -> tuple[Tensor, Tensor]:
-    """Points and masses `[sets, points]` that stand for sets of weights `[sets, size]`.
+def distribution(sets: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Points and masses `[sets, points]` that stand for sets of weights `[sets, size]` and their masses (ones if left out).
 
     A set of more than 32768 weights becomes a histogram; its outermost point is the exact extreme.
     """
     if sets.shape[1] <= _FEW:
-        return sets, torch.ones_like(sets)
-    points, masses = zip(*(_histogram(row) for row in sets), strict=True)
-    return torch.stack(points), torch.stack(masses)
+        return sets, torch.ones_like(sets) if mass is None else mass
+    rows = [_histogram(row, None if mass is None else mass[i]) for i, row in enumerate(sets)]
+    return torch.stack([points for points, _ in rows]), torch.stack([masses for _, masses in rows])
 
 
-def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
+def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = float(values.abs().max())
     if largest == 0:
         return values.new_zeros(_BINS), values.new_ones(_BINS)
-    mass = torch.histc(values, _BINS, -largest, largest)
     width = 2 * largest / _BINS
+    if weights is None:
+        mass = torch.histc(values, _BINS, -largest, largest)
+    else:
+        bins = ((values + largest) / width).long().clamp(0, _BINS - 1)
+        mass = torch.bincount(bins, weights, minlength=_BINS).to(values)
     points = (torch.arange(_BINS, device=values.device) + 0.5) * width - largest
     points[0], points[-1] = -largest, largest
     return points, mass

@@ -16,17 +16,20 @@ paper   Algorithm 1 to the letter: cap alpha, step alpha / 2^(bits-1), f of |x| 
 code    what the authors' program does: alpha estimated with floor at step alpha / 2^bits, every bin of the bracket tried,
         then applied with step alpha / (2^(bits-1)-1). Its empty bracket (when the bins divide by ten and the coarse
         minimum is the last sample), which sends alpha to zero, is not reproduced.
+
+`weigh = "energy"` (with search = "grid", at every granularity) counts a weight's error by the mean square of its input, so that
+the clip serves the layer's output and not the weight; the paper's objective is the weight's ("even", the default).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import Uniform
 
 
@@ -37,7 +40,7 @@ class SlimQuant:
     bits: int = 4
     group: grid.Group = "tensor"
     search: Literal["grid", "paper", "code"] = "grid"
-    needs: ClassVar[Need] = Need.NOTHING
+    weigh: Literal["even", "energy"] = "even"
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
@@ -48,20 +51,28 @@ class SlimQuant:
                 f'use group = "tensor", or search = "grid" with group = {self.group!r}'
             )
 
+        if self.search != "grid" and self.weigh != "even":
+            raise RecipeError(f'search = "{self.search}" knows no weights; use weigh = "even", or search = "grid"')
+
+    @property
+    def needs(self) -> Need:
+        """Nothing, or the energies of the inputs."""
+        return Need.MEAN_SQUARE if self.weigh == "energy" else Need.NOTHING
+
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        del stats
         target = layer.target
-        scale = grid.storable(self.scale_of(target))
+        energy = measured(stats.mean_square).to(target) if self.weigh == "energy" else None
+        scale = grid.storable(self.scale_of(target, energy))
         codes = grid.encode(target, scale, bits=self.bits, group=self.group)
         return layer.encode(Uniform(codes, scale, self.bits, self.group))
 
-    def scale_of(self, weight: Tensor) -> Tensor:
-        """Scales `[rows, groups]` for a weight `[out, in]`."""
+    def scale_of(self, weight: Tensor, energy: Tensor | None = None) -> Tensor:
+        """Scales `[rows, groups]` for a weight `[out, in]`, its errors weighed by `energy` `[in]` where that is given."""
         if self.search == "paper":
             return alpha_of_paper(weight, self.bits).view(1, 1) / 2 ** (self.bits - 1)
         if self.search == "code":
             return alpha_of_code(weight, self.bits).view(1, 1) / grid.top_code(self.bits)
-        return grid.searched(weight, bits=self.bits, group=self.group)
+        return grid.searched(weight, bits=self.bits, group=self.group, energy=energy)
 
 
 def absolute_histogram(weight: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -478,7 +478,7 @@ def compressed_with(
     recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
     slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, tell=told.append)
     record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
-    return told, {layer.name: layer.notes for layer in record.layers}
+    return told, {layer.name: tuple(layer.notes) for layer in record.layers}
 
 
 GPTQ = {"quantize": "gptq", "group": 16}
@@ -488,14 +488,14 @@ GPTQ = {"quantize": "gptq", "group": 16}
 def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_layers_that_have_too_few(
     llama_folder: Path, text_file: Path, tmp_path: Path, follow: float | None
 ) -> None:
-    joint = {"joint": "alternation", "group": 16, "rounds": 1, "polish": 0, "follow": follow}
+    joint = {"joint": "alternation", "group": 16, "rank": 0.0, "rounds": 1, "polish": 0, "follow": follow}
     step = GPTQ if follow is None else joint
-    told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4)
+    told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1
     assert "calibration has 128 tokens" in told[0] and "mlp.down_proj, 88 inputs) needs 176" in told[0]
     assert "--samples" in told[0]
     wide = {name: own for name, own in notes.items() if name.endswith("down_proj")}
-    assert len(wide) == 2 and len(notes) == 14
+    assert len(wide) == 1 and len(notes) == 7
     for own in wide.values():
         assert "128 calibration tokens for the covariance of 88 inputs, which needs 176" in own[0]
         assert any("not followed" in note for note in own) == bool(follow)

@@ -117,7 +117,8 @@ def test_text_shorter_than_a_window_says_how_many_tokens_it_has(line: Line, llam
 def test_fewer_windows_than_asked_for_are_used_and_reported(
     line: Line, llama_folder: Path, tmp_path: Path, text_file: Path
 ) -> None:
-    status, out, _ = line("compress", llama_folder, "-o", tmp_path / "o", "--data", text_file, "--samples", "5000")
+    more = ["--recipe", "absmax", "--samples", "5000"]
+    status, out, _ = line("compress", llama_folder, "-o", tmp_path / "o", "--data", text_file, *more)
     assert status == 0
     assert "asked for 5000" in out
 
@@ -367,7 +368,7 @@ def test_no_token_or_home_path_gets_into_a_checkpoint(packed: Path, monkeypatch:
     model = random_model("llama")
     folder = save(model, tmp_path / "dense")
     (tmp_path / "t.txt").write_text("a b c d e f g h " * 200)
-    slimlm.compress(folder, tmp_path / "o", data=str(tmp_path / "t.txt"), samples=4, length=32)
+    slimlm.compress(folder, tmp_path / "o", recipe="slim", data=str(tmp_path / "t.txt"), samples=4, length=32)
     for file in (tmp_path / "o").iterdir():
         assert secret.encode() not in file.read_bytes()
         assert str(tmp_path).encode() not in file.read_bytes()

@@ -245,6 +245,57 @@ def _inputs(
         yield seen
 
 
+def measure_drift(
+    block: nn.Module, name: str, layer: str, linear: nn.Module, flow: Flow, device: torch.device, original: Original
+) -> Tensor | None:
+    """`Stats.drift` of a layer that is still uncompressed: mean of d^T x `[out, in]`, on the CPU in float32.
+
+    None where the layer's output is not added to the block's output as it is (an inner layer, a norm after it, an expert),
+    which one batch tells: a small change of the layer's output must appear unchanged in the block's.
+    """
+    if not _adds_to_output(block, name, linear, Flow(flow.hidden[:1], flow.arguments), device):
+        return None
+    total: Tensor | float = 0.0
+    tokens = 0
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for ours, theirs in zip(run(block, name, flow, device), run(original[0], name, original[1], device), strict=True):
+            rows = seen.pop().flatten(0, -2)
+            total = total + ((theirs - ours).flatten(0, -2).to(device).T @ rows).double()
+            tokens += len(rows)
+    finally:
+        handle.remove()
+    assert isinstance(total, Tensor)
+    if not bool(total.isfinite().all()):
+        raise NumericsError(f"the outputs of {name} hold NaN or infinity; the model overflows on the calibration text")
+    return (total / tokens).float().cpu()
+
+
+def _adds_to_output(block: nn.Module, name: str, linear: nn.Module, flow: Flow, device: torch.device) -> bool:
+    added: list[Tensor] = []
+
+    def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        added.append(noise * output.square().mean().sqrt())
+        return output + added[-1]
+
+    before = next(run(block, name, flow, device))
+    handle = linear.register_forward_hook(change)
+    try:
+        after = next(run(block, name, flow, device))
+    finally:
+        handle.remove()
+    if len(added) != 1 or added[0].numel() != before.numel():
+        return False
+    expected = added[0].cpu().view_as(before)
+    return float((after - before - expected).norm()) <= _SAME * float(expected.norm())
+
+
+_SAME = 1e-2
+"""Share of a change that may be lost where a layer's output is added as it is: the rounding of large sums."""
+
+
 class _Sums:
     """Running sums over tokens, in float64: one batch of N and many batches give the same."""
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.calibrate import Flow, Original, enter, measure, run, stages_of
+from slimlm.calibrate import Flow, Original, enter, measure, measure_drift, run, stages_of
 from slimlm.core.errors import CheckpointError, DataError, ModelError, NumericsError, RecipeError, SlimlmError
 from slimlm.core.layer import Layer, Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
@@ -384,6 +384,10 @@ def compress_block(
     for stage in stages:
         own = {name: linears[name] for name in stage}
         stats = measure(block, block_name, own, flow, recipe.needs | Need.MEAN_SQUARE, device, original)
+        if recipe.needs & Need.DRIFT and len(own) == 1 and original is not None:
+            ((name, linear),) = own.items()
+            drift = measure_drift(block, block_name, name, linear, flow, device, original)
+            stats = {name: dataclasses.replace(stats[name], drift=drift)}
         for name, linear in own.items():
             full = f"{block_name}.{name}"
             layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])

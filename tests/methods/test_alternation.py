@@ -48,7 +48,7 @@ FULL = {"rounds": 16, "polish": 8}
 
 
 def solved(seed: int = 0, stats: Stats = STATS, **options: Any) -> Layer:
-    options = {"group": 16, "rank": 0.2, "follow": 0.0, "rounds": 3, "polish": 2, **options}
+    options = {"group": 16, "rank": 0.2, "follow": 0.0, "rounds": 2, "polish": 1, **options}
     return (
         _solved(seed, tuple(sorted(options.items())))
         if stats is STATS
@@ -92,7 +92,9 @@ def test_more_polishing_never_leaves_more(options: dict[str, Any]) -> None:  # l
 def test_the_best_iterate_is_never_worse_than_one_shot(adapter_bits: int, pattern: str | float) -> None:  # law 17
     for seed in range(2):
         once = solved(seed, pattern=pattern, adapter_bits=adapter_bits, rounds=1, polish=0)
-        assert left(solved(seed, pattern=pattern, adapter_bits=adapter_bits, **(FULL if seed == 0 else {}))) < left(once)
+        assert left(
+            solved(seed, pattern=pattern, adapter_bits=adapter_bits, **(FULL if seed == 0 and pattern == "2:4" else {}))
+        ) < left(once)
 
 
 @pytest.mark.parametrize("group", [16, "tensor"])
@@ -208,16 +210,16 @@ def test_under_two_of_four_a_table_saves_and_for_weights_on_a_grid_none_does() -
     assert isinstance(base_of(step(Layer.of("fc1", codes * 0.03125), stats_of(draw(4, 32, 32)))), Uniform)
 
 
-@pytest.mark.parametrize("options", [{"rounds": 2}, {"bits": 2, "rounds": 2}, {"pattern": ""}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bits": 2}, {"pattern": ""}], ids=str)
 def test_a_table_that_is_asked_for_comes(options: dict[str, Any]) -> None:
     assert isinstance(base_of(solved(levels="table", **options)), Codebook)
 
 
 @pytest.mark.parametrize("bits", [5, 8])
 def test_over_four_bits_no_table_is_tried(bits: int) -> None:
-    auto = solved(bits=bits, rounds=2, polish=1)
+    auto = solved(bits=bits)
     assert isinstance(base_of(auto), Uniform)
-    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, rounds=2, polish=1, levels="even").parts()))
+    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, levels="even").parts()))
 
 
 def test_two_bits_and_one_scale_for_all_work() -> None:
@@ -248,8 +250,7 @@ def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
     stats = correlated(dead=6)
     gram = stats.gram
     assert gram is not None
-    for own in ({}, {"follow": 0.1}, {"pattern": ""}, {"base": "project"}):
-        options: dict[str, Any] = {"rounds": 2, "polish": 1, **own}
+    for options in ({}, {"follow": 0.1}, {"pattern": ""}, {"base": "project"}):
         assert left(solved(stats=stats, **options), gram) < 0.2 * weighted_square(layer_of(16, 32).original, gram)
         silent = replace(stats, gram=torch.zeros(32, 32), cross=torch.zeros(32, 32))
         layer = solved(stats=silent, **options)
@@ -265,17 +266,18 @@ def test_a_factor_on_all_activations_changes_hardly_anything(factor: float) -> N
         assert left(other) == pytest.approx(left(one), rel=1e-2)  # powers of two, but for eigenvectors and pseudo-inverses
 
 
-@pytest.mark.parametrize("options", [{}, {"pattern": ""}], ids=str)
-def test_the_number_of_threads_does_not_matter(options: dict[str, Any]) -> None:  # law 28
-    before = torch.get_num_threads()
+def test_the_number_of_threads_does_not_matter() -> None:  # law 28
+    before, stats = torch.get_num_threads(), correlated(16)
+    assert stats.gram is not None
     try:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(solved(stats=replace(STATS), rounds=1, polish=1, **options))
+            found.append(Alternation(group=8, rank=0.2, follow=0.0, rounds=1, polish=1)(layer_of(16, 16), stats))
     finally:
         torch.set_num_threads(before)
-    assert left(found[1]) == pytest.approx(left(found[0]), rel=1e-2)  # sums in another order may flip a code
+    one, other = (left(layer, stats.gram) for layer in found)
+    assert other == pytest.approx(one, rel=1e-2)  # sums in another order may flip a code
     same = (dense_of(found[0].parts()) - dense_of(found[1].parts())).abs() < 1e-4
     assert float(same.float().mean()) > 0.99
 

@@ -19,7 +19,7 @@ Name = tuple[str, str]
 METHODS: list[Name] = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 SHAPES = [(48, 172), (96, 352), (172, 48), (7, 12), (1, 4)]
 """Groups of 128 divide none of these widths; 96 x 352 is searched by histogram; 7 x 12 has rank 0 at the default 0.1."""
-SMALL = (24, 44)
+SMALL = (16, 36)
 """Groups of 32 divide neither side; with two tokens and more for each input covariances are taken as they are."""
 FEW_TURNS = {"rounds": 2, "polish": 1}
 """For methods that go on until little is gained, where what they gain is not the question."""

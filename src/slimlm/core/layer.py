@@ -20,6 +20,7 @@ class Need(Flag):
     PEAK_MEAN_ABS = auto()
     GRAM = auto()
     CROSS = auto()
+    DRIFT = auto()
     PEAK_ABS = auto()
     MEAN_WINDOW = auto()
 
@@ -39,6 +40,9 @@ class Stats:
     """`[in, in]`, mean of x^T x"""
     cross: Tensor | None = None
     """`[in, in]`, mean of z^T x, where z `[tokens, in]` are the inputs that the layer has in the original model"""
+    drift: Tensor | None = None
+    """`[out, in]`, mean of d^T x, where d `[tokens, out]` is what the block's output lacks of the original block's; only for
+    layers whose output is added to the block's output as it is"""
     peak_abs: Tensor | None = None
     """`[in]`, the largest |x_j|"""
     mean_window: Tensor | None = None

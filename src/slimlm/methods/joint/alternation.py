@@ -13,8 +13,10 @@ adapters. Alternation of this kind for sparse plus low-rank without rounding is 
 
 G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
-goal as a whole): G = W (C + a I) (H + a I)^-1, C = E[z^T x] with z the layer's inputs in the original model, and a = `follow`
-x the mean diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W.
+goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `follow` x the mean diagonal
+of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the block's output as
+it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream; for the
+others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
 
 levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero
           is left). "auto": a table, from the second sweep on, where it saves at least 4 % of the rounding error.
@@ -103,7 +105,7 @@ class Alternation:
     @property
     def needs(self) -> Need:
         """The covariance of the inputs, and of the original inputs with them where those are followed."""
-        return Need.GRAM | Need.CROSS if self.follow else Need.GRAM
+        return Need.GRAM | Need.CROSS | Need.DRIFT if self.follow else Need.GRAM
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
@@ -112,8 +114,10 @@ class Alternation:
         elif self.follow and notes:
             notes = (*notes, "for the same reason the original model's outputs are not followed")
         elif self.follow:
-            cross = measured(stats.cross).to(layer.original)
-            layer = replace(layer, goal=_goal(layer.original, gram, cross, self.follow))
+            lacking = stats.drift
+            if lacking is None:
+                lacking = layer.original @ (measured(stats.cross).to(layer.original) - gram)
+            layer = replace(layer, goal=_goal(layer.original, gram, lacking.to(layer.original), self.follow))
         if self.norm == "diagonal":
             gram = torch.diag(gram.diagonal())
         search = _Search(self, layer, gram)
@@ -121,15 +125,13 @@ class Alternation:
         return search.decided(layer).note(*notes, *search.inverse.notes)
 
 
-def _goal(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
-    """W (C + a I) (H + a I)^-1 for a = damp x mean diagonal of H; W where no input ever fires."""
+def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float) -> Tensor:
+    """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires."""
     amount = damp * gram.diagonal().double().mean()
     if float(amount) == 0:
         return weight
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    lower = torch.linalg.cholesky(gram.double() + amount * identity)
-    moved = weight @ (cross.double() + amount * identity).to(weight)
-    return torch.cholesky_solve(moved.T.double(), lower).T.to(weight)
+    lower = torch.linalg.cholesky(gram.double() + amount * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
+    return weight + torch.cholesky_solve(lacking.T.double(), lower).T.to(weight)
 
 
 class _Search:

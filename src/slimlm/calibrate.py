@@ -212,11 +212,13 @@ def measure(
             owner[layer] = same[0] if same else layer
             if not same:
                 first.append((x, layer))
-                sums.setdefault(layer, _Sums(needs, length)).add(x, were.get(layer), whole=len(hidden) * length)
-    unused = [layer for layer in linears if layer not in owner]
+                sums.setdefault(layer, _Sums(needs, length, f"{name}.{layer}")).add(
+                    x, were.get(layer), whole=len(hidden) * length
+                )
+    unused = [layer for layer in linears if layer not in owner or sums[owner[layer]].tokens == 0]
     if unused:
         raise ModelError(f"{name}.{unused[0]} saw no input during calibration; leave it out of the recipe (leave = [...])")
-    stats = {layer: s.stats(f"{name}.{layer}") for layer, s in sums.items()}
+    stats = {layer: s.stats() for layer, s in sums.items()}
     return {layer: stats[owner[layer]] for layer in linears}
 
 
@@ -299,8 +301,9 @@ _SAME = 1e-2
 class _Sums:
     """Running sums over tokens, in float64: one batch of N and many batches give the same."""
 
-    def __init__(self, needs: Need, length: int) -> None:
+    def __init__(self, needs: Need, length: int, name: str) -> None:
         self.needs = needs
+        self.name = name
         self.length = length
         self.tokens = 0
         self.abs: Tensor | float = 0.0
@@ -319,6 +322,11 @@ class _Sums:
         """
         rows = x.flatten(0, -2)
         self.tokens += len(rows)
+        if self.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and len(rows) != whole:
+            raise ModelError(
+                f"{self.name} is given {len(rows)} of {whole} tokens (an expert); a step of the recipe (l2qer, jsq) needs "
+                'whole windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
+            )
         if self.needs & Need.GRAM:
             self.gram = self.gram + (rows.T @ rows).double()
         if self.needs & Need.CROSS and self.cross is not None:
@@ -339,14 +347,16 @@ class _Sums:
         if self.needs & Need.MEAN_WINDOW:
             self.window = self.window + rows.view(-1, self.length, rows.shape[1]).sum(dim=0, dtype=torch.float64)
 
-    def stats(self, name: str) -> Stats:
+    def stats(self) -> Stats:
         """The means, on the CPU in float32."""
 
         def mean(total: Tensor | float | None, count: int = self.tokens) -> Tensor | None:
             if not isinstance(total, Tensor):
                 return None
             if not bool(total.isfinite().all()):
-                raise NumericsError(f"the inputs of {name} hold NaN or infinity; the model overflows on the calibration text")
+                raise NumericsError(
+                    f"the inputs of {self.name} hold NaN or infinity; the model overflows on the calibration text"
+                )
             return (total / count).float().cpu()
 
         return Stats(

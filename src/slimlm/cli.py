@@ -177,7 +177,7 @@ def refuse_file(path: Path | None) -> None:
 
 
 def _tell(text: str) -> None:
-    notes.print(f"note: {text}", markup=False, highlight=False)
+    notes.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")

@@ -34,16 +34,25 @@ from transformers import PreTrainedModel
 
 from slimlm.calibrate import Flow, Original, enter, measure, measure_drift, run, stages_of
 from slimlm.core.errors import CheckpointError, DataError, ModelError, NumericsError, RecipeError, SlimlmError
-from slimlm.core.layer import Layer, Need, refuse_not_finite
+from slimlm.core.layer import Layer, Need, measured, refuse_not_finite
+from slimlm.core.parts import dense_of
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
-from slimlm.evaluate.results import LayerRecord, Record, record_of
+from slimlm.evaluate.results import LayerRecord, Record, record_of, relative_error
 from slimlm.load import load
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, linears_of, swap, weight_of
-from slimlm.plan.options import Objective, Option, options_for
-from slimlm.plan.plan import Plan, alternation_of, auto_bits, auto_options, make_plan, refuse_budget
+from slimlm.plan.options import Budget, Objective
+from slimlm.plan.plan import (
+    Plan,
+    alternation_of,
+    asked_budget,
+    auto_budget,
+    make_plan,
+    refuse_budget,
+    refuse_few_windows,
+)
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
@@ -130,6 +139,12 @@ def compress(
         recipe = found.recipe(recipe)
     inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
     layers = compress_blocks(dense, ready.blocks, recipe, ready.windows, ready.device, progress)
+    spent = sum(r.bits for r in layers) / sum(r.shape[0] * r.shape[1] for r in layers)
+    if found is not None and found.objective == "size" and spent > found.asked_bits:
+        tell(
+            f"{spent:.3f} bits per weight were stored, over the {found.asked_bits:g} asked for: some scales are too small for "
+            "float16, and their layers' take 32 bits. Ask for a little less"
+        )
     record = Record(
         model=_own_name(str(model)),
         recipe=recipe.to_dict(),
@@ -202,8 +217,8 @@ class Ready:
     """layers that stay as they are, and why"""
     windows: Tensor
     device: torch.device
-    budget: tuple[list[Option], float, Objective] | None
-    """what a plan may choose from, bits per weight, and what is counted; None where nothing is to be planned"""
+    budget: Budget | None
+    """None where nothing is to be planned"""
 
 
 def prepare(
@@ -219,27 +234,37 @@ def prepare(
     """Open the model and check everything that can be checked; raises in words."""
     recipe = open_recipe(recipe) if isinstance(recipe, str) else recipe
     where = pick_device(device)
-    if bits is not None:
+    planning = bits is not None or has_auto_rank(recipe)
+    if planning:
         alternation_of(recipe)
-        if not 1 < bits <= 16:
-            raise RecipeError(f"--bits {bits:g}: give an average between 1 and 16 bits per weight")
+    elif objective != "size":
+        raise RecipeError(f"--objective {objective} says what a budget counts, and there is none; give --bits")
     progress("open the model", 0, 1)
     dense = open_dense(model)
     progress("open the model", 1, 1)
     blocks = blocks_of(dense.model)
-    left = refuse_early(dense.model, blocks, recipe)
+    left = refuse_early(dense.model, blocks, recipe, planning=planning)
     shapes = compressible(blocks, recipe)
-    budget: tuple[list[Option], float, Objective] | None = None
+    budget = None
     if bits is not None:
-        budget = options_for(bits, objective), bits, objective
-    elif any(getattr(named.step, "rank", None) == "auto" for named in recipe.steps):
-        budget = auto_options(recipe), auto_bits(recipe, list(shapes.values())), objective
+        budget = asked_budget(recipe, bits, objective)
+    elif planning:
+        budget = auto_budget(recipe, list(shapes.values()), objective)
     if budget is not None:
-        refuse_budget(shapes, *budget)
+        refuse_budget(shapes, budget)
     windows = calibration_windows(dense, wanted, progress)
+    if budget is not None:
+        refuse_few_windows(len(windows))
+    if recipe.matching is not None and len(windows) < 2:
+        raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
     if recipe.needs & Need.GRAM:
         tell_of_few_tokens(shapes, windows.numel(), tell)
     return Ready(dense, blocks, recipe, left, windows, where, budget)
+
+
+def has_auto_rank(recipe: Recipe) -> bool:
+    """Whether a plan has to give the layers their ranks."""
+    return any(getattr(named.step, "rank", None) == "auto" for named in recipe.steps)
 
 
 def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -263,22 +288,24 @@ def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Te
 def planned(ready: Ready, progress: Progress) -> Plan:
     """The plan for what was prepared with a budget."""
     assert ready.budget is not None
-    options, bits, objective = ready.budget
     return make_plan(
         ready.dense.model,
         ready.blocks,
         ready.recipe,
         ready.windows,
-        options=options,
-        bits=bits,
-        objective=objective,
+        budget=ready.budget,
         device=ready.device,
         progress=progress,
     )
 
 
-def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, str]:
-    """Check every layer against the recipe before any work; gives the layers that stay as they are, and why."""
+def refuse_early(
+    model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
+) -> dict[str, str]:
+    """Check every layer against the recipe before any work; gives the layers that stay as they are, and why.
+
+    When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
+    """
     left = {
         name: "outside the blocks"
         for name, module in linears_of(model).items()
@@ -308,7 +335,7 @@ def refuse_early(model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: R
                 left[full] = "left by the recipe"
                 continue
             out, width = weight_of(linear).shape
-            if reason := recipe.refuses(full, (out, width)):
+            if not planning and (reason := recipe.refuses(full, (out, width))):
                 raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
         linear_weights = {f"{name}.weight" for name in linears_of(block)}
         for name, parameter in block.named_parameters():
@@ -353,10 +380,10 @@ def compress_blocks(
         block.to(device)
         twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
         original = None if twin is None or original_flow is None else (twin, original_flow)
-        new = compress_block(block, block_name, flow, recipe, dense.dtypes, device, original)
+        new, energies = compress_block(block, block_name, flow, recipe, dense.dtypes, device, original)
         if recipe.matching is not None and twin is not None:
             matched = match(block, twin, block_name, flow, original_flow, recipe.matching, dense.dtypes, device)
-            new = [dataclasses.replace(record, matched=matched) for record in new]
+            new = [rerecorded(record, block, block_name, energies[record.name], twin, matched) for record in new]
         records += new
         flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
         if original is not None:
@@ -374,11 +401,15 @@ def compress_block(
     dtypes: dict[str, torch.dtype],
     device: torch.device,
     original: Original | None = None,
-) -> list[LayerRecord]:
-    """Compress one block in place; `original` is the block before and its inputs, for steps that follow them."""
+) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+    """Compress one block in place; `original` is the block before and its inputs, for steps that follow them.
+
+    Gives the layers' records and, by full name, the mean square of their inputs `[in]`.
+    """
     linears = {name: linear for name, linear in linears_of(block).items() if not recipe.leaves(f"{block_name}.{name}")}
     if not linears:
-        return []
+        return [], {}
+    energies: dict[str, Tensor] = {}
     stages = stages_of(block, block_name, linears, flow, device) if recipe.sequential else [list(linears)]
     records = []
     for stage in stages:
@@ -397,8 +428,22 @@ def compress_block(
             except NumericsError as error:
                 raise NumericsError(f"{full}: {error}") from error
             swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
-            records.append(record_of(layer, stats[name]))
-    return records
+            energies[full] = measured(stats[name].mean_square)
+            records.append(record_of(layer, energies[full]))
+    return records, energies
+
+
+def rerecorded(
+    record: LayerRecord, block: nn.Module, block_name: str, energy: Tensor, twin: nn.Module, matched: tuple[float, float]
+) -> LayerRecord:
+    """A layer's record after matching has changed what is stored."""
+    name = record.name.removeprefix(f"{block_name}.")
+    module = block.get_submodule(name)
+    assert isinstance(module, CompressedLinear)
+    parts = module.parts()
+    bits = sum(part.storage_bits() for part in parts)
+    error = relative_error(weight_of(twin.get_submodule(name)), dense_of(parts), energy)
+    return dataclasses.replace(record, bits=bits, error=error, matched=matched)
 
 
 def match(

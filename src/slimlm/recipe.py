@@ -14,6 +14,7 @@
 
     [[rules]]                      # other options for some layers (optional); a later rule wins
     layers = ["*.mlp.*"]
+    quantize = "slim_quant"        # of this step (optional; else of every step that has the option)
     bits = 3
 
     [matching]                     # gradient descent on each finished block (optional); options of slimlm.tune.match
@@ -159,7 +160,12 @@ def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:
     if len(pruners) > 1:
         raise RecipeError(f"{where}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
     coded = ""
-    for named in steps:
+    for i, named in enumerate(steps):
+        undone = [before.method for before in steps[:i] if before.kind != "prune" or getattr(before.step, "moves", False)]
+        if named.kind == "joint" and undone:
+            raise RecipeError(
+                f"{where}: {named.method} decides a layer anew, so {undone[0]} before it would be lost; take it out"
+            )
         if coded and getattr(named.step, "moves", False):
             raise RecipeError(f"{where}: {named.method} moves the weights that {coded} has coded; put it before {coded}")
         if named.kind in ("quantize", "joint"):
@@ -172,8 +178,10 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
         raise RecipeError(f'{where}: a rule names its layers, such as layers = ["*.down_proj"], and then options')
     rule = Rule(tuple(layers), tuple((key, value) for key, value in data.items() if key != "layers"))
     fields = {field.name for named in steps for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
-    for option, _ in rule.options:
-        if option not in fields:
+    for option, value in rule.options:
+        if option == "rank" and value == "auto":
+            raise RecipeError(f'{where}: rank = "auto" is for all layers; put it into the step, or give a number here')
+        if option not in fields and option not in registry.KINDS:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
     _refuse_order(tuple(_overridden(named, rule, where) for named in steps), where)
     return rule
@@ -182,6 +190,9 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
 def _overridden(named: NamedStep, rule: Rule, where: str) -> NamedStep:
     """The step with the rule's options, of those that it has."""
     own = {field.name for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
+    verbs = {key: value for key, value in rule.options if key in registry.KINDS}
+    if verbs and verbs.get(named.kind) != named.method:
+        return named
     changed = {key: value for key, value in rule.options if key in own}
     if not changed:
         return named

@@ -61,3 +61,8 @@ def test_an_option_that_a_group_cannot_take_is_never_chosen() -> None:
 
 def test_a_budget_below_the_cheapest_choice_gives_nothing() -> None:
     assert choose_options([[1.0]], [[5.0]], 4.9) is None
+
+
+def test_a_refused_option_is_not_chosen_where_rounding_leaves_no_room() -> None:
+    losses, costs = [[float("inf"), 1.0, 0.5]] * 7, [[0.0, 7.3, 10.95]] * 7
+    assert choose_options(losses, costs, 7 * 7.3) == [1] * 7

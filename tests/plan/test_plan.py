@@ -14,8 +14,8 @@ from slimlm import pipeline
 from slimlm.cli import app
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.models.structure import blocks_of
-from slimlm.plan.options import Option, options_for
-from slimlm.plan.plan import make_plan
+from slimlm.plan.options import Budget, Option
+from slimlm.plan.plan import _Divergence, make_plan
 from slimlm.recipe import open_recipe, recipe_from_dict, to_toml
 
 from ..conftest import random_model
@@ -38,8 +38,9 @@ BUDGETS = [3.0, 4.7, 5.9]
 
 
 def planned(bits: float, model: torch.nn.Module, options: list[Option], leave: list[str] | None = None) -> pipeline.Plan:
-    arguments = {"options": options, "bits": bits, "objective": "size", "device": CPU, "progress": pipeline.quiet}
-    return make_plan(model, blocks_of(model), quick_recipe(leave), WINDOWS, **arguments)  # type: ignore[arg-type]
+    budget = Budget(tuple(options), bits, "size")
+    recipe = quick_recipe(leave)
+    return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=pipeline.quiet)
 
 
 @cache
@@ -91,9 +92,7 @@ def test_too_few_windows_are_refused() -> None:
             blocks_of(model),
             quick_recipe(),
             WINDOWS[:2],
-            options=options_for(4.0, "size"),
-            bits=4.0,
-            objective="size",
+            budget=Budget((Option(4, 32, "", 0.0),), 5.0, "size"),
             device=CPU,
             progress=pipeline.quiet,
         )
@@ -164,7 +163,7 @@ def test_the_json_of_a_plan_is_json(
     [
         ({"recipe": "slim", "bits": 3.5}, "alternation"),
         ({"bits": 1.6}, "smallest"),
-        ({"bits": 0.5}, "between 1 and 16"),
+        ({"bits": 0.5}, "from 1.5 to 8.5"),
         ({}, "nothing to plan"),
     ],
 )
@@ -173,3 +172,29 @@ def test_what_cannot_be_planned_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=said):
         pipeline.plan(llama_folder, data=str(text_file), samples=24, length=48, **arguments)  # type: ignore[arg-type]
+
+
+def test_rules_and_a_budget_contradict_each_other(llama_folder: Path, text_file: Path) -> None:
+    data = quick_recipe().to_dict() | {"rules": [{"layers": ["*.down_proj"], "bits": 8}]}
+    with pytest.raises(RecipeError, match="rules"):
+        pipeline.plan(llama_folder, recipe=recipe_from_dict(data, source="test"), bits=4.0, data=str(text_file))
+
+
+def test_an_objective_without_a_budget_is_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--bits"):
+        slimlm.compress(llama_folder, tmp_path / "out", recipe="absmax", objective="speed", data=str(text_file))
+
+
+def test_a_planned_recipe_of_automatic_ranks_plans_no_more(llama_folder: Path, text_file: Path) -> None:
+    arguments = {"recipe": quick_recipe(rank="auto"), "data": str(text_file), "samples": 24, "length": 48}
+    _, planned = pipeline.plan(llama_folder, **arguments)  # type: ignore[arg-type]
+    assert not pipeline.has_auto_rank(planned)
+
+
+def test_a_model_that_overflows_under_an_option_makes_its_loss_infinite_and_not_nothing() -> None:
+    model = random_model("llama")
+    divergence = _Divergence(model, WINDOWS[:2])
+    assert divergence.of(model) < 1e-9
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(float("nan"))
+    assert divergence.of(model) == float("inf")

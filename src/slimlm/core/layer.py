@@ -131,13 +131,13 @@ class Layer:
     @property
     def error(self) -> Tensor:
         """The original less what all parts stand for."""
-        error = self.damage
+        error = self.original - self.working
         for extra in self.extras:
             error = error - extra.dense()
         return error
 
     def prune(self, keep: Tensor, pattern: str) -> "Layer":
-        """Keep only these weights (and of an earlier mask only what both keep)."""
+        """Keep only these weights; raises RecipeError where there is a mask already."""
         if self.keep is not None:
             raise RecipeError(f"{self.name} would be pruned twice; a recipe has one prune step")
         return replace(self, keep=keep, pattern=pattern)

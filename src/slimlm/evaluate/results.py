@@ -4,8 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from slimlm.core.errors import CheckpointError
-from slimlm.core.layer import Layer, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
 
 
@@ -78,28 +80,38 @@ class Record:
         names = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in data.items() if key in names}
         try:
-            kept["layers"] = tuple(LayerRecord(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
+            kept["layers"] = tuple(_layer_from(row) for row in data["layers"])
             return cls(**kept)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the record of the checkpoint is incomplete: {error}") from error
 
 
-def record_of(layer: Layer, stats: Stats) -> LayerRecord:
-    """Sum a decided layer up."""
+def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
+    """Sum a decided layer up; `energy` `[in]` is the mean square of its inputs."""
     parts = layer.parts()
-    root = measured(stats.mean_square).to(layer.original).sqrt()
-    size = (layer.original * root).norm()
-    ranks = [part.rank for part in parts if isinstance(part, LowRank)]
     return LayerRecord(
         name=layer.name,
         shape=layer.shape,
         parts=" + ".join(_words(part) for part in parts),
         bits=sum(part.storage_bits() for part in parts),
         sparsity=0.0 if layer.keep is None else 1 - float(layer.keep.float().mean()),
-        rank=sum(ranks),
-        error=float((layer.error * root).norm() / size) if float(size) > 0 else 0.0,
+        rank=sum(part.rank for part in parts if isinstance(part, LowRank)),
+        error=relative_error(layer.original, layer.original - layer.error, energy),
         notes=layer.notes,
     )
+
+
+def _layer_from(row: dict[str, Any]) -> LayerRecord:
+    matched = row.get("matched")
+    lists = {"shape": tuple(row["shape"]), "notes": tuple(row.get("notes", ()))}
+    return LayerRecord(**{**row, **lists, "matched": None if matched is None else tuple(matched)})
+
+
+def relative_error(weight: Tensor, found: Tensor, energy: Tensor) -> float:
+    """||(W - W') D|| / ||W D|| for D = diag(energy)^(1/2); 0 where no input fires or the weight is zero."""
+    root = energy.to(weight).sqrt()
+    size = (weight * root).norm()
+    return float(((weight - found) * root).norm() / size) if float(size) > 0 else 0.0
 
 
 def _words(part: Part) -> str:

@@ -1,6 +1,6 @@
 """What a layer may become, what that stores and what it costs to run, before anything is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from slimlm.core import grid
@@ -33,7 +33,15 @@ class Option:
 
     def overrides(self) -> dict[str, Any]:
         """The options of the alternation that this stands for."""
-        return {"bits": self.bits, "group": self.group, "pattern": self.pattern, "rank": self.rank}
+        return {
+            "bits": self.bits,
+            "group": self.group,
+            "pattern": self.pattern,
+            "rank": self.rank,
+            "adapter_bits": self.adapter_bits,
+            "adapter_group": self.adapter_group,
+            "levels": "auto" if self.table and self.bits <= LARGEST_TABLE else "even",
+        }
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape cannot be stored so, or None."""
@@ -44,7 +52,8 @@ class Option:
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits of codes, scales, mask and adapter, padding and a table of levels included; scales at 16 bits.
 
-        At most this many are stored: the table's few bits are saved where an even grid serves as well.
+        The table's few bits are saved where an even grid serves as well; more are stored where some scale is too small for
+        float16, and all of the layer's take 32 bits.
         """
         out, width = shape
         kept = width
@@ -92,6 +101,24 @@ class Option:
         return f"{pattern} {self.bits}-bit, {group}{adapter}"
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may choose from and spend."""
+
+    options: tuple[Option, ...]
+    bits: float
+    """asked for, or those of `reference`; per weight"""
+    objective: Objective
+    reference: Option | None = None
+    """its cost in all layers is the budget; None: the cost of plain dense layers of `bits`"""
+
+    def cost(self, shapes: list[tuple[int, int]]) -> float:
+        """What may be spent on layers of these shapes."""
+        if self.reference is None:
+            return budget_of(shapes, self.bits, self.objective)
+        return sum(self.reference.cost(shape, self.objective) for shape in shapes)
+
+
 def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) -> float:
     """The cost that may be spent: what plain dense layers of `bits` per weight would cost."""
     total = 0.0
@@ -105,17 +132,20 @@ def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) 
     return total
 
 
-def options_for(bits: float, objective: Objective) -> list[Option]:
-    """The options worth measuring for an average of `bits` per weight.
+def options_for(like: Option, bits: float, objective: Objective) -> tuple[Option, ...]:
+    """The options worth measuring for an average of `bits` per weight; adapters and tables are those of `like`.
 
-    Dense codes of widths around it, the narrow ones also in short groups, and one with an adapter; for size one 2:4 option, so
-    that the table shows where it stands (by bytes alone it seldom wins), for speed several.
+    Dense codes of widths around it, the narrow ones also in short groups, two with adapters; for size one 2:4 option, so that
+    the table shows where it stands (by bytes alone it seldom wins), for speed several.
     """
-    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 1.5 < width <= max(3.0, bits + 2)]
-    dense = [Option(width, 128, "", 0.0) for width in widths]
-    short = [Option(width, 32, "", 0.0) for width in widths if width <= 3]
-    repaired = [Option(width, 64, "", 0.05) for width in widths if width <= bits][-1:]
-    sparse = [Option(4, 32, "2:4", 0.1)]
+    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 2.2 < width <= max(3.0, bits + 2)]
+    dense: list[tuple[int, int, str, float]] = [(width, 128, "", 0.0) for width in widths]
+    dense += [(width, 32, "", 0.0) for width in widths if width <= 3]
+    below = [width for width in widths if width <= bits - 0.3] or widths[:1]
+    dense += [(width, 128, "", rank) for width, rank in zip(reversed(below), (0.05, 0.1), strict=False)]
+    sparse = [(4, 32, "2:4", 0.1)]
     if objective == "speed":
-        sparse = [Option(3, 64, "2:4", 0.1), Option(4, 64, "2:4", 0.05), *sparse, Option(4, 32, "2:4", 0.2)]
-    return dense + short + repaired + sparse
+        sparse = [(3, 64, "2:4", 0.1), (4, 64, "2:4", 0.05), *sparse, (4, 32, "2:4", 0.2)]
+    return tuple(
+        replace(like, bits=width, group=group, pattern=pattern, rank=rank) for width, group, pattern, rank in [*dense, *sparse]
+    )

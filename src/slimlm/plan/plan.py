@@ -18,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.calibrate import Flow, enter, measure, run, stages_of
-from slimlm.core.errors import DataError, RecipeError
+from slimlm.core.errors import DataError, NumericsError, RecipeError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.parts import dense_of
 from slimlm.models.structure import linears_of, put_weight, weight_of
 from slimlm.plan.budget import choose_options
-from slimlm.plan.options import Objective, Option, budget_of
+from slimlm.plan.options import Budget, Objective, Option, budget_of, options_for
 from slimlm.recipe import NamedStep, Recipe, Rule
 
 _LOGITS_AT_ONCE = 2**26
 _JUDGED_TOKENS = 4096
 _ROUNDS, _POLISH = 2, 1
 """Of the alternation while planning: the order of the options shows early."""
+_LEAST_WINDOWS = 3
+_LEAST_BITS, _MOST_BITS = 1.5, 8.5
 AUTO_SHARE = 0.1
 """The rank, as a share, whose bits `rank = "auto"` may spend."""
 _AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
@@ -76,7 +78,10 @@ class Plan:
         """The base recipe with a rule for every group."""
         rules = tuple(Rule(c.layers, tuple(self.options[c.chosen].overrides().items())) for c in self.choices)
         name = f"{base.name} at {self.asked_bits:g} bits ({self.objective})"
-        return replace(base, name=name, rules=(*base.rules, *rules))
+        summary = f"what a plan chose for every layer: {self.bits_per_weight:.3f} bits per weight"
+        step: Any = alternation_of(base).step
+        named = replace(base.steps[0], step=replace(step, rank=AUTO_SHARE) if step.rank == "auto" else step)
+        return replace(base, name=name, summary=summary, steps=(named,), rules=rules)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -119,44 +124,59 @@ def alternation_of(recipe: Recipe) -> NamedStep:
             'method alternation, such as "best"; its steps are '
             + ", ".join(f"{named.kind} {named.method}" for named in recipe.steps)
         )
+    if recipe.rules:
+        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules say already what layers become; take them out")
     return recipe.steps[0]
 
 
-def auto_options(recipe: Recipe) -> list[Option]:
-    """Ranks to choose from where the recipe says rank = "auto"."""
+def asked_budget(recipe: Recipe, bits: float, objective: Objective) -> Budget:
+    """The budget of so many bits per weight for a recipe like `best`."""
+    if not _LEAST_BITS <= bits <= _MOST_BITS:
+        raise RecipeError(f"--bits {bits:g}: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
+    return Budget(options_for(_like(recipe), bits, objective), bits, objective)
+
+
+def auto_budget(recipe: Recipe, shapes: list[tuple[int, int]], objective: Objective) -> Budget:
+    """For rank = "auto": the recipe's own base with other ranks, within the cost of rank 0.1 everywhere."""
+    like = _like(recipe)
+    bits = sum(like.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
+    return Budget(tuple(replace(like, rank=rank) for rank in _AUTO_RANKS), bits, objective, like)
+
+
+def _like(recipe: Recipe) -> Option:
+    """What the recipe's own step makes of a layer, with rank 0.1 for "auto"."""
     step: Any = alternation_of(recipe).step
-    return [
-        Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group, step.levels != "even")
-        for rank in _AUTO_RANKS
-    ]
+    rank = AUTO_SHARE if step.rank == "auto" else step.rank
+    return Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group, step.levels != "even")
 
 
-def auto_bits(recipe: Recipe, shapes: list[tuple[int, int]]) -> float:
-    """Bits per weight of rank 0.1 everywhere: what rank = "auto" may spend."""
-    step: Any = alternation_of(recipe).step
-    option = Option(
-        step.bits, step.group, step.pattern, AUTO_SHARE, step.adapter_bits, step.adapter_group, step.levels != "even"
-    )
-    return sum(option.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
-
-
-def refuse_budget(shapes: dict[str, tuple[int, int]], options: list[Option], bits: float, objective: Objective) -> None:
+def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
     """Raise RecipeError where even the cheapest options cost more; says the smallest budget that can be met."""
+    objective = budget.objective
     cheapest = 0.0
     for name, shape in shapes.items():
-        fitting = [option for option in options if option.refuses(shape) is None]
+        fitting = [option for option in budget.options if option.refuses(shape) is None]
         if not fitting:
             raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; leave it out (leave = [...])")
         cheapest += min(option.cost(shape, objective) for option in fitting)
     own = list(shapes.values())
-    if cheapest > budget_of(own, bits, objective):
-        low, high = bits, 64.0
+    if cheapest > budget.cost(own):
+        low, high = budget.bits, 64.0
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (low, middle) if budget_of(own, middle, objective) >= cheapest else (middle, high)
         raise RecipeError(
-            f"--bits {bits:g} cannot be met: with everything counted (codes, scales, masks, adapters) the smallest "
-            f"possible for this model is {high:.3f} bits per weight by {objective}; ask for at least that"
+            f"--bits {budget.bits:g} cannot be met: with everything counted (codes, scales, tables, masks, adapters) the "
+            f"smallest that the options for it allow for this model is {high:.3f} bits per weight, counted by {objective}; "
+            "ask for at least that"
+        )
+
+
+def refuse_few_windows(count: int) -> None:
+    """Raise DataError where there are too few calibration windows to plan on."""
+    if count < _LEAST_WINDOWS:
+        raise DataError(
+            f"a plan needs at least {_LEAST_WINDOWS} calibration windows, for statistics and two checks; there are {count}"
         )
 
 
@@ -166,9 +186,7 @@ def make_plan(
     recipe: Recipe,
     windows: Tensor,
     *,
-    options: list[Option],
-    bits: float,
-    objective: Objective,
+    budget: Budget,
     device: torch.device,
     progress: Progress,
 ) -> Plan:
@@ -179,10 +197,8 @@ def make_plan(
     """
     step: Any = alternation_of(recipe).step
     quick = replace(step, rounds=min(step.rounds, _ROUNDS), polish=min(step.polish, _POLISH), follow=0.0)
-    if len(windows) < 3:
-        raise DataError(
-            f"a plan needs at least 3 calibration windows, for statistics and for two checks; there are {len(windows)}"
-        )
+    refuse_few_windows(len(windows))
+    options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
     held = max(1, min(len(windows) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // windows.shape[1]))
     statistics, judged, checked = windows[: -2 * held], windows[-2 * held : -held], windows[-held:]
@@ -195,15 +211,19 @@ def make_plan(
         progress("plan", done, total)
         for stage in stages:
             groups.append(_Group.of(model, stage))
-            losses.append([_loss(model, groups[-1], option, quick, stats, divergence) for option in options])
+            losses.append([_loss(model, groups[-1], option, quick, stats, divergence, device) for option in options])
 
     shapes = [shape for group in groups for shape in group.shapes]
     costs = [[sum(option.cost(shape, objective) for shape in group.shapes) for option in options] for group in groups]
-    budget = budget_of(shapes, bits, objective)
-    chosen = choose_options(losses, costs, budget)
-    assert chosen is not None, "refuse_budget comes first"
+    room = budget.cost(shapes)
+    chosen = choose_options(losses, costs, room)
+    if chosen is None:
+        raise NumericsError(
+            "no choice within the budget leaves the model's outputs finite for every layer; ask for more bits, or see what "
+            "recipe absmax does to it"
+        )
     whole = [sum(own[i] for own in costs) for i in range(len(options))]
-    fitting = [i for i in range(len(options)) if whole[i] <= budget and all(own[i] < float("inf") for own in losses)]
+    fitting = [i for i in range(len(options)) if whole[i] <= room and all(own[i] < float("inf") for own in losses)]
     uniform = min(fitting, key=lambda i: sum(own[i] for own in losses), default=None)
 
     def at_once(numbers: list[int]) -> float:
@@ -220,7 +240,7 @@ def make_plan(
     choices = tuple(
         Choice(group.layers, group.shapes, tuple(own), i) for group, own, i in zip(groups, losses, final, strict=True)
     )
-    return Plan(objective, bits, tuple(options), choices, planned_loss, uniform_loss, uniform, fallback)
+    return Plan(objective, budget.bits, options, choices, planned_loss, uniform_loss, uniform, fallback)
 
 
 @dataclass(frozen=True)
@@ -256,12 +276,18 @@ def _walk(
 
 
 def _loss(
-    model: nn.Module, group: _Group, option: Option, quick: Any, stats: dict[str, Stats], divergence: "_Divergence"
+    model: nn.Module,
+    group: _Group,
+    option: Option,
+    quick: Any,
+    stats: dict[str, Stats],
+    divergence: "_Divergence",
+    device: torch.device,
 ) -> float:
     if any(option.refuses(shape) is not None for shape in group.shapes):
         return float("inf")
     with _restored(model, list(group.layers)):
-        _compress(model, dict.fromkeys(group.layers, option), quick, stats)
+        _compress(model, dict.fromkeys(group.layers, option), quick, stats, device)
         return divergence.of(model)
 
 
@@ -277,15 +303,19 @@ def _loss_of_all(
     """The loss with every layer's option in the model at once; the statistics are measured again, a block at a time."""
     with _restored(model, list(picked)):
         for _, stats in _walk(model, blocks, lambda name: name not in picked, windows, device):
-            _compress(model, {name: picked[name] for name in stats}, quick, stats)
+            _compress(model, {name: picked[name] for name in stats}, quick, stats, device)
         return check.of(model)
 
 
-def _compress(model: nn.Module, picked: dict[str, Option], quick: Any, stats: dict[str, Stats]) -> None:
+def _compress(model: nn.Module, picked: dict[str, Option], quick: Any, stats: dict[str, Stats], device: torch.device) -> None:
     """Put what the options make of these layers in their place, as dense weights."""
     for name, option in picked.items():
         linear = model.get_submodule(name)
-        made = replace(quick, **option.overrides())(Layer.of(name, weight_of(linear)), stats[name])
+        step = replace(quick, **option.overrides())
+        try:
+            made = step(Layer.of(name, weight_of(linear).to(device)), stats[name])
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
         put_weight(linear, dense_of(made.parts()))
 
 
@@ -305,7 +335,11 @@ class _Divergence:
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         self.windows = windows
-        self.expected = [logits.log_softmax(dim=-1).half() for logits in self._logits(model)]
+        self.expected = [logits.log_softmax(dim=-1) for logits in self._logits(model)]
+        if any(bool(logs.isnan().any()) for logs in self.expected):
+            raise NumericsError(
+                "the original model's logits hold NaN on the calibration text; there is nothing to compare with"
+            )
 
     def _logits(self, model: nn.Module) -> Iterator[Tensor]:
         for batch in self.windows.split(max(1, _JUDGED_TOKENS // self.windows.shape[1])):
@@ -313,9 +347,11 @@ class _Divergence:
                 yield model(batch, use_cache=False).logits.float()
 
     def of(self, model: nn.Module) -> float:
-        """Of the model as it is now."""
+        """Of the model as it is now; infinite where its outputs are not numbers."""
         total = 0.0
         for expected, logits in zip(self.expected, self._logits(model), strict=True):
-            wanted = expected.float()
-            total += float((wanted.exp() * (wanted - logits.log_softmax(dim=-1))).sum())
-        return max(0.0, total / self.windows.numel())
+            found = logits.log_softmax(dim=-1)
+            # A token that the original rules out (a masked, padded vocabulary) adds nothing.
+            terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - found))
+            total += float(terms.double().sum())
+        return max(0.0, total / self.windows.numel()) if math.isfinite(total) else math.inf

@@ -57,7 +57,7 @@ def options_table(plan: dict[str, Any]) -> Table:
         bits = sum(group["bits"][i] * own for group, own in zip(groups, weights, strict=True)) / sum(weights)
         losses = [group["losses"][i] for group in groups]
         loss = None if None in losses else sum(losses)
-        mark = "best alone" if i == plan["uniform"] else ""
+        mark = "the best single one that fits" if i == plan["uniform"] else ""
         rows.append((option["words"], f"{bits:.3f}", _loss(loss), str(sum(group["chosen"] == i for group in groups)), mark))
     columns = ("option", "bits/weight", "sum of losses", "groups that take it", "")
     return plain_table("every group of layers by itself (loss: KL per token to the original, in nats)", columns, rows)
@@ -69,7 +69,7 @@ def choices_table(plan: dict[str, Any]) -> Table:
     for group in plan["choices"]:
         first, *others = group["layers"]
         i = group["chosen"]
-        name = first + (f" and {', '.join(other.rpartition('.')[2] for other in others)}" if others else "")
+        name = ", ".join([first, *(other.rpartition(".")[2] for other in others)])
         rows.append((name, plan["options"][i]["words"], f"{group['bits'][i]:.3f}", _loss(group["losses"][i])))
     return plain_table(None, ("layers", "chosen", "bits/weight", "loss"), rows, left=2)
 

@@ -14,9 +14,9 @@ adapters. Alternation of this kind for sparse plus low-rank without rounding is 
 G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
 goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `follow` x the mean diagonal
-of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the block's output as
-it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream; for the
-others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
+of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the block's
+output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream;
+for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
 
 levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero
           is left). "auto": a table, from the second sweep on, where it saves at least 4 % of the rounding error.
@@ -99,8 +99,8 @@ class Alternation:
             raise RecipeError(
                 f'levels = "table", rounds = {self.rounds}: a table is fitted to what a first sweep rounds; give two'
             )
-        if not self.follow >= 0:
-            raise RecipeError(f"follow = {self.follow}: give a damping above 0, or 0 to aim at the original weight")
+        if self.follow != 0 and not 1e-6 <= self.follow <= 1e6:
+            raise RecipeError(f"follow = {self.follow}: give a damping from 1e-6 to 1e6, or 0 to aim at the original weight")
 
     @property
     def needs(self) -> Need:

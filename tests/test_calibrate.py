@@ -1,5 +1,6 @@
 """Calibration: what is measured, on which inputs, and how often."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 import slimlm
 from slimlm import calibrate
-from slimlm.calibrate import Flow, enter, measure, run, stages_of
+from slimlm.calibrate import Flow, enter, measure, measure_drift, run, stages_of
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.evaluate.results import Record
@@ -518,3 +519,40 @@ def test_the_widest_layer_decides_whether_there_are_tokens_enough(tokens: int) -
     told: list[str] = []
     tell_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
     assert [("b, 88 inputs" in text, f"{tokens} tokens" in text) for text in told] == ([(True, True)] if tokens < 176 else [])
+
+
+ADDED = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "opt": "fc2", "gpt2": "mlp.c_proj"}
+
+
+@pytest.mark.parametrize("kind", sorted(ADDED))
+def test_drift_is_known_where_a_layer_s_output_is_added_to_the_block_s_and_nowhere_else(kind: str) -> None:
+    model = random_model(kind)
+    blocks = blocks_of(model)
+    name, block = next(iter(blocks.items()))
+    flow = enter(model, {name: block}, torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0)))
+    found = [
+        layer
+        for layer, linear in linears_of(block).items()
+        if measure_drift(block, name, layer, linear, flow, CPU, (block, flow)) is not None
+    ]
+    assert found == [ADDED[kind]]
+
+
+def test_drift_is_what_the_block_lacks_of_the_original_against_the_layer_s_inputs() -> None:
+    model = random_model("llama")
+    name, block = next(iter(blocks_of(model).items()))
+    flow = enter(model, {name: block}, torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0)))
+    twin = copy.deepcopy(block)
+    with torch.no_grad():
+        block.get_parameter("mlp.gate_proj.weight").mul_(0.9)
+        block.get_parameter("self_attn.o_proj.weight").mul_(1.1)
+    linear = block.get_submodule("mlp.down_proj")
+    drift = measure_drift(block, name, "mlp.down_proj", linear, flow, CPU, (twin, flow))
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ours, theirs = torch.cat(list(run(block, name, flow, CPU))), torch.cat(list(run(twin, name, flow, CPU)))
+    handle.remove()
+    lacking, inputs = (theirs - ours).flatten(0, 1).double(), torch.cat(seen).flatten(0, 1).double()
+    assert drift is not None
+    # float32 sums of 72 products
+    torch.testing.assert_close(drift, (lacking.T @ inputs / len(inputs)).float(), rtol=1e-4, atol=1e-6)

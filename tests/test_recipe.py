@@ -1,5 +1,6 @@
 """Recipes: shipped ones work, written ones come back, and whatever makes no sense is refused in words."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
 
 
 def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
-    assert recipe({"joint": "alternation"}).needs == Need.GRAM | Need.CROSS
+    assert recipe({"joint": "alternation"}).needs == Need.GRAM | Need.CROSS | Need.DRIFT
     assert recipe({"joint": "alternation", "follow": 0.0}).needs == Need.GRAM
     assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == Need.GRAM
 
@@ -278,7 +279,7 @@ def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
 def test_the_needs_are_also_those_that_a_rule_brings_in() -> None:
     some = recipe({"joint": "alternation", "follow": 0.0}, rules=[{"layers": ["*.mlp.*"], "follow": 0.1}])
     assert options_of(some, "a.mlp.up") == [Alternation(follow=0.1)]
-    assert some.needs == Need.GRAM | Need.CROSS
+    assert some.needs == Need.GRAM | Need.CROSS | Need.DRIFT
 
 
 def test_a_joint_solver_without_a_pattern_leaves_the_pruning_to_a_pruner() -> None:
@@ -298,7 +299,10 @@ def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dic
     for between in ([], [{"compensate": "qera"}]):
         said = refusal(first, *between, {"prune": "sparsegpt"})
         assert f"mine: sparsegpt moves the weights that {coder} has coded; put it before {coder}" in said
-    assert [named.method for named in recipe({"prune": "sparsegpt"}, first).steps] == ["sparsegpt", coder]
+    if "joint" in first:
+        assert "alternation decides a layer anew, so sparsegpt before it" in refusal({"prune": "sparsegpt"}, first)
+    else:
+        assert [named.method for named in recipe({"prune": "sparsegpt"}, first).steps] == ["sparsegpt", coder]
     assert [named.method for named in recipe(first, {"prune": "wanda"}).steps] == [coder, "wanda"]
 
 
@@ -317,7 +321,8 @@ def test_which_pruners_move_weights_is_known() -> None:
         ({"layers": [], "bits": 3}, ["names its layers"]),
         ({"layers": [3], "bits": 3}, ["names its layers"]),
         ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group", "damp"]),
-        ({"layers": ["*"], "quantize": "absmax"}, ["'quantize'", "bits"]),
+        ({"layers": ["*"], "quantize": "absmax"}, ["quantize = 'absmax'", "quantize = 'gptq'"]),
+        ({"layers": ["*"], "rank": "auto"}, ["for all layers"]),
         ({"layers": ["*"], "bits": 1}, ["gptq", "bits = 1", "2 to 8"]),
         ({"layers": ["*"], "bits": "many"}, ["gptq", "bits", "many"]),
         ({"layers": ["*"], "group": 0}, ["gptq", "group = 0"]),
@@ -360,3 +365,16 @@ def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], wor
 def test_a_matching_that_is_no_table_is_refused(matching: Any) -> None:
     said = refusal({"quantize": "absmax"}, matching=matching)
     assert f"mine: matching = {matching!r}; give a [matching] table" in said
+
+
+def test_a_rule_that_names_its_step_leaves_the_others_alone() -> None:
+    rule = {"layers": ["*.up"], "quantize": "slim_quant", "bits": 3}
+    some = recipe({"quantize": "slim_quant"}, {"compensate": "slim_lora"}, rules=[rule])
+    quantizer, adapter = options_of(some, "a.up")
+    assert (quantizer.bits, adapter.bits) == (3, 4)
+    assert recipe_from_dict(tomllib.loads(to_toml(some)), source="again") == some
+
+
+@pytest.mark.parametrize("first", [{"quantize": "gptq"}, {"joint": "alternation"}, {"joint": "jsq"}])
+def test_a_joint_solver_after_what_it_would_undo_is_refused(first: dict[str, Any]) -> None:
+    assert "would be lost" in refusal(first, {"joint": "alternation", "pattern": ""})

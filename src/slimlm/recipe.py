@@ -181,7 +181,11 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
     for option, value in rule.options:
         if option == "rank" and value == "auto":
             raise RecipeError(f'{where}: rank = "auto" is for all layers; put it into the step, or give a number here')
-        if option not in fields and option not in registry.KINDS:
+        if option in registry.KINDS:
+            if not any((named.kind, named.method) == (option, value) for named in steps):
+                own = ", ".join(f"{named.kind} = {named.method!r}" for named in steps)
+                raise RecipeError(f"{where}: no step says {option} = {value!r}; there are {own}")
+        elif option not in fields:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
     _refuse_order(tuple(_overridden(named, rule, where) for named in steps), where)
     return rule

@@ -330,7 +330,7 @@ def test_where_the_inputs_are_the_original_ones_the_goal_is_the_original_weight(
 def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> None:
     step = Alternation(group=16, follow=0.0, rounds=1, polish=1)
     assert step.needs == Need.GRAM
-    assert Alternation().needs == Need.GRAM | Need.CROSS
+    assert Alternation().needs == Need.GRAM | Need.CROSS | Need.DRIFT
     layer = step(layer_of(16, 32), replace(STATS, cross=None))
     assert layer.goal is None and layer.notes == ()
     assert torch.equal(dense_of(layer.parts()), dense_of(step(layer_of(16, 32), STATS).parts()))

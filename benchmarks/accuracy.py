@@ -51,7 +51,7 @@ from slimlm.data.windows import sample_from_model, token_stream, windows_of
 from slimlm.evaluate.compare import OpenModel, open_any
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
-from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped
+from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
 from slimlm.report.tables import plain_table
 from slimlm.runtime.linear import CompressedLinear
 
@@ -86,7 +86,7 @@ class Entry:
         if self.recipe is None:
             return ["--bits", str(self.bits)]
         path = folder / "recipe.toml"
-        path.write_text(toml_of(self.recipe.to_dict()), encoding="utf-8")
+        path.write_text(to_toml(self.recipe), encoding="utf-8")
         return ["--recipe", str(path)]
 
     @property
@@ -170,18 +170,6 @@ def ablation_entries() -> list[Entry]:
 def recipe_of(name: str, steps: list[Data], **keys: Any) -> Recipe:
     """A recipe from plain data, checked."""
     return recipe_from_dict({"name": name, "summary": "of the accuracy benchmark", "steps": steps, **keys}, source=name)
-
-
-def toml_of(recipe: Data) -> str:
-    """A recipe's plain data as a file; what JSON writes of strings, numbers, truths and lists is TOML."""
-
-    def lines(data: Data) -> list[str]:
-        return [f"{key} = {json.dumps(value)}" for key, value in data.items()]
-
-    tables = [("[[steps]]", step) for step in recipe["steps"]] + [("[[rules]]", rule) for rule in recipe.get("rules", [])]
-    tables += [("[matching]", recipe["matching"])] if "matching" in recipe else []
-    top = {key: value for key, value in recipe.items() if key not in ("steps", "rules", "matching")}
-    return "\n".join([*lines(top), *(line for head, data in tables for line in ["", head, *lines(data)]), ""])
 
 
 # Measuring

@@ -26,7 +26,8 @@ from slimlm.core import linalg
 from slimlm.core.grid import Levels
 from slimlm.core.lowrank import AdapterFormat, low_rank_part
 from slimlm.core.masks import Pattern
-from slimlm.core.sweep import inverse_of, order_of, polish, rounded_sweep, unrounded_sweep
+from slimlm.core.polish import polish
+from slimlm.core.sweep import inverse_of, order_of, rounded_sweep, unrounded_sweep
 from slimlm.report.tables import plain_table
 
 RESULTS = Path(__file__).parent / "results"

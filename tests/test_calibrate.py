@@ -12,13 +12,14 @@ from torch import nn
 
 import slimlm
 from slimlm import calibrate
+from slimlm.blockwise import compress_block
 from slimlm.calibrate import Flow, enter, measure, measure_drift, run, stages_of
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.evaluate.results import Record
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
-from slimlm.pipeline import compress_block, tell_of_few_tokens
+from slimlm.pipeline import tell_of_few_tokens
 from slimlm.recipe import recipe_from_dict
 
 from .conftest import random_model

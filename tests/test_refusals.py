@@ -405,8 +405,8 @@ def test_a_plan_that_cannot_be_saved_is_refused_before_the_work(line: Line, tmp_
     ("more", "words"),
     [
         (["--recipe", "slim", "--bits", "4"], "alternation"),
-        (["--bits", "1"], "between 1 and 16"),
-        (["--bits", "nan"], "between 1 and 16"),
+        (["--bits", "1"], "from 1.5 to 8.5"),
+        (["--bits", "nan"], "from 1.5 to 8.5"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_before_the_model_is_opened(

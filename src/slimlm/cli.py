@@ -23,6 +23,7 @@ from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
+from slimlm.blockwise import Progress as Reporter
 from slimlm.core import registry
 from slimlm.core.errors import DataError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -33,7 +34,6 @@ from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
 from slimlm.models.structure import context_length
 from slimlm.pipeline import DEFAULT_RECIPE, pick_device
-from slimlm.pipeline import Progress as Reporter
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from slimlm.blockwise import Progress
 from slimlm.core.errors import ModelError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.compare import OpenModel, open_any
 from slimlm.evaluate.perplexity import perplexity
-from slimlm.pipeline import Progress, compress
+from slimlm.pipeline import compress
 from slimlm.report.tables import plain_table, size
 from slimlm.storage.checkpoint import refuse_occupied
 

@@ -12,6 +12,7 @@ from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.grid import Group, Levels
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, Uniform
+from slimlm.core.polish import polish
 from slimlm.core.sweep import (
     Across,
     Order,
@@ -22,7 +23,6 @@ from slimlm.core.sweep import (
     conditioned,
     inverse_of,
     order_of,
-    polish,
     rounded_sweep,
     sweep,
     tokens_needed,

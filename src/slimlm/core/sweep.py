@@ -11,15 +11,10 @@ deciding costs (w_j - b_j)^2 / U_jj^2 and the best answer of the later inputs is
 The sweep halves the inputs again and again: the left half is swept, its errors go to the right half in one matrix product,
 the right half is swept. So nearly all arithmetic is products of matrices at every size, and Python does a few steps per
 input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights side by side.
-
-`polish` goes on from a sweep's result by coordinate descent on the same objective: each group of inputs is decided anew
-(which stay, and their codes) given all others, and each scale is moved; no step raises the objective. (Cyclic coordinate
-descent on codes alone is QuantEase, Behdin et al., arXiv 2309.01885.)
 """
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -33,9 +28,7 @@ from slimlm.core.parts import Codebook, Elementwise, Uniform
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
-_LEAF = 4
-_MOST_CHOICES = 70
-"""Ways to keep n of m that are all tried; 4 of 8 has this many."""
+LEAF = 4
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ class Along:
             scale = grid.signed_scale(points, masses, self.levels)
         else:
             scale = grid.nearby_scale(points, masses, self.levels, self.start[group])
-        self.scale[group] = _stored(scale, self.scale.numel())
+        self.scale[group] = as_stored(scale, self.scale.numel())
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
         index, value = self.levels.rounded(column, self.scale[group])
@@ -191,7 +184,7 @@ class Across:
         return value
 
 
-def _stored(scale: Tensor, count: int) -> Tensor:
+def as_stored(scale: Tensor, count: int) -> Tensor:
     """These scales `[n]` of a part's `count`, float32, as storage will give them back: an only one is not rounded."""
     return grid.storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
 
@@ -257,7 +250,7 @@ def order_of(energy: Tensor, *, group: Group, pattern: Pattern | None) -> Order:
     """
     width = len(energy)
     size = width if isinstance(group, str) else min(group, width)
-    chunk = pattern.of if pattern is not None and pattern.of else _LEAF
+    chunk = pattern.of if pattern is not None and pattern.of else LEAF
     groups = sorted(torch.arange(width).split(size), key=lambda own: -float(energy[own].mean()))
     chunks = [sorted(own.split(chunk), key=lambda few: -float(energy[few].mean())) for own in groups]
     return Order(torch.cat([few for own in chunks for few in own]).to(energy.device), [len(own) for own in groups])
@@ -345,8 +338,8 @@ class _Sweep:
         width = len(self.rest)
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
-        leaf = self.pattern.of if self.pattern is not None and self.pattern.of else _LEAF
-        self.leaves = _divided(sorted({*self.groups, *self.units}), width, leaf)
+        leaf = self.pattern.of if self.pattern is not None and self.pattern.of else LEAF
+        self.leaves = divided(sorted({*self.groups, *self.units}), width, leaf)
 
     def walk(self, low: int, high: int) -> None:
         """Sweep the inputs from low up to high, all earlier errors having reached them."""
@@ -368,7 +361,7 @@ class _Sweep:
 
     def _leaf(self, low: int, high: int) -> None:
         if low in self.units[bisect_left(self.units, low) :][:1]:
-            self._choose(low, _end(self.units, low, len(self.rest)))
+            self._choose(low, end_of(self.units, low, len(self.rest)))
         group = bisect_right(self.groups, low) - 1
         if self.groups[group] == low:
             self._begin(group)
@@ -384,10 +377,10 @@ class _Sweep:
 
     def _begin(self, group: int) -> None:
         low = self.groups[group]
-        high = _end(self.groups, low, len(self.rest))
+        high = end_of(self.groups, low, len(self.rest))
         mass = self.conditional[low:high, None].expand_as(self.rest[low:high])
         if self.keep is not None:
-            first = _end(self.units, low, len(self.rest)) if self.units else high
+            first = end_of(self.units, low, len(self.rest)) if self.units else high
             if first < high:
                 # The scale must suit those that will stay: a first choice after the first unit, made again unit by unit.
                 self._choose(first, high)
@@ -406,13 +399,13 @@ class _Sweep:
         self.keep[low:high] = choose(score, pattern).T
 
 
-def _end(borders: list[int], low: int, width: int) -> int:
+def end_of(borders: list[int], low: int, width: int) -> int:
     """Where the piece that begins at `low` ends."""
     after = bisect_right(borders, low)
     return borders[after] if after < len(borders) else width
 
 
-def _divided(borders: list[int], width: int, size: int) -> list[int]:
+def divided(borders: list[int], width: int, size: int) -> list[int]:
     """The pieces between borders cut further, each from its own beginning."""
     ends = [*borders[1:], width]
     return [place for low, high in zip(borders, ends, strict=True) for place in range(low, high, size)]
@@ -421,154 +414,6 @@ def _divided(borders: list[int], width: int, size: int) -> list[int]:
 def _units(groups: list[int], width: int, pattern: Pattern) -> list[int]:
     """Where the inputs begin among which a mask is chosen at a time: m for n:m, about 128 for a share of each row."""
     if pattern.of:
-        return _divided(groups, width, pattern.of)
-    size = _end(groups, 0, width)
-    return _divided(groups, width, _SHARE_AT_ONCE) if size > _SHARE_AT_ONCE else groups[:: -(-_SHARE_AT_ONCE // size)]
-
-
-def polish(target: Tensor, gram: Tensor, base: Swept, *, group: Group, pattern: Pattern | None) -> Swept:
-    """One pass of coordinate descent on tr((W - B) H (W - B)^T) from a rounded base; never raises it.
-
-    target W `[out, in]`, gram H `[in, in]`. Under an n:m `pattern` with at most 70 ways to keep n of m, each group of m is
-    decided anew: for every way the least-squares values given all other inputs, rounded one after another with the rest of
-    the group answering, and the best of all ways and the present one is taken. Else the mask stays and the codes are
-    decided one input at a time. At the start of each scale group the scale takes its own best step.
-    """
-    choices = None
-    if pattern is not None and pattern.of and len(_ways(pattern)) <= _MOST_CHOICES:
-        choices = pattern
-    state = _Polish(target, gram, base, group, choices)
-    state.walk(0, target.shape[1])
-    keep = None if state.keep is None else state.keep.T.contiguous()
-    index, scale = state.index.T.contiguous(), state.scale.T.contiguous()
-    return replace(base, value=state.value.T.contiguous(), keep=keep, index=index, scale=scale)
-
-
-def _ways(pattern: Pattern) -> list[tuple[int, ...]]:
-    return list(combinations(range(pattern.of), pattern.kept))
-
-
-class _Polish:
-    """The working state of one pass; everything is `[in, out]`."""
-
-    def __init__(self, target: Tensor, gram: Tensor, base: Swept, group: Group, choices: Pattern | None) -> None:
-        assert base.index is not None and base.scale is not None and base.levels is not None
-        self.gram, self.levels = gram, base.levels
-        self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
-        self.scale = base.scale.T.contiguous().clone()
-        self.keep = None if base.keep is None else base.keep.T.contiguous().clone()
-        self.pull = gram @ (target.T - self.value)
-        """H (W - B)^T `[in, out]`: half the slope of the objective, exact for the inputs whose turn it is"""
-        self.change = torch.zeros_like(self.value)
-        width = len(self.value)
-        self.groups = list(range(0, width, width if isinstance(group, str) else group))
-        self.leaves = _divided(self.groups, width, _LEAF if choices is None else choices.of)
-        self.ways = None if choices is None else torch.tensor(_ways(choices), device=gram.device)
-        if self.ways is not None:
-            self.inverses = self._inverses(self.ways, choices.of)  # type: ignore[union-attr]
-
-    def _inverses(self, ways: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """For each group of inputs and way to keep some: the inverse of their covariance, and its upper factor."""
-        width = len(self.gram)
-        at = torch.arange(width, device=ways.device).view(-1, 1, size)[:, :, :].expand(-1, len(ways), -1)
-        kept = at.gather(2, ways[None].expand(len(at), -1, -1))
-        own = self.gram[kept[..., :, None], kept[..., None, :]].double()
-        own = own + 1e-6 * own.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None] * torch.eye(
-            ways.shape[1]
-        ).to(own)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
-        return inverse.float(), torch.linalg.cholesky(inverse, upper=True).float()
-
-    def walk(self, low: int, high: int) -> None:
-        """Decide the inputs from low up to high, their pull being exact."""
-        for borders in (self.groups, self.leaves):
-            inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
-            if inside:
-                middle = min(inside, key=lambda border: abs(2 * border - low - high))
-                self.walk(low, middle)
-                self.pull[middle:high].addmm_(self.gram[middle:high, low:middle], self.change[low:middle], alpha=-1)
-                self.walk(middle, high)
-                return
-        group = bisect_right(self.groups, low) - 1
-        if self.groups[group] == low:
-            self._rescale(group)
-        if self.ways is None:
-            self._recode(low, high, group)
-        else:
-            self._choose(low, high, group)
-
-    def _rescale(self, group: int) -> None:
-        """The best step of one group's scales (of the only scale, where one serves all rows), as far as storage can tell."""
-        low = self.groups[group]
-        high = _end(self.groups, low, len(self.value))
-        value = self.value[low:high]
-        along = (value * self.pull[low:high]).sum(dim=0)
-        bend = (value * (self.gram[low:high, low:high] @ value)).sum(dim=0)
-        if self.scale.shape[1] == 1:
-            along, bend = along.sum(dim=0, keepdim=True), bend.sum(dim=0, keepdim=True)
-        old = self.scale[group]
-        new = old * (1 + along / bend.clamp_min(1e-30))
-        new = _stored(new, self.scale.numel())
-        step = torch.where(old == 0, torch.zeros_like(old), new / torch.where(old == 0, 1.0, old) - 1)
-        better = (step.square() * bend < 2 * step * along) & (new != 0)
-        step = torch.where(better, step, torch.zeros_like(step))
-        self.scale[group] = torch.where(better, new, old)
-        moved = value * step
-        value += moved
-        self.pull[low:].addmm_(self.gram[low:, low:high], moved, alpha=-1)
-
-    def _change(self, low: int, high: int, change: Tensor) -> None:
-        """Move these inputs' weights; the pull on themselves is made exact at once, that on later ones by `walk`."""
-        self.value[low:high] += change
-        self.change[low:high] += change
-        self.pull[low:high] -= self.gram[low:high, low:high] @ change
-
-    def _recode(self, low: int, high: int, group: int) -> None:
-        for place in range(low, high):
-            bend = self.gram[place, place]
-            if float(bend) <= 0:
-                continue
-            old = self.value[place]
-            index, new = self.levels.rounded(old + self.pull[place] / bend, self.scale[group])
-            if self.keep is not None:
-                new = new * self.keep[place]
-            gain = 2 * (new - old) * self.pull[place] - (new - old).square() * bend
-            better = gain > 0
-            self.index[place] = torch.where(better, index, self.index[place].long())
-            self._change_one(place, high, torch.where(better, new - old, torch.zeros_like(old)))
-
-    def _change_one(self, place: int, high: int, change: Tensor) -> None:
-        self.value[place] += change
-        self.change[place] += change
-        self.pull[place:high].addr_(self.gram[place:high, place], change, alpha=-1)
-
-    def _choose(self, low: int, high: int, group: int) -> None:
-        assert self.ways is not None and self.keep is not None
-        own, old = self.gram[low:high, low:high], self.value[low:high]
-        wanted = self.pull[low:high] + own @ old
-        """what the group's weights b should solve, H b = this `[m, out]`; their cost is b H b - 2 b this"""
-        inverse, upper = (pieces[low // (high - low)] for pieces in self.inverses)
-        goal = torch.einsum("wij,wjo->wio", inverse, wanted[self.ways])
-        values, indices = [], []
-        for i in range(self.ways.shape[1]):
-            index, value = self.levels.rounded(goal[:, i], self.scale[group])
-            values.append(value)
-            indices.append(index)
-            answer = upper[:, i, i + 1 :, None] * ((goal[:, i] - value) / upper[:, i, i, None])[:, None]
-            goal[:, i + 1 :] -= answer
-        value = torch.stack(values, dim=1)
-        kept = own[self.ways[:, :, None], self.ways[:, None, :]]
-        cost = (value * (torch.einsum("wij,wjo->wio", kept, value) - 2 * wanted[self.ways])).sum(dim=1)
-        least, way = cost.min(dim=0)
-        now = (old * (own @ old - 2 * wanted)).sum(dim=0)
-        # A margin of float32's rounding, so that no pass ever raises the objective by noise.
-        better = least < now - 1e-6 * now.abs()
-        places = self.ways[way].T
-        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, way[None, None].expand(1, value.shape[1], -1))[0])
-        index = torch.zeros_like(self.index[low:high]).scatter_(
-            0, places, torch.stack(indices, dim=1).gather(0, way[None, None].expand(1, value.shape[1], -1))[0].to(torch.uint8)
-        )
-        keep = torch.zeros_like(self.keep[low:high]).scatter_(0, places, True)
-        self.index[low:high] = torch.where(better, index, self.index[low:high])
-        self.keep[low:high] = torch.where(better, keep, self.keep[low:high])
-        self._change(low, high, torch.where(better, chosen - old, torch.zeros_like(old)))
+        return divided(groups, width, pattern.of)
+    size = end_of(groups, 0, width)
+    return divided(groups, width, _SHARE_AT_ONCE) if size > _SHARE_AT_ONCE else groups[:: -(-_SHARE_AT_ONCE // size)]

@@ -40,6 +40,7 @@ from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import LowRank
+from slimlm.core.polish import polish
 from slimlm.core.sweep import (
     Inverse,
     Order,
@@ -49,7 +50,6 @@ from slimlm.core.sweep import (
     conditioned,
     inverse_of,
     order_of,
-    polish,
     rounded_sweep,
     unrounded_sweep,
 )

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = Path("examples/pystd-5m")
 INSTALL = "python -m pip install "
-SECONDS = 600
-"""A page compresses a five-million-parameter model three times at most: a minute on an idle machine."""
+SECONDS = 1200
+"""A page compresses a five-million-parameter model three times at most, once by `best`: three minutes on an idle machine."""
 
 
 @dataclass(frozen=True)

@@ -26,3 +26,7 @@ class CheckpointError(SlimlmError):
 
 class NumericsError(SlimlmError):
     """NaN or infinity where a number was needed."""
+
+
+class KernelError(SlimlmError):
+    """Kernels that were asked for and cannot be had."""

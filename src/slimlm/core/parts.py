@@ -234,7 +234,7 @@ class LowRank(_Stored):
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "LowRank":
         def factor(side: str, width: int) -> Elementwise:
-            own = _under(side, tensors)
+            own = under(side, tensors)
             return _ELEMENTWISE[about[side]["kind"]].rebuild(about[side], own, (about["rank"], width), None)
 
         return cls(factor("left", shape[0]), factor("right", shape[1]))
@@ -276,7 +276,7 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}_{name}" if name else prefix
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors named `prefix` or `prefix_...`, by the rest of their names."""
     return {n[len(prefix) :].removeprefix("_"): t for n, t in tensors.items() if n == prefix or n.startswith(prefix + "_")}
 
@@ -298,7 +298,7 @@ def unpack_parts(descriptions: list[Description], tensors: dict[str, Tensor], sh
     """The inverse of `pack_parts`; raises CheckpointError when a description and its tensors disagree."""
     parts: list[Part] = []
     for i, about in enumerate(descriptions):
-        own = _under("weight" if i == 0 else f"extra{i}", tensors)
+        own = under("weight" if i == 0 else f"extra{i}", tensors)
         kind = about.get("kind")
         try:
             if i == 0 and "" in own:

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.core.parts import Description, Part, pack_parts, unpack_parts
-from slimlm.runtime.backends.reference import Reference
+from slimlm.core.parts import Description, Part, pack_parts
+from slimlm.runtime.backends import Stored
+from slimlm.runtime.choose import Choice, Kernels, choose
 
 
 class CompressedLinear(nn.Module):
     """A linear layer whose weight is a sum of packed parts.
 
     Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it never
-    changes them (only the bias follows a cast).
+    changes them (only the bias follows a cast). Who multiplies is chosen at the first product, or by `use_kernels`.
     """
 
     def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
@@ -25,7 +26,9 @@ class CompressedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._prepared: Tensor | None = None
+        self.kernels: Kernels = "reference"
+        self._choice: Choice | None = None
+        self._prepared: Any = None
 
     @classmethod
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
@@ -58,15 +61,31 @@ class CompressedLinear(nn.Module):
 
     def parts(self) -> tuple[Part, ...]:
         """The parts, unpacked."""
-        return unpack_parts(self.descriptions, self.packed(), (self.out_features, self.in_features))
+        return self.stored().parts()
+
+    def stored(self) -> Stored:
+        """The parts as they are stored, for a backend to prepare."""
+        return Stored((self.out_features, self.in_features), self.descriptions, self.packed(), self.bias)
+
+    def use_kernels(self, kernels: Kernels) -> Choice:
+        """Choose who multiplies from now on; raises KernelError where kernels asked for by name do not take this layer."""
+        self.kernels = kernels
+        self._choice, self._prepared = choose(self.stored(), kernels), None
+        return self._choice
+
+    def prepare(self, prepared: Any = None) -> Any:
+        """Repack for the chosen backend now rather than at the first product, or take what was repacked before."""
+        choice = self._choice or self.use_kernels(self.kernels)
+        self._prepared = choice.backend.prepare(self.stored()) if prepared is None else prepared
+        return self._prepared
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         prepared = self._prepared
-        if prepared is None or prepared.dtype != x.dtype or prepared.device != x.device:
-            prepared = self._prepared = _REFERENCE.prepare(self.parts(), x.dtype)
-        y = _REFERENCE.matmul(x, prepared)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if prepared is None:
+            prepared = self.prepare()
+        assert self._choice is not None
+        return self._choice.backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:
         kinds = " + ".join(d["kind"] for d in self.descriptions)
@@ -74,7 +93,7 @@ class CompressedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._prepared = None
+        self._choice = self._prepared = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         before = self.packed()
@@ -83,8 +102,5 @@ class CompressedLinear(nn.Module):
             new = getattr(self, name)
             if new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
-        self._prepared = None
+        self._choice = self._prepared = None
         return self
-
-
-_REFERENCE = Reference()

@@ -1,21 +1,45 @@
 """Ways to multiply by a sum of parts. `reference` is always right; faster ones answer for it or say why not."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from slimlm.core.parts import Part
+from slimlm.core.parts import Description, Part, unpack_parts
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer's parts as they lie in a checkpoint; a kernel packs them without making a dense matrix of them."""
+
+    shape: tuple[int, int]
+    """out, in"""
+    descriptions: Sequence[Description]
+    tensors: dict[str, Tensor]
+    bias: Tensor | None
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts, unpacked."""
+        return unpack_parts(list(self.descriptions), self.tensors, self.shape)
 
 
 class Backend(Protocol):
     """One way to multiply activations by a layer's parts."""
 
-    def refuses(self, parts: tuple[Part, ...], device: torch.device) -> str | None:
+    name: str
+
+    def refuses(self, stored: Stored) -> str | None:
         """None when it can; otherwise the reason, in words for the user."""
 
-    def prepare(self, parts: tuple[Part, ...], dtype: torch.dtype) -> Any:
-        """Repack once, at load or first use, for activations of this dtype."""
+    def prepare(self, stored: Stored) -> Any:
+        """Repack once, at load or first use."""
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """`[..., in]` to `[..., out]`, the bias added, in the dtype of x."""

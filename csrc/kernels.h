@@ -1,0 +1,95 @@
+// The C interface of slimlm's CPU kernels. Everything Python calls is declared here; no other symbol is exported.
+//
+// A layer y = x W^T + bias, with W a sum of a base and any number of low-rank parts, is one block of bytes ("blob") that
+// `slimlm_pack` fills once, at load. It holds no pointers, so it can be written to a file and mapped again. Matrices are
+// [out, in] in row order, activations [batch, in]. Functions return 0, or an SLIMLM_* code; nothing is ever allocated for the caller.
+
+#ifndef SLIMLM_KERNELS_H
+#define SLIMLM_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SLIMLM_API __declspec(dllexport)
+#else
+#define SLIMLM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SLIMLM_ABI = 1, SLIMLM_LAYOUT = 1 };
+
+enum SlimlmError {
+    SLIMLM_OK = 0,
+    SLIMLM_BAD_ARGUMENT = 1,
+    SLIMLM_BAD_BLOB = 2,          // not a blob, another layout, or cut short
+    SLIMLM_NO_ZERO_LEVEL = 3,     // a table without the level zero under a mask that leaves out more than 2:4 does
+    SLIMLM_NOT_TWO_OF_FOUR = 4,   // more than two kept in four inputs
+    SLIMLM_WRONG_SIZE = 5,        // stored tensors do not have the sizes that the shape asks for
+    SLIMLM_NO_MEMORY = 6,
+};
+
+enum SlimlmType { SLIMLM_F32 = 0, SLIMLM_F16 = 1, SLIMLM_BF16 = 2 };
+
+enum SlimlmPrecision {
+    SLIMLM_FAST = 0,     // activations as 8-bit integers per 128 inputs, tables of levels as 7-bit integers
+    SLIMLM_PRECISE = 1,  // activations as 16-bit integers, tables as 12-bit integers
+};
+
+// One stored matrix, as a checkpoint holds it (docs/checkpoint-format.md).
+typedef struct SlimlmMatrix {
+    int64_t rows, columns;        // of the stored matrix; the left factor of a low-rank part is stored transposed
+    int32_t transposed;           // 1: the matrix that multiplies is the transpose of the stored one
+    int32_t bits;                 // 2 to 8; 0: plain values of `type`
+    int32_t type;                 // SlimlmType of `values` where bits is 0
+    int32_t two_of_four;          // 1: lay out as 2:4; 0: a mask, if any, becomes zero codes
+    const void* values;           // codes, rows of packed bits; or plain values
+    int64_t values_bytes;
+    const uint8_t* keep;          // one bit per weight, rows start on bytes; NULL: all stay
+    const void* scale;            // [scale_rows, scale_columns], NULL for plain values
+    int32_t scale_type;           // SLIMLM_F16 or SLIMLM_F32
+    int64_t scale_rows, scale_columns;
+    int64_t group;                // inputs that share a scale; 0: the whole row or matrix
+    const uint16_t* levels;       // float16 [2^bits]; NULL: the even grid
+    const uint16_t* input_scale;  // float16 [columns]; NULL: ones
+} SlimlmMatrix;
+
+SLIMLM_API int slimlm_abi(void);
+
+// The variants that this library holds and this processor can run, best first, separated by spaces.
+SLIMLM_API const char* slimlm_variants(void);
+// The variants that were built but that this processor cannot run, likewise.
+SLIMLM_API const char* slimlm_unusable(void);
+// Use the variant of this name from now on; SLIMLM_BAD_ARGUMENT where there is none.
+SLIMLM_API int slimlm_use(const char* variant);
+SLIMLM_API const char* slimlm_active(void);
+
+// Bytes of the blob of a layer: matrices[0] is the base, then right and left factor of each low-rank part in turn.
+// Negative: minus an error code.
+SLIMLM_API int64_t slimlm_packed_bytes(const SlimlmMatrix* matrices, int32_t count);
+SLIMLM_API int slimlm_pack(const SlimlmMatrix* matrices, int32_t count, uint8_t* blob, int64_t bytes);
+// What matrix `index` of a blob (counted as in `slimlm_pack`) stands for in products of this precision: float32, a left
+// factor as [out, rank].
+SLIMLM_API int slimlm_unpack(const uint8_t* blob, int64_t bytes, int32_t index, int32_t precision, float* dense);
+
+// Whether a blob from a file is whole: sizes, layout and the sum over its headers.
+SLIMLM_API int slimlm_verify(const uint8_t* blob, int64_t bytes);
+
+typedef struct SlimlmProduct {
+    const uint8_t* blob;
+    int64_t blob_bytes;
+    const float* bias;  // [out] or NULL
+    void* y;            // [batch, out], type as x
+} SlimlmProduct;
+
+// Several layers of one input x [batch, in] (q, k and v; gate and up): what they share is done once.
+SLIMLM_API int slimlm_products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch,
+                               int64_t in, int32_t precision, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

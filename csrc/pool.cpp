@@ -1,0 +1,136 @@
+#include "pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace slimlm {
+namespace {
+
+constexpr int kMostThreads = 256;
+// Some tens of microseconds: longer than the gap between two products of one decoder block, shorter than anyone notices.
+constexpr int kSpins = 4000;
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Pool {
+public:
+    void run(int threads, int64_t jobs, Job job, void* context) {
+        grow(threads - 1);
+        job_ = job;
+        context_ = context;
+        jobs_ = jobs;
+        helpers_ = threads - 1;
+        next_.store(0);
+        open_.store(true);
+        epoch_.fetch_add(1);
+        if (sleeping_.load() > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            wake_.notify_all();
+        }
+        claim();
+        open_.store(false);
+        // A thread that is inside may still be at a job; one that comes later finds the call closed.
+        while (inside_.load() > 0) relax();
+    }
+
+    std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+private:
+    void claim() {
+        for (int64_t i = next_.fetch_add(1); i < jobs_; i = next_.fetch_add(1)) job_(context_, i);
+    }
+
+    void grow(int wanted) {
+        while (count_ < wanted && count_ < kMostThreads) {
+            try {
+                std::thread(&Pool::serve, this, count_).detach();
+            } catch (const std::system_error&) {
+                return;  // the system gives no more threads; those there are, and the caller, do the work
+            }
+            ++count_;
+        }
+    }
+
+    void serve(int index) {
+        uint64_t seen = 0;
+        for (;;) {
+            int spins = 0;
+            while (epoch_.load() == seen && ++spins < kSpins) relax();
+            if (epoch_.load() == seen) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                sleeping_.fetch_add(1);
+                wake_.wait(lock, [&] { return epoch_.load() != seen; });
+                sleeping_.fetch_sub(1);
+            }
+            seen = epoch_.load();
+            inside_.fetch_add(1);
+            if (open_.load() && index < helpers_) claim();
+            inside_.fetch_sub(1);
+        }
+    }
+
+    Job job_ = nullptr;
+    void* context_ = nullptr;
+    int64_t jobs_ = 0;
+    int helpers_ = 0;
+    int count_ = 0;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> epoch_{0};
+    alignas(64) std::atomic<int> inside_{0};
+    std::atomic<bool> open_{false};
+    std::atomic<int> sleeping_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Never destroyed: its threads may outlive static destructors.
+Pool* the_pool() {
+    Pool* found = pool.load();
+    if (found) return found;
+    auto* made = new Pool;
+    if (!pool.compare_exchange_strong(found, made)) {
+        delete made;
+        return found;
+    }
+#if !defined(_WIN32)
+    // A forked child has none of the threads; it starts with a new pool.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+    (void)registered;
+#endif
+    return made;
+}
+
+}  // namespace
+
+void share(int threads, int64_t jobs, Job job, void* context) {
+    if (threads > 1 && jobs > 1) {
+        Pool* shared = the_pool();
+        if (!shared->busy.test_and_set()) {
+            shared->run(threads < kMostThreads ? threads : kMostThreads, jobs, job, context);
+            shared->busy.clear();
+            return;
+        }
+    }
+    for (int64_t i = 0; i < jobs; ++i) job(context, i);
+}
+
+}  // namespace slimlm

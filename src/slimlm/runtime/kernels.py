@@ -1,0 +1,168 @@
+"""The CPU kernels as Python functions: pack a layer into one block of bytes, multiply by it.
+
+What the C functions want and give is said in csrc/kernels.h, the layout of the bytes in csrc/layout.h.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import CheckpointError, KernelError
+from slimlm.runtime import native
+
+Precision = Literal["fast", "precise"]
+"""Activations as 8-bit or as 16-bit integers, one scale for 128 of them."""
+
+LAYOUT = "cpu-1"
+"""Names the layout of the bytes, for files that hold them (csrc/kernels.h: SLIMLM_LAYOUT)."""
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PRECISIONS = {"fast": 0, "precise": 1}
+_ERRORS = {
+    1: "an argument that the kernels do not take",
+    2: "a packed layer that is damaged, or of another layout",
+    3: "a mask that leaves weights out under a table of levels without zero",
+    4: "a mask that keeps more than two of four",
+    5: "stored tensors of other sizes than the layer's shape asks for",
+    6: "not enough memory",
+}
+
+
+class Matrix(ctypes.Structure):
+    """One stored matrix; mirrors SlimlmMatrix."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("transposed", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("two_of_four", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("values_bytes", ctypes.c_int64),
+        ("keep", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("scale_type", ctypes.c_int32),
+        ("scale_rows", ctypes.c_int64),
+        ("scale_columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("levels", ctypes.c_void_p),
+        ("input_scale", ctypes.c_void_p),
+    )
+
+
+class _Product(ctypes.Structure):
+    """One layer of a call; mirrors SlimlmProduct."""
+
+    _fields_ = (
+        ("blob", ctypes.c_void_p),
+        ("blob_bytes", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library with its signatures; raises KernelError where there is none."""
+    found = native.library()
+    if found is None:
+        raise KernelError(f"there are no CPU kernels: {native.status().reason}")
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "slimlm_packed_bytes": (i64, [pointer, i32]),
+        "slimlm_pack": (ctypes.c_int, [pointer, i32, pointer, i64]),
+        "slimlm_unpack": (ctypes.c_int, [pointer, i64, i32, i32, pointer]),
+        "slimlm_verify": (ctypes.c_int, [pointer, i64]),
+        "slimlm_products": (ctypes.c_int, [pointer, i32, pointer, i32, i64, i64, i32, i32]),
+        "slimlm_use": (ctypes.c_int, [ctypes.c_char_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def float_type(dtype: torch.dtype) -> int:
+    """The number that the kernels know a floating-point type by."""
+    return _TYPES[dtype]
+
+
+def use(variant: str) -> None:
+    """Run this variant from now on (see `native.status`), for tests and measurements; raises KernelError for an unknown one."""
+    if _library().slimlm_use(variant.encode()):
+        raise KernelError(f"there is no variant {variant!r} of the kernels that this processor can run")
+
+
+def pack(matrices: Sequence[Matrix]) -> Tensor:
+    """A layer's bytes, uint8 `[size]`: the base, then right and left factor of each low-rank part.
+
+    Raises CheckpointError where the stored tensors do not fit their shape.
+    """
+    array = (Matrix * len(matrices))(*matrices)
+    library = _library()
+    size = library.slimlm_packed_bytes(array, len(matrices))
+    _check(-size if size < 0 else 0)
+    blob = torch.empty(size, dtype=torch.uint8)
+    _check(library.slimlm_pack(array, len(matrices), blob.data_ptr(), size))
+    return blob
+
+
+def unpack(blob: Tensor, index: int, shape: tuple[int, int], precision: Precision) -> Tensor:
+    """What matrix `index` of the bytes stands for in products of this precision: float32 `[out, in]`."""
+    dense = torch.zeros(shape)
+    _check(_library().slimlm_unpack(blob.data_ptr(), blob.numel(), index, _PRECISIONS[precision], dense.data_ptr()))
+    return dense
+
+
+def whole(blob: Tensor) -> bool:
+    """Whether bytes from a file are a packed layer of this layout, by their sizes and the sum over their headers."""
+    return _library().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
+
+
+class Packed:
+    """Layers that share an input, ready to multiply: bytes and biases, and the call's arguments made once."""
+
+    def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
+        # The call only knows addresses; these keep what lies there alive.
+        self.blobs = [blob if blob.data_ptr() % 64 == 0 else blob.clone() for blob in blobs]
+        self.biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
+        self.outs, self.width = tuple(outs), width
+        self._products = (_Product * len(blobs))()
+        for product, blob, bias in zip(self._products, self.blobs, self.biases, strict=True):
+            product.blob, product.blob_bytes = blob.data_ptr(), blob.numel()
+            product.bias = None if bias is None else bias.data_ptr()
+        self._call = _library().slimlm_products
+
+    def __call__(self, x: Tensor, precision: Precision) -> list[Tensor]:
+        """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return [y.to(x.dtype) for y in self(x.float(), precision)]
+        x = x.contiguous()
+        ys = [x.new_empty(*x.shape[:-1], out) for out in self.outs]
+        # A copy, because several threads may multiply by one layer.
+        products = type(self._products).from_buffer_copy(self._products)
+        for product, y in zip(products, ys, strict=True):
+            product.y = y.data_ptr()
+        error = self._call(
+            products,
+            len(ys),
+            x.data_ptr(),
+            _TYPES[x.dtype],
+            x.shape[:-1].numel(),
+            self.width,
+            _PRECISIONS[precision],
+            torch.get_num_threads(),
+        )
+        if error:
+            _check(error)
+        return ys
+
+
+def _check(error: int) -> None:
+    if error:
+        raise CheckpointError(f"the CPU kernels found {_ERRORS.get(error, f'error {error}')}")

@@ -63,7 +63,7 @@ def recipe_file(folder: Path, text: str) -> Path:
     return path
 
 
-VERBS = ["compress", "plan", "eval", "generate", "inspect", "methods", "demo"]
+VERBS = ["compress", "plan", "eval", "generate", "inspect", "methods", "demo", "doctor"]
 
 
 def test_the_verbs_are_these() -> None:

@@ -23,6 +23,7 @@ from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
+from slimlm import doctor as diagnosis
 from slimlm.blockwise import Progress as Reporter
 from slimlm.core import registry
 from slimlm.core.errors import DataError, RecipeError, SlimlmError
@@ -310,6 +311,18 @@ def demo(
         output.print(continuation, markup=False, highlight=False)
     if out is not None:
         output.print(f"\nkept: {out}   try: slimlm generate {out} --prompt 'def main('", markup=False, highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine and this installation offer: versions, memory, GPU, CPU kernels; and what to do where they lack."""
+    found = diagnosis.examine()
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    output.print(diagnosis.table(found))
+    for words in found.advice or ("all is well",):
+        output.print(f"\n{words}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _method(kind: str, name: str) -> dict[str, Any]:

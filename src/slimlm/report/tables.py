@@ -30,6 +30,16 @@ def plain_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
     return table
 
 
+def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """A name and what is to be said of it, one line each."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def layers_table(record: Record) -> Table:
     """A row per layer."""
     rows = (
@@ -118,12 +128,7 @@ def summary_table(record: Record) -> Table:
         *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+    return pairs_table(rows)
 
 
 def _matched_row(record: Record) -> list[tuple[str, str]]:

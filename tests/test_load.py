@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -284,3 +287,15 @@ def test_kept_packings_are_no_part_of_the_checkpoint(copy: Path) -> None:
     record = checkpoint.read_record(copy)
     checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
     assert checkpoint.read_record(copy)["files"].keys() == record["files"].keys()
+
+
+def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(packed, cache / "snapshots" / "abc123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    code = "import slimlm; print(sum(p.numel() for p in slimlm.load('me/tiny').parameters()))"
+    there = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=there)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(parameter.numel() for parameter in slimlm.load(packed).parameters())

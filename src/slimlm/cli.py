@@ -198,7 +198,11 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, of one model or of two side by side."""
     where = pick_device(device)
-    models = [open_any(source) for source in (model, against) if source is not None]
+    sources = [source for source in (model, against) if source is not None]
+    for folder in map(Path, sources):
+        if (folder / checkpoint.RECORD).is_file():
+            checkpoint.verify_files(folder)
+    models = [open_any(source) for source in sources]
     context = min(context_length(opened.model) or sys.maxsize for opened in models)
     window = length or min(context, 2048)
     if window > context:

@@ -1,52 +1,193 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-Importing this module registers the format with transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` works
-after `import slimlm`.
+`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
+what was read and can be dropped again, and nothing twice. Importing this module also registers the format with
+transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` works after `import slimlm`; what that holds in
+memory is up to transformers.
 """
 
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimlm.core.errors import CheckpointError
-from slimlm.models.opening import read_config, without_bars
+from slimlm.models.opening import fetch, read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+from slimlm.storage.kernel_cache import kept_or_made
+from slimlm.storage.mapping import map_file
+
+Tell = Callable[[str], None]
+Release = Callable[[Iterable[Tensor]], int]
+"""Drops the pages of those of these tensors that are views of a file; gives the bytes dropped."""
 
 
-def load(source: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+class Kernels(Protocol):
+    """What `load` asks of a kernel backend that has a packing of its own."""
+
+    @property
+    def layout(self) -> str:
+        """Names the packing and its version: another packing of the same layer has another name (a part of a file's name)."""
+
+    def refuses(self, layer: CompressedLinear) -> str | None:
+        """None where it can run this layer; otherwise the reason, which is told."""
+
+    def prepare(self, layer: CompressedLinear) -> Tensor:
+        """The layer in the backend's own packing, uint8 `[bytes]`, which holds everything but the bias."""
+
+    def adopt(self, layer: CompressedLinear, packed: Tensor) -> None:
+        """Let the layer run on this packing from now on; the tensor may be a view of a file."""
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    kernels: Kernels | None = None,
+    keep: bool = True,
+    tell: Tell = _warn,
+) -> PreTrainedModel:
     """A compressed model from its folder (or a hub name), in the dtype of its original or the one given.
 
-    Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model.
+    Its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
+    outside the compressed layers that another dtype was asked for are copies. With `kernels`, each layer is packed as that
+    backend wants it, one at a time, and the pages of its stored tensors are dropped; with `keep` the packed layers
+    are written beside the checkpoint and mapped by the next load. `tell` hears what a user should know of that.
+
+    Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model. The
+    files' sizes and headers are checked, not their checksums: `slimlm inspect` does that.
     """
     source = str(source)
-    method = (read_config(source).get("quantization_config") or {}).get("quant_method")
-    if method != checkpoint.METHOD:
+    about = read_config(source).get("quantization_config") or {}
+    if about.get("quant_method") != checkpoint.METHOD:
         raise CheckpointError(
-            f"{source} is not a slimlm checkpoint (quant_method: {method or 'none'}); compress it first with "
-            "'slimlm compress', or open a dense model with transformers"
+            f"{source} is not a slimlm checkpoint (quant_method: {about.get('quant_method') or 'none'}); compress it first "
+            "with 'slimlm compress', or open a dense model with transformers"
         )
-    if Path(source).is_dir():
-        checkpoint.verify_files(Path(source))
+    checkpoint.check_format(about.get("format"), source)
     try:
-        with without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, trust_remote_code=False
-            )
+        folder = fetch(source)
+        layers = read_config(str(folder))["quantization_config"]["layers"]
+        files = [map_file(path) for path in checkpoint.check_files(folder)]
+
+        def release(tensors: Iterable[Tensor]) -> int:
+            wanted = list(tensors)
+            return sum(file.release(wanted) for file in files)
+
+        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        packed = {layer: _taken(stored, layer, entry["tensors"]) for layer, entry in layers.items()}
+        model, info = _filled(folder, packed, _widened(stored, dtype, release), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
+    model.name_or_path = model.config.name_or_path = source
+    if kernels is not None:
+        _give(kernels, model, folder, release, keep=keep, tell=tell)
     return model.eval().requires_grad_(False)
+
+
+def _taken(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
+    """Take a compressed layer's tensors out of those stored; raises CheckpointError where they are not as described."""
+    found = {}
+    for name, (dtype, shape) in described.items():
+        tensor = stored.pop(f"{layer}.{name}", None)
+        if tensor is None or (tensor.dtype, list(tensor.shape)) != (getattr(torch, dtype), shape):
+            kind = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(f"{layer}.{name} should be {dtype} {shape}, but {kind} is stored; the checkpoint is damaged")
+        found[name] = tensor
+    return found
+
+
+def _widened(stored: dict[str, Tensor], dtype: torch.dtype | str, release: Release) -> dict[str, Tensor]:
+    """The tensors in the wider dtype asked for, cast one by one.
+
+    Transformers would cast them too, but several at a time, with the originals in memory meanwhile. A cast to a
+    wider dtype changes no value; a narrower one is left to transformers, which knows what a model keeps wide.
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype):
+        return stored
+    found = {}
+    for name, tensor in stored.items():
+        widens = tensor.is_floating_point() and torch.promote_types(tensor.dtype, wanted) == wanted != tensor.dtype
+        found[name] = tensor.to(wanted) if widens else tensor
+        if widens:
+            release([tensor])
+    return found
+
+
+def _filled(
+    folder: Path, packed: dict[str, dict[str, Tensor]], others: dict[str, Tensor], dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model that a folder's config describes, made of these tensors, and what transformers says of the others.
+
+    Transformers takes tensors in place of files only from a model's own class, so the class is found by an empty model.
+    It spends a millisecond on each tensor, of which compressed layers have several: it is given layers with one, `weight`,
+    which the initialization of some models looks at.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with without_bars(), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config, layers = empty.config, dict(config.quantization_config["layers"])
+    short = {name: {**entry, "tensors": {"weight": entry["tensors"]["weight"]}} for name, entry in layers.items()}
+    config.quantization_config = {**config.quantization_config, "layers": short}
+    given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
+    with without_bars():
+        model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
+    for name, entry in layers.items():
+        swap(model, name, CompressedLinear(tuple(entry["shape"]), entry["parts"], packed[name], model.get_submodule(name).bias))
+    for described in (model.config.quantization_config, model.hf_quantizer.quantization_config):
+        described.layers = layers
+    model.generation_config = _generation_config(folder)
+    return model, info
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """As transformers finds it: in its own file, or else what the model's config says of generation."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+def _give(kernels: Kernels, model: PreTrainedModel, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
+    """Let every layer that the backend does not refuse run on the backend's packing; tell which are refused and why."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    reasons = {name: kernels.refuses(layer) for name, layer in layers.items()}
+    for reason in sorted({reason for reason in reasons.values() if reason is not None}):
+        names = [name for name, own in reasons.items() if own == reason]
+        tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
+    taken = [name for name, reason in reasons.items() if reason is None]
+
+    def make(name: str) -> Tensor:
+        packed = kernels.prepare(layers[name])
+        release(layers[name].packed().values())
+        return packed
+
+    if keep:
+        blobs = kept_or_made(folder, kernels.layout, checkpoint.fingerprint(folder), taken, make, tell)
+    else:
+        blobs = {name: make(name) for name in taken}
+    # Once more for all: pages that two layers share were kept until now.
+    release(tensor for name in taken for tensor in layers[name].packed().values())
+    for name in taken:
+        kernels.adopt(layers[name], blobs[name])
 
 
 class _CheckpointConfig(PreTrainedConfig):
@@ -81,7 +222,7 @@ class SlimlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
-                checkpoint.verify_files(Path(file).parent)
+                checkpoint.check_files(Path(file).parent)
         for name, about in self.quantization_config.layers.items():
             swap(model, name, CompressedLinear.empty(about))
         return model

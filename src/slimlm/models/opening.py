@@ -75,6 +75,12 @@ def folder_of(source: str) -> Path:
     return path if path.is_dir() else Path(snapshot_download(source, local_files_only=True))
 
 
+def fetch(source: str) -> Path:
+    """The folder that holds a model's config and weights; a hub name is downloaded first, as far as it is not here yet."""
+    path = Path(source)
+    return path if path.is_dir() else Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None where it has no tokenizer files; raises ModelError where they cannot be read."""
     try:

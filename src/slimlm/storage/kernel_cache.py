@@ -1,0 +1,209 @@
+"""What a kernel backend packs a checkpoint's layers into, kept beside the checkpoint, so that it is made once.
+
+    OUT/.cache/huggingface/slimlm/kernels-LAYOUT.safetensors
+
+holds one uint8 tensor per layer, each beginning at a multiple of 64 bytes of the file, and as metadata the layout and
+the fingerprint of the checkpoint it was made from. The folder `.cache/huggingface` is the one that the hub's tools never
+upload, and no `*.safetensors` of the checkpoint's own folder matches a file in there, so the cache is neither shipped
+nor counted. It may be deleted at any time.
+
+The file is written layer by layer beside its place and renamed when it is complete, so what bears the name is whole.
+Its bytes are not summed at each load; its header, size, layout and fingerprint are checked.
+"""
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import CheckpointError
+from slimlm.storage.mapping import MappedFile, map_file
+
+ALIGNMENT = 64
+_VERSION = "1"
+_PADDING = "#"
+"""begins the names of the tensors that fill the gaps; no layer's name does"""
+_ABANDONED = 3600.0
+"""seconds after which a half-written file that nobody writes to is removed: its process was killed"""
+
+
+class _CannotKeepError(Exception):
+    """The cache cannot be written; says why."""
+
+
+def cache_path(folder: Path, layout: str) -> Path:
+    """Where the packed layers of a checkpoint lie for one layout (letters, digits, dots, dashes and underscores)."""
+    assert re.fullmatch(r"[\w.-]+", layout, re.ASCII), f"a kernel layout is called {layout!r}"
+    return folder / ".cache" / "huggingface" / "slimlm" / f"kernels-{layout}.safetensors"
+
+
+def kept_or_made(
+    folder: Path,
+    layout: str,
+    fingerprint: str,
+    names: Sequence[str],
+    make: Callable[[str], Tensor],
+    tell: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """The packed layers by name: views of the cache; made, and kept for the next load, where there is no good cache.
+
+    `make` gives one layer's bytes, uint8 `[bytes]`, and is called in the order of `names`, one result being held at a
+    time. Where the cache cannot be written, `tell` hears why and all results are held in memory instead.
+    """
+    kept = open_cache(folder, layout, fingerprint, names, tell)
+    if kept is not None:
+        return kept
+    try:
+        with CacheWriter(folder, layout, fingerprint, names) as writer:
+            for name in names:
+                writer.add(name, make(name))
+            return writer.finish()
+    except _CannotKeepError as error:
+        path = cache_path(folder, layout)
+        tell(f"packed layers cannot be kept in {path} ({error}), so they take memory of their own and each load packs anew")
+    return {name: make(name) for name in names}
+
+
+def open_cache(
+    folder: Path, layout: str, fingerprint: str, names: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, Tensor] | None:
+    """The packed layers as views of the cache, or None where there is none that fits; `tell` hears what is wrong with it."""
+    path = cache_path(folder, layout)
+    if not path.is_file():
+        return None
+    try:
+        found = map_file(path)
+        wrong = _misfit(found, layout, fingerprint, names)
+    except (CheckpointError, OSError) as error:
+        wrong = f"is damaged: {error}"
+    if wrong is None:
+        return _layers(found)
+    tell(f"the packed layers in {path} are made anew: the file {wrong}")
+    return None
+
+
+def _misfit(found: MappedFile, layout: str, fingerprint: str, names: Sequence[str]) -> str | None:
+    """Why a mapped cache is not the one looked for, or None where it is."""
+    about = found.metadata
+    if about.get("slimlm_kernels") != _VERSION or about.get("layout") != layout:
+        return f"holds version {about.get('slimlm_kernels')}, layout {about.get('layout')}, not {_VERSION}, {layout}"
+    if about.get("fingerprint") != fingerprint:
+        return "was made from another checkpoint"
+    layers = _layers(found)
+    if layers.keys() != set(names):
+        return f"holds {len(layers)} layers where {len(names)} others are looked for"
+    if any(t.dtype != torch.uint8 or t.ndim != 1 or t.data_ptr() % ALIGNMENT for t in layers.values() if t.numel()):
+        return "holds tensors that are no packed layers"
+    return None
+
+
+def _layers(found: MappedFile) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_PADDING)}
+
+
+class CacheWriter:
+    """Writes a cache layer by layer, holding none of them; what was written is removed unless `finish` was reached.
+
+    `names` are the layers that will be added, in any order; they say how much room the header needs.
+    """
+
+    def __init__(self, folder: Path, layout: str, fingerprint: str, names: Sequence[str]) -> None:
+        self._path = cache_path(folder, layout)
+        self._metadata = {"slimlm_kernels": _VERSION, "layout": layout, "fingerprint": fingerprint}
+        self._names = frozenset(names)
+        self._entries: dict[str, tuple[int, int]] = {}
+        """begin and end of each tensor in the data, padding included"""
+        self._room = _header_room(self._metadata, self._names)
+        self._partial = self._path.with_name(f".{self._path.name}.partial-{secrets.token_hex(4)}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self._path)
+            self._file = self._partial.open("xb")
+            self._file.seek(self._room)
+        except OSError as error:
+            raise _CannotKeepError(error.strerror or str(error)) from error
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError as refused:  # the last buffer does not fit on the disk
+            if error is None:
+                raise _CannotKeepError(refused.strerror or str(refused)) from refused
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def add(self, name: str, blob: Tensor) -> None:
+        """Write one layer's bytes, uint8 `[bytes]` on the CPU."""
+        assert name in self._names and name not in self._entries, f"{name} was not announced, or comes twice"
+        assert blob.dtype == torch.uint8 and blob.ndim == 1 and blob.is_contiguous() and blob.device.type == "cpu"
+        begin = max((end for _, end in self._entries.values()), default=0)
+        padding = -blob.numel() % ALIGNMENT
+        try:
+            self._file.write(blob.numpy().data)
+            self._file.write(bytes(padding))
+        except OSError as error:
+            raise _CannotKeepError(error.strerror or str(error)) from error
+        self._entries[name] = begin, begin + blob.numel()
+        if padding:
+            self._entries[f"{_PADDING}{len(self._entries)}"] = begin + blob.numel(), begin + blob.numel() + padding
+
+    def finish(self) -> dict[str, Tensor]:
+        """Put the finished file in its place and give its layers as views of it."""
+        assert self._names <= self._entries.keys(), "layers that were announced are missing"
+        header = _header(self._metadata, self._entries)
+        assert len(header) <= self._room
+        try:
+            self._file.seek(0)
+            self._file.write((self._room - 8).to_bytes(8, "little") + header[8:].ljust(self._room - 8))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            layers = _layers(map_file(self._partial))
+            self._partial.replace(self._path)
+            _sync_folder(self._path.parent)
+        except OSError as error:
+            raise _CannotKeepError(error.strerror or str(error)) from error
+        return layers
+
+
+def _header(metadata: dict[str, str], entries: dict[str, tuple[int, int]]) -> bytes:
+    """The beginning of a safetensors file whose tensors are rows of bytes."""
+    about: dict[str, Any] = {"__metadata__": metadata}
+    for name, (begin, end) in entries.items():
+        about[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+    text = json.dumps(about, separators=(",", ":")).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_room(metadata: dict[str, str], names: frozenset[str]) -> int:
+    """Bytes that the header of these layers and their padding cannot exceed, a multiple of the alignment."""
+    most = 10**18
+    every = [*names, *(f"{_PADDING}{most + i}" for i in range(len(names)))]
+    return -(-len(_header(metadata, dict.fromkeys(every, (most, 2 * most)))) // ALIGNMENT) * ALIGNMENT
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove half-written files that a killed process left beside `path`."""
+    for partial in path.parent.glob(f".{path.name}.partial-*"):
+        if time.time() - partial.stat().st_mtime > _ABANDONED:
+            partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in this folder outlast a power cut, where the system can open folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Safetensors files mapped into memory: tensors that are views of the file, and give their pages back.
+
+A view costs address space; its pages are read when something reads the tensor, and the system may drop them again. The
+mapping is private: writing to a tensor changes this process's copy of the page and never the file. A mapped file must
+not be changed or cut short in place; replacing it by renaming another over it is fine.
+"""
+
+import json
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slimlm.core.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The tensors of one safetensors file, none of them read yet."""
+
+    tensors: dict[str, Tensor]
+    """by name, in the order of the file; each has a storage of its own, which keeps the mapping alive"""
+    metadata: dict[str, str]
+    memory: mmap.mmap = field(repr=False)
+    start: int
+    """address of the first byte of the file"""
+
+    def release(self, tensors: Iterable[Tensor]) -> int:
+        """Drop the pages that hold nothing but these tensors; gives the bytes dropped, 0 where the system cannot.
+
+        Reading a tensor later reads its pages from the file again. Tensors that are not views of this file are passed
+        over. What was written to a view since it was mapped is lost, so this is for tensors that nobody writes to.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return 0
+        dropped = 0
+        for begin, end in _joined(self._spans(tensors)):
+            first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self.memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+                dropped += last - first
+        return dropped
+
+    def _spans(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """First and last byte in the file of each tensor that is a view of it."""
+        found = []
+        for tensor in tensors:
+            begin = tensor.data_ptr() - self.start
+            end = begin + tensor.numel() * tensor.element_size()
+            if tensor.device.type == "cpu" and tensor.is_contiguous() and 0 <= begin < end <= len(self.memory):
+                found.append((begin, end))
+        return found
+
+
+def map_file(path: Path) -> MappedFile:
+    """Map a safetensors file; raises CheckpointError where it is none, or is cut short, and OSError where it cannot be read."""
+    about, metadata, data = _header(path)
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {name: _view(path, memory, name, entry, data) for name, entry in about.items()}
+    start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+    return MappedFile(tensors, metadata, memory, start)
+
+
+def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+    """What a file says of each tensor, its metadata, and where its data begin, in bytes."""
+    try:
+        # Checks that the tensors lie inside the file, fill it, and do not overlap.
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(length))
+    metadata = about.pop("__metadata__", None) or {}
+    in_order = sorted(about.items(), key=lambda entry: entry[1]["data_offsets"])
+    return dict(in_order), metadata, 8 + length
+
+
+def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data: int) -> Tensor:
+    """One tensor as a view of the mapping; a copy where the file does not align it."""
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(_DTYPES)}")
+    dtype, shape, begin = _DTYPES[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
+    if prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    if begin % dtype.itemsize:
+        raw = bytearray(memory[begin : begin + prod(shape) * dtype.itemsize])
+        return torch.frombuffer(raw, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=begin).view(shape)
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch or overlap as one, so that a page shared by two neighbours counts as wholly theirs."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((begin, end))
+    return joined

@@ -1,0 +1,301 @@
+"""`slimlm.load` gives what transformers gives, holds nothing twice, and packs one layer at a time."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import slimlm
+from slimlm.core.errors import CheckpointError
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import LowRank, Pruned, Uniform
+from slimlm.models.structure import blocks_of, linears_of
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage import checkpoint
+from slimlm.storage.kernel_cache import cache_path
+
+from .conftest import ENDS, FAMILIES, random_model, save
+from .storage.test_mapping import MIB, needs_smaps, resident
+
+IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
+DTYPES = ["auto", "float32", torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(scope="module", params=itertools.product(sorted(FAMILIES), ["float32", "bfloat16"]), ids="-".join)
+def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Every family's checkpoint, from two dtypes."""
+    family, stored = request.param
+    folder = tmp_path_factory.mktemp("load")
+    save(random_model(family, getattr(torch, stored)), folder / "dense")
+    slimlm.compress(folder / "dense", folder / "out", recipe="slim", data=str(text_file), samples=4, length=32)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=32)
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """A copy to add to or to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of layers of random parts, 0.4 to 1.7 MB each, beside embeddings of 8 MB in bfloat16."""
+    width, inner = 1024, 4096
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        vocab_size=4096,
+        dtype="bfloat16",
+        **ENDS,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(rows: int, columns: int) -> Uniform:
+        codes = torch.randint(-7, 8, (rows, columns), generator=generator, dtype=torch.int8)
+        return Uniform(codes, (0.01 + 0.01 * torch.rand(rows, 1, generator=generator)).half(), 4, "row")
+
+    layers = {}
+    for block, module in blocks_of(model).items():
+        for name, linear in linears_of(module).items():
+            rows, columns = linear.weight.shape
+            keep = choose(torch.rand(rows, columns, generator=generator), Pattern.parse("2:4"))
+            parts = Pruned(uniform(rows, columns), keep, "2:4"), LowRank(uniform(32, rows), uniform(32, columns))
+            layers[f"{block}.{name}"] = CompressedLinear.from_parts(parts, None)
+    tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in layers:
+            tensors[name] = torch.randn(parameter.shape, generator=generator).bfloat16()
+    folder = tmp_path_factory.mktemp("wide")
+    checkpoint.write_weights(folder, tensors)
+    checkpoint.write_config(folder, config.to_dict(), {name: layer.about() for name, layer in layers.items()})
+    checkpoint.write_record(folder, {})
+    return folder
+
+
+def compressed(model: PreTrainedModel) -> dict[str, CompressedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def shard(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+class Bytes:
+    """A backend whose packing is a layer's stored tensors, one after another; counts what it is asked."""
+
+    layout = "bytes-1"
+
+    def __init__(self, refused: str = "", watched: Path | None = None) -> None:
+        self.refused, self.watched = refused, watched
+        self.prepared: list[CompressedLinear] = []
+        self.resident: list[int] = []
+
+    def refuses(self, layer: CompressedLinear) -> str | None:
+        return f"{layer.in_features} inputs" if str(layer.in_features) == self.refused else None
+
+    def prepare(self, layer: CompressedLinear) -> Tensor:
+        self.prepared.append(layer)
+        blob = torch.cat([tensor.flatten().view(torch.uint8) for tensor in layer.packed().values()])
+        if self.watched is not None:
+            self.resident.append(resident(self.watched))
+        return blob
+
+    def adopt(self, layer: CompressedLinear, packed: Tensor) -> None:
+        begin = 0
+        for name, tensor in layer.packed().items():
+            size = tensor.numel() * tensor.element_size()
+            setattr(layer, name, packed[begin : begin + size].clone().view(tensor.dtype).view(tensor.shape))
+            begin += size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_loaded_model_is_bit_for_bit_the_one_that_transformers_loads(out: Path, dtype: torch.dtype | str) -> None:
+    ours = slimlm.load(out, dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+    assert type(ours) is type(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    mine, other = ({**model.state_dict(), **dict(model.named_buffers())} for model in (ours, theirs))
+    assert mine.keys() == other.keys()
+    for name, tensor in other.items():
+        assert mine[name].dtype == tensor.dtype, name
+        assert torch.equal(mine[name], tensor), name
+    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+def test_a_loaded_model_describes_itself_as_the_one_that_transformers_loads(out: Path) -> None:
+    ours, theirs = slimlm.load(out), AutoModelForCausalLM.from_pretrained(out)
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.config.name_or_path == ours.name_or_path == theirs.name_or_path
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert type(ours.hf_quantizer) is type(theirs.hf_quantizer)
+    assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_tied_weights_stay_tied(tmp_path: Path, text_file: Path) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "dense")
+    slimlm.compress(folder, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
+    for dtype in ("auto", "float64", "bfloat16"):
+        model = slimlm.load(tmp_path / "out", dtype=dtype)
+        assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_generation_settings_come_from_their_own_file_where_there_is_one(copy: Path) -> None:
+    GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True, eos_token_id=3).save_pretrained(copy)
+    ours, theirs = slimlm.load(copy), AutoModelForCausalLM.from_pretrained(copy)
+    assert ours.generation_config.max_new_tokens == 7
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    (copy / "generation_config.json").unlink()
+    ours, theirs = slimlm.load(copy), AutoModelForCausalLM.from_pretrained(copy)
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_a_loaded_model_saves_what_was_loaded(packed: Path, tmp_path: Path) -> None:
+    slimlm.load(packed).save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, slimlm.load(packed)(IDS).logits)
+
+
+def test_several_shards_are_one_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slimlm.load(copy)
+    record = checkpoint.read_record(copy)
+    shard(copy).unlink()
+    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", "20KB")
+    checkpoint.write_weights(copy, model.state_dict())
+    checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
+    assert len(checkpoint.check_files(copy)) > 1
+    assert torch.equal(slimlm.load(copy)(IDS).logits, model(IDS).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(copy)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("change", ["lost", "dtype", "shape", "unknown"])
+def test_a_description_that_the_tensors_do_not_fit_is_refused(copy: Path, change: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors = load_file(shard(copy))
+    if change == "lost":
+        del tensors[name]
+    elif change == "unknown":
+        tensors["model.layers.0.mlp.nobody.weight"] = torch.zeros(3)
+        name = "model.layers.0.mlp.nobody.weight"
+    else:
+        tensors[name] = tensors[name].double() if change == "dtype" else tensors[name].flatten()[None].repeat(2, 1)
+    save_file(tensors, shard(copy), metadata={"format": "pt"})
+    record = checkpoint.read_record(copy)
+    checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        slimlm.load(copy)
+
+
+@needs_smaps
+def test_loading_reads_next_to_nothing_and_every_stored_tensor_is_a_view_of_the_file(wide: Path) -> None:
+    model = slimlm.load(wide)
+    assert resident(shard(wide)) < 2 * MIB
+    before = resident(shard(wide))
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.numel() * tensor.element_size() > MIB // 2]
+    for tensor in tensors:
+        tensor.view(torch.uint8).max()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert size > 20 * MIB
+    # Only the pages at the ends of small tensors may be missing or be there already.
+    assert resident(shard(wide)) - before > 0.95 * size
+
+
+@needs_smaps
+def test_a_cast_leaves_no_page_of_what_was_cast_in_memory(wide: Path) -> None:
+    model = slimlm.load(wide, dtype="float32")
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert resident(shard(wide)) < 2 * MIB
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_layers_on_kernels_give_the_same_logits(copy: Path, keep: bool) -> None:
+    expected = slimlm.load(copy)(IDS).logits
+    kernels = Bytes()
+    for _ in range(2):
+        assert torch.equal(slimlm.load(copy, kernels=kernels, keep=keep)(IDS).logits, expected)
+    layers = len(compressed(slimlm.load(copy)))
+    # The second load finds what the first one kept.
+    assert len(kernels.prepared) == (layers if keep else 2 * layers)
+    assert cache_path(copy, "bytes-1").is_file() == keep
+
+
+def test_refused_layers_are_told_with_the_reason_and_run_all_the_same(copy: Path) -> None:
+    told: list[str] = []
+    model = slimlm.load(copy, kernels=Bytes(refused="88"), tell=told.append)
+    assert told == ["2 of 14 layers, model.layers.0.mlp.down_proj among them, run without kernels: 88 inputs"]
+    assert torch.equal(model(IDS).logits, slimlm.load(copy)(IDS).logits)
+
+
+def test_what_is_told_is_a_warning_where_nobody_listens(copy: Path) -> None:
+    with pytest.warns(UserWarning, match="run without kernels: 88 inputs"):
+        slimlm.load(copy, kernels=Bytes(refused="88"))
+
+
+@needs_smaps
+@pytest.mark.parametrize("keep", [True, False])
+def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(wide: Path, tmp_path: Path, keep: bool) -> None:
+    folder = Path(shutil.copytree(wide, tmp_path / "wide"))
+    kernels = Bytes(watched=shard(folder))
+    model = slimlm.load(folder, kernels=kernels, keep=keep)
+    sizes = {
+        name: sum(t.numel() * t.element_size() for t in layer.packed().values()) for name, layer in compressed(model).items()
+    }
+    # Around what is read the system maps up to 64 kB that it has at hand, here around eight tensors.
+    assert max(kernels.resident) < max(sizes.values()) + 1.5 * MIB
+    assert resident(shard(folder)) < 1.5 * MIB
+    assert sum(sizes.values()) > 18 * MIB
+
+
+def test_other_weights_are_packed_anew(copy: Path, wide: Path) -> None:
+    slimlm.load(copy, kernels=Bytes())
+    record = checkpoint.read_record(copy)
+    record["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (copy / checkpoint.RECORD).write_text(json.dumps(record))
+    told: list[str] = []
+    kernels = Bytes()
+    slimlm.load(copy, kernels=kernels, tell=told.append)
+    assert len(kernels.prepared) == 14
+    assert len(told) == 1 and "was made from another checkpoint" in told[0]
+
+
+def test_kept_packings_are_no_part_of_the_checkpoint(copy: Path) -> None:
+    size, shards, print_ = checkpoint.stored_bytes(copy), checkpoint.check_files(copy), checkpoint.fingerprint(copy)
+    slimlm.load(copy, kernels=Bytes())
+    assert cache_path(copy, "bytes-1").stat().st_size > 0
+    assert (checkpoint.stored_bytes(copy), checkpoint.check_files(copy), checkpoint.fingerprint(copy)) == (size, shards, print_)
+    checkpoint.verify_files(copy)
+    record = checkpoint.read_record(copy)
+    checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
+    assert checkpoint.read_record(copy)["files"].keys() == record["files"].keys()
+
+
+def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(packed, cache / "snapshots" / "abc123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    code = "import slimlm; print(sum(p.numel() for p in slimlm.load('me/tiny').parameters()))"
+    there = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=there)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(parameter.numel() for parameter in slimlm.load(packed).parameters())

@@ -53,6 +53,20 @@ class Generated:
         steps = self.tokens.shape[1] - 1
         return self.batch * steps / self.new_seconds if steps else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: counts, seconds and rates, without the tokens."""
+        return {
+            "batch": self.batch,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.tokens.shape[1],
+            "prompt_seconds": self.prompt_seconds,
+            "new_seconds": self.new_seconds,
+            "prompt_tokens_per_second": self.prompt_rate,
+            "new_tokens_per_second": self.new_rate,
+            "stopped": self.stopped,
+            "way": self.way,
+        }
+
 
 def generate(
     model: PreTrainedModel,

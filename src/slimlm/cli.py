@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import io
 import json
 import re
 import sys
@@ -19,7 +20,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
@@ -33,13 +33,24 @@ from slimlm.evaluate.activations import ActivationFormat, rounded_activations
 from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
+from slimlm.generation import Pieces, end_tokens, room_for
+from slimlm.generation import generate as generate_tokens
 from slimlm.models.structure import context_length
 from slimlm.pipeline import DEFAULT_RECIPE, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
 from slimlm.recipe import shipped, to_toml
-from slimlm.report.tables import choices_table, layers_table, options_table, plain_table, plan_words, size, summary_table
+from slimlm.report.tables import (
+    choices_table,
+    generation_words,
+    layers_table,
+    options_table,
+    plain_table,
+    plan_words,
+    size,
+    summary_table,
+)
 from slimlm.storage import checkpoint
 
 app = typer.Typer(
@@ -233,8 +244,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Stream text from a model."""
+    """Stream text from a model; how fast it came goes to standard error."""
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
     where = pick_device(device)
@@ -244,22 +256,34 @@ def generate(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if not start + ids:
         raise SlimlmError("the prompt is empty and the tokenizer has no token to begin with; give --prompt some text")
-    room = (context_length(opened.model) or sys.maxsize) - len(start + ids)
-    if room < 1:
-        raise SlimlmError(f"the prompt has {len(start + ids)} tokens; the model's context holds {room + len(start + ids)}")
-    torch.manual_seed(seed)
-    inputs = torch.tensor([start + ids], device=where)
-    opened.model.to(where).generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=min(max_new_tokens, room),
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_k=0 if temperature > 0 else None,
-        top_p=None,
-        pad_token_id=tokenizer.eos_token_id or 0,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    room_for(opened.model, len(start + ids))
+    pieces, text = Pieces(tokenizer), io.StringIO()
+
+    def show(piece: str) -> None:
+        text.write(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    show(pieces.put(start + ids))
+    begun = len(text.getvalue())
+    made = generate_tokens(
+        opened.model.to(where),
+        torch.tensor([start + ids], device=where),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        ends=sorted({*end_tokens(opened.model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
+        each=lambda tokens: show(pieces.put(tokens)),
     )
+    show(pieces.end())
+    if as_json:
+        _print_json({"model": model, "prompt": prompt, "text": text.getvalue()[begun:], **made.to_dict()})
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    for line in generation_words(made.to_dict()):
+        notes.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(name="inspect")

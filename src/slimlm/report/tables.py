@@ -98,6 +98,17 @@ def plan_words(plan: dict[str, Any]) -> str:
     return text + f"; {single}."
 
 
+def generation_words(made: dict[str, Any]) -> tuple[str, str]:
+    """How fast a text was written, how its tokens came about and why it stopped: two lines."""
+    stopped = {"end": "an end token came", "length": "as many as asked for", "context": "the model's context is full"}
+    rate = made["new_tokens_per_second"]
+    after = f", {rate:.1f} tokens/s after the first" if rate is not None else ""
+    return (
+        f"prompt: {made['prompt_tokens']} tokens, {made['prompt_tokens_per_second']:.1f} tokens/s",
+        f"new: {made['new_tokens']} tokens{after} ({stopped[made['stopped']]}); made by {made['way']}",
+    )
+
+
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
 

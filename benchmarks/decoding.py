@@ -1,0 +1,77 @@
+"""What one token costs per block beside its matrix products: transformers' forward and slimlm's lean step.
+
+    python benchmarks/decoding.py [--threads 1] [--steps 40] [--batch 1]
+
+Random Llamas after a prompt of 100 tokens. Each round takes one token by every way in turn, in this process; medians of
+the process's CPU time, which a busy machine distorts less than the clock (with several threads it counts their waiting, too).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from slimlm.report.tables import plain_table
+from slimlm.runtime import lean
+from slimlm.runtime.joint import direct
+
+PROMPT = 100
+SIZES = {"64 wide, 8 blocks": (64, 128, 8, 4, 2), "768 wide, 12 blocks": (768, 2048, 12, 12, 12)}
+"""width, width of the mlp, blocks, heads, key heads"""
+
+
+def llama(width: int, mlp: int, blocks: int, heads: int, key_heads: int) -> LlamaForCausalLM:
+    """A random float32 Llama with a small vocabulary, so that the blocks are what is measured."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": blocks}
+    config = LlamaConfig(vocab_size=256, num_attention_heads=heads, num_key_value_heads=key_heads, **shape)
+    return LlamaForCausalLM(config).eval()
+
+
+def ways_of(model: LlamaForCausalLM, batch: int, steps: int) -> dict[str, Callable[[], object]]:
+    """One token by transformers' forward, by the lean step, and the products of the linear layers alone."""
+    prompt = torch.randint(256, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    cache, token = DynamicCache(), prompt[:, 0]
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    step = lean.LeanStep(model, batch=batch, length=PROMPT + steps)
+    step.fill(cache)
+    layers = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    products = [(direct(layer), torch.randn(batch, layer.in_features)) for layer in layers]
+    return {
+        "transformers": lambda: model(token[:, None], past_key_values=cache),
+        "lean step": lambda: step(token),
+        "products alone": lambda: [product(x) for product, x in products],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name, size in SIZES.items():
+        ways = ways_of(llama(*size), arguments.batch, arguments.steps)
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(arguments.steps):
+            for way, work in ways.items():
+                with torch.no_grad() if way == "transformers" else torch.inference_mode():
+                    began = time.process_time()
+                    work()
+                    taken[way].append((time.process_time() - began) * 1e6 / size[2])
+        rows.append((name, *(f"{median(each):.0f} ({min(each):.0f})" for each in taken.values())))
+    title = f"microseconds per block and token, median (least); {arguments.threads} threads, batch {arguments.batch}"
+    Console(width=140).print(plain_table(title, ("random Llama", *taken), rows))
+
+
+if __name__ == "__main__":
+    main()

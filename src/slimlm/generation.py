@@ -1,0 +1,219 @@
+"""Text from a model: the prompt at once, then a token at a time, with the keys and values kept in a cache of fixed size.
+
+Llama-like models are stepped through by `runtime/lean.py`; all others, and those of which something is not understood, by
+their own forward. Either way the greedy tokens are those of transformers' `generate`.
+"""
+
+import inspect
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from slimlm.core.errors import DataError, NumericsError, SlimlmError
+from slimlm.models.structure import context_length
+from slimlm.runtime import lean
+
+Step = Callable[[Tensor], Tensor]
+"""From one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
+_UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was written, and how fast."""
+
+    tokens: Tensor
+    """[batch, new] on the CPU, without the prompt; a text that ended before the others repeats its end token"""
+    batch: int
+    prompt_tokens: int
+    """of each text"""
+    prompt_seconds: float
+    """from the prompt to the first new token"""
+    new_seconds: float
+    """from the first new token to the last"""
+    stopped: Literal["end", "length", "context"]
+    """every text came to an end token; as many tokens as were asked for; the model's context is full"""
+    way: str
+    """what made the tokens after the first, in words"""
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens per second, all texts together."""
+        return self.batch * self.prompt_tokens / self.prompt_seconds
+
+    @property
+    def new_rate(self) -> float | None:
+        """New tokens per second, all texts together, from the second on (the first comes with the prompt); None: only one."""
+        steps = self.tokens.shape[1] - 1
+        return self.batch * steps / self.new_seconds if steps else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: counts, seconds and rates, without the tokens."""
+        return {
+            "batch": self.batch,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.tokens.shape[1],
+            "prompt_seconds": self.prompt_seconds,
+            "new_seconds": self.new_seconds,
+            "prompt_tokens_per_second": self.prompt_rate,
+            "new_tokens_per_second": self.new_rate,
+            "stopped": self.stopped,
+            "way": self.way,
+        }
+
+
+def generate(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ends: Sequence[int] | None = None,
+    each: Callable[[list[int]], None] | None = None,
+) -> Generated:
+    """Go on from prompts of equal length `[batch, prompt]`: the likeliest token each time, or drawn at a temperature.
+
+    Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
+    written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like model
+    is timed, its lean step is compared with its own forward on 8 tokens.
+    Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise SlimlmError(f"at least 1 new token and a temperature of 0 or more; got {max_new_tokens} and {temperature}")
+    length = prompt.shape[1]
+    if length < 1 or prompt.shape[0] < 1:
+        raise DataError("the prompt is empty; a model goes on from at least one token")
+    room = room_for(model, length)
+    count = min(max_new_tokens, room)
+    stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)
+    choose = _chooser(temperature, seed, prompt.device)
+    reason = _why_not_lean(model, length + count - 1, steps=count - 1)
+    written: list[Tensor] = []
+    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+
+    def write(tokens: Tensor) -> bool:
+        """Keep a step's tokens `[batch]`; whether every text has ended."""
+        nonlocal ended
+        if written and bool(ended.any()):
+            tokens = torch.where(ended, written[-1], tokens)
+        written.append(tokens)
+        if each is not None:
+            each(tokens.tolist())
+        if len(stops):
+            ended = ended | torch.isin(tokens, stops)
+        return bool(ended.all())
+
+    began = time.perf_counter()
+    logits, step, way = _read(model, prompt, count, reason)
+    done = write(choose(logits))
+    read = time.perf_counter()
+    with torch.inference_mode() if reason is None else torch.no_grad():
+        while not done and len(written) < count:
+            done = write(choose(step(written[-1])))
+    finished = time.perf_counter()
+    stopped: Literal["end", "length", "context"] = "end" if done else "length" if count == max_new_tokens else "context"
+    tokens = torch.stack(written, dim=1).cpu()
+    return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way)
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, by the model's generation config, else its config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def room_for(model: PreTrainedModel, prompt_tokens: int) -> int:
+    """How many tokens the model's context has room for after a prompt; raises DataError where there is none."""
+    context = context_length(model)
+    if context is not None and prompt_tokens >= context:
+        raise DataError(f"the prompt has {prompt_tokens} tokens; the model's context holds {context}, so nothing can follow")
+    return sys.maxsize if context is None else context - prompt_tokens
+
+
+class Pieces:
+    """Text out of tokens as they come; the pieces join to the whole text, and no character is torn.
+
+    Tokens are decoded with those of the piece before, on which a space at the edge may depend; tokens that end within a
+    character wait for the rest of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.before: list[int] = []
+        self.waiting: list[int] = []
+
+    def put(self, tokens: list[int]) -> str:
+        """The text that these tokens complete; may be empty."""
+        self.waiting += tokens
+        text = self._decode(self.before + self.waiting)
+        return "" if text.endswith(_UNFINISHED) else self._take(text)
+
+    def end(self) -> str:
+        """The text of what still waits, complete or not."""
+        return self._take(self._decode(self.before + self.waiting)) if self.waiting else ""
+
+    def _take(self, text: str) -> str:
+        piece = text[len(self._decode(self.before)) :]
+        self.before, self.waiting = self.waiting, []
+        return piece
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _why_not_lean(model: PreTrainedModel, length: int, *, steps: int) -> str | None:
+    """Why the tokens after the first come from the model's own forward; None: they come from the lean step."""
+    if steps == 0:
+        return "there is one token to write"
+    return lean.refuses(model, length) or lean.disagrees(model, length)
+
+
+def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None) -> tuple[Tensor, Step, str]:
+    """The logits `[batch, vocabulary]` after the prompt, what goes on from there, and its name."""
+    length = prompt.shape[1] + count - 1
+    cache, kind = (DynamicCache(), "") if reason is None else _cache(model, length)
+    logits = _forward(model, prompt, cache)
+    if reason is not None:
+        return logits, lambda tokens: _forward(model, tokens[:, None], cache), f"the model's forward with {kind} ({reason})"
+    step = lean.LeanStep(model, batch=prompt.shape[0], length=length)
+    step.fill(cache)
+    return logits, step, "the lean step"
+
+
+def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
+    """A cache of fixed size where transformers has one for this model, else one that grows; and its name."""
+    if getattr(model, "_can_compile_fullgraph", False):
+        return StaticCache(config=model.config, max_cache_len=length), "a static cache"
+    return DynamicCache(config=model.config), "a growing cache, as transformers has no static one for it"
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
+    """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(tokens, past_key_values=cache, use_cache=True, **last).logits[:, -1]
+
+
+def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From logits `[batch, vocabulary]` to tokens `[batch]`: the likeliest, or drawn with a generator of its own."""
+    if temperature == 0:
+        return lambda logits: logits.argmax(dim=-1)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(logits: Tensor) -> Tensor:
+        shares = torch.softmax(logits.float() / temperature, dim=-1)
+        if not bool(shares.isfinite().all()):
+            raise NumericsError(f"nothing can be drawn at temperature {temperature}: the model's logits are not finite")
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+    return draw

@@ -1,0 +1,313 @@
+"""One token at a time through a Llama-like model, in as few torch operations as that takes.
+
+At batch 1 a small model spends more time between its products than in them: transformers' forward of one block is several
+dozen operations and as many Python calls. `LeanStep` does the same arithmetic with the model's own linear layers, embedding
+and rotary angles, and about twenty operations per block beside the linear layers:
+
+- keys and values lie in one tensor each, allocated once; each step writes one position of it,
+- cosines and sines are taken from the model's rotary module once, for all positions; the attention's scale is folded into
+  the queries' share of them, and the sign of the rotation into the sines,
+- a single query sees every position there is, so no mask is made,
+- x / sqrt(mean(x^2) + eps) w is computed as (x w sqrt(n)) / hypot(|x|, sqrt(n eps)) with n the width: four operations.
+
+Only what is understood is run: `refuses` looks at the structure, `disagrees` compares the logits with those of the model's
+own forward. Each answers in words, and the caller takes the model's forward then.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from slimlm.runtime.joint import direct, joint
+from slimlm.runtime.linear import CompressedLinear
+
+_MODEL = {"model", "lm_head"}
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Rotary embeddings whose angles do not change with the length of the text.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+# Settings under which a model of this structure computes something else; none of them may be set.
+_UNKNOWN_SETTINGS = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
+_PROBE = 8
+# Logits, relative to the largest: float32 differs by the order of addition, about 1e-5 in deep models; the others by their
+# rounding, 2^-11 and 2^-8 per operation, which the blocks add up.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+Map = Callable[[Tensor], Tensor]
+
+
+def refuses(model: nn.Module, length: int) -> str | None:
+    """Why this model cannot be stepped through leanly for `length` positions, in words; None: it can."""
+    for check in (_structure, _settings, _arithmetic):
+        if (reason := check(model)) is not None:
+            return reason
+    return _window(model, length)
+
+
+def disagrees(model: PreTrainedModel, length: int) -> str | None:
+    """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
+
+    The probe is the last of at most 8 different tokens, the keys and values of those before it coming from the model's
+    forward; both sides multiply one token, so that both use the same products. `length` is as in `refuses`.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = (17 + 7 * torch.arange(min(_PROBE, length), device=device)).remainder(model.config.vocab_size)[None]
+    cache = DynamicCache()
+    with torch.no_grad():
+        if ids.shape[1] > 1:
+            model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        step = LeanStep(model, batch=1, length=ids.shape[1])
+        step.fill(cache)
+        expected = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        found = step(ids[:, -1]).float()
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    allowed = _TOLERANCE[_coarsest(model)] * largest
+    if difference <= allowed:
+        return None
+    return f"its logits differ by {difference:.2g} from those of the model's own forward, where {allowed:.2g} is allowed"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block as functions of `[rows, width]`."""
+
+    attention_norm: Map
+    queries_keys_values: Callable[[Tensor], tuple[Tensor, ...]]
+    query_norm: Map | None
+    key_norm: Map | None
+    attention_out: Map
+    mlp_norm: Map
+    gate_up: Callable[[Tensor], tuple[Tensor, ...]]
+    down: Map
+
+
+class LeanStep:
+    """A model with room for `length` positions of `batch` texts of equal length; each call takes one token of each.
+
+    Build it for a model that `refuses` accepts. It holds the model's weights as they are now; it does not follow the model
+    to another device or dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
+        decoder = model.model
+        blocks = list(decoder.layers)
+        attention = blocks[0].self_attn
+        self.head_dim: int = attention.head_dim
+        self.groups: int = attention.num_key_value_groups
+        self.key_heads: int = attention.k_proj.out_features // self.head_dim
+        self.batch, self.length, self.position = batch, length, 0
+        self.embedding: Tensor = decoder.embed_tokens.weight
+        self.dtype = _activations(model)
+        self.blocks = [_block(block, self.dtype) for block in blocks]
+        self.last_norm = _norm(decoder.norm, self.dtype)
+        self.head = head_of(model)
+        device = self.embedding.device
+        shape = (len(blocks), batch * self.key_heads, length, self.head_dim)
+        self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
+        """[blocks, batch x key heads, length, head_dim]"""
+        self.values = torch.zeros(shape, dtype=self.dtype, device=device)
+        """as the keys"""
+        cos, sin = decoder.rotary_emb(self.keys, torch.arange(length, device=device)[None])
+        half = self.head_dim // 2
+        signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        self.key_turn = (cos[0], signed)
+        """cosines and signed sines of every position, [length, head_dim] each"""
+        self.query_turn = (cos[0] * attention.scaling, signed * attention.scaling)
+        """the same times the attention's scale"""
+        self.other_half = torch.arange(self.head_dim, device=device).roll(half)
+        """[head_dim], the partner of each coordinate in the rotation"""
+
+    def fill(self, cache: DynamicCache) -> None:
+        """Begin after the positions of this cache, which must hold every one from the first."""
+        self.position = 0
+        for i, layer in enumerate(cache.layers):
+            self.position = layer.keys.shape[2]
+            self.keys[i, :, : self.position] = layer.keys.flatten(0, 1)
+            self.values[i, :, : self.position] = layer.values.flatten(0, 1)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
+        here, width = self.position, self.head_dim
+        key_slots, value_slots = self.keys[:, :, here].unbind(), self.values[:, :, here].unbind()
+        seen_keys, seen_values = self.keys[:, :, : here + 1].unbind(), self.values[:, :, : here + 1].unbind()
+        query_cos, query_sin = self.query_turn[0][here], self.query_turn[1][here]
+        key_cos, key_sin = self.key_turn[0][here], self.key_turn[1][here]
+        other, heads = self.other_half, (self.batch * self.key_heads, self.groups, width)
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for i, block in enumerate(self.blocks):
+            queries, keys, values = block.queries_keys_values(block.attention_norm(x))
+            queries, keys = queries.reshape(-1, width), keys.reshape(-1, width)
+            if block.query_norm is not None and block.key_norm is not None:
+                queries, keys = block.query_norm(queries), block.key_norm(keys)
+            slot = torch.mul(keys, key_cos, out=key_slots[i])
+            slot.addcmul_(keys.index_select(1, other), key_sin)
+            value_slots[i].copy_(values.reshape(-1, width))
+            turned = (queries * query_cos).addcmul_(queries.index_select(1, other), query_sin)
+            mixed = attend(turned.view(heads), seen_keys[i], seen_values[i])
+            x.add_(block.attention_out(mixed.reshape(self.batch, -1)))
+            gate, up = block.gate_up(block.mlp_norm(x))
+            x.add_(block.down(F.silu(gate, inplace=True).mul_(up)))
+        self.position = here + 1
+        return self.head(self.last_norm(x))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(queries keys^T) values for scaled queries `[heads, group, width]`; keys and values `[heads, seen, width]`."""
+    if queries.dtype == torch.float32:
+        return torch.bmm(torch.softmax(torch.bmm(queries, keys.transpose(1, 2)), dim=-1), values)
+    # Half precision keeps its scores in float32 inside the fused operation only.
+    return F.scaled_dot_product_attention(queries[None], keys[None], values[None], scale=1.0)[0]
+
+
+def head_of(model: PreTrainedModel) -> Map:
+    """What gives the logits `[rows, vocabulary]` of the last hidden states `[rows, width]`."""
+    return direct(model.lm_head)
+
+
+def _block(block: nn.Module, dtype: torch.dtype) -> _Block:
+    attention: Any = block.self_attn
+    mlp: Any = block.mlp
+    normed = hasattr(attention, "q_norm")
+    return _Block(
+        attention_norm=_norm(block.input_layernorm, dtype),
+        queries_keys_values=joint((attention.q_proj, attention.k_proj, attention.v_proj)),
+        query_norm=_norm(attention.q_norm, dtype) if normed else None,
+        key_norm=_norm(attention.k_norm, dtype) if normed else None,
+        attention_out=direct(attention.o_proj),
+        mlp_norm=_norm(block.post_attention_layernorm, dtype),
+        gate_up=joint((mlp.gate_proj, mlp.up_proj)),
+        down=direct(mlp.down_proj),
+    )
+
+
+def _norm(module: Any, dtype: torch.dtype) -> Map:
+    """RMS norm over the last dimension, of activations of this dtype, with the module's weight and epsilon."""
+    weight, epsilon = module.weight.detach().to(dtype), float(module.variance_epsilon)
+    width = weight.shape[0]
+    if dtype != torch.float32:
+        return lambda x: F.rms_norm(x, (width,), weight, epsilon)
+    scaled = weight * math.sqrt(width)
+    floor = torch.tensor(math.sqrt(width * epsilon), device=weight.device)
+    return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, 2, -1, True).hypot_(floor))
+
+
+def _activations(model: Any) -> torch.dtype:
+    """The dtype of the hidden states: that of embeddings and norms added up."""
+    return torch.promote_types(model.model.embed_tokens.weight.dtype, model.model.norm.weight.dtype)
+
+
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """Of the dtypes that the model's parameters have, the one that rounds most."""
+    return max({p.dtype for p in model.parameters() if p.dtype in _TOLERANCE}, key=lambda dtype: _TOLERANCE[dtype])
+
+
+def _structure(model: nn.Module) -> str | None:
+    """What of the tree of modules is not as expected."""
+    if (reason := _children(model, "the model", _MODEL)) is not None:
+        return reason
+    decoder: Any = model.get_submodule("model")
+    if (reason := _children(decoder, "the decoder", _DECODER)) is not None:
+        return reason
+    for i, block in enumerate(decoder.layers):
+        if (reason := _children(block, f"block {i}", _BLOCK)) is not None:
+            return reason
+        own = {name for name, _ in block.self_attn.named_children()} & _HEAD_NORMS
+        expected = _ATTENTION | (_HEAD_NORMS if own else set())
+        if (reason := _children(block.self_attn, f"the attention of block {i}", expected)) is not None:
+            return reason
+        if (reason := _children(block.mlp, f"the mlp of block {i}", _MLP)) is not None:
+            return reason
+        for name, module in (*block.self_attn.named_children(), *block.mlp.named_children()):
+            if name.endswith("_proj") and not isinstance(module, nn.Linear | CompressedLinear):
+                return f"{name} of block {i} is a {type(module).__name__}"
+    return None
+
+
+def _children(module: nn.Module, name: str, expected: set[str]) -> str | None:
+    found = {child for child, _ in module.named_children()}
+    if found == expected:
+        return None
+    return f"it is not built like Llama: {name} holds {', '.join(sorted(found))} in place of {', '.join(sorted(expected))}"
+
+
+def _settings(model: nn.Module) -> str | None:
+    """What of the config or the modules' own settings asks for more than the lean step does."""
+    config: Any = model.config
+    decoder: Any = model.get_submodule("model")
+    for name in _UNKNOWN_SETTINGS:
+        if getattr(config, name, None):
+            return f"its config sets {name}"
+    if decoder.rotary_emb.rope_type not in _FIXED_ROPE:
+        return f"its rotary angles (rope type {decoder.rotary_emb.rope_type}) change with the length of the text"
+    if model.training:
+        return "the model is in training mode"
+    if type(decoder.embed_tokens) is not nn.Embedding:
+        return f"its embedding is a {type(decoder.embed_tokens).__name__}"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "hooks are set on its modules, which the lean step would not run"
+    if len({(p.device.type, p.device.index) for p in model.parameters()}) > 1:
+        return "its weights lie on several devices"
+    return None
+
+
+def _arithmetic(model: nn.Module) -> str | None:
+    """Where a norm, an activation or a shape is another than the lean step computes."""
+    decoder: Any = model.get_submodule("model")
+    norms = [("the last norm", decoder.norm)]
+    for i, block in enumerate(decoder.layers):
+        attention, shared = block.self_attn, decoder.layers[0].self_attn
+        norms += [(f"{name} of block {i}", getattr(block, name)) for name in ("input_layernorm", "post_attention_layernorm")]
+        norms += [(f"{name} of block {i}", getattr(attention, name)) for name in _HEAD_NORMS if hasattr(attention, name)]
+        if any(hasattr(attention, n) and getattr(attention, n).weight.numel() != attention.head_dim for n in _HEAD_NORMS):
+            return f"block {i} norms its queries across heads"
+        probe = torch.linspace(-4, 4, 9)
+        if not torch.allclose(block.mlp.act_fn(probe), F.silu(probe), atol=1e-6):
+            return f"the activation of block {i} is {type(block.mlp.act_fn).__name__}, not SiLU"
+        sizes = [(a.head_dim, a.num_key_value_groups, a.k_proj.out_features, a.scaling) for a in (attention, shared)]
+        if sizes[0] != sizes[1]:
+            return f"the attention of block {i} has other sizes than that of block 0"
+    for name, norm in norms:
+        if not _is_rms_norm(norm):
+            return f"{name} ({type(norm).__name__}) is not x w / sqrt(mean(x^2) + eps)"
+    if _activations(model) not in _TOLERANCE:
+        return f"its activations are {str(_activations(model)).removeprefix('torch.')}"
+    with torch.no_grad():
+        weight = decoder.norm.weight
+        angles = decoder.rotary_emb(weight[None, None], torch.zeros(1, 1, dtype=torch.long, device=weight.device))[0]
+    if angles.shape[-1] != decoder.layers[0].self_attn.head_dim:
+        return f"only {angles.shape[-1]} of a head's {decoder.layers[0].self_attn.head_dim} coordinates are rotated"
+    return None
+
+
+def _is_rms_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    if weight is None or getattr(module, "bias", None) is not None or not hasattr(module, "variance_epsilon"):
+        return False
+    x = torch.linspace(-1, 2, weight.shape[0], dtype=weight.dtype, device=weight.device)[None]
+    with torch.no_grad():
+        expected = F.rms_norm(x.float(), weight.shape, weight.float(), module.variance_epsilon)
+        found = module(x).float()
+    # Two roundings of the weight's dtype; a weight of 1 + w (Gemma) is off by the whole output.
+    return torch.allclose(found, expected, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-5)
+
+
+def _window(model: nn.Module, length: int) -> str | None:
+    """Whether some block sees fewer than all the positions."""
+    config: Any = model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        return f"its config names layers of type {', '.join(sorted(unknown))}"
+    if window and "sliding_attention" in kinds and length > window:
+        return f"its attention sees a window of {window} positions, and {length} are needed"
+    return None

@@ -1,0 +1,197 @@
+"""The lean step: the logits of the model's own forward, or a reason in words."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from slimlm.runtime.joint import direct, joint
+from slimlm.runtime.lean import LeanStep, attend, disagrees, refuses
+
+from ..conftest import ENDS, LLAMA_LIKE, random_model
+
+TINY: dict[str, Any] = {**LLAMA_LIKE, **ENDS}
+
+
+def llama(**options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms far from one, so that a norm without its weight would show.
+            parameter.normal_(std=0.15) if parameter.ndim == 2 else parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def logits_of_both(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of tokens `[batch, count]` after the fourth, by the lean step and by the model's own forward."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens[:, :4], past_key_values=cache)
+        step = LeanStep(model, batch=tokens.shape[0], length=tokens.shape[1])
+        step.fill(cache)
+        ours = torch.stack([step(column) for column in tokens[:, 4:].unbind(1)], dim=1)
+        return ours, model(tokens).logits[:, 4:]
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 10000.0},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_logits_are_those_of_the_model_s_own_forward(rope: dict[str, Any], batch: int) -> None:
+    model = llama(rope_parameters=rope, attention_bias=True, mlp_bias=True)
+    tokens = torch.randint(256, (batch, 30), generator=torch.Generator().manual_seed(1))
+    assert refuses(model, 30) is None
+    ours, theirs = logits_of_both(model, tokens)
+    # float32 in another order of addition, logits of size one to ten
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_half_precision_it_agrees_within_the_rounding(dtype: torch.dtype, family: str) -> None:
+    model = random_model(family, dtype)
+    assert refuses(model, 30) is None
+    assert disagrees(model, 30) is None
+
+
+def test_embeddings_and_norms_of_two_dtypes_give_activations_of_the_wider() -> None:
+    model = llama()
+    model.get_input_embeddings().to(torch.bfloat16)
+    tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(1))
+    assert refuses(model, 12) is None
+    ours, theirs = logits_of_both(model, tokens)
+    assert ours.dtype == torch.float32
+    # transformers rounds the first norm's output to the embedding's bfloat16: 2^-9 of one block's input
+    assert float((ours - theirs).abs().max()) < 2e-2 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gpt2", "not built like Llama: the model holds lm_head, transformer"),
+        ("opt", "not built like Llama: the decoder holds decoder"),
+        ("mistral-window", "a window of 16 positions, and 17 are needed"),
+        ("qwen2-mixed-attention", "a window of 16 positions, and 17 are needed"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_words(family: str, words: str) -> None:
+    reason = refuses(random_model(family), 17)
+    assert reason is not None
+    assert words in reason
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2-mixed-attention"])
+def test_a_window_that_holds_every_position_changes_nothing(family: str) -> None:
+    model = random_model(family)
+    assert refuses(model, 16) is None
+    assert disagrees(model, 16) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: GemmaForCausalLM(GemmaConfig(**TINY, head_dim=12)), "its embedding is a Gemma"),
+        (lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2)), "the mlp of block 0 holds"),
+        (lambda: llama(hidden_act="gelu"), "the activation of block 0"),
+        (lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "rope type dynamic"),
+    ],
+    ids=["gemma", "mixtral", "gelu", "dynamic rope"],
+)
+def test_other_arithmetic_is_refused_in_words(model: Any, words: str) -> None:
+    torch.manual_seed(0)
+    reason = refuses(model().eval(), 8)
+    assert reason is not None
+    assert words in reason
+
+
+def test_hooks_and_training_are_refused() -> None:
+    model = llama()
+    assert "training" in str(refuses(model.train(), 8))
+    model.eval().get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(lambda *_: None)
+    assert "hooks" in str(refuses(model, 8))
+
+
+def test_a_norm_of_another_formula_is_refused() -> None:
+    class PlusOne(nn.Module):
+        """Gemma's norm in Llama's clothes."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(width))
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, self.weight.shape, 1 + self.weight, self.variance_epsilon)
+
+    model = llama()
+    model.get_submodule("model").norm = PlusOne(48)
+    assert "the last norm (PlusOne) is not" in str(refuses(model, 8))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: GraniteForCausalLM(GraniteConfig(**TINY, residual_multiplier=0.5, embedding_multiplier=3.0)),
+        lambda: HeliumForCausalLM(HeliumConfig(**TINY, head_dim=12)),
+    ],
+    ids=["granite multiplies", "helium rotates neighbours"],
+)
+def test_a_model_of_the_same_structure_that_computes_something_else_does_not_agree(model: Any) -> None:
+    torch.manual_seed(0)
+    other = model().eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    assert refuses(other, 20) is None
+    assert "differ by" in str(disagrees(other, 20))
+
+
+def test_attention_of_one_query_is_the_formula() -> None:
+    generator = torch.Generator().manual_seed(2)
+    queries, keys, values = (torch.randn(2, n, 4, generator=generator) for n in (3, 5, 5))
+    expected = torch.softmax(torch.einsum("hgw,hsw->hgs", queries, keys), -1)
+    assert torch.allclose(attend(queries, keys, values), torch.einsum("hgs,hsw->hgw", expected, values), atol=1e-6)
+    halves = attend(queries.bfloat16(), keys.bfloat16(), values.bfloat16())
+    # bfloat16 keeps 8 bits
+    assert torch.allclose(halves.float(), attend(queries, keys, values), atol=3e-2)
+
+
+def test_layers_called_together_or_directly_give_what_they_give_one_by_one() -> None:
+    torch.manual_seed(3)
+    layers = [nn.Linear(6, out, bias=out > 2) for out in (2, 3, 4)]
+    x = torch.randn(2, 6)
+    for count in (1, 2, 3):
+        for together, layer in zip(joint(layers[:count])(x), layers[:count], strict=True):
+            assert torch.equal(together, layer(x))
+    doubled = nn.Sequential(layers[0])
+    assert torch.equal(direct(doubled)(x), layers[0](x))

@@ -6,8 +6,8 @@ found for, tr((E - L R) H (E - L R)^T); no step raises it. Against a rounded fac
     over L    with the inner Gram R H R^T between components; the outputs are independent of each other
     over R    with the inner Gram L^T L between components and H between inputs
 
-So an adapter follows a base that changes a little from where it is, where rounding it afresh would err afresh. Scales stay: to
-refit them too brought next to nothing. Factors are held as they are stored, `[rank, n]`.
+So an adapter follows a base that changes a little from where it is, where rounding it afresh would err afresh. Scales stay
+(the right factor's, refitted too, brought nothing). Factors are held as they are stored, `[rank, n]`.
 """
 
 from dataclasses import replace

@@ -25,7 +25,7 @@ base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, n
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
 rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
-rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, and again as many of
+rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, and twice as many of
           settling, likewise.
 """
 
@@ -60,6 +60,10 @@ from slimlm.core.sweep import (
 _TABLE_SAVES = 0.04
 _FRESH_SWEEPS = 2
 """Sweeps whose scales are searched from scratch; later ones start from the scales before."""
+_STALLED = 2
+"""Rounds of polishing in a row that gain too little before it stops; one may be the bad luck of a fresh rounding."""
+_SETTLED = 0.4
+"""Share of `patience` below which settling stops: its gains are small and steady, and are not lost again."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +183,14 @@ class _Search:
         assert found is not None
         _, self.base, self.adapter = found
         last = self._repair(self.stored, count=True)
+        stalled = 0
         for _ in range(self.options.polish if self.levels is not None else 0):
             self.base = self._polish()
             error = self._repair(self.stored, count=True)
-            if last - error <= patience * last:
+            stalled = stalled + 1 if last - error <= patience * last else 0
+            if stalled == _STALLED:
                 break
-            last = error
+            last = min(error, last)
         assert self.best is not None
         self.base = self.best[1]
         self._repair(self.final, count=True)
@@ -195,14 +201,14 @@ class _Search:
     def _settle(self) -> None:
         """Polishing with the adapter's codes following from where they are; so nothing raises the objective any more."""
         assert self.best is not None
-        for _ in range(self.options.polish):
+        for _ in range(2 * self.options.polish):
             last = self.best[0]
             self.base = self._polish()
             assert self.adapter is not None
             damage = self.aim - self.base.value
             self.adapter = descend(damage, self.gram, self.adapter)
             error = self._measured(damage - self.adapter.dense())
-            if last - error <= self.options.patience * last:
+            if last - error <= _SETTLED * self.options.patience * last:
                 break
 
     def decided(self, layer: Layer) -> Layer:

@@ -7,9 +7,10 @@ adapter L R, but decides them once, one after another. Here, with H the covarian
 
 by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.sweep) of G - L R, its mask and scales chosen anew; L R is
 the best product for G - B (QERA's optimum, slimlm.core.linalg). After the sweeps, coordinate descent polishes the base and
-the factors are rounded and refitted in each round. The best iterate is kept, and every one ends in a refit of the
-adapters. Alternation of this kind for sparse plus low-rank without rounding is HASSLE-free (Makni et al., arXiv
-2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for rounding plus low-rank CALDERA (Saha et al., arXiv 2405.18886).
+the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors settle
+together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus low-rank
+without rounding is HASSLE-free (Makni et al., arXiv 2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for rounding plus
+low-rank CALDERA (Saha et al., arXiv 2405.18886).
 
 G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
@@ -24,7 +25,8 @@ base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, n
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
 rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
-rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, likewise.
+rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, and twice as many of
+          settling, likewise.
 """
 
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core import grid, linalg
+from slimlm.core.descent import descend
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Levels
 from slimlm.core.layer import Layer, Need, Stats, measured
@@ -57,6 +60,10 @@ from slimlm.core.sweep import (
 _TABLE_SAVES = 0.04
 _FRESH_SWEEPS = 2
 """Sweeps whose scales are searched from scratch; later ones start from the scales before."""
+_STALLED = 2
+"""Rounds of polishing in a row that gain too little before it stops; one may be the bad luck of a fresh rounding."""
+_SETTLED = 0.4
+"""Share of `patience` below which settling stops: its gains are small and steady, and are not lost again."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class _Search:
         return inverse_of(self.gram[order.inputs][:, order.inputs], damp=self.options.damp)
 
     def run(self) -> None:
-        """Sweeps against an unrounded adapter, then polishing of the best one against the adapter as it is stored."""
+        """Sweeps against an unrounded adapter; polishing of the best one against the adapter as it is stored; settling."""
         patience = self.options.patience
         found: tuple[float, Swept, LowRank | None] | None = None
         for number in range(self.options.rounds):
@@ -176,15 +183,33 @@ class _Search:
         assert found is not None
         _, self.base, self.adapter = found
         last = self._repair(self.stored, count=True)
+        stalled = 0
         for _ in range(self.options.polish if self.levels is not None else 0):
             self.base = self._polish()
             error = self._repair(self.stored, count=True)
-            if last - error <= patience * last:
+            stalled = stalled + 1 if last - error <= patience * last else 0
+            if stalled == _STALLED:
                 break
-            last = error
+            last = min(error, last)
         assert self.best is not None
         self.base = self.best[1]
         self._repair(self.final, count=True)
+        _, self.base, self.adapter = self.best
+        if self.adapter is not None and self.final.bits != 16 and self.levels is not None:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Polishing with the adapter's codes following from where they are; so nothing raises the objective any more."""
+        assert self.best is not None
+        for _ in range(2 * self.options.polish):
+            last = self.best[0]
+            self.base = self._polish()
+            assert self.adapter is not None
+            damage = self.aim - self.base.value
+            self.adapter = descend(damage, self.gram, self.adapter)
+            error = self._measured(damage - self.adapter.dense())
+            if last - error <= _SETTLED * self.options.patience * last:
+                break
 
     def decided(self, layer: Layer) -> Layer:
         """The best iterate."""
@@ -250,6 +275,11 @@ class _Search:
         start = None if self.adapter is None else torch.linalg.qr(self.adapter.left.dense().T).Q
         self.adapter = low_rank_part(damage, self.energy, form, start=start, inverse=self.natural)
         left = damage if self.adapter is None else damage - self.adapter.dense()
+        return self._measured(left, count=count)
+
+    def _measured(self, left: Tensor, *, count: bool = True) -> float:
+        """The objective of the present base and adapter, which leave `left` of the goal."""
+        assert self.base is not None
         error = linalg.weighted_square(left, self.energy)
         if count and (self.best is None or error < self.best[0]):
             self.best = error, self.base, self.adapter

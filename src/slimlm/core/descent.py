@@ -1,0 +1,95 @@
+"""Coordinate descent on the codes of a low-rank part: each factor decided anew on its grid, the other as it is.
+
+For an error E and the covariance H of the inputs a part L R of rounded factors is improved on the objective that they were
+found for, tr((E - L R) H (E - L R)^T); no step raises it. Against a rounded factor the other's objective is quadratic:
+
+    over L    with the inner Gram R H R^T between components; the outputs are independent of each other
+    over R    with the inner Gram L^T L between components and H between inputs
+
+So an adapter follows a base that changes a little from where it is, where rounding it afresh would err afresh. Scales stay
+(the right factor's, refitted too, brought nothing). Factors are held as they are stored, `[rank, n]`.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid, linalg
+from slimlm.core.grid import Levels
+from slimlm.core.parts import Elementwise, LowRank, Uniform
+
+_INPUTS_AT_ONCE = 64
+"""Inputs whose changes reach the later ones in one product of matrices."""
+
+
+def descend(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
+    """One pass over the left factor's codes, then one over the right one's; error `[out, in]`, gram H `[in, in]`."""
+    return descend_right(error, gram, descend_left(error, gram, part))
+
+
+def descend_left(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
+    """The part with the left factor's codes decided anew, one component after another: each the nearest to its best value."""
+    factor, levels = _even(part.left)
+    right = part.right.dense()
+    weighted = linalg.weighed(right, gram)
+    inner = weighted @ right.T
+    value, codes = factor.dense(), factor.codes.clone()
+    scale = grid.spread(factor.scale, value.shape[1], factor.group).expand_as(value)
+    pull = weighted @ error.T - inner @ value
+    """half the slope of the objective, falling, `[rank, out]`"""
+    for i in range(len(inner)):
+        bend = inner[i, i]
+        if float(bend) <= 0:
+            continue
+        index, new = levels.rounded(value[i] + pull[i] / bend, scale[i])
+        change = new - value[i]
+        better = change.square() * bend < 2 * change * pull[i]
+        codes[i] = torch.where(better, _codes(index, levels), codes[i])
+        pull[i:].addr_(inner[i:, i], torch.where(better, change, torch.zeros_like(change)), alpha=-1)
+    return replace(part, left=replace(factor, codes=codes))
+
+
+def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
+    """The part with the right factor's codes decided anew, one input after another.
+
+    For each input the least-squares values of all its components, everything else as it is, are rounded and taken together
+    where that lowers the objective. (The left factor's columns are nearly orthogonal, so that rounding them apart costs
+    little; one component of one input at a time would cost rank times as many steps and was no better.)
+    """
+    factor, levels = _even(part.right)
+    left = part.left.dense()
+    inner = left @ left.T
+    inverse = torch.linalg.pinv(inner.double(), rtol=1e-6, hermitian=True).to(inner)
+    value, codes = factor.dense().T.contiguous(), factor.codes.T.contiguous().clone()
+    width = len(value)
+    scale = grid.spread(factor.scale, width, factor.group).expand_as(factor.codes).T.contiguous()
+    pull = gram @ ((left @ error).T - value @ inner)
+    """half the slope of the objective, falling, `[in, rank]`; exact for the inputs whose turn it is"""
+    for low in range(0, width, _INPUTS_AT_ONCE):
+        high = min(low + _INPUTS_AT_ONCE, width)
+        moved = torch.zeros_like(value[low:high])
+        """the changes of these inputs, times the inner Gram"""
+        for place in range(low, high):
+            bend = gram[place, place]
+            if float(bend) <= 0:
+                continue
+            index, new = levels.rounded(value[place] + inverse @ pull[place] / bend, scale[place])
+            change = new - value[place]
+            along = inner @ change
+            if not float(change @ (2 * pull[place] - bend * along)) > 0:
+                continue
+            codes[place] = torch.where(change == 0, codes[place], _codes(index, levels))
+            moved[place - low] = along
+            pull[place:high].addr_(gram[place:high, place], along, alpha=-1)
+        pull[high:].addmm_(gram[high:, low:high], moved, alpha=-1)
+    return replace(part, right=replace(factor, codes=codes.T.contiguous()))
+
+
+def _even(factor: Elementwise) -> tuple[Uniform, Levels]:
+    assert isinstance(factor, Uniform), "a factor that is not rounded is refitted instead"
+    return factor, Levels.of_bits(factor.bits)
+
+
+def _codes(index: Tensor, levels: Levels) -> Tensor:
+    return (index + levels.values[0]).to(torch.int8)

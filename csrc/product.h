@@ -610,13 +610,20 @@ SLIMLM_UNROLL(8)
         const auto* first = at<int32_t>(m, m->first_piece);
         const auto* pieces = at<Piece>(m, m->piece_list);
         const float* x_scale = q.scale + g * q.filled() + b0;
+        alignas(64) int32_t too_much_of[kActivationGroup / kBlock][kMany];
+        if constexpr (as_codes(kSparse, kMode)) {
+            int64_t at_block = place_ / kBlock;
+            for (int p = first[g]; p < first[g + 1]; at_block += pieces[p++].blocks)
+                for (int b = 0; b < kMany; ++b)
+                    too_much_of[p - first[g]][b] = too_much(m, q, at_block, pieces[p].blocks, b0 + b);
+        }
         for (int half = 0; half < kHalves; ++half) {
-            int64_t start = q.offset(b0, place_), at_block = place_ / kBlock;
+            int64_t start = q.offset(b0, place_);
             int step = 0;
+            F part[kMany];
+            for (int b = 0; b < kMany; ++b) part[b] = V::splat_float(0);
             for (int p = first[g]; p < first[g + 1]; ++p) {
                 const int own_piece = p - first[g], quads = quads_of(pieces[p].blocks, kSparse);
-                const F scale = V::load_float(decoded.scale[own_piece] + half * kLanes);
-                F value[kMany];
                 I sum[kWeights][kPlanes][kMany];
 SLIMLM_UNROLL(2)
                 for (int w = 0; w < kWeights; ++w)
@@ -624,31 +631,32 @@ SLIMLM_UNROLL(2)
                         if (has_term(kMode, w, x))
                             sums<kSparse, kMode>(decoded.control + step, decoded.weight[w] + step, quads, half,
                                                  (x ? q.lower : q.upper) + start, sum[w][x]);
+                const F scale = V::load_float(decoded.scale[own_piece] + half * kLanes);
 SLIMLM_UNROLL(8)
                 for (int b = 0; b < kMany; ++b) {
+                    F value;
                     if constexpr (as_codes(kSparse, kMode)) {
                         I own[kWeights][kPlanes];
                         for (int w = 0; w < kWeights; ++w)
                             for (int x = 0; x < kPlanes; ++x) own[w][x] = sum[w][x][b];
-                        value[b] = joined_codes<kMode>(own, too_much(m, q, at_block, pieces[p].blocks, b0 + b));
+                        value = joined_codes<kMode>(own, too_much_of[own_piece][b]);
                     } else {
-                        value[b] = joined<kMode, 0>(sum[0][0][b], sum[0][kPlanes - 1][b],
-                                                    V::load_ints(decoded.sums[0][own_piece] + half * kLanes));
+                        value = joined<kMode, 0>(sum[0][0][b], sum[0][kPlanes - 1][b],
+                                                 V::load_ints(decoded.sums[0][own_piece] + half * kLanes));
                         if constexpr (kWeights == 2)
-                            value[b] = both_weights<kMode>(
-                                value[b], joined<kMode, 1>(sum[1][0][b], sum[1][kPlanes - 1][b],
-                                                           V::load_ints(decoded.sums[1][own_piece] + half * kLanes)));
+                            value = both_weights<kMode>(
+                                value, joined<kMode, 1>(sum[1][0][b], sum[1][kPlanes - 1][b],
+                                                        V::load_ints(decoded.sums[1][own_piece] + half * kLanes)));
                     }
-                }
-                at_block += pieces[p].blocks;
-SLIMLM_UNROLL(8)
-                for (int b = 0; b < kMany; ++b) {
-                    float* to = out + b * kRows + half * kLanes;
-                    const F scaled = V::mul(value[b], V::splat_float(x_scale[b]));
-                    V::store(to, V::fma(scaled, scale, V::load_float(to)));
+                    part[b] = V::fma(value, scale, part[b]);
                 }
                 step += 4 * quads;
                 start += int64_t(quads) * (kSparse ? 32 : 16) * kMany;
+            }
+SLIMLM_UNROLL(8)
+            for (int b = 0; b < kMany; ++b) {
+                float* to = out + b * kRows + half * kLanes;
+                V::store(to, V::fma(part[b], V::splat_float(x_scale[b]), V::load_float(to)));
             }
         }
     }

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "product.h"
+#include "token.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -14,20 +14,10 @@
 
 namespace slimlm {
 
-#define SLIMLM_VARIANT(name)                                                                                                   \
-    int products_##name(const SlimlmProduct*, int32_t, const void*, int32_t, int64_t, int64_t, int32_t, int32_t)
-SLIMLM_VARIANT(portable);
-SLIMLM_VARIANT(avx2);
-SLIMLM_VARIANT(avx512);
-SLIMLM_VARIANT(neon);
-SLIMLM_VARIANT(neondot);
-#undef SLIMLM_VARIANT
-
 namespace {
 
-struct Variant {
-    const char* name;
-    Products run;
+struct Candidate {
+    const Variant* variant;
     bool usable;
 };
 
@@ -57,35 +47,35 @@ bool has_dot() {
 #endif
 
 // Best first.
-const Variant variants[] = {
+const Candidate candidates[] = {
 #if defined(__x86_64__)
 #if !defined(SLIMLM_NO_AVX512)
-    {"avx512", products_avx512, has_avx512()},
+    {&avx512, has_avx512()},
 #endif
 #if !defined(SLIMLM_NO_AVX2)
-    {"avx2", products_avx2, has_avx2()},
+    {&avx2, has_avx2()},
 #endif
 #elif defined(__aarch64__)
 #if !defined(SLIMLM_NO_NEONDOT)
-    {"neondot", products_neondot, has_dot()},
+    {&neondot, has_dot()},
 #endif
 #if !defined(SLIMLM_NO_NEON)
-    {"neon", products_neon, true},
+    {&neon, true},
 #endif
 #endif
-    {"portable", products_portable, true},
+    {&portable, true},
 };
 
 std::string names(bool usable) {
     std::string all;
-    for (const Variant& v : variants)
-        if (v.usable == usable) all += (all.empty() ? "" : " ") + std::string(v.name);
+    for (const Candidate& c : candidates)
+        if (c.usable == usable) all += (all.empty() ? "" : " ") + std::string(c.variant->name);
     return all;
 }
 
 const Variant* best() {
-    for (const Variant& v : variants)
-        if (v.usable) return &v;
+    for (const Candidate& c : candidates)
+        if (c.usable) return c.variant;
     return nullptr;
 }
 
@@ -109,9 +99,9 @@ extern "C" const char* slimlm_unusable(void) {
 }
 
 extern "C" int slimlm_use(const char* variant) {
-    for (const Variant& v : variants)
-        if (v.usable && variant && !std::strcmp(v.name, variant)) {
-            active.store(&v);
+    for (const Candidate& c : candidates)
+        if (c.usable && variant && !std::strcmp(c.variant->name, variant)) {
+            active.store(c.variant);
             return SLIMLM_OK;
         }
     return SLIMLM_BAD_ARGUMENT;
@@ -126,7 +116,28 @@ extern "C" int slimlm_products(const SlimlmProduct* layers, int32_t count, const
     if (precision != SLIMLM_FAST && precision != SLIMLM_PRECISE) return SLIMLM_BAD_ARGUMENT;
     if (batch == 0) return SLIMLM_OK;
     if (!x) return SLIMLM_BAD_ARGUMENT;
-    return active.load()->run(layers, count, x, type, batch, in, precision, threads < 1 ? 1 : threads);
+    return active.load()->products(layers, count, x, type, batch, in, precision, threads < 1 ? 1 : threads);
+} catch (const std::bad_alloc&) {
+    return SLIMLM_NO_MEMORY;
+}
+
+extern "C" int slimlm_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y) {
+    if (rows < 0 || width < 1 || !x || !weight || !y) return SLIMLM_BAD_ARGUMENT;
+    active.load()->norm(x, weight, epsilon, rows, width, y);
+    return SLIMLM_OK;
+}
+
+extern "C" int slimlm_swiglu(const float* gate, const float* up, int64_t count, float* y) {
+    if (count < 0 || !gate || !up || !y) return SLIMLM_BAD_ARGUMENT;
+    active.load()->swiglu(gate, up, count, y);
+    return SLIMLM_OK;
+}
+
+extern "C" int slimlm_attend(const SlimlmAttention* a, int32_t threads) try {
+    if (!a || a->batch < 1 || a->key_heads < 1 || a->group < 1 || a->dim < 2 || a->dim % 2) return SLIMLM_BAD_ARGUMENT;
+    if (a->position < 0 || a->position >= a->length) return SLIMLM_BAD_ARGUMENT;
+    active.load()->attend(*a, threads < 1 ? 1 : threads);
+    return SLIMLM_OK;
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }

@@ -89,6 +89,27 @@ typedef struct SlimlmProduct {
 SLIMLM_API int slimlm_products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch,
                                int64_t in, int32_t precision, int32_t threads);
 
+// What lies between the products of one token, all float32.
+
+// y [rows, width] = x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
+SLIMLM_API int slimlm_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
+
+// y [count] = gate * sigmoid(gate) * up; y may be either.
+SLIMLM_API int slimlm_swiglu(const float* gate, const float* up, int64_t count, float* y);
+
+typedef struct SlimlmAttention {
+    const float* queries;              // [batch, key_heads, group, dim]
+    const float *keys, *values;        // [batch, key_heads, dim] of the new position
+    const float *query_cos, *query_sin;  // [dim] of the new position, times the attention's scale
+    const float *key_cos, *key_sin;      // [dim]; sines carry the sign of the other half in the rotation
+    float *key_cache, *value_cache;    // [batch, key_heads, length, dim]
+    float* out;                        // as queries
+    int64_t batch, key_heads, group, dim, length, position;
+} SlimlmAttention;
+
+// Turns query and key by their position, keeps key and value there, and mixes all values seen by softmax(queries keys^T).
+SLIMLM_API int slimlm_attend(const SlimlmAttention* attention, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -556,39 +556,50 @@ SLIMLM_UNROLL(4)
         return data;
     }
 
-    // Integer sums of kMany columns over `quads` quads, one weight table against one plane.
+    // Adds kQuads quads of kMany columns, one weight table against one plane, to sum.
+    template <bool kSparse, Mode kMode, int kQuads>
+    static SLIMLM_INLINE void some_quads(const uint8_t (*control)[64], const uint8_t (*weight)[64], int half, const uint8_t* x,
+                                         I (&sum)[kMany]) {
+        S small[kMany];
+        for (int b = 0; b < kMany; ++b) small[b] = V::none();
+SLIMLM_UNROLL(8)
+        for (int j = 0; j < 4 * kQuads; ++j) {
+            B pick;
+            if constexpr (kSparse) pick = V::load(control[j] + half * V::kBytes);
+            const B w = V::load(weight[j] + half * V::kBytes);
+SLIMLM_UNROLL(8)
+            for (int b = 0; b < kMany; ++b) {
+                const uint8_t* from = x + place(kSparse, kMany, j, b);
+                B activation;
+                if constexpr (kSparse)
+                    activation = V::lookup(V::spread_eight(from), pick);
+                else
+                    activation = V::spread_four(from);
+                if constexpr (large(kMode))
+                    sum[b] = V::dot(sum[b], activation, w);
+                else if constexpr (as_codes(kSparse, kMode))
+                    small[b] = V::dot_codes(small[b], w, activation);
+                else
+                    small[b] = V::dot_small(small[b], activation, w);
+            }
+        }
+        if constexpr (!large(kMode))
+            for (int b = 0; b < kMany; ++b) sum[b] = V::widen(sum[b], small[b]);
+    }
+
+    // Integer sums of kMany columns over a piece of `quads` quads.
     template <bool kSparse, Mode kMode>
     static SLIMLM_INLINE void sums(const uint8_t (*control)[64], const uint8_t (*weight)[64], int quads, int half,
                                    const uint8_t* x, I (&sum)[kMany]) {
+        // Sixteen bits hold eight steps of codes (15 x 128 x 2 x 8) and of weights up to 8 in size (8 x 255 x 2 x 8).
+        constexpr bool kTwo = as_codes(kSparse, kMode) || kMode == kEven || kMode == kEvenPrecise;
+        constexpr int kBytes = (kSparse ? 32 : 16) * kMany;
         for (int b = 0; b < kMany; ++b) sum[b] = V::zero();
-        for (int n = 0; n < quads; ++n) {
-            S small[kMany];
-            for (int b = 0; b < kMany; ++b) small[b] = V::none();
-SLIMLM_UNROLL(4)
-            for (int j = 0; j < 4; ++j) {
-                B pick;
-                if constexpr (kSparse) pick = V::load(control[4 * n + j] + half * V::kBytes);
-                const B w = V::load(weight[4 * n + j] + half * V::kBytes);
-SLIMLM_UNROLL(8)
-                for (int b = 0; b < kMany; ++b) {
-                    const uint8_t* from = x + place(kSparse, kMany, j, b);
-                    B activation;
-                    if constexpr (kSparse)
-                        activation = V::lookup(V::spread_eight(from), pick);
-                    else
-                        activation = V::spread_four(from);
-                    if constexpr (large(kMode))
-                        sum[b] = V::dot(sum[b], activation, w);
-                    else if constexpr (as_codes(kSparse, kMode))
-                        small[b] = V::dot_codes(small[b], w, activation);
-                    else
-                        small[b] = V::dot_small(small[b], activation, w);
-                }
-            }
-            if constexpr (!large(kMode))
-                for (int b = 0; b < kMany; ++b) sum[b] = V::widen(sum[b], small[b]);
-            x += (kSparse ? 32 : 16) * kMany;
-        }
+        int n = 0;
+        if constexpr (kTwo)
+            for (; n + 2 <= quads; n += 2)
+                some_quads<kSparse, kMode, 2>(control + 4 * n, weight + 4 * n, half, x + n * kBytes, sum);
+        for (; n < quads; ++n) some_quads<kSparse, kMode, 1>(control + 4 * n, weight + 4 * n, half, x + n * kBytes, sum);
     }
 
     // Adds one decoded group times kMany columns to out [columns][16].
@@ -1011,8 +1022,6 @@ int products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t 
     static thread_local Call<V> call;
     return call.run(layers, count, x, type, batch, in, precision, threads);
 }
-
-using Products = int (*)(const SlimlmProduct*, int32_t, const void*, int32_t, int64_t, int64_t, int32_t, int32_t);
 
 }  // namespace slimlm
 

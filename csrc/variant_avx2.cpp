@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "product.h"
+#include "token.h"
 
 namespace slimlm {
 namespace {
@@ -45,12 +45,18 @@ struct Avx2 {
 
     static SLIMLM_INLINE I zero() { return _mm256_setzero_si256(); }
     static SLIMLM_INLINE S none() { return _mm256_setzero_si256(); }
-    static SLIMLM_INLINE I dot(I sum, B activation, B weight) { return widen(sum, _mm256_maddubs_epi16(activation, weight)); }
+    // Compilers turn a chain of sums into a tree, keep every product until the end and run out of registers. This hides
+    // from them that a sum is one.
+    static SLIMLM_INLINE __m256i kept(__m256i sum) {
+        asm("" : "+x"(sum));
+        return sum;
+    }
+    static SLIMLM_INLINE I dot(I sum, B activation, B weight) { return kept(widen(sum, _mm256_maddubs_epi16(activation, weight))); }
     static SLIMLM_INLINE S dot_small(S sum, B activation, B weight) {
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(activation, weight));
+        return kept(_mm256_add_epi16(sum, _mm256_maddubs_epi16(activation, weight)));
     }
     static SLIMLM_INLINE S dot_codes(S sum, B code, B activation) {
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(code, activation));
+        return kept(_mm256_add_epi16(sum, _mm256_maddubs_epi16(code, activation)));
     }
     static SLIMLM_INLINE I widen(I sum, S small) { return _mm256_add_epi32(sum, _mm256_madd_epi16(small, _mm256_set1_epi16(1))); }
     static SLIMLM_INLINE I add_rows(I sum, B weight) { return widen(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(1), weight)); }
@@ -83,9 +89,6 @@ struct Avx2 {
 
 }  // namespace
 
-int products_avx2(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
-                  int32_t precision, int32_t threads) {
-    return products<Avx2>(layers, count, x, type, batch, in, precision, threads);
-}
+const Variant avx2 = variant_of<Avx2>("avx2");
 
 }  // namespace slimlm

@@ -1,7 +1,7 @@
 // Plain C++ for every processor: always right, never fast. Also the place where each vector operation is defined.
 
 #define SLIMLM_PORTABLE
-#include "product.h"
+#include "token.h"
 
 namespace slimlm {
 namespace {
@@ -97,9 +97,6 @@ private:
 
 }  // namespace
 
-int products_portable(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
-                      int32_t precision, int32_t threads) {
-    return products<Portable<32, true>>(layers, count, x, type, batch, in, precision, threads);
-}
+const Variant portable = variant_of<Portable<32, true>>("portable");
 
 }  // namespace slimlm

@@ -8,7 +8,9 @@ and rotary angles, and about twenty operations per block beside the linear layer
 - cosines and sines are taken from the model's rotary module once, for all positions; the attention's scale is folded into
   the queries' share of them, and the sign of the rotation into the sines,
 - a single query sees every position there is, so no mask is made,
-- x / sqrt(mean(x^2) + eps) w is computed as (x w sqrt(n)) / hypot(|x|, sqrt(n eps)) with n the width: four operations.
+- in float32 on a CPU, norms, attention and the gate of the MLP are one call each of the CPU kernels, where there are any;
+  elsewhere x / sqrt(mean(x^2) + eps) w is computed as (x w sqrt(n)) / hypot(|x|, sqrt(n eps)) with n the width, in four
+  operations.
 
 Only what is understood is run: `refuses` looks at the structure, `disagrees` compares the logits with those of the model's
 own forward. Each answers in words, and the caller takes the model's forward then.
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from slimlm.runtime import token
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.linear import CompressedLinear
 
@@ -126,6 +129,13 @@ class LeanStep:
         """the same times the attention's scale"""
         self.other_half = torch.arange(self.head_dim, device=device).roll(half)
         """[head_dim], the partner of each coordinate in the rotation"""
+        self.fused = token.usable(device, self.dtype)
+        """whether the CPU kernels do what lies between the products"""
+        self.attentions = [
+            token.Attention(keys, values, self.query_turn, self.key_turn, batch=batch, group=self.groups)
+            for keys, values in zip(self.keys, self.values, strict=True)
+            if self.fused
+        ]
 
     def fill(self, cache: DynamicCache) -> None:
         """Begin after the positions of this cache, which must hold every one from the first."""
@@ -137,13 +147,30 @@ class LeanStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        (self._run_fused if self.fused else self._run)(x)
+        self.position += 1
+        return self.head(self.last_norm(x))
+
+    def _run_fused(self, x: Tensor) -> None:
+        """Adds what the blocks do to x `[batch, width]`, with the CPU kernels."""
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            queries, keys, values = block.queries_keys_values(block.attention_norm(x))
+            if block.query_norm is not None and block.key_norm is not None:
+                queries = block.query_norm(queries.view(-1, self.head_dim))
+                keys = block.key_norm(keys.view(-1, self.head_dim))
+            x.add_(block.attention_out(attention(queries, keys, values, self.position)))
+            gate, up = block.gate_up(block.mlp_norm(x))
+            x.add_(block.down(token.swiglu(gate, up)))
+
+    def _run(self, x: Tensor) -> None:
+        """The same with torch."""
         here, width = self.position, self.head_dim
         key_slots, value_slots = self.keys[:, :, here].unbind(), self.values[:, :, here].unbind()
         seen_keys, seen_values = self.keys[:, :, : here + 1].unbind(), self.values[:, :, : here + 1].unbind()
         query_cos, query_sin = self.query_turn[0][here], self.query_turn[1][here]
         key_cos, key_sin = self.key_turn[0][here], self.key_turn[1][here]
         other, heads = self.other_half, (self.batch * self.key_heads, self.groups, width)
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
         for i, block in enumerate(self.blocks):
             queries, keys, values = block.queries_keys_values(block.attention_norm(x))
             queries, keys = queries.reshape(-1, width), keys.reshape(-1, width)
@@ -157,8 +184,6 @@ class LeanStep:
             x.add_(block.attention_out(mixed.reshape(self.batch, -1)))
             gate, up = block.gate_up(block.mlp_norm(x))
             x.add_(block.down(F.silu(gate, inplace=True).mul_(up)))
-        self.position = here + 1
-        return self.head(self.last_norm(x))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -194,6 +219,8 @@ def _norm(module: Any, dtype: torch.dtype) -> Map:
     """RMS norm over the last dimension, of activations of this dtype, with the module's weight and epsilon."""
     weight, epsilon = module.weight.detach().to(dtype), float(module.variance_epsilon)
     width = weight.shape[0]
+    if token.usable(weight.device, dtype):
+        return token.norm(weight, epsilon)
     if dtype != torch.float32:
         return lambda x: F.rms_norm(x, (width,), weight, epsilon)
     scaled = weight * math.sqrt(width)

@@ -7,7 +7,7 @@ rounding the activations to bfloat16 would. Gradients flow to the activations an
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,8 +182,7 @@ class _Product(torch.autograd.Function):
 @torch.library.custom_op("slimlm::packed_linear", mutates_args=())
 def _product(x: Tensor, blob: Tensor, bias: Tensor | None, out: int, precision: str) -> Tensor:
     """What torch.compile sees: one operation that it does not look into."""
-    assert precision in ("fast", "precise")
-    return Packed([blob], [bias], [out], x.shape[-1])(x, precision)[0]
+    return Packed([blob], [bias], [out], x.shape[-1])(x, cast(Precision, precision))[0]
 
 
 @_product.register_fake

@@ -5,7 +5,7 @@
 
 #include <arm_neon.h>
 
-#include "product.h"
+#include "token.h"
 
 namespace slimlm {
 namespace {

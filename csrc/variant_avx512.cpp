@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "product.h"
+#include "token.h"
 
 namespace slimlm {
 namespace {
@@ -83,9 +83,6 @@ struct Avx512 {
 
 }  // namespace
 
-int products_avx512(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
-                    int32_t precision, int32_t threads) {
-    return products<Avx512>(layers, count, x, type, batch, in, precision, threads);
-}
+const Variant avx512 = variant_of<Avx512>("avx512");
 
 }  // namespace slimlm

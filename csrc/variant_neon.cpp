@@ -24,9 +24,6 @@ struct NeonMultiply : Neon {
 
 }  // namespace
 
-int products_neon(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
-                  int32_t precision, int32_t threads) {
-    return products<NeonMultiply>(layers, count, x, type, batch, in, precision, threads);
-}
+const Variant neon = variant_of<NeonMultiply>("neon");
 
 }  // namespace slimlm

@@ -19,9 +19,6 @@ struct NeonDot : Neon {
 
 }  // namespace
 
-int products_neondot(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
-                     int32_t precision, int32_t threads) {
-    return products<NeonDot>(layers, count, x, type, batch, in, precision, threads);
-}
+const Variant neondot = variant_of<NeonDot>("neondot");
 
 }  // namespace slimlm

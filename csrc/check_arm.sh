@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compile the kernels for 64-bit ARM on another machine: that they compile and link, not that they are right.
-# The cross-compiler is CXX, or aarch64-linux-gnu-g++, or zig (as a program, or python's package ziglang).
-# Status 77 where there is none. PYTHON names the interpreter.
+# Compile the kernels for 64-bit ARM on another machine, and run csrc/check/variants.cpp where there is an emulator.
+# The cross-compiler is CXX, or aarch64-linux-gnu-g++, or zig (as a program, or python's package ziglang); the emulator is
+# qemu-aarch64, or qemu-aarch64-static. Status 77 where there is no compiler. PYTHON names the interpreter.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,3 +30,24 @@ for variant in neondot neon portable; do
         "$work/slimlm_cpu.json" "$variant" || { echo "$variant was not built by $CXX" >&2; cat "$work/slimlm_cpu.json" >&2; exit 1; }
 done
 echo "compiled for aarch64 by $CXX"
+
+emulator=$(command -v qemu-aarch64 || command -v qemu-aarch64-static || true)
+if [ -z "$emulator" ]; then
+    echo "not run: there is no qemu-aarch64"
+    exit 0
+fi
+# A program without shared libraries needs none of another system's; zig has such a C library in musl.
+compiler=${CXX/linux-gnu /linux-musl }
+compiler=${compiler/%linux-gnu/linux-musl}
+case $CXX in *zig*) ;; *) compiler=$CXX ;; esac
+dot=-march=armv8.2-a+dotprod
+$compiler $dot -x c++ -c /dev/null -o "$work/probe.o" 2>/dev/null || dot=-mcpu=generic+dotprod
+objects=()
+for file in pack pool dispatch variant_portable variant_neon variant_neondot check/variants; do
+    flags=
+    if [ "$file" = variant_neondot ]; then flags=$dot; fi
+    objects+=("$work/${file##*/}.o")
+    $compiler -O2 -std=c++17 -fno-math-errno $flags -c "$here/$file.cpp" -o "${objects[-1]}"
+done
+$compiler -static -pthread "${objects[@]}" -o "$work/variants"
+"$emulator" -cpu max "$work/variants"

@@ -26,10 +26,14 @@ bool has_avx2() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#if defined(SLIMLM_EMULATED)  // see emulated_avx512.h
+bool has_avx512() { return has_avx2(); }
+#else
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+#endif
 #elif defined(__aarch64__)
 bool has_dot() {
 #if defined(__APPLE__)

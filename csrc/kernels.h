@@ -42,7 +42,7 @@ enum SlimlmPrecision {
 typedef struct SlimlmMatrix {
     int64_t rows, columns;        // of the stored matrix; the left factor of a low-rank part is stored transposed
     int32_t transposed;           // 1: the matrix that multiplies is the transpose of the stored one
-    int32_t bits;                 // 2 to 8; 0: plain values of `type`
+    int32_t bits;                 // 2 to 8, with levels 1 to 4; 0: plain values of `type`
     int32_t type;                 // SlimlmType of `values` where bits is 0
     int32_t two_of_four;          // 1: lay out as 2:4; 0: a mask, if any, becomes zero codes
     const void* values;           // codes, rows of packed bits; or plain values
@@ -74,7 +74,8 @@ SLIMLM_API int slimlm_pack(const SlimlmMatrix* matrices, int32_t count, uint8_t*
 // factor as [out, rank].
 SLIMLM_API int slimlm_unpack(const uint8_t* blob, int64_t bytes, int32_t index, int32_t precision, float* dense);
 
-// Whether a blob from a file is whole: sizes, layout and the sum over its headers.
+// Whether a blob from a file is whole: sizes, layout and the sum over its headers and tables (not its weights). A blob that
+// does not come straight from `slimlm_pack` must pass before anything else is done with it.
 SLIMLM_API int slimlm_verify(const uint8_t* blob, int64_t bytes);
 
 typedef struct SlimlmProduct {

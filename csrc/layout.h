@@ -39,7 +39,7 @@ struct BlobHeader {
     int64_t out, in;
     int32_t matrices;
     int32_t unused;
-    int64_t checksum;  // of the header and the matrices' headers, so that a damaged cache is noticed before it is followed
+    int64_t checksum;  // of all but the weights, so that a damaged cache is noticed before its tables are followed
 };
 
 struct Piece {
@@ -91,7 +91,7 @@ struct CodeFormat {
 };
 
 inline CodeFormat format_of(int bits) {
-    if (bits <= 4) return {1, bits};
+    if (bits <= 4) return {1, bits < 2 ? 2 : bits};  // codes of one bit are stored as if of two
     return {2, bits <= 6 ? 2 : bits - 4};
 }
 

@@ -146,7 +146,7 @@ bool tables_of(const SlimlmMatrix& m, const std::vector<int64_t>& counts, Matrix
 
 int check(const SlimlmMatrix& m) {
     const bool plain = m.bits == 0;
-    if (m.rows < 0 || m.columns < 0 || (!plain && (m.bits < 2 || m.bits > 8))) return SLIMLM_BAD_ARGUMENT;
+    if (m.rows < 0 || m.columns < 0 || (!plain && (m.bits < (m.levels ? 1 : 2) || m.bits > 8))) return SLIMLM_BAD_ARGUMENT;
     if (m.rows > INT32_MAX / 2 || m.columns > INT32_MAX / 2) return SLIMLM_BAD_ARGUMENT;
     if (plain) {
         if (m.keep || m.two_of_four || m.type < 0 || m.type > SLIMLM_BF16) return SLIMLM_BAD_ARGUMENT;
@@ -159,6 +159,9 @@ int check(const SlimlmMatrix& m) {
     const int64_t groups = m.group == 0 || m.columns == 0 ? 1 : (m.columns + m.group - 1) / m.group;
     if ((m.scale_rows != 1 && m.scale_rows != m.rows) || (m.scale_columns != groups)) return SLIMLM_WRONG_SIZE;
     if (m.scale_rows == 1 && m.rows != 1 && m.scale_columns != 1) return SLIMLM_WRONG_SIZE;
+    // Places of inputs are 32-bit numbers, and groups are filled up to whole blocks of them.
+    const int64_t filled = std::min(m.columns, m.group ? m.group : m.columns) + kBlock - 1;
+    if (groups * (filled / kBlock * kBlock) > INT32_MAX) return SLIMLM_BAD_ARGUMENT;
     return SLIMLM_OK;
 }
 

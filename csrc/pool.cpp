@@ -2,9 +2,9 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -31,7 +31,8 @@ void relax() {
 
 class Pool {
 public:
-    void run(int threads, int64_t jobs, Job job, void* context) {
+    // False where a job ran out of memory.
+    bool run(int threads, int64_t jobs, Job job, void* context) {
         grow(threads - 1);
         job_ = job;
         context_ = context;
@@ -48,21 +49,27 @@ public:
         open_.store(false);
         // A thread that is inside may still be at a job; one that comes later finds the call closed.
         while (inside_.load() > 0) relax();
+        return !failed_.exchange(false);
     }
 
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 private:
     void claim() {
-        for (int64_t i = next_.fetch_add(1); i < jobs_; i = next_.fetch_add(1)) job_(context_, i);
+        // No exception may leave a thread of ours, nor the caller's part while others are still at theirs.
+        try {
+            for (int64_t i = next_.fetch_add(1); i < jobs_; i = next_.fetch_add(1)) job_(context_, i);
+        } catch (const std::bad_alloc&) {
+            failed_.store(true);
+        }
     }
 
     void grow(int wanted) {
         while (count_ < wanted && count_ < kMostThreads) {
             try {
                 std::thread(&Pool::serve, this, count_).detach();
-            } catch (const std::system_error&) {
-                return;  // the system gives no more threads; those there are, and the caller, do the work
+            } catch (const std::exception&) {
+                return;  // the system gives no more threads or memory; those there are, and the caller, do the work
             }
             ++count_;
         }
@@ -94,7 +101,7 @@ private:
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> epoch_{0};
     alignas(64) std::atomic<int> inside_{0};
-    std::atomic<bool> open_{false};
+    std::atomic<bool> open_{false}, failed_{false};
     std::atomic<int> sleeping_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -125,8 +132,9 @@ void share(int threads, int64_t jobs, Job job, void* context) {
     if (threads > 1 && jobs > 1) {
         Pool* shared = the_pool();
         if (!shared->busy.test_and_set()) {
-            shared->run(threads < kMostThreads ? threads : kMostThreads, jobs, job, context);
+            const bool done = shared->run(threads < kMostThreads ? threads : kMostThreads, jobs, job, context);
             shared->busy.clear();
+            if (!done) throw std::bad_alloc();
             return;
         }
     }

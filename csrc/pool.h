@@ -11,7 +11,8 @@ namespace slimlm {
 using Job = void (*)(void* context, int64_t job);
 
 // Calls job(context, 0 .. jobs - 1), each once, on at most `threads` threads, the caller's among them; returns when all are
-// done. Where another call is using the pool, the caller does all of them itself.
+// done. Where another call is using the pool, the caller does all of them itself. std::bad_alloc, the only exception that a
+// job may throw, is thrown on to the caller.
 void share(int threads, int64_t jobs, Job job, void* context);
 
 template <class F>

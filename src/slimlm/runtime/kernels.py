@@ -142,6 +142,8 @@ class Packed:
         """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
         if x.dtype not in (torch.float32, torch.bfloat16):
             return [y.to(x.dtype) for y in self(x.float(), precision)]
+        if x.shape[-1] != self.width:
+            raise ValueError(f"activations of shape {list(x.shape)} for a layer of {self.width} inputs")
         x = x.contiguous()
         ys = [x.new_empty(*x.shape[:-1], out) for out in self.outs]
         # A copy, because several threads may multiply by one layer.

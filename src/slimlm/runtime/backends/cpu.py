@@ -12,6 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from slimlm.core import bits as bitstream
+from slimlm.core import grid
+from slimlm.core.errors import CheckpointError
 from slimlm.core.parts import Description, dense_of, under
 from slimlm.runtime import kernels, native
 from slimlm.runtime.backends import Stored
@@ -61,7 +64,7 @@ class Cpu:
         if base["kind"] == "pruned" and own["kind"] == "plain":
             return "its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits"
         sides = [about[side] for about in extras for side in ("left", "right")]
-        return next((reason for about in (own, *sides) if (reason := _unfit(about))), None)
+        return next((reason for about in (own, *sides) if (reason := _unfit(about))), None) or _lacks_zero(stored)
 
     def prepare(self, stored: Stored) -> Prepared:
         """Pack a layer; raises CheckpointError where its tensors do not fit its description."""
@@ -91,6 +94,22 @@ def _unfit(about: Description) -> str | None:
     return None
 
 
+def _lacks_zero(stored: Stored) -> str | None:
+    """A table of levels under a mask, in the layout without places, where no code can stand for what is left out."""
+    base = stored.descriptions[0]
+    if base["kind"] != "pruned" or base["inner"]["kind"] != "codebook" or _two_of_four(base, stored.shape[1]):
+        return None
+    if (stored.tensors["weight_levels"] == 0).any():
+        return None
+    return f"its table of levels has no zero for what its mask ({base['pattern']}) leaves out"
+
+
+def _two_of_four(about: Description, width: int) -> bool:
+    """Whether a pruned part is laid out as 2:4. Groups that would tear a four apart are laid out as zeros in full."""
+    group = about["inner"]["group"]
+    return about["pattern"] == "2:4" and (not isinstance(group, int) or group >= width or group % 4 == 0)
+
+
 def pack(stored: Stored) -> Tensor:
     """A layer's bytes in the kernels' layout, uint8 `[size]`."""
     base, *extras = stored.descriptions
@@ -108,8 +127,10 @@ def pack(stored: Stored) -> Tensor:
 def _matrix(
     about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], transposed: bool, alive: list[Tensor]
 ) -> Matrix:
-    def address(name: str, dtype: torch.dtype | None = None) -> Any:
+    def address(name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None) -> Any:
         tensor = tensors[name].contiguous()
+        if size is not None and tuple(tensor.shape) != size:
+            raise CheckpointError(f"a stored {name} has the shape {list(tensor.shape)}; this layer's is {list(size)}")
         alive.append(tensor if dtype is None else tensor.to(dtype))
         return alive[-1].data_ptr()
 
@@ -122,18 +143,17 @@ def _matrix(
     scale = tensors["scale"]
     found.bits = inner["bits"]
     found.scale_type = kernels.float_type(scale.dtype if scale.dtype == torch.float16 else torch.float32)
-    found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32)
-    found.scale_rows, found.scale_columns = scale.shape
+    sizes = grid.scale_shape(shape, inner["group"])
+    found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32, sizes)
+    found.scale_rows, found.scale_columns = sizes
     found.group = inner["group"] if isinstance(inner["group"], int) else 0
     if inner["kind"] == "codebook":
-        found.levels = address("levels", torch.float16)
+        found.levels = address("levels", torch.float16, (2 ** inner["bits"],))
     if inner.get("input_scale"):
-        found.input_scale = address("input_scale", torch.float16)
+        found.input_scale = address("input_scale", torch.float16, (shape[1],))
     if about["kind"] == "pruned":
-        found.keep = address("keep")
-        # Groups of a size that is no multiple of four would tear a four apart; they are laid out as zeros in full.
-        whole = found.scale_columns == 1 or found.group % 4 == 0
-        found.two_of_four = int(about["pattern"] == "2:4" and whole)
+        found.keep = address("keep", torch.uint8, (shape[0], bitstream.packed_bytes(shape[1], 1)))
+        found.two_of_four = int(_two_of_four(about, shape[1]))
     return found
 
 

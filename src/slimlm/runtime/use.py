@@ -1,7 +1,8 @@
 """Who multiplies in a whole model: choose it, and say it in words."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -38,6 +39,19 @@ def prefer_fast(model: nn.Module) -> None:
     """Let the layers that run on precise kernels because of "auto" run on fast ones."""
     for layer in multipliers(model).values():
         if layer.kernels == "auto" and layer.choice().backend.name == "cpu":
+            layer.use_kernels("fast")
+
+
+@contextmanager
+def precisely(model: nn.Module) -> Iterator[None]:
+    """Within this context layers that run on fast kernels run on precise ones."""
+    fast = [layer for layer in multipliers(model).values() if layer.kernels == "fast"]
+    for layer in fast:
+        layer.use_kernels("precise")
+    try:
+        yield
+    finally:
+        for layer in fast:
             layer.use_kernels("fast")
 
 

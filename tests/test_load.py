@@ -274,9 +274,8 @@ def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_a
     told: list[str] = []
     model = slimlm.load(pruned_alone, tell=told.append)
     [line] = told
-    assert line.startswith(
-        "14 of 14 layers, model.layers.0.self_attn.q_proj among them, run without kernels: its base is pruned"
-    )
+    # The fifteenth is the head, of 16 bits.
+    assert line.startswith("14 of 15 layers, model.layers.0.self_attn.q_proj among them, run without kernels: its base is")
     assert words(model).startswith("reference; 14 of 14 layers; its base is pruned but not quantized")
     expected = slimlm.load(pruned_alone, dtype=torch.float32, kernels="reference")(IDS).logits
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)  # float32, other order of addition
@@ -331,9 +330,11 @@ def test_casts_and_moves_to_the_same_place_keep_the_mapped_bytes(wide: Path, tmp
     before = {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()}
     x = torch.randint(4096, (1, 8), generator=torch.Generator().manual_seed(0))
     expected = model(x).logits
-    for moved in (model.to("cpu"), model.to(torch.device("cpu")), model.float(), model.to(torch.float32)):
-        assert {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(moved).items()} == before
-        assert torch.allclose(moved(x).logits, expected, rtol=1e-4, atol=1e-3)
+    # Transformers refuses to cast quantized models; torch does not.
+    for move in (model.to, lambda place: torch.nn.Module.to(model, place, torch.float32)):
+        move("cpu")
+        assert {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()} == before
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-3)  # float32 sums of 1024 terms
     assert resident(cache_path(folder, LAYOUT)) > 0
 
 

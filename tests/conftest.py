@@ -22,6 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from slimlm.runtime import native
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels: {native.status().reason}")
+
 VOCABULARY = 256
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**WIDE, "intermediate_size": 88, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -35,6 +35,9 @@ def test_a_saved_model_gives_the_same_logits_and_greedy_text_as_the_one_in_memor
     ids = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     ours = slimlm.load(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    for model in (ours, theirs):
+        slimlm.use_kernels(model, "reference")
     assert any(isinstance(m, CompressedLinear) for m in theirs.modules())
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     # An independent reading: the dense class with each weight put back from its parts.

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import slimlm
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import LowRank, Pruned, Uniform
+from slimlm.generation import generate
 from slimlm.models.structure import blocks_of, linears_of
+from slimlm.runtime import native
+from slimlm.runtime.backends import Stored, cpu
+from slimlm.runtime.dense import DenseLinear
+from slimlm.runtime.kernels import LAYOUT
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.use import multipliers, words
 from slimlm.storage import checkpoint
 from slimlm.storage.kernel_cache import cache_path
 
-from .conftest import ENDS, FAMILIES, random_model, save
+from .conftest import ENDS, FAMILIES, needs_kernels, random_model, save
 from .storage.test_mapping import MIB, needs_smaps, resident
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -46,10 +53,20 @@ def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
+@pytest.fixture(scope="module")
+def pruned_alone(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that no kernel takes: pruned, and not quantized."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    recipe = out.with_name("alone.toml")
+    recipe.write_text('name = "alone"\nsummary = "pruned"\n[[steps]]\nprune = "magnitude"\npattern = "2:4"\n')
+    slimlm.compress(llama_folder, out, recipe=str(recipe), data=str(text_file), samples=4, length=32)
+    return out
+
+
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
     """A copy to add to or to damage."""
-    return Path(shutil.copytree(packed, tmp_path / "copy"))
+    return Path(shutil.copytree(packed, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache")))
 
 
 @pytest.fixture(scope="module")
@@ -99,38 +116,11 @@ def shard(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-class Bytes:
-    """A backend whose packing is a layer's stored tensors, one after another; counts what it is asked."""
-
-    layout = "bytes-1"
-
-    def __init__(self, refused: str = "", watched: Path | None = None) -> None:
-        self.refused, self.watched = refused, watched
-        self.prepared: list[CompressedLinear] = []
-        self.resident: list[int] = []
-
-    def refuses(self, layer: CompressedLinear) -> str | None:
-        return f"{layer.in_features} inputs" if str(layer.in_features) == self.refused else None
-
-    def prepare(self, layer: CompressedLinear) -> Tensor:
-        self.prepared.append(layer)
-        blob = torch.cat([tensor.flatten().view(torch.uint8) for tensor in layer.packed().values()])
-        if self.watched is not None:
-            self.resident.append(resident(self.watched))
-        return blob
-
-    def adopt(self, layer: CompressedLinear, packed: Tensor) -> None:
-        begin = 0
-        for name, tensor in layer.packed().items():
-            size = tensor.numel() * tensor.element_size()
-            setattr(layer, name, packed[begin : begin + size].clone().view(tensor.dtype).view(tensor.shape))
-            begin += size
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_loaded_model_is_bit_for_bit_the_one_that_transformers_loads(out: Path, dtype: torch.dtype | str) -> None:
-    ours = slimlm.load(out, dtype=dtype)
+    ours = slimlm.load(out, dtype=dtype, kernels="reference")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+    slimlm.use_kernels(theirs, "reference")
     assert type(ours) is type(theirs)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     mine, other = ({**model.state_dict(), **dict(model.named_buffers())} for model in (ours, theirs))
@@ -142,7 +132,7 @@ def test_a_loaded_model_is_bit_for_bit_the_one_that_transformers_loads(out: Path
 
 
 def test_a_loaded_model_describes_itself_as_the_one_that_transformers_loads(out: Path) -> None:
-    ours, theirs = slimlm.load(out), AutoModelForCausalLM.from_pretrained(out)
+    ours, theirs = slimlm.load(out, kernels="reference"), AutoModelForCausalLM.from_pretrained(out)
     assert ours.config.to_dict() == theirs.config.to_dict()
     assert ours.config.name_or_path == ours.name_or_path == theirs.name_or_path
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
@@ -170,20 +160,22 @@ def test_generation_settings_come_from_their_own_file_where_there_is_one(copy: P
 
 def test_a_loaded_model_saves_what_was_loaded(packed: Path, tmp_path: Path) -> None:
     slimlm.load(packed).save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(again(IDS).logits, slimlm.load(packed)(IDS).logits)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(IDS).logits, slimlm.load(packed, dtype=torch.float32)(IDS).logits)
 
 
 def test_several_shards_are_one_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = slimlm.load(copy)
+    model = slimlm.load(copy, kernels="reference")
     record = checkpoint.read_record(copy)
     shard(copy).unlink()
     monkeypatch.setattr(checkpoint, "_SHARD_SIZE", "20KB")
     checkpoint.write_weights(copy, model.state_dict())
     checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
     assert len(checkpoint.check_files(copy)) > 1
-    assert torch.equal(slimlm.load(copy)(IDS).logits, model(IDS).logits)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(copy)(IDS).logits, model(IDS).logits)
+    assert torch.equal(slimlm.load(copy, kernels="reference")(IDS).logits, model(IDS).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(copy)
+    slimlm.use_kernels(theirs, "reference")
+    assert torch.equal(theirs(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("change", ["lost", "dtype", "shape", "unknown"])
@@ -208,7 +200,7 @@ def test_a_description_that_the_tensors_do_not_fit_is_refused(copy: Path, change
 
 @needs_smaps
 def test_loading_reads_next_to_nothing_and_every_stored_tensor_is_a_view_of_the_file(wide: Path) -> None:
-    model = slimlm.load(wide)
+    model = slimlm.load(wide, kernels="reference")
     assert resident(shard(wide)) < 2 * MIB
     before = resident(shard(wide))
     tensors = [tensor for tensor in model.state_dict().values() if tensor.numel() * tensor.element_size() > MIB // 2]
@@ -227,66 +219,186 @@ def test_a_cast_leaves_no_page_of_what_was_cast_in_memory(wide: Path) -> None:
     assert resident(shard(wide)) < 2 * MIB
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_layers_on_kernels_give_the_same_logits(copy: Path, keep: bool) -> None:
-    expected = slimlm.load(copy)(IDS).logits
-    kernels = Bytes()
-    for _ in range(2):
-        assert torch.equal(slimlm.load(copy, kernels=kernels, keep=keep)(IDS).logits, expected)
-    layers = len(compressed(slimlm.load(copy)))
-    # The second load finds what the first one kept.
-    assert len(kernels.prepared) == (layers if keep else 2 * layers)
-    assert cache_path(copy, "bytes-1").is_file() == keep
+@needs_kernels
+def test_kernels_give_the_reference_s_logits_and_the_second_load_packs_nothing(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache")))
+    expected = slimlm.load(folder, dtype=torch.float32, kernels="reference")(IDS).logits
+    first = slimlm.load(folder)
+    assert words(first).endswith(f"precise; {len(compressed(first))} of {len(compressed(first))} layers")
+    # Activations of 16 bits; adapters and the head add in another order.
+    assert float((first(IDS).logits - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+    monkeypatch.setattr(cpu, "pack", None)
+    again = slimlm.load(folder)
+    assert torch.equal(again(IDS).logits, first(IDS).logits)
+    fast = slimlm.load(folder, kernels="fast")(IDS).logits
+    assert 0 < float((fast - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
 
-def test_refused_layers_are_told_with_the_reason_and_run_all_the_same(copy: Path) -> None:
+@needs_kernels
+def test_without_keep_nothing_is_written(copy: Path) -> None:
+    model = slimlm.load(copy, keep=False)
+    assert "precise; 14 of 14 layers" in words(model)
+    assert not (copy / ".cache").exists()
+
+
+@needs_kernels
+def test_without_a_dtype_activations_are_float32_and_tensors_as_stored(out: Path) -> None:
+    stored = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    model = slimlm.load(out)
+    assert model(IDS).logits.dtype == torch.float32
+    assert all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
+    head = model.get_output_embeddings()
+    assert head.weight.dtype == stored["lm_head.weight"].dtype
+    assert isinstance(head, DenseLinear) == (head.weight.dtype != torch.float32)
+
+
+@needs_kernels
+def test_a_head_of_16_bits_is_tied_as_before_and_multiplied_exactly(tmp_path: Path, text_file: Path) -> None:
+    folder = save(random_model("llama-tied", torch.bfloat16), tmp_path / "dense")
+    slimlm.compress(folder, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
+    model = slimlm.load(tmp_path / "out")
+    head = model.get_output_embeddings()
+    assert isinstance(head, DenseLinear) and head.weight is model.get_input_embeddings().weight
+    x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
+    # Float32 sums of 48 terms, by the kernels (few rows) and by torch (many).
+    for rows in (1, 5, 40):
+        torch.testing.assert_close(head(x[:rows]), x[:rows] @ head.weight.float().T, rtol=1e-5, atol=1e-5)
+    made = generate(model, IDS[:1], max_new_tokens=10, ends=[])
+    assert made.way == "the lean step"
+
+
+@needs_kernels
+def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_alone: Path) -> None:
     told: list[str] = []
-    model = slimlm.load(copy, kernels=Bytes(refused="88"), tell=told.append)
-    assert told == ["2 of 14 layers, model.layers.0.mlp.down_proj among them, run without kernels: 88 inputs"]
-    assert torch.equal(model(IDS).logits, slimlm.load(copy)(IDS).logits)
+    model = slimlm.load(pruned_alone, tell=told.append)
+    [line] = told
+    # The fifteenth is the head, of 16 bits.
+    assert line.startswith("14 of 15 layers, model.layers.0.self_attn.q_proj among them, run without kernels: its base is")
+    assert words(model).startswith("reference; 14 of 14 layers; its base is pruned but not quantized")
+    expected = slimlm.load(pruned_alone, dtype=torch.float32, kernels="reference")(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)  # float32, other order of addition
 
 
-def test_what_is_told_is_a_warning_where_nobody_listens(copy: Path) -> None:
-    with pytest.warns(UserWarning, match="run without kernels: 88 inputs"):
-        slimlm.load(copy, kernels=Bytes(refused="88"))
+@needs_kernels
+def test_what_is_told_is_a_warning_where_nobody_listens(pruned_alone: Path) -> None:
+    with pytest.warns(UserWarning, match="run without kernels: its base is pruned"):
+        slimlm.load(pruned_alone)
 
 
+@needs_kernels
+def test_kernels_asked_for_by_name_that_do_not_take_a_layer_are_refused(pruned_alone: Path) -> None:
+    with pytest.raises(KernelError, match=r"q_proj: the fast kernels were asked for, but its base is pruned.*\"auto\""):
+        slimlm.load(pruned_alone, kernels="fast")
+    with pytest.raises(KernelError, match="'quick': give one of auto, precise, fast, reference"):
+        slimlm.load(pruned_alone, kernels="quick")  # type: ignore[arg-type]
+
+
+@needs_kernels
 @needs_smaps
 @pytest.mark.parametrize("keep", [True, False])
-def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(wide: Path, tmp_path: Path, keep: bool) -> None:
-    folder = Path(shutil.copytree(wide, tmp_path / "wide"))
-    kernels = Bytes(watched=shard(folder))
-    model = slimlm.load(folder, kernels=kernels, keep=keep)
-    sizes = {
-        name: sum(t.numel() * t.element_size() for t in layer.packed().values()) for name, layer in compressed(model).items()
-    }
+def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(
+    wide: Path, tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(wide, tmp_path / "wide", ignore=shutil.ignore_patterns(".cache")))
+    pack, found = cpu.pack, []
+
+    def watched(stored: Stored) -> Tensor:
+        blob = pack(stored)
+        found.append(resident(shard(folder)))
+        return blob
+
+    monkeypatch.setattr(cpu, "pack", watched)
+    model = slimlm.load(folder, kernels="precise", keep=keep)
+    layers = multipliers(model).values()
+    sizes = [sum(t.numel() * t.element_size() for t in layer.stored().tensors.values()) for layer in layers]
     # Around what is read the system maps up to 64 kB that it has at hand, here around eight tensors.
-    assert max(kernels.resident) < max(sizes.values()) + 1.5 * MIB
+    assert len(found) == len(sizes) and max(found) < max(sizes) + 1.5 * MIB
     assert resident(shard(folder)) < 1.5 * MIB
-    assert sum(sizes.values()) > 18 * MIB
+    assert sum(sizes) > 18 * MIB
+    # What was stored can be read all the same.
+    layer = next(iter(compressed(model).values()))
+    assert layer.parts()[0].shape == (layer.out_features, layer.in_features)
 
 
-def test_other_weights_are_packed_anew(copy: Path, wide: Path) -> None:
-    slimlm.load(copy, kernels=Bytes())
+@needs_kernels
+@needs_smaps
+def test_casts_and_moves_to_the_same_place_keep_the_mapped_bytes(wide: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wide, tmp_path / "wide", ignore=shutil.ignore_patterns(".cache")))
+    model = slimlm.load(folder)
+    before = {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()}
+    x = torch.randint(4096, (1, 8), generator=torch.Generator().manual_seed(0))
+    expected = model(x).logits
+    # Transformers refuses to cast quantized models; torch does not.
+    for move in (model.to, lambda place: torch.nn.Module.to(model, place, torch.float32)):
+        move("cpu")
+        assert {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()} == before
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-3)  # float32 sums of 1024 terms
+    assert resident(cache_path(folder, LAYOUT)) > 0
+
+
+@needs_kernels
+def test_a_copy_of_a_model_gives_the_same_and_a_move_elsewhere_forgets_the_bytes(copy: Path) -> None:
+    model = slimlm.load(copy)
+    twin = deepcopy(model)
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    twin.to("meta")
+    assert all(layer.stored().blob is None for layer in compressed(twin).values())
+
+
+@needs_kernels
+def test_other_weights_are_packed_anew(copy: Path) -> None:
+    slimlm.load(copy)
     record = checkpoint.read_record(copy)
     record["files"]["model.safetensors"]["sha256"] = "0" * 64
     (copy / checkpoint.RECORD).write_text(json.dumps(record))
     told: list[str] = []
-    kernels = Bytes()
-    slimlm.load(copy, kernels=kernels, tell=told.append)
-    assert len(kernels.prepared) == 14
+    slimlm.load(copy, tell=told.append)
     assert len(told) == 1 and "was made from another checkpoint" in told[0]
 
 
+@needs_kernels
 def test_kept_packings_are_no_part_of_the_checkpoint(copy: Path) -> None:
     size, shards, print_ = checkpoint.stored_bytes(copy), checkpoint.check_files(copy), checkpoint.fingerprint(copy)
-    slimlm.load(copy, kernels=Bytes())
-    assert cache_path(copy, "bytes-1").stat().st_size > 0
+    slimlm.load(copy)
+    assert cache_path(copy, LAYOUT).stat().st_size > 0
     assert (checkpoint.stored_bytes(copy), checkpoint.check_files(copy), checkpoint.fingerprint(copy)) == (size, shards, print_)
     checkpoint.verify_files(copy)
     record = checkpoint.read_record(copy)
     checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
     assert checkpoint.read_record(copy)["files"].keys() == record["files"].keys()
+
+
+@needs_kernels
+def test_a_model_that_transformers_loads_runs_on_kernels_too(copy: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    assert torch.equal(model(IDS).logits, slimlm.load(copy, dtype=torch.float32)(IDS).logits)
+    assert "precise; 14 of 14 layers" in words(model)
+    slimlm.use_kernels(model, "reference")
+    assert words(model) == "reference; 14 of 14 layers"
+
+
+@needs_kernels
+def test_a_choice_made_later_packs_nothing_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slimlm.load(copy)
+    precise = model(IDS).logits
+    monkeypatch.setattr(cpu, "pack", None)
+    slimlm.use_kernels(model, "fast")
+    assert not torch.equal(model(IDS).logits, precise)
+    slimlm.use_kernels(model, "reference")
+    torch.testing.assert_close(model(IDS).logits, precise, rtol=1e-3, atol=1e-2)  # activations of 16 bits in "precise"
+    slimlm.use_kernels(model, "precise")
+    assert torch.equal(model(IDS).logits, precise)
+
+
+def test_without_a_library_everything_runs_by_the_reference_and_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.OVERRIDE, "/nowhere/slimlm_cpu.so")
+    told: list[str] = []
+    model = slimlm.load(copy, tell=told.append)
+    assert len(told) == 1 and "there are no CPU kernels" in told[0]
+    assert words(model).startswith("reference; 14 of 14 layers; there are no CPU kernels")
+    assert torch.equal(model(IDS).logits, slimlm.load(copy, kernels="reference")(IDS).logits)
 
 
 def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from slimlm.core.errors import SlimlmError
 from slimlm.load import load
 from slimlm.pipeline import Result, compress
 from slimlm.recipe import Recipe, open_recipe
+from slimlm.runtime.use import use_kernels
 
 __version__ = version("slimlm")
-__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe"]
+__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe", "use_kernels"]

@@ -26,7 +26,7 @@ from slimlm import demo as demonstration
 from slimlm import doctor as diagnosis
 from slimlm.blockwise import Progress as Reporter
 from slimlm.core import registry
-from slimlm.core.errors import DataError, RecipeError, SlimlmError
+from slimlm.core.errors import DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
@@ -35,6 +35,7 @@ from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
 from slimlm.generation import Pieces, end_tokens, room_for
 from slimlm.generation import generate as generate_tokens
+from slimlm.models.opening import read_config
 from slimlm.models.structure import context_length
 from slimlm.pipeline import DEFAULT_RECIPE, pick_device
 from slimlm.pipeline import compress as compress_model
@@ -51,6 +52,9 @@ from slimlm.report.tables import (
     size,
     summary_table,
 )
+from slimlm.runtime.choose import Kernels
+from slimlm.runtime.use import prefer_fast, prospect
+from slimlm.runtime.use import words as kernel_words
 from slimlm.storage import checkpoint
 
 app = typer.Typer(
@@ -67,7 +71,6 @@ notes = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
-
 RecipeName = Annotated[str, typer.Option(help="A recipe's name (see 'slimlm methods') or a .toml file.")]
 Bits = Annotated[float | None, typer.Option(help="Average bits per weight to spend, everything counted; plans each layer.")]
 Counted = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size), or bytes and operations (speed).")]
@@ -78,6 +81,10 @@ Data = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
+
+Chosen = Annotated[
+    Kernels, typer.Option("--kernels", help="Who multiplies compressed layers; auto: kernels where they take a layer.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -127,10 +134,11 @@ def compress(
             device=device,
             progress=report,
         )
+    kernels = _prospect(result.path)
     if as_json:
-        _print_json({"path": str(result.path), **result.record.to_dict()})
+        _print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
         return
-    output.print(summary_table(result.record))
+    output.print(summary_table(result.record, kernels))
     output.print(f"\nwritten and verified: {result.path}", markup=False, highlight=False)
 
 
@@ -192,6 +200,25 @@ def _tell(text: str) -> None:
     notes.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _kernels_on(where: torch.device, kernels: Kernels) -> Kernels:
+    """Who multiplies on this device; raises KernelError where kernels that it cannot run are asked for by name."""
+    if where.type == "cpu" or kernels == "reference":
+        return kernels
+    if kernels == "auto":
+        return "reference"
+    raise KernelError(f"--kernels {kernels}: these run on the CPU, and the device is {where}; use --device cpu")
+
+
+def _tell_kernels(opened: OpenModel) -> None:
+    if (words := kernel_words(opened.model)) is not None:
+        notes.print(f"kernels: {words}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _prospect(folder: Path) -> str:
+    """Who would multiply a checkpoint's layers here."""
+    return prospect([about["parts"] for about in read_config(str(folder))["quantization_config"]["layers"].values()])
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
@@ -204,16 +231,20 @@ def evaluate(
     activations: Annotated[
         ActivationFormat | None, typer.Option(help="Round the activations of the first model's linear layers.")
     ] = None,
+    kernels: Chosen = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text, of one model or of two side by side."""
+    """Perplexity on a text, of one model or of two side by side; on precise kernels unless told otherwise."""
     where = pick_device(device)
     sources = [source for source in (model, against) if source is not None]
     for folder in map(Path, sources):
         if (folder / checkpoint.RECORD).is_file():
             checkpoint.verify_files(folder)
-    models = [open_any(source) for source in sources]
+    chosen = _kernels_on(where, kernels)
+    models = [open_any(source, kernels=chosen, tell=_tell) for source in sources]
+    for opened in models:
+        _tell_kernels(opened)
     context = min(context_length(opened.model) or sys.maxsize for opened in models)
     window = length or min(context, 2048)
     if window > context:
@@ -243,14 +274,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    kernels: Chosen = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Stream text from a model; how fast it came goes to standard error."""
+    """Stream text from a model, on fast kernels unless told otherwise; how fast it came goes to standard error."""
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
     where = pick_device(device)
-    opened = open_any(model)
+    opened = open_any(model, kernels=_kernels_on(where, kernels), tell=_tell)
+    prefer_fast(opened.model)
     tokenizer = opened.tokenizer
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -278,10 +311,12 @@ def generate(
     )
     show(pieces.end())
     if as_json:
-        _print_json({"model": model, "prompt": prompt, "text": text.getvalue()[begun:], **made.to_dict()})
+        written = {"text": text.getvalue()[begun:], **made.to_dict()}
+        _print_json({"model": model, "prompt": prompt, "kernels": kernel_words(opened.model), **written})
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
+    _tell_kernels(opened)
     for line in generation_words(made.to_dict()):
         notes.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -294,13 +329,14 @@ def inspect_(
     """What is in a compressed folder: every layer and the totals."""
     data = checkpoint.read_record(out)
     checkpoint.verify_files(out)
+    kernels = _prospect(out)
     if as_json:
-        _print_json(data)
+        _print_json({**data, "kernels": kernels})
         return
     record = Record.from_dict(data)
     output.print(layers_table(record))
     output.print()
-    output.print(summary_table(record))
+    output.print(summary_table(record, kernels))
 
 
 @app.command()
@@ -375,6 +411,7 @@ def _evaluated(
         measured = perplexity(opened.model, windows, progress=partial(report, stage))
     return {
         "model": opened.source,
+        "kernels": kernel_words(opened.model),
         "activations": activations or "as they are",
         "bits_per_weight": opened.bits_per_weight,
         "bytes": opened.bytes,

@@ -9,7 +9,7 @@ memory is up to transformers.
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slimlm.core.errors import CheckpointError
 from slimlm.models.opening import fetch, read_config, without_bars
 from slimlm.models.structure import swap
+from slimlm.runtime.backends import cpu
+from slimlm.runtime.choose import Kernels, available
+from slimlm.runtime.dense import widen_activations
+from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.use import multipliers, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.kernel_cache import kept_or_made
 from slimlm.storage.mapping import map_file
@@ -31,23 +36,6 @@ from slimlm.storage.mapping import map_file
 Tell = Callable[[str], None]
 Release = Callable[[Iterable[Tensor]], int]
 """Drops the pages of those of these tensors that are views of a file; gives the bytes dropped."""
-
-
-class Kernels(Protocol):
-    """What `load` asks of a kernel backend that has a packing of its own."""
-
-    @property
-    def layout(self) -> str:
-        """Names the packing and its version: another packing of the same layer has another name (a part of a file's name)."""
-
-    def refuses(self, layer: CompressedLinear) -> str | None:
-        """None where it can run this layer; otherwise the reason, which is told."""
-
-    def prepare(self, layer: CompressedLinear) -> Tensor:
-        """The layer in the backend's own packing, uint8 `[bytes]`, which holds everything but the bias."""
-
-    def adopt(self, layer: CompressedLinear, packed: Tensor) -> None:
-        """Let the layer run on this packing from now on; the tensor may be a view of a file."""
 
 
 def _warn(text: str) -> None:
@@ -58,19 +46,26 @@ def load(
     source: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    kernels: Kernels | None = None,
+    kernels: Kernels = "auto",
     keep: bool = True,
     tell: Tell = _warn,
 ) -> PreTrainedModel:
-    """A compressed model from its folder (or a hub name), in the dtype of its original or the one given.
+    """A compressed model from its folder (or a hub name), on the CPU.
 
     Its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
-    outside the compressed layers that another dtype was asked for are copies. With `kernels`, each layer is packed as that
-    backend wants it, one at a time, and the pages of its stored tensors are dropped; with `keep` the packed layers
-    are written beside the checkpoint and mapped by the next load. `tell` hears what a user should know of that.
+    outside the compressed layers that another dtype was asked for are copies.
 
-    Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model. The
-    files' sizes and headers are checked, not their checksums: `slimlm inspect` does that.
+    kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "reference" (dense matrices), or
+    "auto": precise kernels for every layer that they take, the reference for others. The kernels' layers are packed anew,
+    one at a time, and the pages of their stored tensors dropped; with `keep` the packed layers are written beside the
+    checkpoint and mapped by the next load. `slimlm.use_kernels` chooses again later.
+    dtype: of activations and of what is not compressed. "auto" is, with kernels, float32 activations among weights in the
+    16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
+    tell: hears what a user should know, such as which layers no kernel takes, and why.
+
+    Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model; the
+    files' sizes and headers are checked, not their checksums: `slimlm inspect` does that. Raises KernelError where kernels
+    asked for by name do not take some layer.
     """
     source = str(source)
     about = read_config(source).get("quantization_config") or {}
@@ -98,9 +93,12 @@ def load(
         if info[kind]:
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
     model.name_or_path = model.config.name_or_path = source
-    if kernels is not None:
-        _give(kernels, model, folder, release, keep=keep, tell=tell)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if dtype == "auto" and available(kernels):
+        widen_activations(model)
+    if kernels != "reference":
+        _pack(model, kernels, folder, release, keep=keep, tell=tell)
+    return model
 
 
 def _taken(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
@@ -166,28 +164,33 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _give(kernels: Kernels, model: PreTrainedModel, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
-    """Let every layer that the backend does not refuse run on the backend's packing; tell which are refused and why."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    reasons = {name: kernels.refuses(layer) for name, layer in layers.items()}
+def _pack(model: PreTrainedModel, kernels: Kernels, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
+    """Choose who multiplies each layer, tell which ones no kernel takes, and give the others their packed bytes."""
+    use_kernels(model, kernels)
+    layers = multipliers(model)
+    reasons = {name: layer.choice().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
         tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
     taken = [name for name, reason in reasons.items() if reason is None]
+    if not taken:
+        return
 
     def make(name: str) -> Tensor:
-        packed = kernels.prepare(layers[name])
-        release(layers[name].packed().values())
+        stored = layers[name].stored()
+        packed = cpu.pack(stored)
+        release(stored.tensors.values())
         return packed
 
     if keep:
-        blobs = kept_or_made(folder, kernels.layout, checkpoint.fingerprint(folder), taken, make, tell)
+        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), taken, make, whole, tell)
     else:
         blobs = {name: make(name) for name in taken}
     # Once more for all: pages that two layers share were kept until now.
-    release(tensor for name in taken for tensor in layers[name].packed().values())
+    release(tensor for name in taken for tensor in layers[name].stored().tensors.values())
     for name in taken:
-        kernels.adopt(layers[name], blobs[name])
+        layers[name].adopt(blobs[name])
+        layers[name].prepare()
 
 
 class _CheckpointConfig(PreTrainedConfig):
@@ -224,7 +227,9 @@ class SlimlmQuantizer(HfQuantizer):
             if (Path(file).parent / checkpoint.RECORD).is_file():
                 checkpoint.check_files(Path(file).parent)
         for name, about in self.quantization_config.layers.items():
-            swap(model, name, CompressedLinear.empty(about))
+            layer = CompressedLinear.empty(about)
+            layer.kernels = "auto"
+            swap(model, name, layer)
         return model
 
     def is_serializable(self) -> bool:

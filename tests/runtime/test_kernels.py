@@ -12,13 +12,14 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from slimlm.core import grid
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime import kernels, native
@@ -422,7 +423,7 @@ def test_a_table_of_another_length_is_refused() -> None:
 def test_activations_of_another_width_are_refused() -> None:
     packed = layer([uniform((16, 64), 4, 32)])
     for width in (0, 32, 65):
-        with pytest.raises(ValueError, match="64"):
+        with pytest.raises(KernelError, match="64"):
             packed(torch.randn(2, width), "fast")
 
 
@@ -568,16 +569,26 @@ def test_structures_lie_in_memory_as_in_c(name: str, mirror: type[ctypes.Structu
 def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
     library, blob, x, y = kernels._library(), small_blob(), torch.randn(2, 84), torch.empty(2, 20)
     good = kernels._Product(blob.data_ptr(), blob.numel(), None, y.data_ptr())
-    right = (ctypes.byref(good), 1, x.data_ptr(), 0, 2, 84, 1, 1)
-    assert library.slimlm_products(*right) == 0
+    kinds = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+    kinds += (ctypes.c_int32, ctypes.c_int32)
+
+    def products(*values: Any) -> int:
+        # The function takes C values as they come; Python's numbers would be cut to 32 bits.
+        return library.slimlm_products(*(kind(value) for kind, value in zip(kinds, values, strict=True)))
+
+    def address(product: ctypes.Structure) -> int:
+        return ctypes.addressof(product)
+
+    right = (address(good), 1, x.data_ptr(), 0, 2, 84, 1, 1)
+    assert products(*right) == 0
     nowhere = kernels._Product(blob.data_ptr(), blob.numel(), None, None)
     other = kernels._Product(blob.data_ptr(), blob.numel() - 64, None, y.data_ptr())
-    wrong = {0: (None, ctypes.byref(nowhere), ctypes.byref(other)), 1: (0, -1), 2: (None,), 3: (-1, 1, 3)}
+    wrong: dict[int, tuple[Any, ...]] = {0: (None, address(nowhere), address(other)), 1: (0, -1), 2: (None,), 3: (-1, 1, 3)}
     wrong |= {4: (-1,), 5: (-84, 0, 83, 85), 6: (-1, 2)}
     for place, values in wrong.items():
         for value in values:
-            assert library.slimlm_products(*right[:place], value, *right[place + 1 :]) != 0, (place, value)
-    assert library.slimlm_products(*right[:7], -5) == 0, "any number of threads below one is one"
+            assert products(*right[:place], value, *right[place + 1 :]) != 0, (place, value)
+    assert products(*right[:7], -5) == 0, "any number of threads below one is one"
     assert library.slimlm_packed_bytes(None, 1) < 0
     for count in (0, 2, 19):
         assert library.slimlm_packed_bytes(ctypes.byref(kernels.Matrix()), count) < 0

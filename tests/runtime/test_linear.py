@@ -150,6 +150,15 @@ def test_the_dtype_of_the_input_may_change_between_calls() -> None:
     torch.testing.assert_close(layer(x).double(), expected(parts, x), rtol=1e-5, atol=1e-5)  # float32 sums
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_another_dtype_than_the_input_is_added_all_the_same(dtype: torch.dtype) -> None:
+    parts = combinations()["slim"]
+    layer = CompressedLinear.from_parts(parts, torch.ones(OUT, dtype=torch.float16))
+    plain = CompressedLinear.from_parts(parts, None)
+    x = draw(3, WIDTH).to(dtype)
+    torch.testing.assert_close(layer(x), plain(x) + 1)
+
+
 def test_nothing_of_the_layer_asks_for_a_gradient() -> None:
     layer = linear(combinations()["slim"])
     assert not any(parameter.requires_grad for parameter in layer.parameters())

@@ -29,6 +29,10 @@ class Told(list[str]):
         self.append(text)
 
 
+def sound(_: Tensor) -> bool:
+    return True
+
+
 def never(name: str) -> Tensor:
     raise AssertionError(f"{name} was made again")
 
@@ -37,7 +41,7 @@ def made(
     folder: Path, make: Callable[[str], Tensor] = blob, *, print_: str = "f1", layout: str = "fake-1"
 ) -> tuple[dict, Told]:
     told = Told()
-    return kept_or_made(folder, layout, print_, list(SIZES), make, told), told
+    return kept_or_made(folder, layout, print_, list(SIZES), make, sound, told), told
 
 
 def same(found: dict[str, Tensor]) -> bool:
@@ -99,10 +103,28 @@ def test_a_stale_cache_is_named_and_made_anew(tmp_path: Path, change: dict[str, 
 
 def test_a_cache_of_other_layers_is_made_anew(tmp_path: Path) -> None:
     told = Told()
-    kept_or_made(tmp_path, "fake-1", "f1", list(SIZES)[:2], blob, told)
+    kept_or_made(tmp_path, "fake-1", "f1", list(SIZES)[:2], blob, sound, told)
     found, said = made(tmp_path)
     assert same(found)
-    assert told == [] and "holds 2 layers where 5 others are looked for" in said[0]
+    assert told == [] and "lacks 3 of the layers" in said[0]
+
+
+def test_a_cache_of_more_layers_serves_those_asked_for(tmp_path: Path) -> None:
+    made(tmp_path)
+    some = list(SIZES)[1:3]
+    told = Told()
+    found = kept_or_made(tmp_path, "fake-1", "f1", some, never, sound, told)
+    assert list(found) == some and told == []
+
+
+def test_layers_whose_bytes_are_not_sound_are_named_and_made_anew(tmp_path: Path) -> None:
+    made(tmp_path)
+    damaged = list(SIZES)[2]
+    told = Told()
+    size = blob(damaged).numel()
+    found = kept_or_made(tmp_path, "fake-1", "f1", list(SIZES), blob, lambda packed: packed.numel() != size, told)
+    assert same(found)
+    assert len(told) == 1 and f"holds 1 damaged layers, {damaged} among them" in told[0]
 
 
 @pytest.mark.parametrize("spoil", ["cut", "empty", "text", "header"])
@@ -172,9 +194,9 @@ def test_half_a_cache_never_bears_the_name(tmp_path: Path) -> None:
     with CacheWriter(tmp_path, "fake-1", "f1", list(SIZES)) as writer:
         for name in SIZES:
             writer.add(name, blob(name))
-            assert open_cache(tmp_path, "fake-1", "f1", list(SIZES), Told()) is None
+            assert open_cache(tmp_path, "fake-1", "f1", list(SIZES), sound, Told()) is None
         writer.finish()
-    found = open_cache(tmp_path, "fake-1", "f1", list(SIZES), Told())
+    found = open_cache(tmp_path, "fake-1", "f1", list(SIZES), sound, Told())
     assert found is not None and same(found)
 
 
@@ -199,5 +221,7 @@ def test_the_hub_s_tools_do_not_upload_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 7, 400])
 def test_the_header_has_room_for_any_number_of_layers(tmp_path: Path, count: int) -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(count)]
-    found = kept_or_made(tmp_path, "fake-1", "f1", names, lambda name: torch.full((65,), len(name), dtype=torch.uint8), Told())
+    found = kept_or_made(
+        tmp_path, "fake-1", "f1", names, lambda name: torch.full((65,), len(name), dtype=torch.uint8), sound, Told()
+    )
     assert [int(found[name][-1]) for name in names] == [len(name) for name in names]

@@ -1,14 +1,16 @@
 """Open any model folder, compressed or dense, and measure it beside another."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
-from slimlm.load import load
+from slimlm.load import Tell, load
 from slimlm.models.opening import folder_of, open_dense, open_tokenizer, read_config
 from slimlm.models.structure import blocks_of, linears_of
+from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -26,11 +28,16 @@ class OpenModel:
     """of the linear layers in the blocks: stored bits over weights"""
 
 
-def open_any(source: str) -> OpenModel:
-    """Open a slimlm checkpoint or a dense model in float32; raises where it has no tokenizer."""
+def open_any(source: str, *, kernels: Kernels = "reference", tell: Tell = warnings.warn) -> OpenModel:
+    """Open a slimlm checkpoint or a dense model with float32 activations; raises where it has no tokenizer.
+
+    kernels and tell: for a checkpoint, as in `slimlm.load`.
+    """
     method = (read_config(source).get("quantization_config") or {}).get("quant_method")
     if method == checkpoint.METHOD:
-        model, tokenizer = load(source, dtype=torch.float32), open_tokenizer(source)
+        # With kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
+        dtype = "auto" if available(kernels) else torch.float32
+        model, tokenizer = load(source, dtype=dtype, kernels=kernels, tell=tell), open_tokenizer(source)
         layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
         bits = sum(8 * t.numel() * t.element_size() for m in layers for t in m.packed().values())
         per_weight = bits / sum(m.in_features * m.out_features for m in layers)

@@ -113,8 +113,8 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
 
 
-def summary_table(record: Record) -> Table:
-    """The totals of a compression."""
+def summary_table(record: Record, kernels: str) -> Table:
+    """The totals of a compression; `kernels` says who would multiply its layers here."""
     errors = sorted(r.error for r in record.layers)
     worst = max(record.layers, key=lambda r: r.error)
     calibration = record.calibration
@@ -136,6 +136,7 @@ def summary_table(record: Record) -> Table:
         *_matched_row(record),
         *_plan_row(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: embeddings, norms{left}"),
+        ("kernels", kernels),
         *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]

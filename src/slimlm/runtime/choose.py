@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slimlm.core.errors import KernelError
+from slimlm.runtime import native
 from slimlm.runtime.backends import Backend, Stored
 from slimlm.runtime.backends.cpu import Cpu
 from slimlm.runtime.backends.reference import Reference
 
 Kernels = Literal["auto", "precise", "fast", "reference"]
-"""Whose arithmetic: kernels with 16-bit ("precise") or 8-bit activations ("fast"), or dense matrices of the parts ("reference").
+"""Whose arithmetic: kernels with 16-bit ("precise") or 8-bit activations ("fast"), or dense matrices ("reference").
 
 "auto" is "precise" where there are kernels for a layer, else "reference"."""
 
@@ -21,6 +22,11 @@ class Choice:
     backend: Backend
     refused: str | None
     """why a faster one was not taken, in words; None where none was passed over"""
+
+
+def available(wanted: Kernels) -> bool:
+    """Whether kernels are asked for and there are any on this machine."""
+    return wanted != "reference" and native.library() is not None
 
 
 _REFERENCE = Reference()

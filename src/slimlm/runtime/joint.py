@@ -6,6 +6,10 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimlm.runtime.backends import cpu
+from slimlm.runtime.kernels import Packed
+from slimlm.runtime.linear import CompressedLinear
+
 
 def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What the module computes, called with the least ceremony; hooks are not run, so the caller must know of none.
@@ -17,14 +21,29 @@ def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return module.forward
 
 
-def joint(modules: Sequence[nn.Module]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def joint(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """One call for layers that share their input `[tokens, in]`; gives their outputs `[tokens, out]` in order.
 
-    The outputs are the caller's to change; they may be views of one tensor. Here each layer is called in turn: a backend
-    whose layers can be multiplied together joins them in this place.
+    The outputs are the caller's to change. Layers that all run on the kernels are multiplied in one call, without gradients;
+    others are called in turn. As with `direct`, who multiplies is settled now.
     """
+    if (together := _together(modules)) is not None:
+        return together
     calls = [direct(module) for module in modules]
     if len(calls) == 2:
         first, second = calls
         return lambda x: (first(x), second(x))
     return lambda x: tuple([call(x) for call in calls])
+
+
+def _together(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """The layers as one call of the kernels; None where some of them run otherwise."""
+    layers = [module for module in modules if isinstance(module, CompressedLinear)]
+    backends = [layer.choice().backend for layer in layers]
+    precisions = {backend.precision for backend in backends if isinstance(backend, cpu.Cpu)}
+    if len(layers) < len(modules) or not all(isinstance(backend, cpu.Cpu) for backend in backends) or len(precisions) != 1:
+        return None
+    ready: list[cpu.Prepared] = [layer.prepare() for layer in layers]
+    outs = [layer.out_features for layer in layers]
+    packed = Packed([one.blob for one in ready], [one.bias for one in ready], outs, layers[0].in_features)
+    return partial(packed, precision=precisions.pop())

@@ -6,6 +6,7 @@ What the C functions want and give is said in csrc/kernels.h, the layout of the 
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ LAYOUT = "cpu-1"
 """Names the layout of the bytes, for files that hold them (csrc/kernels.h: SLIMLM_LAYOUT)."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 2}
 _PRECISIONS = {"fast": 0, "precise": 1}
 _ERRORS = {
     1: "an argument that the kernels do not take",
@@ -73,13 +75,14 @@ def _library() -> ctypes.CDLL:
     if found is None:
         raise KernelError(f"there are no CPU kernels: {native.status().reason}")
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    signatures: dict[str, tuple[Any, list[Any]]] = {
+    signatures: dict[str, tuple[Any, list[Any] | None]] = {
         "slimlm_packed_bytes": (i64, [pointer, i32]),
         "slimlm_pack": (ctypes.c_int, [pointer, i32, pointer, i64]),
         "slimlm_unpack": (ctypes.c_int, [pointer, i64, i32, i32, pointer]),
         "slimlm_verify": (ctypes.c_int, [pointer, i64]),
-        "slimlm_products": (ctypes.c_int, [pointer, i32, pointer, i32, i64, i64, i32, i32]),
+        "slimlm_products": (ctypes.c_int, None),  # its arguments come as C values
         "slimlm_use": (ctypes.c_int, [ctypes.c_char_p]),
+        "slimlm_active": (ctypes.c_char_p, []),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(found, name)
@@ -96,6 +99,11 @@ def use(variant: str) -> None:
     """Run this variant from now on (see `native.status`), for tests and measurements; raises KernelError for an unknown one."""
     if _library().slimlm_use(variant.encode()):
         raise KernelError(f"there is no variant {variant!r} of the kernels that this processor can run")
+
+
+def active() -> str:
+    """The name of the variant that runs."""
+    return str(_library().slimlm_active().decode())
 
 
 def pack(matrices: Sequence[Matrix]) -> Tensor:
@@ -124,42 +132,55 @@ def whole(blob: Tensor) -> bool:
     return _library().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
 
 
+class _Call:
+    """The arguments of one call of `slimlm_products`, made once; no other call may use them meanwhile."""
+
+    def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
+        self.x, self.kind, self.batch = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int64()
+        self.precision, self.threads = ctypes.c_int32(), ctypes.c_int32()
+        products = (_Product * len(blobs))()
+        for product, blob, bias in zip(products, blobs, biases, strict=True):
+            product.blob, product.blob_bytes = blob.data_ptr(), blob.numel()
+            product.bias = None if bias is None else bias.data_ptr()
+        self.outputs = list(zip(products, outs, strict=True))
+        count, width_ = ctypes.c_int32(len(blobs)), ctypes.c_int64(width)
+        self.arguments = products, count, self.x, self.kind, self.batch, width_, self.precision, self.threads
+
+
 class Packed:
-    """Layers that share an input, ready to multiply: bytes and biases, and the call's arguments made once."""
+    """Layers that share an input, ready to multiply: bytes, biases, and the arguments of earlier calls to use again."""
 
     def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
         # The call only knows addresses; these keep what lies there alive.
         self.blobs = [blob if blob.data_ptr() % 64 == 0 else blob.clone() for blob in blobs]
         self.biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
         self.outs, self.width = tuple(outs), width
-        self._products = (_Product * len(blobs))()
-        for product, blob, bias in zip(self._products, self.blobs, self.biases, strict=True):
-            product.blob, product.blob_bytes = blob.data_ptr(), blob.numel()
-            product.bias = None if bias is None else bias.data_ptr()
-        self._call = _library().slimlm_products
+        self._run = _library().slimlm_products
+        self._calls: list[_Call] = []
+        """as many as threads have multiplied at once; a list's pop and append need no lock"""
 
     def __call__(self, x: Tensor, precision: Precision) -> list[Tensor]:
         """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
-        if x.dtype not in (torch.float32, torch.bfloat16):
+        kind = _ACTIVATIONS.get(x.dtype)
+        if kind is None:
             return [y.to(x.dtype) for y in self(x.float(), precision)]
-        if x.shape[-1] != self.width:
-            raise ValueError(f"activations of shape {list(x.shape)} for a layer of {self.width} inputs")
+        *leading, width = x.shape
+        if width != self.width:
+            raise KernelError(f"the layer has {self.width} inputs, and the activations are {list(x.shape)}")
         x = x.contiguous()
-        ys = [x.new_empty(*x.shape[:-1], out) for out in self.outs]
-        # A copy, because several threads may multiply by one layer.
-        products = type(self._products).from_buffer_copy(self._products)
-        for product, y in zip(products, ys, strict=True):
+        try:
+            call = self._calls.pop()
+        except IndexError:
+            call = _Call(self.blobs, self.biases, self.outs, self.width)
+        ys = []
+        for product, out in call.outputs:
+            y = x.new_empty(*leading, out)
             product.y = y.data_ptr()
-        error = self._call(
-            products,
-            len(ys),
-            x.data_ptr(),
-            _TYPES[x.dtype],
-            x.shape[:-1].numel(),
-            self.width,
-            _PRECISIONS[precision],
-            torch.get_num_threads(),
-        )
+            ys.append(y)
+        call.x.value, call.kind.value, call.batch.value = x.data_ptr(), kind, prod(leading)
+        call.precision.value, call.threads.value = _PRECISIONS[precision], torch.get_num_threads()
+        error = self._run(*call.arguments)
+        self._calls.append(call)
         if error:
             _check(error)
         return ys

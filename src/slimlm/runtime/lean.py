@@ -17,7 +17,7 @@ own forward. Each answers in words, and the caller takes the model's forward the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from slimlm.runtime import token
+from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.joint import direct, joint
-from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.linear import CompressedLinear, Multiplier
+from slimlm.runtime.use import precisely
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -60,12 +62,14 @@ def disagrees(model: PreTrainedModel, length: int) -> str | None:
     """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
 
     The probe is the last of at most 8 different tokens, the keys and values of those before it coming from the model's
-    forward; both sides multiply one token, so that both use the same products. `length` is as in `refuses`.
+    forward; both sides multiply one token, so that both use the same products. Fast kernels give way to precise ones meanwhile:
+    where activations have 255 levels, an order of addition can move one by a level, and that grows from block to block.
+    `length` is as in `refuses`.
     """
     device = model.get_input_embeddings().weight.device
     ids = (17 + 7 * torch.arange(min(_PROBE, length), device=device)).remainder(model.config.vocab_size)[None]
     cache = DynamicCache()
-    with torch.no_grad():
+    with torch.no_grad(), precisely(model):
         if ids.shape[1] > 1:
             model(ids[:, :-1], past_key_values=cache, use_cache=True)
         step = LeanStep(model, batch=1, length=ids.shape[1])
@@ -85,12 +89,12 @@ class _Block:
     """One block as functions of `[rows, width]`."""
 
     attention_norm: Map
-    queries_keys_values: Callable[[Tensor], tuple[Tensor, ...]]
+    queries_keys_values: Callable[[Tensor], Sequence[Tensor]]
     query_norm: Map | None
     key_norm: Map | None
     attention_out: Map
     mlp_norm: Map
-    gate_up: Callable[[Tensor], tuple[Tensor, ...]]
+    gate_up: Callable[[Tensor], Sequence[Tensor]]
     down: Map
 
 
@@ -230,12 +234,16 @@ def _norm(module: Any, dtype: torch.dtype) -> Map:
 
 def _activations(model: Any) -> torch.dtype:
     """The dtype of the hidden states: that of embeddings and norms added up."""
-    return torch.promote_types(model.model.embed_tokens.weight.dtype, model.model.norm.weight.dtype)
+    embedding = model.model.embed_tokens
+    own = embedding.activations if isinstance(embedding, WideEmbedding) else embedding.weight.dtype
+    return torch.promote_types(own, model.model.norm.weight.dtype)
 
 
 def _coarsest(model: nn.Module) -> torch.dtype:
-    """Of the dtypes that the model's parameters have, the one that rounds most."""
-    return max({p.dtype for p in model.parameters() if p.dtype in _TOLERANCE}, key=lambda dtype: _TOLERANCE[dtype])
+    """Of the dtypes that the model computes in, the one that rounds most."""
+    own = [m for m in model.modules() if not isinstance(m, Multiplier | WideEmbedding)]
+    found = {_activations(model), *(p.dtype for m in own for p in m.parameters(recurse=False))}
+    return max(found & _TOLERANCE.keys(), key=lambda dtype: _TOLERANCE[dtype])
 
 
 def _structure(model: nn.Module) -> str | None:
@@ -278,7 +286,7 @@ def _settings(model: nn.Module) -> str | None:
         return f"its rotary angles (rope type {decoder.rotary_emb.rope_type}) change with the length of the text"
     if model.training:
         return "the model is in training mode"
-    if type(decoder.embed_tokens) is not nn.Embedding:
+    if type(decoder.embed_tokens) not in (nn.Embedding, WideEmbedding):
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "hooks are set on its modules, which the lean step would not run"

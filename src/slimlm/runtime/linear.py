@@ -7,11 +7,60 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
-from slimlm.runtime.backends import Stored
+from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.choose import Choice, Kernels, choose
 
 
-class CompressedLinear(nn.Module):
+class Multiplier(nn.Module):
+    """A layer for whose products somebody is chosen, at the first of them or by `use_kernels`."""
+
+    kernels: Kernels = "reference"
+    """who was asked for"""
+    _choice: Choice | None = None
+    _prepared: Any = None
+    _blob: Tensor | None = None
+    """what the kernels packed the stored tensors into, once they did"""
+
+    def stored(self) -> Stored:
+        """The parts as they are stored, for a backend to prepare."""
+        raise NotImplementedError
+
+    def use_kernels(self, kernels: Kernels) -> Choice:
+        """Choose who multiplies from now on; raises KernelError where kernels asked for by name do not take this layer."""
+        choice = choose(self.stored(), kernels)
+        self.kernels, self._choice, self._prepared = kernels, choice, None
+        return choice
+
+    def choice(self) -> Choice:
+        """Who multiplies."""
+        return self._choice or self.use_kernels(self.kernels)
+
+    def prepare(self) -> Any:
+        """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
+        if self._prepared is None:
+            self._prepared = self.choice().backend.prepare(self.stored())
+            if isinstance(self._prepared, cpu.Prepared):
+                self._blob = self._prepared.blob
+        return self._prepared
+
+    def adopt(self, blob: Tensor) -> None:
+        """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
+        self._blob, self._prepared = blob, None
+
+    def forget(self) -> None:
+        """Choose and repack anew, because the stored tensors are others or elsewhere."""
+        self._choice = self._prepared = self._blob = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy repacks for itself: what is prepared holds addresses."""
+        return {**self.__dict__, "_choice": None, "_prepared": None, "_blob": None}
+
+
+class CompressedLinear(Multiplier):
     """A linear layer whose weight is a sum of packed parts.
 
     Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it never
@@ -26,9 +75,6 @@ class CompressedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.kernels: Kernels = "reference"
-        self._choice: Choice | None = None
-        self._prepared: Any = None
 
     @classmethod
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
@@ -65,19 +111,7 @@ class CompressedLinear(nn.Module):
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
-        return Stored((self.out_features, self.in_features), self.descriptions, self.packed(), self.bias)
-
-    def use_kernels(self, kernels: Kernels) -> Choice:
-        """Choose who multiplies from now on; raises KernelError where kernels asked for by name do not take this layer."""
-        self.kernels = kernels
-        self._choice, self._prepared = choose(self.stored(), kernels), None
-        return self._choice
-
-    def prepare(self, prepared: Any = None) -> Any:
-        """Repack for the chosen backend now rather than at the first product, or take what was repacked before."""
-        choice = self._choice or self.use_kernels(self.kernels)
-        self._prepared = choice.backend.prepare(self.stored()) if prepared is None else prepared
-        return self._prepared
+        return Stored((self.out_features, self.in_features), self.descriptions, self.packed(), self.bias, self._blob)
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
@@ -91,16 +125,18 @@ class CompressedLinear(nn.Module):
         kinds = " + ".join(d["kind"] for d in self.descriptions)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._choice = self._prepared = None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
-        before = self.packed()
+        before, choice, blob = self.packed(), self._choice, self._blob
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
-        self._choice = self._prepared = None
+        self.forget()
+        if all(
+            now.device == old.device and now.data_ptr() == old.data_ptr()
+            for now, old in zip(self.packed().values(), before.values(), strict=True)
+        ):
+            # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
+            self._choice, self._blob = choice, blob
         return self

@@ -51,14 +51,16 @@ def kept_or_made(
     fingerprint: str,
     names: Sequence[str],
     make: Callable[[str], Tensor],
+    whole: Callable[[Tensor], bool],
     tell: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """The packed layers by name: views of the cache; made, and kept for the next load, where there is no good cache.
 
     `make` gives one layer's bytes, uint8 `[bytes]`, and is called in the order of `names`, one result being held at a
-    time. Where the cache cannot be written, `tell` hears why and all results are held in memory instead.
+    time; `whole` says of one layer's bytes whether they are sound. Where the cache cannot be written, `tell` hears why
+    and all results are held in memory instead.
     """
-    kept = open_cache(folder, layout, fingerprint, names, tell)
+    kept = open_cache(folder, layout, fingerprint, names, whole, tell)
     if kept is not None:
         return kept
     try:
@@ -73,24 +75,34 @@ def kept_or_made(
 
 
 def open_cache(
-    folder: Path, layout: str, fingerprint: str, names: Sequence[str], tell: Callable[[str], None]
+    folder: Path,
+    layout: str,
+    fingerprint: str,
+    names: Sequence[str],
+    whole: Callable[[Tensor], bool],
+    tell: Callable[[str], None],
 ) -> dict[str, Tensor] | None:
-    """The packed layers as views of the cache, or None where there is none that fits; `tell` hears what is wrong with it."""
+    """The packed layers as views of the cache, or None where there is none that fits; `tell` hears what is wrong with it.
+
+    A cache may hold more layers than are asked for.
+    """
     path = cache_path(folder, layout)
     if not path.is_file():
         return None
     try:
         found = map_file(path)
-        wrong = _misfit(found, layout, fingerprint, names)
+        wrong = _misfit(found, layout, fingerprint, names, whole)
     except (CheckpointError, OSError) as error:
         wrong = f"is damaged: {error}"
     if wrong is None:
-        return _layers(found)
+        return {name: found.tensors[name] for name in names}
     tell(f"the packed layers in {path} are made anew: the file {wrong}")
     return None
 
 
-def _misfit(found: MappedFile, layout: str, fingerprint: str, names: Sequence[str]) -> str | None:
+def _misfit(
+    found: MappedFile, layout: str, fingerprint: str, names: Sequence[str], whole: Callable[[Tensor], bool]
+) -> str | None:
     """Why a mapped cache is not the one looked for, or None where it is."""
     about = found.metadata
     if about.get("slimlm_kernels") != _VERSION or about.get("layout") != layout:
@@ -98,10 +110,12 @@ def _misfit(found: MappedFile, layout: str, fingerprint: str, names: Sequence[st
     if about.get("fingerprint") != fingerprint:
         return "was made from another checkpoint"
     layers = _layers(found)
-    if layers.keys() != set(names):
-        return f"holds {len(layers)} layers where {len(names)} others are looked for"
+    if missing := set(names) - layers.keys():
+        return f"lacks {len(missing)} of the layers, {min(missing)} among them"
     if any(t.dtype != torch.uint8 or t.ndim != 1 or t.data_ptr() % ALIGNMENT for t in layers.values() if t.numel()):
         return "holds tensors that are no packed layers"
+    if damaged := [name for name in names if not whole(layers[name])]:
+        return f"holds {len(damaged)} damaged layers, {damaged[0]} among them"
     return None
 
 

@@ -20,6 +20,8 @@ class Stored:
     descriptions: Sequence[Description]
     tensors: dict[str, Tensor]
     bias: Tensor | None
+    blob: Tensor | None = None
+    """what a kernel backend packed these parts into before, uint8 `[bytes]`; None: nothing was kept"""
 
     @cached_property
     def device(self) -> torch.device:
@@ -39,7 +41,7 @@ class Backend(Protocol):
         """None when it can; otherwise the reason, in words for the user."""
 
     def prepare(self, stored: Stored) -> Any:
-        """Repack once, at load or first use."""
+        """Repack once, at load or first use, or take the blob that was kept."""
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, the bias added, in the dtype of x."""

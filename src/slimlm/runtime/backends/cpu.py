@@ -5,9 +5,10 @@ become integers inside, with one scale for 128 of them: 8 bits in "fast", 16 bit
 rounding the activations to bfloat16 would. Gradients flow to the activations and the bias; the parts are frozen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,36 +53,37 @@ class Cpu:
             return f"there are no CPU kernels: {native.status().reason}"
         if stored.device.type != "cpu":
             return f"the layer is on {stored.device}, and these kernels run on the CPU"
-        if len(stored.descriptions) > 1 + _MOST_ADAPTERS:
-            return f"it has {len(stored.descriptions) - 1} low-rank parts; the kernels take {_MOST_ADAPTERS}"
-        base, *extras = stored.descriptions
-        wrong = [about["kind"] for about in extras if about["kind"] != "low_rank"]
-        if wrong:
-            return f"the kernels add low-rank parts to a base, not a {wrong[0]} part"
-        own = base["inner"] if base["kind"] == "pruned" else base
-        if base["kind"] == "low_rank":
-            return "its first part is of low rank; the kernels want a base there"
-        if base["kind"] == "pruned" and own["kind"] == "plain":
-            return "its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits"
-        sides = [about[side] for about in extras for side in ("left", "right")]
-        return next((reason for about in (own, *sides) if (reason := _unfit(about))), None) or _lacks_zero(stored)
+        return unfit(stored.descriptions) or _lacks_zero(stored)
 
     def prepare(self, stored: Stored) -> Prepared:
-        """Pack a layer; raises CheckpointError where its tensors do not fit its description."""
-        return self.opened(stored, pack(stored))
-
-    def opened(self, stored: Stored, blob: Tensor) -> Prepared:
-        """The same from bytes that were packed before."""
+        """Pack a layer, unless it was before; raises CheckpointError where its tensors do not fit its description."""
+        blob = pack(stored) if stored.blob is None else stored.blob
         return Prepared(blob, None if stored.bias is None else stored.bias.detach().float(), stored)
 
     def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
         """x W^T + bias, in the dtype of x."""
-        plain = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _wants_gradient(x, prepared))
-        if plain:
-            return prepared.packed(x, self.precision)[0]
         if torch.is_grad_enabled() and _wants_gradient(x, prepared):
             return _Product.apply(x, prepared.stored.bias, prepared, self.precision)
-        return _product(x, prepared.blob, prepared.bias, prepared.stored.shape[0], self.precision)
+        if torch.compiler.is_compiling():
+            return _product(x, prepared.blob, prepared.bias, prepared.stored.shape[0], self.precision)
+        return prepared.packed(x, self.precision)[0]
+
+
+def unfit(descriptions: Sequence[Description]) -> str | None:
+    """Why the layout does not hold parts that are so described, in words; None: it does."""
+    if len(descriptions) > 1 + _MOST_ADAPTERS:
+        return f"it has {len(descriptions) - 1} low-rank parts; the kernels take {_MOST_ADAPTERS}"
+    base, *extras = descriptions
+    wrong = [about["kind"] for about in extras if about["kind"] != "low_rank"]
+    if wrong:
+        return f"the kernels add low-rank parts to a base, not a {wrong[0]} part"
+    own = base["inner"] if base["kind"] == "pruned" else base
+    if base["kind"] == "low_rank":
+        return "its first part is of low rank; the kernels want a base there"
+    if base["kind"] == "pruned" and own["kind"] == "plain":
+        return "its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits"
+    sides = [about[side] for about in extras for side in ("left", "right")]
+    return next((reason for about in (own, *sides) if (reason := _unfit(about))), None)
 
 
 def _unfit(about: Description) -> str | None:
@@ -167,6 +169,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, precision: Precision) -> Tensor:
+        del bias  # of the prepared layer; an argument so that its gradient is asked for
         ctx.prepared = prepared
         return prepared.packed(x, precision)[0]
 
@@ -182,7 +185,7 @@ class _Product(torch.autograd.Function):
 @torch.library.custom_op("slimlm::packed_linear", mutates_args=())
 def _product(x: Tensor, blob: Tensor, bias: Tensor | None, out: int, precision: str) -> Tensor:
     """What torch.compile sees: one operation that it does not look into."""
-    return Packed([blob], [bias], [out], x.shape[-1])(x, cast(Precision, precision))[0]
+    return Packed([blob], [bias], [out], x.shape[-1])(x, "fast" if precision == "fast" else "precise")[0]
 
 
 @_product.register_fake

@@ -41,7 +41,7 @@ class Reference:
 
     def prepare(self, stored: Stored) -> Dense:
         """The sum of the parts `[out, in]`, added in float32."""
-        return Dense(dense_of(stored.parts()), stored.bias, stored)
+        return Dense(dense_of(stored.parts()), None if stored.bias is None else stored.bias.float(), stored)
 
     def matmul(self, x: Tensor, prepared: Dense) -> Tensor:
         """x W^T + bias."""

@@ -1,0 +1,118 @@
+"""Dense layers that keep the 16 bits they are stored in among float32 activations.
+
+What lies outside the compressed layers (embeddings, the head, layers that a recipe leaves) is mostly stored in bfloat16 or
+float16. Widened to float32 it takes twice the memory, and as it is torch multiplies it slowly at few rows and rounds every
+activation. Here weights stay as they are stored and activations are float32: an embedding widens the rows it looks up, a
+linear layer multiplies few rows by the kernels, and for many widens a slice of its weight at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimlm.core.parts import Plain, pack_parts
+from slimlm.runtime.backends import Stored
+from slimlm.runtime.linear import Multiplier
+
+NARROW = (torch.bfloat16, torch.float16)
+_FEW = 32
+"""Rows up to which the kernels are ahead of widening the weight for a product by torch."""
+_SLICE = 2**22
+"""Weights that are widened at a time."""
+
+
+class DenseLinear(Multiplier, nn.Linear):
+    """A linear layer whose activations may be of another dtype than its weight."""
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> "DenseLinear":
+        """The same layer, with the same parameters."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=False)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def stored(self) -> Stored:
+        """The weight as the one part that it is."""
+        part = Plain(self.weight.detach())
+        return Stored(part.shape, [part.describe()], pack_parts((part,)), self.bias, self._blob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias for x `[..., in]`, in the dtype of x."""
+        few = x.numel() <= _FEW * self.in_features
+        # A weight that learns is not the one that was packed.
+        if few and not self.weight.requires_grad and (choice := self.choice()).backend.name == "cpu":
+            return choice.backend.matmul(x, self.prepare())
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, bias)
+        slices = self.weight.split(max(1, _SLICE // self.in_features))
+        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in slices], dim=-1)
+        return y if bias is None else y + bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseLinear":
+        dtype, device, address = self.weight.dtype, self.weight.device, self.weight.data_ptr()
+        choice, blob = self._choice, self._blob
+        super()._apply(fn, recurse)
+        self.forget()
+        now = self.weight
+        widened = now.dtype != dtype and torch.promote_types(now.dtype, dtype) == now.dtype
+        if now.device == device and (widened or now.data_ptr() == address):
+            # No value changed: the kernels' bytes still stand for the weight.
+            self._choice, self._blob = choice, blob
+        return self
+
+
+class WideEmbedding(nn.Embedding):
+    """An embedding that widens what it looks up; `activations` is the dtype of its output."""
+
+    activations: torch.dtype
+
+    @classmethod
+    def around(cls, embedding: nn.Embedding, activations: torch.dtype) -> "WideEmbedding":
+        """The same embedding, with the same parameter."""
+        with torch.device("meta"):
+            layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        layer.weight, layer.activations = embedding.weight, activations
+        return layer.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows `[..., width]` of these tokens."""
+        return F.embedding(ids, self.weight).to(self.activations)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideEmbedding":
+        before = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self.weight.dtype != before:
+            self.activations = self.weight.dtype
+        return self
+
+
+def widen_activations(model: nn.Module) -> None:
+    """Let this model, in memory, compute in float32: embeddings and linear layers as above, all else cast.
+
+    Only plain `nn.Embedding` and `nn.Linear` keep their 16 bits. Tied parameters stay tied, so one that another kind of
+    module shares is cast, too.
+    """
+    kinds = (nn.Embedding, nn.Linear)
+    modules = dict(model.named_modules())
+    shared = {id(p) for m in modules.values() if type(m) not in kinds for p in m.parameters(recurse=False)}
+    for name, module in modules.items():
+        if type(module) in kinds and module.weight.dtype in NARROW and id(module.weight) not in shared:
+            if isinstance(module, nn.Linear):
+                model.set_submodule(name, DenseLinear.around(module))
+            elif module.max_norm is None:
+                model.set_submodule(name, WideEmbedding.around(module, torch.float32))
+    cast: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, Multiplier | WideEmbedding):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in NARROW:
+                wide = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+                setattr(module, key, cast.setdefault(id(parameter), wide))
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype in NARROW:
+                setattr(module, key, buffer.float())

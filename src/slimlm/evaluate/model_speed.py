@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.core.errors import SlimlmError
+from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.evaluate import speed
 from slimlm.evaluate.results import parts_words
 from slimlm.evaluate.speed import Call, Contender, Effort, Timing
@@ -66,7 +66,7 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
         raise SlimlmError("--batch, --threads, --prompt-tokens and --new-tokens must each be at least 1")
     with speed.at_threads(settings.threads):
         bandwidth = speed.read_bandwidth(settings.threads, bytes_=max(8_000_000, settings.effort.rotated))
-        model = _opened(source, settings.kernels)
+        model = opened(source, settings.kernels)
         _refuse_length(model, settings)
         dense, notes = _dense_model(source, against, model)
         result = {
@@ -91,7 +91,7 @@ def _silent(stage: str, done: int, total: int) -> None:
     """Reports nothing."""
 
 
-def _opened(source: str, kernels: Kernels) -> PreTrainedModel:
+def opened(source: str, kernels: Kernels) -> PreTrainedModel:
     """The model in float32, as `slimlm generate` runs it, ready to multiply."""
     model = load(source, dtype=torch.float32)
     for _, layer in _compressed(model):
@@ -123,12 +123,24 @@ def _dense_model(source: str, against: str | None, model: nn.Module) -> tuple[Pr
     if free is not None and needed > _ROOM * free:
         return None, [f"no dense model beside it: in float32 it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
     if against is not None:
-        return open_dense(against).model, []
+        found = open_dense(against).model
+        _refuse_other_layers(against, found, model)
+        return found, []
     found = load(source, dtype=torch.float32)
     for name, layer in list(_compressed(found)):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         swap(found, name, linear.requires_grad_(False))
     return found, []
+
+
+def _refuse_other_layers(against: str, dense: nn.Module, model: nn.Module) -> None:
+    modules = dict(dense.named_modules())
+    for name, layer in _compressed(model):
+        shape = (layer.out_features, layer.in_features)
+        if name not in modules:
+            raise ModelError(f"--against {against} has no layer {name}; give the model that was compressed")
+        if (found := tuple(weight_of(modules[name]).shape)) != shape:
+            raise ModelError(f"--against {against}: its {name} is {found}, and {shape} was compressed; give that model")
 
 
 # Layers
@@ -290,15 +302,11 @@ def whole(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, A
 
 def _bound(model: PreTrainedModel, batch: int, bandwidth: float) -> dict[str, Any]:
     """What a step must read of the weights, and how many tokens per second reading alone would allow."""
-    compressed = dict(_compressed(model))
-    packed = sum(read_bytes(layer) for layer in compressed.values())
+    packed = sum(read_bytes(layer) for _, layer in _compressed(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-    others = sum(
-        parameter.nbytes
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in compressed and (tied or parameter is not embedding.weight)
-    )
+    # A step looks up a row of the embedding; only where the head is the same matrix is all of it read.
+    others = sum(p.nbytes for p in model.parameters() if tied or p is not embedding.weight)
     read = packed + others
     return {"bytes_per_step": read, "new_tokens_per_second_bound": batch * bandwidth / read}
 

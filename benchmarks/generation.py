@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -136,13 +137,7 @@ def open_transformers(folder: Path, dtype: str, threads: int) -> Opened:
 
 def open_llama(file: Path, kind: str, threads: int) -> Opened:
     """A GGUF file through llama.cpp, the likeliest token each time."""
-    import llama_cpp
-
-    llama_cpp.llama_backend_init()
-    # Held for as long as the library may write to it.
-    global _silence
-    _silence = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(_silence, None)
+    llama_cpp = llama_library()
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
@@ -186,7 +181,16 @@ def open_llama(file: Path, kind: str, threads: int) -> Opened:
     return do
 
 
-_silence: Any = None
+@cache
+def llama_library() -> Any:
+    """llama.cpp's functions, told to say nothing."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    # Without a reference Python would drop what the library goes on calling.
+    llama_cpp.silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(llama_cpp.silence, None)
+    return llama_cpp
 
 
 @dataclass(frozen=True)
@@ -289,8 +293,7 @@ def write_gguf(path: Path, size: Size) -> None:
 
 def quantize(source: Path, out: Path, kind: str) -> str | None:
     """Let llama.cpp quantize a GGUF file; why it could not, or None."""
-    import llama_cpp
-
+    llama_cpp = llama_library()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     partial = out.with_suffix(".partial")
@@ -309,6 +312,9 @@ def measure_one(way: str, files: Path, jobs: Sequence[Job], repeats: int) -> Dat
     threads = jobs[0].threads
     torch.set_num_threads(threads)
     clock = speed.clock_for(threads)
+    if about.open is open_llama:
+        # The other ways' packages are imported already.
+        llama_library()
     at_first, before, began = peak_memory(), speed.processor_seconds(), time.perf_counter()
     with torch.inference_mode():
         do = about.open(files, about.option, threads)

@@ -75,12 +75,14 @@ def torch_dense(shape: tuple[int, int], effort: Effort) -> list[Entry]:
     return found
 
 
-def slimlm_packed(shape: tuple[int, int], effort: Effort) -> list[Entry]:
-    """slimlm's kernels by every kind of layer, with 8-bit (fast) and 16-bit (precise) activations."""
+def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -> list[Entry]:
+    """slimlm's kernels by the kinds of layers asked for, with 8-bit (fast) and 16-bit (precise) activations."""
     if native.library() is None:
         raise MissingError(f"there are no CPU kernels: {native.status().reason}")
     found, generator = [], torch.Generator().manual_seed(0)
     for name, kind in KINDS.items():
+        if not any(_wanted(f"slimlm {name}, {precision}", only) for precision in ("fast", "precise")):
+            continue
         parts = kind.parts(shape, generator)
         tensors = pack_parts(parts)
         blob = cpu.pack(Stored(shape, [part.describe() for part in parts], tensors, None))
@@ -99,11 +101,15 @@ def _packed_calls(copies: Sequence[Packed], precision: Precision, x: Tensor) -> 
     return [partial(call, packed) for packed in copies]
 
 
-def makers(shape: tuple[int, int], threads: int, effort: Effort) -> dict[str, Callable[[], list[Entry]]]:
+def _wanted(name: str, only: Sequence[str]) -> bool:
+    return name == BASELINE or any(fnmatchcase(name, pattern) for pattern in only)
+
+
+def makers(shape: tuple[int, int], threads: int, effort: Effort, only: Sequence[str]) -> dict[str, Callable[[], list[Entry]]]:
     """Who is to be measured, by name; each gives its entries or raises MissingError."""
     own: dict[str, Callable[[], list[Entry]]] = {
         "torch": partial(torch_dense, shape, effort),
-        "slimlm": partial(slimlm_packed, shape, effort),
+        "slimlm": partial(slimlm_packed, shape, effort, only),
     }
     return own | {name: partial(make, shape, threads, effort) for name, make in COMPETITORS.items()}
 
@@ -111,13 +117,12 @@ def makers(shape: tuple[int, int], threads: int, effort: Effort) -> dict[str, Ca
 def entries_of(shape: tuple[int, int], threads: int, effort: Effort, only: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
     """Everybody whose name fits a pattern, the baseline always; and who is missing, and why."""
     found, missing = [], {}
-    for name, make in makers(shape, threads, effort).items():
+    for name, make in makers(shape, threads, effort, only).items():
         try:
             found += make()
         except MissingError as reason:
             missing[name] = str(reason)
-    wanted = [e for e in found if e.contender.name == BASELINE or any(fnmatchcase(e.contender.name, p) for p in only)]
-    return wanted, missing
+    return [e for e in found if _wanted(e.contender.name, only)], missing
 
 
 # Measuring
@@ -271,7 +276,8 @@ def picture(results: Data, path: Path) -> str | None:
 
     rows = results["rows"]
     shapes, threads = list(dict.fromkeys(tuple(r["shape"]) for r in rows)), sorted({r["threads"] for r in rows})
-    size = (5 * len(shapes), 4 * len(threads) + 1.2)
+    batches = sorted({row["batch"] for row in rows})
+    size = (max(10, 5 * len(shapes)), 4 * len(threads) + 1.2)
     figure, panels = pyplot.subplots(len(threads), len(shapes), figsize=size, dpi=110, squeeze=False, sharey="row")
     for panel, (count, shape) in zip(panels.flat, [(t, s) for t in threads for s in shapes], strict=True):
         for name, (colour, marker) in PICTURED.items():
@@ -283,6 +289,8 @@ def picture(results: Data, path: Path) -> str | None:
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
         panel.set_title(f"{shape[0]} x {shape[1]}, {'one thread' if count == 1 else f'{count} threads'}", fontsize=10)
         panel.grid(alpha=0.2)
         panel.set_xlabel("batch")

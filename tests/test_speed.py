@@ -145,7 +145,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setattr("slimlm.cli.QUICK", quick)
 
     def typed(*words: str | Path) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["slimlm", "bench", *map(str, words), "--quick"])
+        monkeypatch.setattr(sys, "argv", ["slimlm", "bench", *map(str, words), "--quick", "--threads", "1"])
         with pytest.raises(SystemExit) as ended:
             main()
         captured = capsys.readouterr()
@@ -158,7 +158,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_bench_measures_every_layer_and_the_whole_model_at_every_batch(
     run: Callable[..., tuple[str, str]], packed: Path
 ) -> None:
-    result = json.loads(run(packed, "--kernels", "reference", "--threads", 1, "--json")[0])
+    result = json.loads(run(packed, "--kernels", "reference", "--json")[0])
     assert result["against"] == "random weights in the same shapes"
     layers, whole = result["layers"], result["generation"]
     ways = {"slimlm", "torch float32", "torch bfloat16"}

@@ -131,7 +131,7 @@ def test_a_model_is_made_opened_and_timed(tmp_path: Path, monkeypatch: pytest.Mo
     missing = generation.make(tmp_path, "tiny", generation.SIZES["tiny"])
     assert missing.keys() == {"llama.cpp Q4_0", "llama.cpp Q4_K_M"}
     assert "not installed" in missing["llama.cpp Q4_0"]
-    jobs = [generation.Job(batch, prompt=4, new=3, threads=torch.get_num_threads()) for batch in (1, 2)]
+    jobs = [generation.Job(batch, prompt=4, new=3, threads=1) for batch in (1, 2)]
     ways = ["transformers float32", *(["slimlm fast"] if native.library() else [])]
     for way in ways:
         found = generation.measure_one(way, tmp_path / "tiny" / generation.WAYS[way].files, jobs, 1)

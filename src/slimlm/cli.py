@@ -31,6 +31,7 @@ from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
 from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
+from slimlm.evaluate.model_speed import QUICK, Settings, model_speed, write_json
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
 from slimlm.generation import Pieces, end_tokens, room_for
@@ -42,6 +43,7 @@ from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
 from slimlm.recipe import shipped, to_toml
+from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 from slimlm.report.tables import (
     choices_table,
     generation_words,
@@ -319,6 +321,51 @@ def generate(
     _tell_kernels(opened)
     for line in generation_words(made.to_dict()):
         notes.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Argument(help="Compressed folder.")],
+    against: Annotated[
+        str | None, typer.Option(help="A dense model to measure beside it.  [default: random weights in the same shapes]")
+    ] = None,
+    kernels: Annotated[Kernels, typer.Option(help="auto, precise, fast or reference.")] = "auto",
+    batch: Annotated[list[int] | None, typer.Option(help="Texts at once; may be given again.  [default: 1, 4 and 16]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: what torch uses]")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text.  [default: 128]")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text, after the first.  [default: 32]")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--out", help="Write the figures here (.json) and a picture beside it (.png).")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Coarse figures, in little time.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How fast the layers and the whole model run on this machine, beside dense ones and what reading memory allows."""
+    if save is not None and (save.suffix != ".json" or not save.absolute().parent.is_dir()):
+        raise SlimlmError(f"--out {save}: give a file that ends in .json, in a folder that exists")
+    usual = QUICK if quick else Settings()
+    settings = dataclasses.replace(
+        usual,
+        kernels=kernels,
+        threads=threads or torch.get_num_threads(),
+        batches=tuple(batch) if batch else usual.batches,
+        prompt=prompt_tokens or usual.prompt,
+        new=new_tokens or usual.new,
+    )
+    with _progress() as report:
+        result = model_speed(str(out), settings, against=against, report=report)
+    told = speed_notes(result)
+    if save is not None:
+        write_json(save, result)
+        told += [why for why in [speed_picture(result, save.with_suffix(".png"))] if why is not None]
+    if as_json:
+        _print_json(result)
+    else:
+        output.print(layer_speed_table(result))
+        output.print()
+        output.print(generation_speed_table(result))
+    for words in told:
+        _tell(words)
 
 
 @app.command(name="inspect")

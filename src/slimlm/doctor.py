@@ -16,6 +16,7 @@ from rich.table import Table
 
 from slimlm.report.tables import pairs_table, size
 from slimlm.runtime import native, processor
+from slimlm.runtime.memory import total_and_free
 
 _PACKAGES = ("slimlm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 _REINSTALL = "in slimlm's source folder: python -m pip install --force-reinstall --no-deps ."
@@ -55,7 +56,7 @@ class Findings:
 
 def examine() -> Findings:
     """Look at everything; nothing is changed and nothing is fetched."""
-    memory, memory_free = _memory()
+    memory, memory_free = total_and_free()
     cache_free = _free(Path(HF_HUB_CACHE))
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     kernels = native.status()
@@ -154,32 +155,6 @@ def _free(folder: Path) -> int | None:
         return None if there is None else shutil.disk_usage(there).free
     except OSError:
         return None
-
-
-def _memory() -> tuple[int | None, int | None]:
-    """All of it and what is free, of the machine or of the container, whichever is less."""
-    try:
-        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None, None
-    total, free = page * pages, None
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit = next(iter(_lines(Path("/sys/fs/cgroup/memory.max"))), "max")
-    if limit.isdecimal() and int(limit) < total:
-        used = next(iter(_lines(Path("/sys/fs/cgroup/memory.current"))), "")
-        total = int(limit)
-        if used.isdecimal() and free is not None:
-            free = min(free, max(0, total - int(used)))
-    return total, free
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _known(bytes_: int | None) -> str:

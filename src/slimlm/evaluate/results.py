@@ -1,6 +1,7 @@
 """The record of a compression: what each layer became, and the totals. Plain data; saved as slimlm.json."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
     return LayerRecord(
         name=layer.name,
         shape=layer.shape,
-        parts=" + ".join(_words(part) for part in parts),
+        parts=parts_words(parts),
         bits=sum(part.storage_bits() for part in parts),
         sparsity=0.0 if layer.keep is None else 1 - float(layer.keep.float().mean()),
         rank=sum(part.rank for part in parts if isinstance(part, LowRank)),
@@ -112,6 +113,11 @@ def relative_error(weight: Tensor, found: Tensor, energy: Tensor) -> float:
     root = energy.to(weight).sqrt()
     size = (weight * root).norm()
     return float(((weight - found) * root).norm() / size) if float(size) > 0 else 0.0
+
+
+def parts_words(parts: Iterable[Part]) -> str:
+    """A layer's parts in words."""
+    return " + ".join(_words(part) for part in parts)
 
 
 def _words(part: Part) -> str:

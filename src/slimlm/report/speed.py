@@ -1,0 +1,101 @@
+"""Tables and a picture of what `slimlm bench` measured, from plain data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from slimlm.report.tables import plain_table
+
+Row = dict[str, Any]
+_COLOURS = {"slimlm": "tab:red", "torch float32": "black", "torch bfloat16": "0.6"}
+
+
+def layer_speed_table(result: dict[str, Any]) -> Table:
+    """A row per kind of layer, batch and way: time of one product, times as fast as float32, bytes read and their rate."""
+    rows, before = [], None
+    for row in result["layers"]:
+        kind = (row["shape"], row["parts"])
+        first = (f"{row['shape'][0]} x {row['shape'][1]}", str(row["layers"]), row["parts"]) if kind != before else ("", "", "")
+        before = kind
+        way = f"slimlm ({row['kernels']})" if row["way"] == "slimlm" else row["way"]
+        figures = (
+            f"{row['seconds'] * 1e6:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bytes_moved'] / 1e6:.2f}",
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+            f"{row['of_bandwidth']:.0%}",
+        )
+        rows.append((*first, way, str(row["batch"]), *figures))
+    columns = ("out x in", "layers", "parts", "by", "batch", "us", "x float32", "MB", "GB/s", "of reading")
+    clock = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}, {result['clock']}"
+    title = f"one product; {clock}; torch reads {result['read_bandwidth'] / 1e9:.1f} GB/s"
+    return plain_table(title, columns, rows, left=4)
+
+
+def generation_speed_table(result: dict[str, Any]) -> Table:
+    """A row per model and batch: tokens per second of prompt and text, and what reading the weights alone would allow."""
+    rows = [
+        (
+            row["way"],
+            str(row["batch"]),
+            f"{row['prompt_tokens_per_second']:.1f}",
+            f"{row['new_tokens_per_second']:.1f}",
+            f"{row['new_tokens_per_second_bound']:.1f}",
+            f"{row['bytes_per_step'] / 1e6:.1f}",
+            row["made_by"],
+        )
+        for row in result["generation"]
+    ]
+    columns = ("whole model", "batch", "prompt tokens/s", "new tokens/s", "bound by reading", "MB per step", "made by")
+    return plain_table("all texts of a batch together", columns, rows)
+
+
+def speed_notes(result: dict[str, Any]) -> list[str]:
+    """What a reader of the tables should know: refused kernels, what was left out, a busy machine."""
+    refused = sorted({row["refused"] for row in result["layers"] if row["refused"]})
+    taken = [row["elsewhere"] for row in (*result["layers"], *result["generation"]) if row["elsewhere"] is not None]
+    found = [f"without kernels: {reason}" for reason in refused]
+    found += result["notes"]
+    if taken and max(taken) > 0.1:
+        effect = "wall times mean little" if result["threads"] > 1 else "it slows memory down, too"
+        found.append(f"other programs took up to {max(taken):.0%} of the processor meanwhile: {effect}")
+    return found
+
+
+def speed_picture(result: dict[str, Any], path: Path) -> str | None:
+    """Tokens per second by batch, new and prompt; gives why there is no picture, or None where it was written."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: matplotlib is missing (python -m pip install matplotlib)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=110)
+    for panel, key, words in zip(panels, ("new", "prompt"), ("new tokens", "prompt tokens"), strict=True):
+        for way in dict.fromkeys(row["way"] for row in result["generation"]):
+            own = [row for row in result["generation"] if row["way"] == way]
+            batches, rates = [row["batch"] for row in own], [row[f"{key}_tokens_per_second"] for row in own]
+            panel.plot(batches, rates, marker="o", label=way, color=_COLOURS.get(way))
+            if key == "new":
+                bounds = [row["new_tokens_per_second_bound"] for row in own]
+                panel.plot(batches, bounds, linestyle=":", linewidth=1, color=_COLOURS.get(way))
+        _axes(panel, sorted({row["batch"] for row in result["generation"]}), words)
+    panels[0].set_title("dotted: what reading the weights would allow", fontsize=9)
+    panels[1].legend()
+    figure.suptitle(f"{Path(result['model']).name}, {result['threads']} threads, {result['machine']['processor']}")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+    return None
+
+
+def _axes(panel: Any, batches: Sequence[int], words: str) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(batches, [str(batch) for batch in batches])
+    panel.set_xlabel("batch")
+    panel.set_ylabel(f"{words} per second, all texts")
+    panel.grid(which="both", alpha=0.2)

@@ -128,7 +128,8 @@ class Alternation:
             gram = torch.diag(gram.diagonal())
         search = _Search(self, layer, gram, stats.known if self.norm == "full" else {})
         search.run()
-        return search.decided(layer).note(*notes, *(() if search.inverse is None else search.inverse.notes))
+        inverse = search.inverse or search.natural
+        return search.decided(layer).note(*notes, *(() if inverse is None else inverse.notes))
 
 
 def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float, known: dict[Any, Any]) -> Tensor:

@@ -105,7 +105,8 @@ def test_peaks_and_means_of_positions_need_no_other_statistic(need: Need, family
     alone = measure(blocks[name], name, linears_of(blocks[name]), flow, need, CPU)
     for layer, stats in alone.items():
         found = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if getattr(stats, f.name) is not None}
-        assert found.keys() == {"tokens", str(need.name).lower()}
+        assert found.keys() == {"tokens", "known", str(need.name).lower()}
+        assert not stats.known
         one = found[str(need.name).lower()]
         assert torch.equal(one, getattr(whole[layer], str(need.name).lower()))
         assert one.shape[:-1] == ((32,) if need is Need.MEAN_WINDOW else ())

@@ -177,7 +177,7 @@ def test_bench_measures_every_layer_and_the_whole_model_at_every_batch(
 
 def test_bytes_per_step_are_those_of_all_weights_but_the_embedding(run: Callable[..., tuple[str, str]], packed: Path) -> None:
     result = json.loads(run(packed, "--kernels", "reference", "--batch", 1, "--json")[0])
-    model = slimlm.load(packed, dtype=torch.float32)
+    model = slimlm.load(packed)
     dense = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     rest = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     by_way = {row["way"]: row["bytes_per_step"] for row in result["generation"]}

@@ -298,6 +298,25 @@ _SAME = 1e-2
 """Share of a change that may be lost where a layer's output is added as it is: the rounding of large sums."""
 
 
+def _added(total: Tensor | float, more: Tensor) -> Tensor:
+    """The sum, in float64; a total that is a tensor already is changed in place."""
+    return total.add_(more) if isinstance(total, Tensor) else more.double()
+
+
+_COLUMNS_AT_ONCE = 512
+
+
+def _square_of(rows: Tensor) -> Tensor:
+    """X^T X for X `[tokens, in]`: a stripe at a time from its diagonal on, the rest by symmetry."""
+    width = rows.shape[1]
+    square = torch.empty(width, width, dtype=rows.dtype, device=rows.device)
+    for low in range(0, width, _COLUMNS_AT_ONCE):
+        high = min(low + _COLUMNS_AT_ONCE, width)
+        torch.matmul(rows[:, low:high].T, rows[:, low:], out=square[low:high, low:])
+        square[high:, low:high] = square[low:high, high:].T
+    return square
+
+
 class _Sums:
     """Running sums over tokens, in float64: one batch of N and many batches give the same."""
 
@@ -328,11 +347,11 @@ class _Sums:
                 'whole windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
             )
         if self.needs & Need.GRAM:
-            self.gram = self.gram + (rows.T @ rows).double()
+            self.gram = _added(self.gram, _square_of(rows))
         if self.needs & Need.CROSS and self.cross is not None:
             before = None if original is None else original.flatten(0, -2)
             paired = before is not None and before.shape == rows.shape and len(rows) == whole
-            self.cross = self.cross + (before.T @ rows).double() if paired and before is not None else None
+            self.cross = _added(self.cross, before.T @ rows) if paired and before is not None else None
         if self.needs & Need.MEAN_SQUARE:
             self.square = self.square + rows.square().sum(dim=0, dtype=torch.float64)
         if self.needs & (Need.MEAN_ABS | Need.PEAK_MEAN_ABS):

@@ -115,7 +115,7 @@ def test_competitors_multiply_by_the_weight_that_they_are_given(
 def test_a_random_checkpoint_opens_and_its_logits_are_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_checkpoint = script("random_checkpoint", monkeypatch)
     figures = random_checkpoint.write(tmp_path / "out", random_checkpoint.SIZES["tiny"])
-    model = slimlm.load(tmp_path / "out", dtype=torch.float32)
+    model = slimlm.load(tmp_path / "out")
     logits = model(torch.arange(20)[None]).logits
     assert bool(logits.isfinite().all())
     assert float(logits.std()) > 0.01

@@ -119,3 +119,10 @@ def test_a_weight_on_the_grid_comes_back() -> None:  # law 21
 def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):
         Gptq(**options)  # type: ignore[arg-type]
+
+
+def test_replaced_statistics_forget_what_was_computed_of_the_old_ones() -> None:
+    stats = Stats(64, gram=torch.eye(32))
+    Gptq(group=16)(Layer.of("fc1", draw(8, 32)), stats)
+    assert stats.known
+    assert not replace(stats, gram=torch.zeros(32, 32)).known

@@ -2,6 +2,10 @@
 
 Codes of one row follow each other in a stream of bits, least significant bit first; each row starts on a byte.
 Code i of a row therefore lies at bits [i*bits, (i+1)*bits) of that row's bytes. Any width from 1 to 8 bits.
+
+Eight codes, a byte each, are one int64 (on a little-endian machine, as all that torch runs on in practice are). In three
+steps neighbours are moved together, by twos, fours and eight, until the codes fill its lowest `bits` bytes; unpacking takes
+the same steps back.
 """
 
 import torch
@@ -9,7 +13,8 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 
-_CODES_AT_ONCE = 2**22
+_CODES_AT_ONCE = 2**18
+"""Codes to work on at a time, so that what lies in between stays in the processor's cache."""
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -19,25 +24,15 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes `[rows, count]` (0 .. 2^bits - 1) into uint8 `[rows, packed_bytes(count, bits)]`."""
-    pieces = [_pack(piece, bits) for piece in codes.split(_rows_at_once(codes.shape[1]))]
-    return torch.cat(pieces)
-
-
-def _rows_at_once(count: int) -> int:
-    """Rows to work on at a time: the int64 in between take a dozen times the space of the codes."""
-    return max(1, _CODES_AT_ONCE // max(1, count))
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
-    octets = (count + 7) // 8
-    padded = torch.zeros(rows, octets * 8, dtype=torch.int64, device=codes.device)
-    padded[:, :count] = codes
-    shifts = torch.arange(8, device=codes.device) * bits
-    # Eight codes of b bits fill exactly b bytes, so each int64 below holds its b bytes at the low end.
-    words = (padded.view(rows, octets, 8) << shifts).sum(dim=-1)
-    bytes_ = (words[..., None] >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
-    return bytes_.to(torch.uint8).view(rows, octets * bits)[:, : packed_bytes(count, bits)].contiguous()
+    packed = torch.empty(rows, packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
+    at_once = _rows_at_once(count)
+    for piece, into in zip(codes.split(at_once), packed.split(at_once), strict=True):
+        words = _octets(piece, count, 8)
+        for low, high, shift in _steps(bits):
+            words = (words & low) | ((words >> shift) & high)
+        into.copy_(_bytes(words, bits)[:, : packed.shape[1]])
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -47,14 +42,41 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes a row; a stored tensor has the shape "
             f"{list(packed.shape)}"
         )
-    return torch.cat([_unpack(piece, bits, count) for piece in packed.split(_rows_at_once(count))])
+    codes = torch.empty(len(packed), count, dtype=torch.uint8, device=packed.device)
+    at_once = _rows_at_once(count)
+    for piece, into in zip(packed.split(at_once), codes.split(at_once), strict=True):
+        words = _octets(piece, count, bits)
+        for low, high, shift in reversed(_steps(bits)):
+            words = (words & low) | ((words & high) << shift)
+        into.copy_(_bytes(words, 8)[:, :count])
+    return codes
 
 
-def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    rows = packed.shape[0]
-    octets = (count + 7) // 8
-    padded = torch.zeros(rows, octets * bits, dtype=torch.int64, device=packed.device)
-    padded[:, : packed.shape[1]] = packed
-    words = (padded.view(rows, octets, bits) << (torch.arange(bits, device=packed.device) * 8)).sum(dim=-1)
-    codes = (words[..., None] >> (torch.arange(8, device=packed.device) * bits)) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).view(rows, octets * 8)[:, :count].contiguous()
+def _rows_at_once(count: int) -> int:
+    return max(1, _CODES_AT_ONCE // max(1, count))
+
+
+def _steps(bits: int) -> list[tuple[int, int, int]]:
+    """For each step the masks of a word's lower and (moved down) upper neighbours, and how far the upper ones move."""
+    steps = []
+    for lane in (16, 32, 64) if bits < 8 else ():
+        filled = bits * lane // 16
+        low = sum(((1 << filled) - 1) << start for start in range(0, 64, lane))
+        steps.append((low, low << filled, lane // 2 - filled))
+    return steps
+
+
+def _octets(values: Tensor, count: int, size: int) -> Tensor:
+    """Rows of bytes, `size` of them for each eight of `count` codes, as int64 `[rows, octets]`."""
+    rows, octets = len(values), (count + 7) // 8
+    bytes_ = torch.zeros(rows, octets * size, dtype=torch.uint8, device=values.device)
+    bytes_[:, : values.shape[1]] = values
+    if size < 8:
+        bytes_ = torch.nn.functional.pad(bytes_.view(rows, octets, size), (0, 8 - size))
+    return bytes_.view(rows, octets, 8).view(torch.int64).squeeze(-1)
+
+
+def _bytes(words: Tensor, size: int) -> Tensor:
+    """The lowest `size` bytes of each int64 `[rows, octets]`, as uint8 `[rows, octets x size]`."""
+    rows, octets = words.shape
+    return words[..., None].view(torch.uint8)[..., :size].reshape(rows, octets * size)

@@ -4,6 +4,7 @@ One scale serves the whole matrix, a row, or a group of consecutive inputs of a 
 where the width does not divide. A search for a scale and the quantizer that it serves use the same `nearest`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,7 @@ def top_code(bits: int) -> int:
 def nearest(ratio: Tensor, bits: int) -> Tensor:
     """The grid code (as float) nearest to weight / scale, ties to even."""
     top = top_code(bits)
-    return ratio.round().clamp(-top - 1, top)
+    return ratio.round().clamp_(-top - 1, top)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +73,52 @@ class Levels:
 
     def nearest(self, ratio: Tensor) -> Tensor:
         """The level nearest to weight / scale, as float."""
-        return nearest(ratio, self.bits) if self.even else self.values.to(ratio.device)[self.index(ratio)]
+        if self.even:
+            return nearest(ratio, self.bits)
+        return self.values.to(ratio.device).index_select(0, self._above(ratio).flatten()).view(ratio.shape)
 
     def index(self, ratio: Tensor) -> Tensor:
         """The place (0 and on) of the nearest level in `values`."""
         if self.even:
             return (nearest(ratio, self.bits) - self.values[0]).long()
+        return self._above(ratio).long()
+
+    def _above(self, ratio: Tensor) -> Tensor:
+        """How many borders between the levels of a table each ratio is above, int32."""
         values = self.values.to(ratio.device)
-        return torch.bucketize(ratio.contiguous(), (values[1:] + values[:-1]) / 2)
+        borders = (values[1:] + values[:-1]) / 2
+        if ratio.numel() < _COMPARED or ratio.device.type != "cpu":
+            return torch.bucketize(ratio.contiguous(), borders, out_int32=True)
+        # A search per element mispredicts its branches: a comparison with each border takes a fifth of its time.
+        found = torch.empty(ratio.numel(), dtype=torch.int32)
+        for piece, into in zip(ratio.flatten().split(_POINTS_AT_ONCE), found.split(_POINTS_AT_ONCE), strict=True):
+            place, above = torch.zeros_like(piece), torch.empty_like(piece)
+            for border in borders.tolist():
+                place += torch.gt(piece, border, out=above)
+            into.copy_(place)
+        return found.view(ratio.shape)
 
     def rounded(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The index of the nearest level and the value it stands for; a scale of zero gives the value zero."""
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        return self.rounded_by(weight, scale, reciprocal(scale))
+
+    def rounded_by(self, weight: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, given `reciprocal(scale)` too, for scales that are used again and again."""
         if self.even:
             level = nearest(weight * inverse, self.bits)
-            return level - self.values[0], level * scale
-        index = self.index(weight * inverse)
-        return index, self.values.to(weight)[index] * scale
+            value = level * scale
+            return level.sub_(self.values[0]), value
+        index = self._above(weight * inverse)
+        return index, self.values.to(weight).index_select(0, index.flatten()).view(index.shape) * scale
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, zero for a scale of zero."""
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+_COMPARED = 4096
+"""Elements from which on each is compared with every border rather than searched."""
 
 
 def fitted(ratio: Tensor, mass: Tensor, levels: Levels) -> Levels:
@@ -98,11 +128,15 @@ def fitted(ratio: Tensor, mass: Tensor, levels: Levels) -> Levels:
     rounded to float16, as they are stored.
     """
     values = levels.values.to(ratio)
+    ordered, order = ratio.sort()
+    masses = mass[order].double()
+    below = torch.nn.functional.pad(torch.stack([masses, masses * ordered]).cumsum(dim=1), (1, 0))
+    """mass and moment of the points below each"""
+    first, last = torch.tensor([[0], [len(ratio)]], device=ratio.device)
     for _ in range(_LLOYD):
-        index = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2)
-        total = torch.zeros_like(values).scatter_add_(0, index, mass)
-        moment = torch.zeros_like(values).scatter_add_(0, index, mass * ratio)
-        values = torch.where(total > 0, moment / total.clamp_min(1e-30), values).sort().values
+        ends = torch.cat([first, torch.searchsorted(ordered, (values[1:] + values[:-1]) / 2), last])
+        total, moment = below[:, ends].diff(dim=1)
+        values = torch.where(total > 0, moment / total.clamp_min(1e-30), values).to(ratio).sort().values
     return Levels(values.half().float(), False)
 
 
@@ -140,11 +174,24 @@ def spread(scale: Tensor, width: int, group: Group) -> Tensor:
     return scale.float().repeat_interleave(group, dim=1)[:, :width]
 
 
+def dense(codes: Tensor, scale: Tensor, group: Group) -> Tensor:
+    """The float32 matrix that codes `[out, in]` stand for under scales `[rows, groups]`."""
+    values = codes.float() if codes.dtype != torch.float32 else codes.clone()
+    out, width = values.shape
+    if scale.shape[1] > 1 and isinstance(group, int) and width % group == 0:
+        return values.view(out, -1, group).mul_(scale.float()[..., None]).view(out, width)
+    return values.mul_(spread(scale, width, group))
+
+
 def encode(weight: Tensor, scale: Tensor, *, bits: int, group: Group) -> Tensor:
     """Codes int8 `[out, in]` of a weight on the grid with these scales `[rows, groups]`; a zero scale gives code 0."""
-    wide = spread(scale, weight.shape[1], group)
-    ratio = torch.where(wide == 0, torch.zeros_like(weight), weight / torch.where(wide == 0, 1.0, wide))
-    return nearest(ratio, bits).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    rows = max(1, _POINTS_AT_ONCE // max(1, weight.shape[1]))
+    for i, (piece, into) in enumerate(zip(weight.split(rows), codes.split(rows), strict=True)):
+        own = scale if len(scale) == 1 else scale[i * rows : (i + 1) * rows]
+        wide = spread(own, weight.shape[1], group)
+        into.copy_(nearest(piece / torch.where(wide == 0, torch.inf, wide), bits))
+    return codes
 
 
 def storable(scale: Tensor) -> Tensor:
@@ -169,29 +216,88 @@ def grid_error(points: Tensor, mass: Tensor, scale: Tensor, levels: Levels) -> T
 
     points and mass `[sets, size]`; scale `[sets, candidates]`, none zero.
     """
-    ratio = points[:, None, :] / scale[..., None]
-    miss = levels.nearest(ratio).sub_(ratio).square_()
-    return torch.einsum("scp,sp->sc", miss, mass) * scale.square()
+    return _cost_of(points.T.contiguous(), mass.T.contiguous(), levels)(scale.T).T
+
+
+Cost = Callable[[Tensor], Tensor]
+"""Sum over a set's points of mass x (grid value - point)^2, for scales `[candidates, sets]`, none zero: of that shape."""
+
+
+def _cost_of(points: Tensor, mass: Tensor, levels: Levels) -> Cost:
+    """The cost of points `[size, sets]` with masses `[size, sets]`."""
+    if len(points) > _MANY:
+        return _cost_of_many(points, mass, levels)
+    least, most = float(levels.values[0]), float(levels.values[-1])
+
+    def cost(scales: Tensor) -> Tensor:
+        # One candidate at a time, in place: the passes over the points then stay in the processor's cache.
+        ratio, miss, found = torch.empty_like(points), torch.empty_like(points), torch.empty_like(scales)
+        for scale, total in zip(scales, found, strict=True):
+            torch.div(points, scale, out=ratio)
+            if levels.even:
+                torch.round(ratio, out=miss).clamp_(least, most)
+            else:
+                miss = levels.nearest(ratio)
+            torch.sum(miss.sub_(ratio).square_().mul_(mass), dim=0, out=total)
+        return found.mul_(scales.square())
+
+    return cost
+
+
+_MANY = 2048
+"""Points of a set from which on they are sorted rather than each rounded for every candidate."""
+
+
+def _cost_of_many(points: Tensor, mass: Tensor, levels: Levels) -> Cost:
+    """The same from the masses' moments below every point: a scale asks for them at the borders between its levels only."""
+    ordered, order = points.T.contiguous().sort(dim=1)
+    masses = mass.T.gather(1, order).double()
+    wide = ordered.double()
+    moments = torch.stack([masses, masses * wide, masses * wide.square()]).cumsum(dim=2)
+    moments = torch.nn.functional.pad(moments, (1, 0))
+    values = levels.values.to(points.device)
+    borders = (values[1:] + values[:-1]) / 2
+
+    def cost(scales: Tensor) -> Tensor:
+        turned = scales.T[..., None]
+        below = torch.searchsorted(ordered, (turned * borders).flatten(1).contiguous())
+        first, last = below.new_zeros(*turned.shape), below.new_full(turned.shape, len(points))
+        below = below.view(*turned.shape[:2], -1)
+        # Under a negative scale the levels, and so the borders, descend.
+        ends = torch.cat([torch.where(turned > 0, first, last), below, torch.where(turned > 0, last, first)], dim=2)
+        at = moments.gather(2, ends.flatten(1).expand(3, -1, -1)).view(3, *ends.shape)
+        inside = at.diff(dim=3) * turned.sign().double()
+        value = turned.double() * values.double()
+        return (inside[2] - 2 * value * inside[1] + value.square() * inside[0]).sum(dim=2).T.to(scales)
+
+    return cost
 
 
 _COARSE = 48
 _FINE = 9
 _ROUNDS = 3
-_ELEMENTS_AT_ONCE = 2**19
-"""Candidates x points worked on at a time: small enough for the processor's cache."""
+_POINTS_AT_ONCE = 2**17
+"""Points worked on at a time: few enough for the processor's cache."""
 
 
 def best_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = _COARSE) -> Tensor:
-    """The scale `[sets]` of least `grid_error` for each set of points `[sets, size]` with masses `[sets, size]`.
+    """The scale `[sets]` of least squared grid error for each set of points `[sets, size]` with masses `[sets, size]`.
 
     A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
     of the candidates, down to a bound below which clipping the largest point alone costs more than AbsMax costs in
     all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
     top on) are tried too: a weight that is on a grid already need not use all its codes. A set of zeros gets the scale 0.
     """
-    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * coarse))
-    pieces = zip(points.split(at_once), mass.split(at_once), strict=True)
-    return torch.cat([_best_scale(piece, own, levels, coarse) for piece, own in pieces])
+    return _searched_in_pieces(lambda own, masses, _: _best_scale(own, masses, levels, coarse), points, mass)
+
+
+def _searched_in_pieces(
+    search: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor, mass: Tensor, *others: Tensor
+) -> Tensor:
+    """What a search of points and masses `[size, sets]` gives, with other `[sets]`, a few sets at a time: `[sets]`."""
+    at_once = max(1, _POINTS_AT_ONCE // max(1, points.shape[1]))
+    pieces = zip(*(given.split(at_once) for given in (points, mass, *(others or (points[:, 0],)))), strict=True)
+    return torch.cat([search(own.T.contiguous(), masses.T.contiguous(), other) for own, masses, other in pieces])
 
 
 def signed_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = 24) -> Tensor:
@@ -200,61 +306,66 @@ def signed_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = 
     if float(levels.values[0]) == -levels.top:
         return plain
     turned = -best_scale(-points, mass, levels, coarse=coarse)
-    return torch.where(_error_of(points, mass, turned, levels) < _error_of(points, mass, plain, levels), turned, plain)
+    return _searched_in_pieces(
+        lambda own, masses, both: _better(own, masses, both.T, levels), points, mass, torch.stack([plain, turned], dim=1)
+    )
 
 
-def _error_of(points: Tensor, mass: Tensor, scale: Tensor, levels: Levels) -> Tensor:
-    return grid_error(points, mass, torch.where(scale == 0, 1.0, scale)[:, None], levels)[:, 0]
+def _better(points: Tensor, mass: Tensor, scales: Tensor, levels: Levels) -> Tensor:
+    """The second of two scales `[2, sets]` where it costs less, else the first."""
+    cost = _cost_of(points, mass, levels)(torch.where(scales == 0, 1.0, scales))
+    return torch.where(cost[1] < cost[0], scales[1], scales[0])
 
 
 def nearby_scale(points: Tensor, mass: Tensor, levels: Levels, start: Tensor) -> Tensor:
     """A scale `[sets]` no worse than `start` `[sets]`: seven within 12 % of it, then least squares for the best one's codes."""
-    at_once = max(1, _ELEMENTS_AT_ONCE // (points.shape[1] * 7))
-    pieces = zip(points.split(at_once), mass.split(at_once), start.split(at_once), strict=True)
-    return torch.cat([_nearby_scale(*piece, levels) for piece in pieces])
+    return _searched_in_pieces(lambda own, masses, old: _nearby_scale(own, masses, old, levels), points, mass, start)
 
 
 def _nearby_scale(points: Tensor, mass: Tensor, start: Tensor, levels: Levels) -> Tensor:
-    safe = torch.where(start == 0, torch.ones_like(start), start)[:, None]
+    cost = _cost_of(points, mass, levels)
+    safe = torch.where(start == 0, torch.ones_like(start), start)
     steps = 1.12 ** torch.linspace(-1, 1, 7, device=points.device)
-    best, at = _pick(points, mass, safe * steps, levels)
+    best, at = _pick(cost, safe * steps[:, None])
     value = levels.nearest(points / best)
-    fitted_scale = (points * value * mass).sum(dim=1, keepdim=True) / (value.square() * mass).sum(dim=1, keepdim=True)
+    fitted_scale = (points * value * mass).sum(dim=0) / (value.square() * mass).sum(dim=0)
     usable = fitted_scale.isfinite() & (fitted_scale != 0)
     fitted_scale = torch.where(usable, fitted_scale, best)
-    best = torch.where(grid_error(points, mass, fitted_scale, levels) < at, fitted_scale, best)
-    return torch.where(start == 0, start, best[:, 0])
+    best = torch.where(cost(fitted_scale[None])[0] < at, fitted_scale, best)
+    return torch.where(start == 0, start, best)
 
 
 def _best_scale(points: Tensor, mass: Tensor, levels: Levels, coarse: int) -> Tensor:
     top, reach = levels.top, levels.reach
-    where = (points.abs() * (mass > 0)).argmax(dim=1, keepdim=True)
-    largest = points.abs().gather(1, where)
+    where = (points.abs() * (mass > 0)).argmax(dim=0, keepdim=True)
+    largest = points.abs().gather(0, where)[0]
     upper = largest / top
     empty = largest == 0
     upper = torch.where(empty, torch.ones_like(upper), upper)
-    worst = grid_error(points, mass, upper, levels)
-    clipped = largest - (worst / mass.gather(1, where).clamp_min(1e-30)).sqrt()
+    cost = _cost_of(points, mass, levels)
+    worst = cost(upper[None])[0]
+    clipped = largest - (worst / mass.gather(0, where)[0].clamp_min(1e-30)).sqrt()
     lower = torch.maximum(clipped / reach, upper / 4096)
     lower = torch.minimum(lower, upper * (top / reach) * 0.999)
 
-    steps = torch.linspace(0, 1, coarse, device=points.device)
-    inner = top / torch.arange(top // 2 + 1, max(top, top // 2 + 1), device=points.device)
-    candidates = torch.cat([upper * (lower / upper) ** steps, upper * inner], dim=1)
-    best, at = _pick(points, mass, candidates, levels)
+    steps = torch.linspace(0, 1, coarse, device=points.device)[:, None]
+    inner = top / torch.arange(top // 2 + 1, max(top, top // 2 + 1), device=points.device)[:, None]
+    best, at = _pick(cost, torch.cat([upper * (lower / upper) ** steps, upper * inner]))
     ratio = (upper / lower) ** (1 / (coarse - 1))
-    steps = torch.linspace(-1, 1, _FINE, device=points.device)
+    around = torch.linspace(-1, 1, _FINE, device=points.device)
+    around = around[around != 0, None]
     for _ in range(_ROUNDS):
-        found, cost = _pick(points, mass, best * ratio**steps, levels)
-        best = torch.where(cost < at, found, best)
-        at = torch.minimum(cost, at)
+        found, least = _pick(cost, best * ratio**around)
+        best = torch.where(least < at, found, best)
+        at = torch.minimum(least, at)
         ratio = ratio ** (2 / (_FINE - 1))
-    return torch.where(empty, torch.zeros_like(best), best)[:, 0]
+    return torch.where(empty, torch.zeros_like(best), best)
 
 
-def _pick(points: Tensor, mass: Tensor, candidates: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    cost, index = grid_error(points, mass, candidates, levels).min(dim=1, keepdim=True)
-    return candidates.gather(1, index), cost
+def _pick(cost: Cost, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Of candidates `[candidates, sets]` each set's best, and what it costs."""
+    least, index = cost(candidates).min(dim=0, keepdim=True)
+    return candidates.gather(0, index)[0], least[0]
 
 
 def polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None = None) -> Tensor:
@@ -262,16 +373,31 @@ def polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None = None)
 
     A weight that lies on a grid already gets that grid's scale back. `mass` `[sets, size]` weighs the errors.
     """
+    rows = max(1, _POINTS_AT_ONCE // max(1, sets.shape[1]))
+    masses = [None] * len(sets.split(rows)) if mass is None else mass.split(rows)
+    pieces = zip(sets.split(rows), scale.split(rows), masses, strict=True)
+    return torch.cat([_polished(own, old, bits, weights) for own, old, weights in pieces])
+
+
+def _polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None) -> Tensor:
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
-    codes = nearest(sets / safe, bits)
-    weighed = codes if mass is None else codes * mass
-    square = (weighed * codes).sum(dim=1)
-    fitted = (sets * weighed).sum(dim=1) / (square.clamp_min(1) if mass is None else square)
+    pieces = sets.split(_POINTS_AT_ONCE, dim=1)
+    masses = [None] * len(pieces) if mass is None else mass.split(_POINTS_AT_ONCE, dim=1)
+    along, square = torch.zeros_like(scale), torch.zeros_like(scale)
+    for own, weights in zip(pieces, masses, strict=True):
+        codes = nearest(own / safe, bits)
+        weighed = codes if weights is None else codes * weights
+        square += (weighed * codes).sum(dim=1)
+        along += (own * weighed).sum(dim=1)
+    fitted = along / (square.clamp_min(1) if mass is None else square)
     fitted = torch.where(fitted > 0, fitted, safe[:, 0])[:, None]
 
     def error(step: Tensor) -> Tensor:
-        missed = (nearest(sets / step, bits) * step - sets).square()
-        return (missed if mass is None else missed * mass).sum(dim=1)
+        total = torch.zeros_like(scale)
+        for own, weights in zip(pieces, masses, strict=True):
+            missed = nearest(own / step, bits).mul_(step).sub_(own).square_()
+            total += (missed if weights is None else missed.mul_(weights)).sum(dim=1)
+        return total
 
     return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)
 
@@ -307,7 +433,7 @@ def distribution(sets: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    largest = float(values.abs().max())
+    largest = max(map(abs, map(float, values.aminmax())))
     if largest == 0:
         return values.new_zeros(_BINS), values.new_ones(_BINS)
     width = 2 * largest / _BINS

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Stats:
     """`[in]`, the largest |x_j|"""
     mean_window: Tensor | None = None
     """`[length, in]`, mean of x over the calibration windows at each of their positions"""
+    known: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    """what a step computed of these statistics, for the next layer that is given the same inputs; `replace` begins anew"""
 
 
 def measured(statistic: Tensor | None) -> Tensor:

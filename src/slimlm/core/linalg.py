@@ -8,6 +8,8 @@ H is given as `energy`: a vector `[in]` stands for diag(energy), the mean square
 covariance of the inputs.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,9 @@ def weighed(matrix: Tensor, energy: Tensor) -> Tensor:
 def weighted_square(error: Tensor, energy: Tensor) -> float:
     """||E H^(1/2)||_F^2 for E `[out, in]`."""
     if energy.ndim == 1:
-        return float((error.double().square() * energy.double()).sum())
-    # The product in the caller's dtype, because it is the one costly thing; the sum, which cancels nothing, in float64.
-    return float((weighed(error, energy).double() * error).sum())
+        return float(torch.mv(error.square(), energy).double().sum())
+    # The product and each row's sum, which cancels next to nothing, in the caller's dtype; the sum over rows in float64.
+    return float(torch.linalg.vecdot(weighed(error, energy), error).double().sum())
 
 
 def best_low_rank(error: Tensor, energy: Tensor, rank: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -111,11 +113,34 @@ def balanced(left: Tensor, right: Tensor, energy: Tensor) -> tuple[Tensor, Tenso
     return left * factor, right / factor[:, None]
 
 
-def refit_left(error: Tensor, right: Tensor, energy: Tensor) -> Tensor:
-    """The left factor `[out, rank]` of least weighted error for a given right one: E H R^T (R H R^T)^+."""
+@dataclass(frozen=True)
+class Answer:
+    """What a right factor R `[rank, in]` says of the left ones beside it, for an error E `[out, in]` under H."""
+
+    inner: Tensor
+    """R H R^T `[rank, rank]`, float64"""
+    toward: Tensor
+    """R H E^T `[rank, out]`"""
+
+    def best(self) -> Tensor:
+        """The left factor `[out, rank]` of least weighted error: E H R^T (R H R^T)^+."""
+        return _solve(self.inner, self.toward.double()).T.to(self.toward.dtype)
+
+    def gain(self, left: Tensor) -> float:
+        """By how much a left factor's product with R lowers ||E H^(1/2)||_F^2, for a factor `[rank, out]`."""
+        along = torch.linalg.vecdot(left, 2 * self.toward - self.inner.to(left.dtype) @ left)
+        return float(along.double().sum())
+
+
+def answer_to(error: Tensor, right: Tensor, energy: Tensor) -> Answer:
+    """The products of a right factor with an error under H, all that is needed to choose and to judge a left factor."""
     weighted = weighed(right, energy)
-    gram = weighted.double() @ right.double().T
-    return _solve(gram, (weighted @ error.T).double()).T.to(error.dtype)
+    return Answer(weighted.double() @ right.double().T, weighted @ error.T)
+
+
+def refit_left(error: Tensor, right: Tensor, energy: Tensor) -> Tensor:
+    """The left factor `[out, rank]` of least weighted error for a given right one."""
+    return answer_to(error, right, energy).best()
 
 
 def refit_right(error: Tensor, left: Tensor) -> Tensor:

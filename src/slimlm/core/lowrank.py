@@ -84,20 +84,19 @@ def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inve
     """Round the right factor under H, the left one (refitted to it) under R H R^T, and again from a refitted right one."""
     levels = grid.Levels.of_bits(form.bits)
     best: LowRank | None = None
-    least = float("inf")
-    for _ in range(1 + _REFITS if form.refit else 1):
+    most = -float("inf")
+    for last in [False] * (_REFITS if form.refit else 0) + [True]:
         right_part = _swept_right(right, inverse, levels, form)
-        rounded = right_part.dense()
-        inner = linalg.weighed(rounded, gram) @ rounded.T
-        left = linalg.refit_left(error, rounded, gram)
+        answer = linalg.answer_to(error, right_part.dense(), gram)
+        left = answer.best()
         across = Across(left, levels, form.group)
-        sweep(left, inverse_of(inner, damp=_DAMP), rounding=across)
+        sweep(left, inverse_of(answer.inner, damp=_DAMP), rounding=across)
         left_part = _uniform(across.index, across.scale, levels, form)
-        part = LowRank(left_part, right_part)
-        cost = linalg.weighted_square(error - part.dense(), gram)
-        if best is None or cost < least:
-            best, least = part, cost
-        right = linalg.refit_right(error, left_part.dense().T)
+        gain = answer.gain(left_part.dense())
+        if best is None or gain > most:
+            best, most = LowRank(left_part, right_part), gain
+        if not last:
+            right = linalg.refit_right(error, left_part.dense().T)
     assert best is not None
     return best
 
@@ -120,14 +119,15 @@ def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: A
     best = LowRank(_round(left.T, even, form), _round(right, energy, form))
     if not form.refit:
         return best
-    part, least = best, linalg.weighted_square(error - best.dense(), energy)
+    answer = linalg.answer_to(error, best.right.dense(), energy)
+    most = answer.gain(best.left.dense())
     for _ in range(_REFITS):
-        left_part = _round(linalg.refit_left(error, part.right.dense(), energy).T, even, form)
+        left_part = _round(answer.best().T, even, form)
         right_part = _round(linalg.refit_right(error, left_part.dense().T), energy, form)
-        part = LowRank(left_part, right_part)
-        cost = linalg.weighted_square(error - part.dense(), energy)
-        if cost < least:
-            best, least = part, cost
+        answer = linalg.answer_to(error, right_part.dense(), energy)
+        gain = answer.gain(left_part.dense())
+        if gain > most:
+            best, most = LowRank(left_part, right_part), gain
     return best
 
 

@@ -45,7 +45,33 @@ def choose(score: Tensor, pattern: Pattern) -> Tensor:
     out, width = score.shape
     # 1e-9 keeps 0.29 x 100 from becoming 28.
     size, kept = (pattern.of, pattern.kept) if pattern.of else (width, width - int(width * pattern.dropped + 1e-9))
+    if pattern.of and size <= _COMPARED:
+        return _choose_by_comparing(score, size, kept)
     groups = score.reshape(-1, size)
     order = groups.argsort(dim=1, descending=True, stable=True)[:, :kept]
     keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
     return keep.view(out, width)
+
+
+_COMPARED = 16
+"""Largest group whose members are compared by pairs; sorting such short rows takes several times as long."""
+_SCORES_AT_ONCE = 2**16
+
+
+def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
+    """`choose` among each `size` consecutive inputs, every member's place found by comparing it with the others."""
+    keep = torch.empty_like(score, dtype=torch.bool)
+    rows = max(1, _SCORES_AT_ONCE // max(1, score.shape[1]))
+    for piece, into in zip(score.split(rows), keep.split(rows), strict=True):
+        members = piece.view(len(piece), -1, size).unbind(dim=2)
+        beaten = [torch.full_like(member, size - 1 - i, dtype=torch.uint8) for i, member in enumerate(members)]
+        """by how many of its group each is beaten, were every later one to beat it"""
+        for i, earlier in enumerate(members):
+            for j in range(i + 1, size):
+                stands = (earlier >= members[j]).view(torch.uint8)
+                beaten[i] -= stands
+                beaten[j] += stands
+        chosen = into.view(len(piece), -1, size)
+        for i, by in enumerate(beaten):
+            torch.lt(by, kept, out=chosen[..., i])
+    return keep

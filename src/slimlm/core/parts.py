@@ -91,7 +91,7 @@ class Uniform(_Stored):
         return self.codes.shape[0], self.codes.shape[1]
 
     def dense(self) -> Tensor:
-        dense = self.codes.float() * grid.spread(self.scale, self.shape[1], self.group)
+        dense = grid.dense(self.codes, self.scale, self.group)
         return dense if self.input_scale is None else dense * self.input_scale.float()
 
     def packed(self) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class Uniform(_Stored):
 
     def packed_kept(self, keep: Tensor | None) -> dict[str, Tensor]:
         codes = self.codes if keep is None else self.codes[keep].view(self.shape[0], -1)
-        unsigned = codes.to(torch.int16) + 2 ** (self.bits - 1)
+        unsigned = codes.view(torch.uint8) + 2 ** (self.bits - 1)
         tensors = {"": bitstream.pack(unsigned, self.bits), "scale": self.scale.contiguous()}
         if self.input_scale is not None:
             tensors["input_scale"] = self.input_scale
@@ -117,12 +117,12 @@ class Uniform(_Stored):
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Uniform":
         bits = about["bits"]
         stored = shape[1] if keep is None else _kept_per_row(keep)
-        codes = bitstream.unpack(tensors[""], bits, stored).to(torch.int16) - 2 ** (bits - 1)
+        codes = (bitstream.unpack(tensors[""], bits, stored) - 2 ** (bits - 1)).view(torch.int8)
         scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group"]))
         input_scale = tensors["input_scale"] if about["input_scale"] else None
         if input_scale is not None:
             _fitting("input_scale", input_scale, (shape[1],))
-        return cls(_scatter(codes.to(torch.int8), shape, keep), scale, bits, about["group"], input_scale)
+        return cls(_scatter(codes, shape, keep), scale, bits, about["group"], input_scale)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class Codebook(_Stored):
         return self.index.shape[0], self.index.shape[1]
 
     def dense(self) -> Tensor:
-        return self.levels.float()[self.index.long()] * grid.spread(self.scale, self.shape[1], self.group)
+        places = self.index.flatten().int()
+        return grid.dense(self.levels.float().index_select(0, places).view(self.shape), self.scale, self.group)
 
     def packed(self) -> dict[str, Tensor]:
         return self.packed_kept(None)
@@ -189,14 +190,14 @@ class Pruned(_Stored):
         return self.inner.dense() * self.keep
 
     def packed(self) -> dict[str, Tensor]:
-        return {**self.inner.packed_kept(self.keep), "keep": bitstream.pack(self.keep.to(torch.uint8), 1)}
+        return {**self.inner.packed_kept(self.keep), "keep": bitstream.pack(self.keep.view(torch.uint8), 1)}
 
     def describe(self) -> Description:
         return {"kind": "pruned", "pattern": self.pattern, "inner": self.inner.describe()}
 
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "Pruned":
-        keep = _fitting("keep", bitstream.unpack(tensors["keep"], 1, shape[1]).bool(), shape)
+        keep = _fitting("keep", bitstream.unpack(tensors["keep"], 1, shape[1]).view(torch.bool), shape)
         inner = _ELEMENTWISE[about["inner"]["kind"]].rebuild(about["inner"], tensors, shape, keep)
         return cls(inner, keep, about["pattern"])
 
@@ -248,7 +249,7 @@ _ELEMENTWISE: dict[str, type[Plain] | type[Uniform] | type[Codebook]] = {
 
 
 def _kept_per_row(keep: Tensor) -> int:
-    counts = keep.sum(dim=1)
+    counts = keep.view(torch.uint8).sum(dim=1, dtype=torch.int32)
     if keep.shape[0] == 0:
         return 0
     if bool((counts != counts[0]).any()):
@@ -265,11 +266,10 @@ def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _scatter(stored: Tensor, shape: tuple[int, int], keep: Tensor | None) -> Tensor:
     if keep is None:
         return _fitting("weight", stored, shape)
-    if stored.numel() != int(keep.sum()):
-        raise CheckpointError(f"a stored mask keeps {int(keep.sum())} weights, but {stored.numel()} are stored")
-    full = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
-    full[keep] = stored.flatten()
-    return full
+    kept = int(keep.view(torch.uint8).sum(dtype=torch.int64))
+    if stored.numel() != kept:
+        raise CheckpointError(f"a stored mask keeps {kept} weights, but {stored.numel()} are stored")
+    return torch.zeros(shape, dtype=stored.dtype, device=stored.device).masked_scatter_(keep, stored)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -15,7 +15,7 @@ input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Inverse:
         return self.upper.diagonal().square().reciprocal()
 
 
-def inverse_of(gram: Tensor, *, damp: float, tokens: int | None = None) -> Inverse:
+def inverse_of(gram: Tensor, *, damp: float) -> Inverse:
     """Damp and invert a covariance `[in, in]`; in float64.
 
     `damp` x the mean of the diagonal is added to the diagonal, ten times more as long as the factorization fails, which is
@@ -55,25 +55,71 @@ def inverse_of(gram: Tensor, *, damp: float, tokens: int | None = None) -> Inver
     NumericsError for a covariance with NaN or infinity, or one that cannot be factored with as much damping as itself.
     """
     width = len(gram)
-    square = gram.double()
-    if not bool(square.isfinite().all()):
+    if not bool(gram.isfinite().all()):
         raise NumericsError("the covariance of the inputs holds NaN or infinity; the model overflows on the calibration text")
-    mean = float(square.diagonal().mean())
+    diagonal = gram.diagonal().double()
+    mean = float(diagonal.mean())
     if mean == 0:
         return Inverse(torch.eye(width, device=gram.device), 0.0, ("no input ever fires; weights rounded to nearest",))
-    identity = torch.eye(width, dtype=torch.float64, device=gram.device)
+    # From the last input to the first: the factor of H then is upper triangular in the order of the inputs, and U its inverse.
+    square = gram.flip(0, 1).double()
     used = damp
     while used <= 1:
-        lower, failed = torch.linalg.cholesky_ex(square + used * mean * identity)
+        square.diagonal().copy_(diagonal.flip(0) + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(square)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
+            upper = inverse_of_lower(lower).flip(0, 1).float()
+            if bool(upper.isfinite().all()):
                 notes = (
                     () if used == damp else (f"covariance could be inverted only with damping {used:g} instead of {damp:g}",)
                 )
-                return Inverse(upper.float(), used, notes)
+                return Inverse(upper, used, notes)
         used = max(10 * used, 1e-6)
     raise NumericsError("the covariance of the inputs cannot be inverted even with damping as large as its mean diagonal")
+
+
+def inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix `[n, n]`, half by half: nearly all of it products of matrices."""
+    inverse = lower.clone()
+    _invert(inverse)
+    return inverse
+
+
+_INVERTED_AT_ONCE = 128
+
+
+def _invert(lower: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix `[n, n]` in its place."""
+    width = len(lower)
+    if width <= _INVERTED_AT_ONCE:
+        identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = width // 2
+    first, corner, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert(first)
+    _invert(last)
+    corner.copy_(_times_lower(-_lower_times(last, corner), first))
+
+
+def _lower_times(lower: Tensor, other: Tensor) -> Tensor:
+    """A lower triangular matrix times another, without the half that is zero."""
+    half = len(lower) // 2
+    if half < _INVERTED_AT_ONCE:
+        return lower @ other
+    below = lower[half:, :half] @ other[:half]
+    return torch.cat(
+        [_lower_times(lower[:half, :half], other[:half]), below.add_(_lower_times(lower[half:, half:], other[half:]))]
+    )
+
+
+def _times_lower(other: Tensor, lower: Tensor) -> Tensor:
+    """A matrix times a lower triangular one, without the half that is zero."""
+    half = len(lower) // 2
+    if half < _INVERTED_AT_ONCE:
+        return other @ lower
+    left = (other[:, half:] @ lower[half:, :half]).add_(_times_lower(other[:, :half], lower[:half, :half]))
+    return torch.cat([left, _times_lower(other[:, half:], lower[half:, half:])], dim=1)
 
 
 def check_damp(damp: float) -> None:
@@ -146,15 +192,16 @@ class Along:
         if self.one:
             points, masses = grid.distribution((rows * (mass > 0)).reshape(1, -1))
         else:
-            points, masses = rows.T.contiguous(), mass.T.contiguous()
+            points, masses = rows.T, mass.T
         if self.start is None:
             scale = grid.signed_scale(points, masses, self.levels)
         else:
             scale = grid.nearby_scale(points, masses, self.levels, self.start[group])
         self.scale[group] = as_stored(scale, self.scale.numel())
+        self.own = self.scale[group], grid.reciprocal(self.scale[group])
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        index, value = self.levels.rounded(column, self.scale[group])
+        index, value = self.levels.rounded_by(column, *self.own)
         self.index[place] = index
         return value
 
@@ -173,13 +220,14 @@ class Across:
         self.starts = list(range(len(columns)))
         self.scale = grid.storable(found.view(grid.scale_shape((len(columns), len(weight)), group))).float()
         self.wide = grid.spread(self.scale, len(weight), group).expand_as(columns)
+        self.inverse = grid.reciprocal(self.wide)
         self.index = torch.zeros_like(columns, dtype=torch.uint8)
 
     def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
         """The scales are there."""
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        index, value = self.levels.rounded(column, self.wide[place])
+        index, value = self.levels.rounded_by(column, self.wide[place], self.inverse[place])
         self.index[place] = index
         return value
 
@@ -225,6 +273,16 @@ def check_grouping(group: Group, pattern: Pattern | None) -> None:
     """Raise RecipeError where a group would cut through the n:m groups of a mask."""
     if pattern is not None and pattern.of and isinstance(group, int) and group % pattern.of:
         raise RecipeError(f"group = {group}: under the pattern {pattern} give a multiple of {pattern.of}")
+
+
+def inverse_in_order(gram: Tensor, inputs: Tensor, *, damp: float, known: dict[Any, Any]) -> Inverse:
+    """`inverse_of` a covariance with its inputs `[in]` in that order; from `known` where an earlier layer put it there."""
+    key = "inverse", damp, tuple(inputs.tolist())
+    if key not in known:
+        known[key] = inverse_of(gram.index_select(0, inputs).index_select(1, inputs), damp=damp)
+    found = known[key]
+    assert isinstance(found, Inverse)
+    return found
 
 
 @dataclass(frozen=True)
@@ -282,7 +340,7 @@ def rounded_sweep(
     back = order.back
     scale = torch.empty_like(along.scale)
     scale[place.to(scale.device)] = along.scale
-    return replace(found, index=along.index[back].T.contiguous(), scale=scale.T.contiguous(), levels=levels)
+    return replace(found, index=_ordered(along.index.T, back), scale=scale.T.contiguous(), levels=levels)
 
 
 def unrounded_sweep(
@@ -295,11 +353,18 @@ def unrounded_sweep(
 def _swept_in(
     order: Order, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
 ) -> Swept:
-    ordered = None if keep is None else keep[:, order.inputs]
-    found = sweep(target[:, order.inputs], inverse, rounding=rounding, pattern=pattern, keep=ordered)
+    ordered = None if keep is None else _ordered(keep, order.inputs)
+    found = sweep(_ordered(target, order.inputs), inverse, rounding=rounding, pattern=pattern, keep=ordered)
     back = order.back
-    kept = None if found.keep is None else found.keep[:, back].contiguous()
-    return Swept(found.value[:, back].contiguous(), found.moved[:, back].contiguous(), kept)
+    kept = None if found.keep is None else _ordered(found.keep, back)
+    return Swept(_ordered(found.value, back), _ordered(found.moved, back), kept)
+
+
+def _ordered(matrix: Tensor, inputs: Tensor) -> Tensor:
+    """The columns of a matrix `[out, in]` in this order: its rows are copied where they are what lies side by side."""
+    if matrix.is_contiguous():
+        return matrix.index_select(1, inputs)
+    return matrix.T.index_select(0, inputs).T.contiguous()
 
 
 def sweep(
@@ -317,8 +382,7 @@ def sweep(
     """
     state = _Sweep(target, inverse, rounding, pattern, keep)
     state.walk(0, target.shape[1])
-    kept = None if state.keep is None else state.keep.T.contiguous()
-    return Swept(state.value.T.contiguous(), state.rest.T.contiguous(), kept)
+    return Swept(state.value.T, state.rest.T, None if state.keep is None else state.keep.T)
 
 
 class _Sweep:
@@ -328,6 +392,7 @@ class _Sweep:
         self, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
     ) -> None:
         self.upper, self.conditional = inverse.upper, inverse.conditional
+        self.pivots = self.upper.diagonal().tolist()
         self.rounding, self.pattern = rounding, None if keep is not None else pattern
         self.rest = target.T.contiguous().clone()
         self.value = torch.zeros_like(self.rest)
@@ -366,14 +431,15 @@ class _Sweep:
         if self.groups[group] == low:
             self._begin(group)
         for place in range(low, high):
-            column = self.rest[place]
+            column, value, missed = self.rest[place], self.value[place], self.missed[place]
             rounded = self.rounding.round(place, group, column)
-            if self.keep is not None:
-                rounded = rounded * self.keep[place]
-            self.value[place] = rounded
-            self.missed[place] = (column - rounded) / self.upper[place, place]
+            if self.keep is None:
+                value.copy_(rounded)
+            else:
+                torch.mul(rounded, self.keep[place], out=value)
+            torch.sub(column, value, out=missed).div_(self.pivots[place])
             if place + 1 < high:
-                self.rest[place + 1 : high].addr_(self.upper[place, place + 1 : high], self.missed[place], alpha=-1)
+                self.rest[place + 1 : high].addr_(self.upper[place, place + 1 : high], missed, alpha=-1)
 
     def _begin(self, group: int) -> None:
         low = self.groups[group]

@@ -30,7 +30,7 @@ rounds    most sweeps; they stop when one gains less than `patience`. polish: mo
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,12 +46,11 @@ from slimlm.core.parts import LowRank
 from slimlm.core.polish import polish
 from slimlm.core.sweep import (
     Inverse,
-    Order,
     Swept,
     check_damp,
     check_grouping,
     conditioned,
-    inverse_of,
+    inverse_in_order,
     order_of,
     rounded_sweep,
     unrounded_sweep,
@@ -124,27 +123,34 @@ class Alternation:
             lacking = stats.drift
             if lacking is None:
                 lacking = layer.original @ (measured(stats.cross).to(layer.original) - gram)
-            layer = replace(layer, goal=_goal(layer.original, gram, lacking.to(layer.original), self.follow))
+            layer = replace(layer, goal=_goal(layer.original, gram, lacking.to(layer.original), self.follow, stats.known))
         if self.norm == "diagonal":
             gram = torch.diag(gram.diagonal())
-        search = _Search(self, layer, gram)
+        search = _Search(self, layer, gram, stats.known if self.norm == "full" else {})
         search.run()
-        return search.decided(layer).note(*notes, *search.inverse.notes)
+        inverse = search.inverse or search.natural
+        return search.decided(layer).note(*notes, *(() if inverse is None else inverse.notes))
 
 
-def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float) -> Tensor:
-    """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires."""
+def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float, known: dict[Any, Any]) -> Tensor:
+    """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires.
+
+    The factor of H + a I is taken from `known` where an earlier layer put it there.
+    """
     amount = damp * gram.diagonal().double().mean()
     if float(amount) == 0:
         return weight
-    lower = torch.linalg.cholesky(gram.double() + amount * torch.eye(len(gram), dtype=torch.float64, device=gram.device))
-    return weight + torch.cholesky_solve(lacking.T.double(), lower).T.to(weight)
+    if ("goal", damp) not in known:
+        square = gram.double()
+        square.diagonal().add_(amount)
+        known["goal", damp] = torch.linalg.cholesky(square)
+    return weight + torch.cholesky_solve(lacking.T.double(), known["goal", damp]).T.to(weight)
 
 
 class _Search:
     """The state of one layer's alternation."""
 
-    def __init__(self, options: Alternation, layer: Layer, gram: Tensor) -> None:
+    def __init__(self, options: Alternation, layer: Layer, gram: Tensor, known: dict[Any, Any]) -> None:
         assert options.rank != "auto", "the plan gives every layer its rank before the layer is reached"
         self.options, self.gram = options, gram
         self.energy = gram if options.norm == "full" else gram.diagonal()
@@ -153,20 +159,19 @@ class _Search:
         self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
         self.levels = None if options.bits == 16 else Levels.of_bits(options.bits)
         self.order = order_of(gram.diagonal(), group=options.group, pattern=self.pattern)
-        self.inverse = self._inverse(self.order)
+        self.inverse = self._inverse(self.order.inputs, known) if options.base == "sweep" else None
         rank = float(options.rank)
         self.rough = AdapterFormat(rank, 16, options.adapter_group, True)
         self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group, True)
         self.stored = replace(self.final, refit=False)
-        self.natural = (
-            inverse_of(gram, damp=options.damp) if self.final.rank_of(layer.shape) and self.final.bits != 16 else None
-        )
+        swept = options.norm == "full" and self.final.rank_of(layer.shape) > 0 and self.final.bits != 16
+        self.natural = self._inverse(torch.arange(len(gram), device=gram.device), known) if swept else None
         self.base: Swept | None = None
         self.adapter: LowRank | None = None
         self.best: tuple[float, Swept, LowRank | None] | None = None
 
-    def _inverse(self, order: Order) -> Inverse:
-        return inverse_of(self.gram[order.inputs][:, order.inputs], damp=self.options.damp)
+    def _inverse(self, inputs: Tensor, known: dict[Any, Any]) -> Inverse:
+        return inverse_in_order(self.gram, inputs, damp=self.options.damp, known=known)
 
     def run(self) -> None:
         """Sweeps against an unrounded adapter; polishing of the best one against the adapter as it is stored; settling."""
@@ -228,6 +233,7 @@ class _Search:
         pattern = None if self.given is not None else self.pattern
         if options.base == "project":
             return _projected(target, self.gram.diagonal(), self.levels, options.group, pattern, self.given)
+        assert self.inverse is not None
         if self.levels is None:
             return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, keep=self.given)
         start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
@@ -247,7 +253,7 @@ class _Search:
 
     def _fit_levels(self, found: Swept) -> None:
         """A table for the next sweep, fitted to what this one rounded, where it is asked for or pays."""
-        assert found.scale is not None and self.levels is not None
+        assert found.scale is not None and self.levels is not None and self.inverse is not None
         scale = grid.spread(found.scale, found.value.shape[1], self.options.group).expand_as(found.value)
         counted = scale != 0 if found.keep is None else found.keep & (scale != 0)
         mass = (self.inverse.conditional[self.order.back] * scale.square())[counted]

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.masks import Pattern
-from slimlm.core.sweep import check_damp, conditioned, inverse_of, order_of, unrounded_sweep
+from slimlm.core.sweep import check_damp, conditioned, inverse_in_order, order_of, unrounded_sweep
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SparseGpt:
         pattern = Pattern.parse(self.pattern)
         energy = gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram))
         order = order_of(energy, group="row", pattern=pattern)
-        inverse = inverse_of(gram[order.inputs][:, order.inputs], damp=self.damp)
+        inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
         swept = unrounded_sweep(layer.working, inverse, order, pattern=pattern)
         assert swept.keep is not None
         return layer.prune(swept.keep, str(self.pattern)).move(swept.value).note(*notes, *inverse.notes)

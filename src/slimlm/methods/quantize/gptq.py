@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from slimlm.core import grid
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.sweep import check_damp, conditioned, inverse_of, order_of, rounded_sweep
+from slimlm.core.sweep import check_damp, conditioned, inverse_in_order, order_of, rounded_sweep
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Gptq:
         order = order_of(
             gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group=self.group, pattern=None
         )
-        inverse = inverse_of(gram[order.inputs][:, order.inputs], damp=self.damp)
+        inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
         levels = grid.Levels.of_bits(self.bits)
         swept = rounded_sweep(layer.whole, inverse, order, levels=levels, group=self.group, keep=layer.keep)
         return layer.encode(swept.code(self.group)).note(*notes, *inverse.notes)

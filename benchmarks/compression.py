@@ -1,0 +1,383 @@
+"""Where the time of a compression goes: per layer and per stage, beside the arithmetic that each stage cannot do without.
+
+    python benchmarks/compression.py [--recipe slim] [--width 2048] [--blocks 3] [--tokens 4096] [--label after]
+
+Makes a Llama of random weights (width x 2.75 inside, as TinyLlama) in a temporary folder, compresses it on random tokens with
+the real `slimlm.compress`, and times the stages of that run by their functions, each without the stages inside it. Clocks are
+the process's CPU time on one thread; work beside it slows memory and shared cores, so ratios within one run are what counts.
+
+A stage's floor is the floating-point operations that its algorithm needs (the formulas stand in `STAGES`; a symmetric product
+counts half) at the rate of a matrix product of that dtype, measured in the same process before and after; work on elements,
+which has no products, counts the bytes that it has to read and write at the rate of a copy. Writes
+benchmarks/results/compression-WIDTH-RECIPE-LABEL.json.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import slimlm
+from slimlm import blockwise, calibrate, pipeline
+from slimlm.core import descent, grid, linalg, lowrank, masks, polish, sweep
+from slimlm.evaluate import results
+from slimlm.methods.joint import alternation
+from slimlm.report.tables import plain_table
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage import checkpoint
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 2048
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cannot do without."""
+
+    single: float = 0.0
+    """operations in float32"""
+    double: float = 0.0
+    """operations in float64"""
+    bytes: float = 0.0
+    """bytes read and written"""
+
+
+def of_statistics(sums: Any, x: Tensor, original: Tensor | None = None, **_: Any) -> Work:
+    """x^T x is symmetric; z^T x is not."""
+    count, width = x.numel() // x.shape[-1], x.shape[-1]
+    products = bool(sums.needs & calibrate.Need.GRAM) + 2 * (original is not None)
+    return Work(single=products * count * width**2, bytes=4.0 * count * width)
+
+
+def of_drift(block: Any, name: str, layer: str, linear: Any, flow: Any, *_: Any) -> Work:
+    """d^T x; the forward passes are counted by themselves."""
+    out, width = linear.weight.shape
+    return Work(single=2.0 * sum(h.shape[0] * h.shape[1] for h in flow.hidden) * out * width)
+
+
+def of_inverse(gram: Tensor, **_: Any) -> Work:
+    """A factorization and the inverse of a triangle, n^3 / 3 each."""
+    return Work(double=2 / 3 * len(gram) ** 3)
+
+
+def of_goal(weight: Tensor, gram: Tensor, *_: Any) -> Work:
+    """A factorization and two triangular solves."""
+    return Work(double=len(gram) ** 3 / 3 + 2.0 * weight.numel() * len(gram))
+
+
+def of_sweep(target: Tensor, *_: Any, **__: Any) -> Work:
+    """A triangle of updates; weight, rest, value and what was missed pass through memory once."""
+    return Work(single=target.numel() * target.shape[1], bytes=16.0 * target.numel())
+
+
+def of_polish(target: Tensor, *_: Any, **__: Any) -> Work:
+    """The slope, and a triangle of updates."""
+    return Work(single=3.0 * target.numel() * target.shape[1], bytes=16.0 * target.numel())
+
+
+def of_descent(error: Tensor, gram: Tensor, part: Any) -> Work:
+    """R H, L^T E twice, H (L^T E - ...), the triangles of updates and a solve per input."""
+    (out, width), rank = error.shape, part.rank
+    return Work(single=rank * (2.0 * width**2 + 4.0 * out * width + 2.0 * width**2 + width**2 + out * rank + 4 * width * rank))
+
+
+def of_low_rank(error: Tensor, energy: Tensor, rank: int, *, start: Tensor | None = None) -> Work:
+    """What subspace iteration, or the exact eigenproblem where it is used, multiplies; 10 n^3 for an eigenproblem."""
+    (out, width), side = error.shape, min(error.shape)
+    one, root = 2.0 * out * width * rank, 0.0 if energy.ndim == 1 else 2.0 * width**2 * rank
+    problem = out if energy.ndim == 2 else side
+    if problem <= linalg._EXACT_UP_TO or rank > problem // 3:
+        gram = out * width * problem
+        if energy.ndim == 2:
+            return Work(single=2.0 * out * width**2 + gram + one, double=10.0 * problem**3)
+        return Work(single=one, double=gram + 10.0 * problem**3)
+    sweeps = linalg._SWEEPS if start is None else linalg._WARM_SWEEPS
+    turns = (1 + 2 * sweeps if energy.ndim == 1 else 2 * sweeps) + 3
+    qr = (sweeps + 1) * 4.0 * out * rank**2
+    return Work(single=turns * one + (sweeps + 1) * root + qr + 2.0 * out * rank**2, double=10.0 * rank**3)
+
+
+def of_adapter(error: Tensor, energy: Tensor, *others: Any) -> Work:
+    """Rounds of R H E^T, which judges one left factor and gives the next, and of the right factor between them; sweeps too."""
+    form = next(o for o in others if isinstance(o, lowrank.AdapterFormat))
+    (out, width), rank = error.shape, form.rank_of((error.shape[0], error.shape[1]))
+    rounds = 1 + (lowrank._REFITS if form.refit else 0)
+    products = (2 * rounds - 1) * 2.0 * out * width * rank
+    if energy.ndim == 1:
+        return Work(single=products, bytes=rounds * 8.0 * error.numel())
+    return Work(single=products + rounds * 3.0 * width**2 * rank)
+
+
+def of_search(candidates: int) -> Callable[..., Work]:
+    """Seven operations for each candidate and point; many points are binned or sorted first, and read once."""
+
+    def work(points: Tensor, *_: Any, coarse: int = 0, **__: Any) -> Work:
+        tried = (coarse or 48) + 29 if candidates == 0 else candidates
+        return Work(single=0.0 if points.shape[1] > 2048 else 7.0 * tried * points.numel(), bytes=8.0 * points.numel())
+
+    return work
+
+
+def of_searched(weight: Tensor, **_: Any) -> Work:
+    """The weight, read to bin it and to fit the scale twice."""
+    return Work(bytes=12.0 * weight.numel())
+
+
+def of_weight(count: float) -> Callable[..., Work]:
+    """Something that passes over a weight so many times, in bytes per element."""
+
+    def work(first: Any, *others: Any, **_: Any) -> Work:
+        for thing in (first, *others):
+            if isinstance(thing, Tensor):
+                return Work(bytes=count * thing.numel())
+            if isinstance(thing, tuple) and thing:
+                return Work(bytes=count * thing[0].shape[0] * thing[0].shape[1])
+            if isinstance(thing, CompressedLinear):
+                return Work(bytes=count * thing.out_features * thing.in_features)
+        return Work()
+
+    return work
+
+
+def of_forward(block: torch.nn.Module, name: str, flow: Any, hidden: Tensor, *_: Any) -> Work:
+    """Every layer's product and the attention; a run that a hook ends early is counted as far as it goes."""
+    windows, length, width = hidden.shape
+    tokens = windows * length
+    weights = sum(m.out_features * m.in_features for m in block.modules() if isinstance(m, torch.nn.Linear | CompressedLinear))
+    return Work(single=2.0 * tokens * weights + 2.0 * tokens * length * width)
+
+
+def nothing(*_: Any, **__: Any) -> Work:
+    """No floor is claimed."""
+    return Work()
+
+
+STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
+    ("open", pipeline, "open_dense", nothing),
+    ("check the model", pipeline, "refuse_early", nothing),
+    ("read text", pipeline, "documents", nothing),
+    ("calibration forward", blockwise, "enter", nothing),
+    ("calibration forward", calibrate, "_forward", of_forward),
+    ("statistics", calibrate._Sums, "add", of_statistics),
+    ("statistics", calibrate._Sums, "stats", nothing),
+    ("statistics", calibrate, "measure_drift", of_drift),
+    ("inverse", sweep, "inverse_of", of_inverse),
+    ("goal", alternation, "_goal", of_goal),
+    ("scale search", grid, "best_scale", of_search(0)),
+    ("scale search", grid, "nearby_scale", of_search(9)),
+    ("scale search", grid, "signed_scale", of_search(2)),
+    ("scale search", grid, "searched", of_searched),
+    ("scale search", grid, "distribution", nothing),
+    ("encode", grid, "encode", of_weight(9.0)),
+    ("mask", masks, "choose", of_weight(5.0)),
+    ("order", sweep, "order_of", nothing),
+    ("sweep", sweep, "sweep", of_sweep),
+    ("sweep", sweep, "rounded_sweep", nothing),
+    ("table of levels", grid, "fitted", nothing),
+    ("polish", polish, "polish", of_polish),
+    ("descent", descent, "descend", of_descent),
+    ("low-rank solve", linalg, "best_low_rank", of_low_rank),
+    ("adapter rounding", lowrank, "_rounded", lambda e, n, _l, _r, f: of_adapter(e, n, f)),
+    ("adapter rounding", lowrank, "_swept", lambda e, n, _r, f, _i: of_adapter(e, n, f)),
+    ("objective", linalg, "weighted_square", lambda e, n: Work(single=2.0 * e.numel() * len(n) if n.ndim == 2 else 0.0)),
+    ("packing", CompressedLinear, "from_parts", of_weight(5.0)),
+    ("unpacking", CompressedLinear, "prepare", of_weight(5.0)),
+    ("record", results, "record_of", nothing),
+    ("saving", pipeline, "write", nothing),
+    ("saving", checkpoint, "write_record", nothing),
+    ("verification", pipeline, "verify", nothing),
+]
+INSIDE_ONE = {"adapter rounding"}
+"""Stages that also own the sweeps and objectives inside them."""
+
+
+class Clock:
+    """CPU seconds and floors by stage, and seconds by layer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.work: dict[str, list[Work]] = defaultdict(list)
+        self.layers: dict[str, float] = {}
+        self.calls: dict[str, int] = defaultdict(int)
+        self._open: list[str] = []
+        self._since = time.process_time()
+
+    def _switch(self) -> None:
+        now = time.process_time()
+        self.seconds[self._open[-1] if self._open else "the rest"] += now - self._since
+        self._since = now
+
+    def start(self) -> None:
+        self._since = time.process_time()
+
+    def stop(self) -> None:
+        self._switch()
+
+    def timed(self, stage: str, function: Callable[..., Any], work: Callable[..., Work]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            owner = next((s for s in self._open if s in INSIDE_ONE), None)
+            kept = owner is not None and stage in ("sweep", "objective")
+            self._switch()
+            self._open.append(str(owner) if kept else stage)
+            if not kept and work is not nothing:
+                self.work[stage].append(work(*args, **kwargs))
+            self.calls[stage] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._open.pop()
+
+        return wrapper
+
+    def watch(self) -> None:
+        """Put a clock around every stage's function, under each name that slimlm's modules know it by."""
+        modules = [m for name, m in list(sys.modules.items()) if name.startswith("slimlm")]
+        for stage, owner, name, work in STAGES:
+            found = owner.__dict__[name]
+            if isinstance(found, classmethod):
+                setattr(owner, name, classmethod(self.timed(stage, found.__func__, lambda _, *a, w=work: w(*a))))
+                continue
+            wrapped = self.timed(stage, found, work)
+            setattr(owner, name, wrapped)
+            for module in modules:
+                for known, value in list(vars(module).items()):
+                    if value is found:
+                        setattr(module, known, wrapped)
+
+
+def rate_of(dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations per CPU second of a matrix product, the best of three."""
+    matrix = torch.randn(size, size, dtype=dtype)
+    taken = []
+    for _ in range(4):
+        began = time.process_time()
+        matrix @ matrix
+        taken.append(time.process_time() - began)
+    return 2.0 * size**3 / min(taken[1:])
+
+
+def copy_rate() -> float:
+    """Bytes read and written per CPU second by a copy that fits no cache."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    taken = []
+    for _ in range(4):
+        began = time.process_time()
+        target.copy_(source)
+        taken.append(time.process_time() - began)
+    return 8.0 * source.numel() / min(taken[1:])
+
+
+def make_model(folder: Path, *, width: int, blocks: int) -> int:
+    """Write a Llama of random weights with a tokenizer of whole words; gives its parameters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_text(path: Path, tokens: int) -> None:
+    """Random words, the next one near the last, so that inputs correlate."""
+    generator = torch.Generator().manual_seed(1)
+    steps = torch.randint(-40, 41, (tokens,), generator=generator).cumsum(0) % VOCABULARY
+    path.write_text(" ".join(f"w{i}" for i in steps.tolist()))
+
+
+def run(recipe: str, width: int, blocks: int, tokens: int) -> dict[str, Any]:
+    """One compression, watched."""
+    rates = [(rate_of(torch.float32), rate_of(torch.float64), copy_rate())]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        parameters = make_model(folder / "model", width=width, blocks=blocks)
+        make_text(folder / "text.txt", 2 * tokens)
+        clock.watch()
+        clock.start()
+        result = slimlm.compress(
+            folder / "model",
+            folder / "out",
+            recipe=recipe,
+            data=str(folder / "text.txt"),
+            samples=tokens // 512,
+            length=512,
+            device="cpu",
+        )
+        clock.stop()
+    rates.append((rate_of(torch.float32), rate_of(torch.float64), copy_rate()))
+    single, double, copied = (max(pair) for pair in zip(*rates, strict=True))
+    rows = []
+    for stage, seconds in sorted(clock.seconds.items(), key=lambda entry: -entry[1]):
+        floor = sum(w.single / single + w.double / double + w.bytes / copied for w in clock.work[stage])
+        rows.append({"stage": stage, "calls": clock.calls[stage], "seconds": seconds, "floor": floor})
+    return {
+        "command": f"benchmarks/compression.py --recipe {recipe} --width {width} --blocks {blocks} --tokens {tokens}",
+        "model": f"random Llama, {parameters / 1e6:.0f} M parameters, {blocks} blocks of width {width}",
+        "machine": f"{platform.machine()}, 1 thread, CPU time; products {single / 1e9:.0f} GFLOP/s in float32, "
+        f"{double / 1e9:.0f} in float64, copies {copied / 1e9:.0f} GB/s",
+        "rates": rates,
+        "versions": {package: version(package) for package in ("slimlm", "torch")},
+        "seconds": sum(clock.seconds.values()),
+        "seconds_per_layer": sum(clock.seconds.values()) / len(result.record.layers),
+        "errors": {layer.name: layer.error for layer in result.record.layers},
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="slim")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--label", default="after")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = run(arguments.recipe, arguments.width, arguments.blocks, arguments.tokens)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"compression-{arguments.width}-{arguments.recipe}-{arguments.label}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    shown = [
+        (
+            r["stage"],
+            str(r["calls"]),
+            f"{r['seconds']:.2f}",
+            *((f"{r['floor']:.2f}", f"{r['seconds'] / r['floor']:.1f}") if r["floor"] else ("", "")),
+        )
+        for r in result["rows"]
+    ]
+    title = f"{arguments.recipe}: {result['model']}; {result['seconds']:.1f} s; {result['machine']}"
+    Console(width=140).print(plain_table(title, ("stage", "calls", "seconds", "floor", "ratio"), shown))
+
+
+if __name__ == "__main__":
+    main()

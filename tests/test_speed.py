@@ -181,15 +181,20 @@ def test_bytes_per_step_are_those_of_all_weights_but_the_embedding(run: Callable
     dense = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     rest = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     by_way = {row["way"]: row["bytes_per_step"] for row in result["generation"]}
-    assert by_way == {"slimlm": 4 * (dense + rest), "torch float32": 4 * (dense + rest), "torch bfloat16": 2 * (dense + rest)}
+    # The reference multiplies by float32 matrices; what is not compressed stays in its 16 bits.
+    assert by_way == {
+        "slimlm": 4 * dense + 2 * rest,
+        "torch float32": 4 * (dense + rest),
+        "torch bfloat16": 2 * (dense + rest),
+    }
 
 
 def test_kernels_read_what_is_stored_of_a_layer(packed: Path) -> None:
     model = model_speed.opened(str(packed), "auto")
     layer = next(m for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     stored = sum(tensor.nbytes for tensor in layer.packed().values())
-    expected = {"cpu, precise": stored, "reference": 4 * layer.in_features * layer.out_features}
-    assert model_speed.read_bytes(layer) == expected[model_speed.runs_on(layer, "auto")]
+    expected = {"cpu, fast": stored, "reference": 4 * layer.in_features * layer.out_features}
+    assert model_speed.read_bytes(layer) == expected[model_speed.runs_on(layer)]
 
 
 def test_the_dense_model_may_be_named(run: Callable[..., tuple[str, str]], packed: Path, llama_folder: Path) -> None:

@@ -26,7 +26,7 @@ from slimlm.generation import generate
 from slimlm.load import load
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import context_length, swap, weight_of
-from slimlm.runtime.choose import Kernels, choose
+from slimlm.runtime.choose import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import total_and_free
 from slimlm.runtime.use import multipliers, prefer_fast
@@ -171,7 +171,7 @@ def _groups(model: nn.Module) -> list[_Group]:
 
 def read_bytes(layer: CompressedLinear) -> int:
     """That one product reads of a layer: what is stored of it, or the dense matrix that the reference makes of it."""
-    if choose(layer.stored(), layer.kernels).backend.name == "reference":
+    if layer.choice().backend.name == "reference":
         return 4 * layer.in_features * layer.out_features
     return sum(tensor.nbytes for tensor in layer.packed().values())
 
@@ -182,12 +182,12 @@ def _layer_rows(
     groups = _groups(model)
     for done, group in enumerate(groups):
         tell("layers", done, len(groups))
-        choice = choose(group.layers[0].stored(), settings.kernels)
+        choice = group.layers[0].choice()
         about = {
             "shape": list(group.shape),
             "layers": len(group.layers),
             "parts": parts_words(group.layers[0].parts()),
-            "kernels": runs_on(group.layers[0], settings.kernels),
+            "kernels": runs_on(group.layers[0]),
             "refused": choice.refused,
         }
         contenders = [_packed(group), *_dense_layers(group, dense, settings.effort)]
@@ -207,9 +207,9 @@ def _layer_rows(
     tell("layers", len(groups), len(groups))
 
 
-def runs_on(layer: CompressedLinear, kernels: Kernels) -> str:
+def runs_on(layer: CompressedLinear) -> str:
     """Who multiplies, in words."""
-    backend = choose(layer.stored(), kernels).backend
+    backend = layer.choice().backend
     precision = getattr(backend, "precision", None)
     return backend.name if precision is None else f"{backend.name}, {precision}"
 

@@ -370,9 +370,9 @@ struct Kernel {
                     const uint8_t* stop = next + quads_of(pieces[p].blocks, kSparse) * kQuadBytes;
                     for (; next != stop; next += kQuadBytes, from += kInputBytes) {
                         if (half == 0) {
-                            V::prefetch(next + 1024);
-                            V::prefetch(next + 1088);
-                            if constexpr (kQuadBytes > 128) V::prefetch(next + 1152);
+                            V::prefetch(next + 2048);
+                            V::prefetch(next + 2112);
+                            if constexpr (kQuadBytes > 128) V::prefetch(next + 2176);
                         }
                         one_quad<kSparse, kBits, kMode>(next, half, from, to_lower, tables, sums);
                     }

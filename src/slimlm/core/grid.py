@@ -268,7 +268,8 @@ def _cost_of_many(points: Tensor, mass: Tensor, levels: Levels) -> Cost:
         at = moments.gather(2, ends.flatten(1).expand(3, -1, -1)).view(3, *ends.shape)
         inside = at.diff(dim=3) * turned.sign().double()
         value = turned.double() * values.double()
-        return (inside[2] - 2 * value * inside[1] + value.square() * inside[0]).sum(dim=2).T.to(scales)
+        # Of a set that lies on the grid the terms cancel, and what is left may be a little below zero.
+        return (inside[2] - 2 * value * inside[1] + value.square() * inside[0]).sum(dim=2).clamp_min_(0).T.to(scales)
 
     return cost
 

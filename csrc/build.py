@@ -3,7 +3,7 @@
 `hatch_build.py` calls `install` when the package is built. By hand, into the source tree:
 
     python csrc/build.py                              # src/slimlm/runtime/slimlm_cpu.so and its record slimlm_cpu.json
-    python csrc/build.py --out /tmp/slimlm_cpu.so     # somewhere else; SLIMLM_KERNEL_LIBRARY makes slimlm use it
+    python csrc/build.py --out other/slimlm_cpu.so   # somewhere else; SLIMLM_KERNEL_LIBRARY makes slimlm use it
     python csrc/build.py --compiler                   # print the compiler that would be taken; status 1 where there is none
 
 The end of a file's name says what it is compiled for: `gemm_avx512.cpp` gets the flags of the variant `avx512` below and is

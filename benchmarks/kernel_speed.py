@@ -236,10 +236,40 @@ def tables(results: Data) -> list[tuple[str, tuple[str, ...], list[tuple[str, ..
     return [table(results["rows"], shape, threads) for shape, threads in there]
 
 
+COMPARED = [
+    ("slimlm 2:4 one scale + adapter, fast", "torch float32"),
+    ("slimlm 2:4 one scale + adapter, fast", "ONNX Runtime"),
+    ("slimlm 2:4 one scale + adapter, fast", "ggml Q4"),
+    ("slimlm dense g128, fast", "ONNX Runtime"),
+    ("slimlm dense g128, fast", "ggml Q4"),
+    ("slimlm 2:4 one scale, fast", "slimlm dense g128, fast"),
+    ("slimlm 2:4 one scale + adapter, fast", "slimlm dense g128, fast"),
+    ("slimlm 2:4 g32, table + adapter, fast", "torch float32"),
+    ("slimlm 2:4 g32, table + adapter, fast", "ggml Q4"),
+]
+"""Contenders, and those that they are set against: the fastest of all whose names begin so."""
+
+
+def ratios(results: Data) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Title, columns, rows: how many times as fast ours are, by shape, threads and batch; None where there is nothing to compare."""
+    rows, lines = results["rows"], []
+    for shape, threads, batch in sorted({(tuple(r["shape"]), r["threads"], r["batch"]) for r in rows}):
+        own = [r for r in rows if (tuple(r["shape"]), r["threads"], r["batch"]) == (shape, threads, batch)]
+        cells = []
+        for ours, theirs in COMPARED:
+            time = [r["seconds"] for r in own if r["contender"] == ours]
+            times = [r["seconds"] for r in own if r["contender"].startswith(theirs)]
+            cells.append(f"{min(times) / time[0]:.2f}" if time and times else "")
+        if any(cells):
+            lines.append((f"{shape[0]} x {shape[1]}", str(threads), str(batch), *cells))
+    columns = ("shape", "threads", "batch", *(f"{ours.removeprefix('slimlm ')} / {theirs}" for ours, theirs in COMPARED))
+    return ("Times as fast", columns, lines) if lines else None
+
+
 def markdown(results: Data) -> str:
-    """The tables as docs/ shows them, and who is missing."""
-    pieces = []
-    for title, columns, lines in tables(results):
+    """The tables as docs/ shows them, how they compare, and who is missing."""
+    pieces, compared = [], ratios(results)
+    for title, columns, lines in [*tables(results), *([compared] if compared else [])]:
         rule = ["---", *["---:"] * (len(columns) - 1)]
         pieces.append("\n".join([f"{title}\n", *("| " + " | ".join(row) + " |" for row in (columns, rule, *lines))]))
     return "\n\n".join([*pieces, *missing_words(results)])

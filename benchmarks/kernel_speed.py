@@ -251,7 +251,7 @@ COMPARED = [
 
 
 def ratios(results: Data) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Title, columns, rows: how many times as fast ours are, by shape, threads and batch; None where there is nothing to compare."""
+    """Title, columns, rows: how many times as fast ours are, by shape, threads and batch; None without a comparison."""
     rows, lines = results["rows"], []
     for shape, threads, batch in sorted({(tuple(r["shape"]), r["threads"], r["batch"]) for r in rows}):
         own = [r for r in rows if (tuple(r["shape"]), r["threads"], r["batch"]) == (shape, threads, batch)]

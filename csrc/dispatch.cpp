@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "token.h"
+#include "decoder.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -121,23 +121,29 @@ extern "C" int slimlm_products(const SlimlmProduct* layers, int32_t count, const
     return SLIMLM_NO_MEMORY;
 }
 
-extern "C" int slimlm_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y) {
-    if (rows < 0 || width < 1 || !x || !weight || !y) return SLIMLM_BAD_ARGUMENT;
-    active.load()->norm(x, weight, epsilon, rows, width, y);
-    return SLIMLM_OK;
+// Whether a product is of this size.
+static bool is_of(const SlimlmProduct& product, int64_t out, int64_t in) {
+    Blob blob;
+    return open_blob(product.blob, product.blob_bytes, blob) == SLIMLM_OK && blob.out == out && blob.in == in;
 }
 
-extern "C" int slimlm_swiglu(const float* gate, const float* up, int64_t count, float* y) {
-    if (count < 0 || !gate || !up || !y) return SLIMLM_BAD_ARGUMENT;
-    active.load()->swiglu(gate, up, count, y);
-    return SLIMLM_OK;
-}
-
-extern "C" int slimlm_attend(const SlimlmAttention* a, int32_t threads) try {
-    if (!a || a->batch < 1 || a->key_heads < 1 || a->group < 1 || a->dim < 2 || a->dim % 2) return SLIMLM_BAD_ARGUMENT;
-    if (a->position < 0 || a->position >= a->length) return SLIMLM_BAD_ARGUMENT;
-    active.load()->attend(*a, threads < 1 ? 1 : threads);
-    return SLIMLM_OK;
+extern "C" int slimlm_decode(const SlimlmDecoder* d, float* x, int64_t tokens, int64_t position, float* logits, int32_t precision,
+                             int32_t threads) try {
+    if (!d || !x || tokens < 1 || position < 0 || d->batch < 1 || d->count < 0 || (d->count && !d->blocks)) return SLIMLM_BAD_ARGUMENT;
+    if (d->width < 1 || d->mlp < 1 || d->key_heads < 1 || d->group < 1 || d->dim < 2 || d->dim % 2) return SLIMLM_BAD_ARGUMENT;
+    if (tokens > d->length - position) return SLIMLM_BAD_ARGUMENT;
+    if (d->cache_type != SLIMLM_F32 && d->cache_type != SLIMLM_F16) return SLIMLM_BAD_ARGUMENT;
+    if (precision != SLIMLM_FAST && precision != SLIMLM_PRECISE) return SLIMLM_BAD_ARGUMENT;
+    const int64_t keys = d->key_heads * d->dim, queries = keys * d->group;
+    for (int64_t i = 0; i < d->count; ++i) {
+        const SlimlmBlock& b = d->blocks[i];
+        if (!is_of(b.queries, queries, d->width) || !is_of(b.keys, keys, d->width) || !is_of(b.values, keys, d->width) ||
+            !is_of(b.attention_out, d->width, queries) || !is_of(b.gate, d->mlp, d->width) || !is_of(b.up, d->mlp, d->width) ||
+            !is_of(b.down, d->width, d->mlp))
+            return SLIMLM_WRONG_SIZE;
+    }
+    if (logits && !is_of(d->head, d->vocabulary, d->width)) return SLIMLM_WRONG_SIZE;
+    return active.load()->decode(*d, x, tokens, position, logits, precision, threads < 1 ? 1 : threads);
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }

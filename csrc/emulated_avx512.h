@@ -94,6 +94,18 @@ SLIMLM_OPERATION Floats cvtph_ps(__m256i a) {
     std::memcpy(from, &a, 32);
     return each_float([&](int i) { return half_to_float(from[i]); });
 }
+SLIMLM_OPERATION __m256i cvtps_ph(Floats a, int) {
+    uint16_t to[16];
+    for (int i = 0; i < 16; ++i) to[i] = float_to_half(a.v[i]);
+    __m256i r;
+    std::memcpy(&r, to, 32);
+    return r;
+}
+SLIMLM_OPERATION float reduce_add_ps(Floats a) {
+    float total = 0;
+    for (float x : a.v) total += x;
+    return total;
+}
 SLIMLM_OPERATION Floats mul_ps(Floats a, Floats b) { return each_float([&](int i) { return a.v[i] * b.v[i]; }); }
 SLIMLM_OPERATION Floats fmadd_ps(Floats a, Floats b, Floats c) {
     return each_float([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
@@ -133,6 +145,8 @@ SLIMLM_OPERATION Floats fmadd_ps(Floats a, Floats b, Floats c) {
 #define _mm512_loadu_ps slimlm::emulated::loadu_ps
 #define _mm512_storeu_ps slimlm::emulated::storeu_ps
 #define _mm512_cvtph_ps slimlm::emulated::cvtph_ps
+#define _mm512_reduce_add_ps slimlm::emulated::reduce_add_ps
+#define _mm512_cvtps_ph slimlm::emulated::cvtps_ph
 #define _mm512_mul_ps slimlm::emulated::mul_ps
 #define _mm512_fmadd_ps slimlm::emulated::fmadd_ps
 

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-enum { SLIMLM_ABI = 1, SLIMLM_LAYOUT = 1 };
+enum { SLIMLM_ABI = 2, SLIMLM_LAYOUT = 1 };
 
 enum SlimlmError {
     SLIMLM_OK = 0,
@@ -89,26 +89,30 @@ typedef struct SlimlmProduct {
 SLIMLM_API int slimlm_products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch,
                                int64_t in, int32_t precision, int32_t threads);
 
-// What lies between the products of one token, all float32.
+// One block of a Llama-like decoder; `y` of its products is not looked at. Numbers are float32 where nothing else is said.
+typedef struct SlimlmBlock {
+    const float *attention_norm, *mlp_norm;         // [width], of the RMS norms
+    const float *query_norm, *key_norm;             // [dim] or NULL
+    SlimlmProduct queries, keys, values, attention_out, gate, up, down;
+    void *key_cache, *value_cache;                  // [batch, key_heads, length, dim] of cache_type
+} SlimlmBlock;
 
-// y [rows, width] = x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
-SLIMLM_API int slimlm_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
+typedef struct SlimlmDecoder {
+    const SlimlmBlock* blocks;
+    const float* last_norm;                         // [width]
+    SlimlmProduct head;
+    const float *query_cos, *query_sin;             // [length, dim], times the attention's scale
+    const float *key_cos, *key_sin;                 // [length, dim]; sines carry the sign of the other half in the rotation
+    int64_t count, batch, width, mlp, key_heads, group, dim, length, vocabulary;  // `group`: queries per key head
+    float epsilon;                                  // of every norm
+    int32_t cache_type;                             // SLIMLM_F32 or SLIMLM_F16
+} SlimlmDecoder;
 
-// y [count] = gate * sigmoid(gate) * up; y may be either.
-SLIMLM_API int slimlm_swiglu(const float* gate, const float* up, int64_t count, float* y);
-
-typedef struct SlimlmAttention {
-    const float* queries;              // [batch, key_heads, group, dim]
-    const float *keys, *values;        // [batch, key_heads, dim] of the new position
-    const float *query_cos, *query_sin;  // [dim] of the new position, times the attention's scale
-    const float *key_cos, *key_sin;      // [dim]; sines carry the sign of the other half in the rotation
-    float *key_cache, *value_cache;    // [batch, key_heads, length, dim]
-    float* out;                        // as queries
-    int64_t batch, key_heads, group, dim, length, position;
-} SlimlmAttention;
-
-// Turns query and key by their position, keeps key and value there, and mixes all values seen by softmax(queries keys^T).
-SLIMLM_API int slimlm_attend(const SlimlmAttention* attention, int32_t threads);
+// Takes `tokens` more tokens of each text through all blocks. x [batch, tokens, width] are their embeddings and become the
+// hidden states after the last block; `position` tokens of each text are in the caches already, and these join them. logits
+// [batch, vocabulary] are those after each text's last token; NULL where nobody asks.
+SLIMLM_API int slimlm_decode(const SlimlmDecoder* decoder, float* x, int64_t tokens, int64_t position, float* logits,
+                             int32_t precision, int32_t threads);
 
 #ifdef __cplusplus
 }

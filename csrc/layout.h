@@ -125,6 +125,21 @@ inline float bfloat_to_float(uint16_t h) {
     return value.f;
 }
 
+// To the nearest, ties to even; too large becomes infinity.
+inline uint16_t float_to_half(float f) {
+    union { float f; uint32_t u; } value{f};
+    const uint16_t sign = uint16_t(value.u >> 16 & 0x8000);
+    const uint32_t size = value.u & 0x7fffffff;
+    if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (size < 0x38800000) {  // below 2^-14: a multiple of 2^-24, which adding a half rounds to
+        union { uint32_t u; float f; } small{size};
+        union { float f; uint32_t u; } rounded{small.f + 0.5f};
+        return uint16_t(sign | (rounded.u - 0x3f000000));
+    }
+    return uint16_t(sign | ((size + 0xfff + (size >> 13 & 1)) >> 13) - 0x1c000);
+}
+
 inline uint16_t float_to_bfloat(float f) {
     union { float f; uint32_t u; } value{f};
     if ((value.u & 0x7fffffff) > 0x7f800000) return uint16_t(value.u >> 16 | 0x40);

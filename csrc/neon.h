@@ -5,7 +5,7 @@
 
 #include <arm_neon.h>
 
-#include "token.h"
+#include "decoder.h"
 
 namespace slimlm {
 namespace {
@@ -55,6 +55,8 @@ struct Neon {
     static SLIMLM_INLINE F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static SLIMLM_INLINE F load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
     static SLIMLM_INLINE void store(float* p, F a) { vst1q_f32(p, a); }
+    static SLIMLM_INLINE void store_half(uint16_t* p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    static SLIMLM_INLINE float sum(F a) { return vaddvq_f32(a); }
     static SLIMLM_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
     static SLIMLM_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static SLIMLM_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }

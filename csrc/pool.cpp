@@ -18,8 +18,8 @@ namespace slimlm {
 namespace {
 
 constexpr int kMostThreads = 256;
-// Some tens of microseconds: longer than the gap between two products of one decoder block, shorter than anyone notices.
-constexpr int kSpins = 4000;
+// Some hundreds of microseconds: longer than the gap between two calls of one step of decoding, shorter than anyone notices.
+constexpr int kSpins = 20000;
 
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)

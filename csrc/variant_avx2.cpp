@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "token.h"
+#include "decoder.h"
 
 namespace slimlm {
 namespace {
@@ -82,6 +82,14 @@ struct Avx2 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
     }
     static SLIMLM_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+    static SLIMLM_INLINE void store_half(uint16_t* p, F a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static SLIMLM_INLINE float sum(F a) {
+        const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+    }
     static SLIMLM_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static SLIMLM_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static SLIMLM_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

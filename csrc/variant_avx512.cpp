@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "token.h"
+#include "decoder.h"
 
 namespace slimlm {
 namespace {
@@ -76,6 +76,10 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     }
     static SLIMLM_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static SLIMLM_INLINE void store_half(uint16_t* p, F a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static SLIMLM_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
     static SLIMLM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static SLIMLM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static SLIMLM_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

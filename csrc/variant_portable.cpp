@@ -1,7 +1,7 @@
 // Plain C++ for every processor: always right, never fast. Also the place where each vector operation is defined.
 
 #define SLIMLM_PORTABLE
-#include "token.h"
+#include "decoder.h"
 
 namespace slimlm {
 namespace {
@@ -82,6 +82,15 @@ struct Portable {
     static F load_half(const uint16_t* p) { return each_float([&](int r) { return half_to_float(p[r]); }); }
     static F load_bfloat(const uint16_t* p) { return each_float([&](int r) { return bfloat_to_float(p[r]); }); }
     static void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+    static void store_half(uint16_t* p, F a) {
+        for (float x : a.v) *p++ = float_to_half(x);
+    }
+    // The sum of all lanes.
+    static float sum(F a) {
+        float total = 0;
+        for (float x : a.v) total += x;
+        return total;
+    }
     static F mul(F a, F b) { return each_float([&](int r) { return a.v[r] * b.v[r]; }); }
     static F fma(F a, F b, F c) { return each_float([&](int r) { return a.v[r] * b.v[r] + c.v[r]; }); }
     static void prefetch(const uint8_t*) {}

@@ -146,9 +146,8 @@ def test_logits_that_are_not_finite_cannot_be_drawn_from() -> None:
 
 
 def test_a_model_whose_lean_step_disagrees_is_run_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(random_model("llama"), prompt_of(1), max_new_tokens=10, ends=[]).tokens
     model = random_model("llama")
-    expected = generate(model, prompt_of(1), max_new_tokens=10, ends=[]).tokens
-    monkeypatch.setattr("slimlm.runtime.token.usable", lambda device, dtype: False)
     monkeypatch.setattr("slimlm.runtime.lean.attend", lambda queries, keys, values: queries)
     made = generate(model, prompt_of(1), max_new_tokens=10, ends=[])
     assert "static cache (its logits differ by" in made.way

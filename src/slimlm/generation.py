@@ -1,6 +1,6 @@
 """Text from a model: the prompt at once, then a token at a time, with the keys and values kept in a cache of fixed size.
 
-Llama-like models are stepped through by `runtime/lean.py`; all others, and those of which something is not understood, by
+Llama-like models are taken through by `runtime/lean.py`; all others, and those of which something is not understood, by
 their own forward. Either way the greedy tokens are those of transformers' `generate`.
 """
 
@@ -81,8 +81,8 @@ def generate(
     """Go on from prompts of equal length `[batch, prompt]`: the likeliest token each time, or drawn at a temperature.
 
     Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
-    written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like model
-    is timed, its lean step is compared with its own forward on 8 tokens.
+    written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
+    model writes for the first time, the way through it is compared with its own forward on 8 tokens.
     Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context.
     """
     if max_new_tokens < 1 or temperature < 0:
@@ -94,7 +94,7 @@ def generate(
     count = min(max_new_tokens, room)
     stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)
     choose = _chooser(temperature, seed, prompt.device)
-    reason = _why_not_lean(model, length + count - 1, steps=count - 1)
+    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model, length + count - 1)
     written: list[Tensor] = []
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 
@@ -171,23 +171,15 @@ class Pieces:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _why_not_lean(model: PreTrainedModel, length: int, *, steps: int) -> str | None:
-    """Why the tokens after the first come from the model's own forward; None: they come from the lean step."""
-    if steps == 0:
-        return "there is one token to write"
-    return lean.refuses(model, length) or lean.disagrees(model, length)
-
-
 def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None) -> tuple[Tensor, Step, str]:
     """The logits `[batch, vocabulary]` after the prompt, what goes on from there, and its name."""
     length = prompt.shape[1] + count - 1
-    cache, kind = (DynamicCache(), "") if reason is None else _cache(model, length)
+    if reason is None:
+        step = lean.stepper(model, batch=prompt.shape[0], length=length)
+        return step.read(prompt), step, step.way
+    cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
-    if reason is not None:
-        return logits, lambda tokens: _forward(model, tokens[:, None], cache), f"the model's forward with {kind} ({reason})"
-    step = lean.LeanStep(model, batch=prompt.shape[0], length=length)
-    step.fill(cache)
-    return logits, step, "the lean step"
+    return logits, lambda tokens: _forward(model, tokens[:, None], cache), f"the model's forward with {kind} ({reason})"
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:

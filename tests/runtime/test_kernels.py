@@ -22,7 +22,7 @@ from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform, dense_of
-from slimlm.runtime import kernels, native
+from slimlm.runtime import decoder, kernels, native
 from slimlm.runtime.backends.cpu import pack
 from slimlm.runtime.kernels import Packed, Precision
 from slimlm.runtime.linear import CompressedLinear
@@ -551,8 +551,16 @@ def test_a_forked_process_multiplies_with_threads_of_its_own() -> None:
 C_COMPILER = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
 
 
+MIRRORS: list[tuple[str, type[ctypes.Structure]]] = [
+    ("SlimlmMatrix", kernels.Matrix),
+    ("SlimlmProduct", kernels.Product),
+    ("SlimlmBlock", decoder._Block),
+    ("SlimlmDecoder", decoder._Decoder),
+]
+
+
 @pytest.mark.skipif(C_COMPILER is None or not SOURCES.is_dir(), reason="there is no C compiler, or no source")
-@pytest.mark.parametrize(("name", "mirror"), [("SlimlmMatrix", kernels.Matrix), ("SlimlmProduct", kernels._Product)])
+@pytest.mark.parametrize(("name", "mirror"), MIRRORS, ids=lambda value: value if isinstance(value, str) else "")
 def test_structures_lie_in_memory_as_in_c(name: str, mirror: type[ctypes.Structure], tmp_path: Path) -> None:
     assert C_COMPILER is not None
     fields = [field[0] for field in mirror._fields_]
@@ -568,7 +576,7 @@ def test_structures_lie_in_memory_as_in_c(name: str, mirror: type[ctypes.Structu
 
 def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
     library, blob, x, y = kernels._library(), small_blob(), torch.randn(2, 84), torch.empty(2, 20)
-    good = kernels._Product(blob.data_ptr(), blob.numel(), None, y.data_ptr())
+    good = kernels.Product(blob.data_ptr(), blob.numel(), None, y.data_ptr())
     kinds = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     kinds += (ctypes.c_int32, ctypes.c_int32)
 
@@ -581,8 +589,8 @@ def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
 
     right = (address(good), 1, x.data_ptr(), 0, 2, 84, 1, 1)
     assert products(*right) == 0
-    nowhere = kernels._Product(blob.data_ptr(), blob.numel(), None, None)
-    other = kernels._Product(blob.data_ptr(), blob.numel() - 64, None, y.data_ptr())
+    nowhere = kernels.Product(blob.data_ptr(), blob.numel(), None, None)
+    other = kernels.Product(blob.data_ptr(), blob.numel() - 64, None, y.data_ptr())
     wrong: dict[int, tuple[Any, ...]] = {0: (None, address(nowhere), address(other)), 1: (0, -1), 2: (None,), 3: (-1, 1, 3)}
     wrong |= {4: (-1,), 5: (-84, 0, 83, 85), 6: (-1, 2)}
     for place, values in wrong.items():

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from slimlm.runtime import native
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.lean import LeanStep, attend, disagrees, refuses
 
@@ -65,16 +64,6 @@ ROPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["kernels", "torch"])
-def between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who does what lies between the products: the CPU kernels or torch."""
-    if request.param == "torch":
-        monkeypatch.setattr("slimlm.runtime.token.usable", lambda device, dtype: False)
-    elif native.library() is None:
-        pytest.skip("there are no CPU kernels")
-
-
-@pytest.mark.usefixtures("between")
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_logits_are_those_of_the_model_s_own_forward(rope: dict[str, Any], batch: int) -> None:

@@ -1,7 +1,7 @@
 """How fast a compressed model runs on this machine: its layers, shape by shape, and the whole, beside a dense model.
 
 Layers are timed as `speed` says, each pass going through the checkpoint's own layers of one kind. A whole model is timed
-through `slimlm.generate`: the prompt as one call for a single token, further tokens by the time between them. The models
+through `slimlm.generate`: the prompt by its first token, further tokens by the time between them. The models
 are timed one after another, since several do not fit into every memory, so their figures share a machine but not a minute.
 """
 
@@ -274,16 +274,17 @@ def whole(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, A
     prompt = torch.randint(model.config.vocab_size, (batch, settings.prompt), generator=generator)
     reading, writing, way = [], [], ""
     before = speed.processor_seconds()
+    # The way through the model is checked once, before its first text.
+    generate(model, prompt[:, :1], max_new_tokens=1, ends=[])
     for _ in range(settings.repeats):
-        began = clock()
-        generate(model, prompt, max_new_tokens=1, ends=[])
-        reading.append(clock() - began)
         moments: list[float] = []
 
         def note(_: list[int], moments: list[float] = moments) -> None:
             moments.append(clock())
 
+        began = clock()
         made = generate(model, prompt, max_new_tokens=settings.new + 1, ends=[], each=note)
+        reading.append(moments[0] - began)
         writing += [late - early for early, late in pairwise(moments)]
         way = made.way
     elsewhere = speed.taken_elsewhere(before, speed.processor_seconds())

@@ -23,7 +23,8 @@ LAYOUT = "cpu-1"
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 2}
-_PRECISIONS = {"fast": 0, "precise": 1}
+PRECISIONS = {"fast": 0, "precise": 1}
+"""The numbers that the library knows them by."""
 _ERRORS = {
     1: "an argument that the kernels do not take",
     2: "a packed layer that is damaged, or of another layout",
@@ -57,7 +58,7 @@ class Matrix(ctypes.Structure):
     )
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """One layer of a call; mirrors SlimlmProduct."""
 
     _fields_ = (
@@ -123,7 +124,7 @@ def pack(matrices: Sequence[Matrix]) -> Tensor:
 def unpack(blob: Tensor, index: int, shape: tuple[int, int], precision: Precision) -> Tensor:
     """What matrix `index` of the bytes stands for in products of this precision: float32 `[out, in]`."""
     dense = torch.zeros(shape)
-    _check(_library().slimlm_unpack(blob.data_ptr(), blob.numel(), index, _PRECISIONS[precision], dense.data_ptr()))
+    _check(_library().slimlm_unpack(blob.data_ptr(), blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
     return dense
 
 
@@ -138,7 +139,7 @@ class _Call:
     def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
         self.x, self.kind, self.batch = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int64()
         self.precision, self.threads = ctypes.c_int32(), ctypes.c_int32()
-        products = (_Product * len(blobs))()
+        products = (Product * len(blobs))()
         for product, blob, bias in zip(products, blobs, biases, strict=True):
             product.blob, product.blob_bytes = blob.data_ptr(), blob.numel()
             product.bias = None if bias is None else bias.data_ptr()
@@ -178,12 +179,18 @@ class Packed:
             product.y = y.data_ptr()
             ys.append(y)
         call.x.value, call.kind.value, call.batch.value = x.data_ptr(), kind, prod(leading)
-        call.precision.value, call.threads.value = _PRECISIONS[precision], torch.get_num_threads()
+        call.precision.value, call.threads.value = PRECISIONS[precision], torch.get_num_threads()
         error = self._run(*call.arguments)
         self._calls.append(call)
         if error:
             _check(error)
         return ys
+
+
+def product(packed: Packed) -> Product:
+    """A single layer, for calls that multiply within; the result knows addresses only, so `packed` must outlive it."""
+    [blob], [bias] = packed.blobs, packed.biases
+    return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
 
 
 def _check(error: int) -> None:

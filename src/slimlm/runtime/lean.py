@@ -1,32 +1,33 @@
-"""One token at a time through a Llama-like model, in as few torch operations as that takes.
+"""Prompts and single tokens through a Llama-like model, in as few operations as that takes.
 
 At batch 1 a small model spends more time between its products than in them: transformers' forward of one block is several
-dozen operations and as many Python calls. `LeanStep` does the same arithmetic with the model's own linear layers, embedding
-and rotary angles, and about twenty operations per block beside the linear layers:
+dozen operations and as many Python calls. `stepper` gives what does the same arithmetic with the model's own linear layers,
+embedding and rotary angles:
 
-- keys and values lie in one tensor each, allocated once; each step writes one position of it,
-- cosines and sines are taken from the model's rotary module once, for all positions; the attention's scale is folded into
-  the queries' share of them, and the sign of the rotation into the sines,
-- a single query sees every position there is, so no mask is made,
-- in float32 on a CPU, norms, attention and the gate of the MLP are one call each of the CPU kernels, where there are any;
-  elsewhere x / sqrt(mean(x^2) + eps) w is computed as (x w sqrt(n)) / hypot(|x|, sqrt(n eps)) with n the width, in four
-  operations.
+- `PackedDecoder` (decoder.py) where the CPU kernels multiply every layer: all blocks in one call, prompts too;
+- `LeanStep` elsewhere: the prompt by the model's own forward, then each token with about thirty torch operations per block.
+  Keys and values lie in one tensor each, allocated once; cosines and sines are taken from the model's rotary module once,
+  for all positions; the attention's scale is folded into the queries' share of them, and the sign of the rotation into the
+  sines; a single query sees every position there is, so no mask is made; x / sqrt(mean(x^2) + eps) w is computed as
+  (x w sqrt(n)) / hypot(|x|, sqrt(n eps)) with n the width, in four operations.
 
 Only what is understood is run: `refuses` looks at the structure, `disagrees` compares the logits with those of the model's
 own forward. Each answers in words, and the caller takes the model's forward then.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from slimlm.runtime import token
+from slimlm.runtime import decoder as packed
 from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.linear import CompressedLinear, Multiplier
@@ -61,27 +62,50 @@ def refuses(model: nn.Module, length: int) -> str | None:
 def disagrees(model: PreTrainedModel, length: int) -> str | None:
     """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
 
-    The probe is the last of at most 8 different tokens, the keys and values of those before it coming from the model's
-    forward; both sides multiply one token, so that both use the same products. Fast kernels give way to precise ones meanwhile:
-    where activations have 255 levels, an order of addition can move one by a level, and that grows from block to block.
-    `length` is as in `refuses`.
+    The probe is a prompt of at most 7 different tokens and one token after it; the logits after both are compared. Fast
+    kernels give way to precise ones meanwhile: where activations have 255 levels, an order of addition can move one by a
+    level, and that grows from block to block. A model is asked once for each way to step through it. `length` is as in
+    `refuses`.
     """
-    device = model.get_input_embeddings().weight.device
+    kind = packed.PackedDecoder if _packed_refuses(model) is None else LeanStep
+    key = kind.__name__, _activations(model)
+    verdicts = _VERDICTS.setdefault(model, {})
+    if key not in verdicts:
+        verdicts[key] = _disagrees(model, length)
+    return verdicts[key]
+
+
+_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
+"""what `disagrees` found"""
+
+
+def _disagrees(model: PreTrainedModel, length: int) -> str | None:
+    device = _device(model)
     ids = (17 + 7 * torch.arange(min(_PROBE, length), device=device)).remainder(model.config.vocab_size)[None]
-    cache = DynamicCache()
+    before = max(1, ids.shape[1] - 1)
     with torch.no_grad(), precisely(model):
-        if ids.shape[1] > 1:
-            model(ids[:, :-1], past_key_values=cache, use_cache=True)
-        step = LeanStep(model, batch=1, length=ids.shape[1])
-        step.fill(cache)
-        expected = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
-        found = step(ids[:, -1]).float()
+        cache = DynamicCache()
+        expected = model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]
+        step = stepper(model, batch=1, length=ids.shape[1])
+        found = step.read(ids[:, :before])
+        if before < ids.shape[1]:
+            # Both multiply one token here, so that both use the same products.
+            expected = torch.cat((expected, model(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, -1]))
+            found = torch.cat((found, step(ids[:, -1])))
+    expected, found = expected.float(), found.float()
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     allowed = _TOLERANCE[_coarsest(model)] * largest
     if difference <= allowed:
         return None
     return f"its logits differ by {difference:.2g} from those of the model's own forward, where {allowed:.2g} is allowed"
+
+
+def stepper(model: PreTrainedModel, *, batch: int, length: int) -> "packed.PackedDecoder | LeanStep":
+    """The quickest way through a model that `refuses` accepts, with room for `length` positions of `batch` texts."""
+    if _packed_refuses(model) is not None:
+        return LeanStep(model, batch=batch, length=length)
+    return packed.PackedDecoder(_parts(model), batch=batch, length=length)
 
 
 @dataclass(frozen=True)
@@ -99,11 +123,13 @@ class _Block:
 
 
 class LeanStep:
-    """A model with room for `length` positions of `batch` texts of equal length; each call takes one token of each.
+    """A model with room for `length` positions of `batch` texts of equal length, a token of each at a time, with torch.
 
     Build it for a model that `refuses` accepts. It holds the model's weights as they are now; it does not follow the model
     to another device or dtype.
     """
+
+    way = "the lean step"
 
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
         decoder = model.model
@@ -113,12 +139,13 @@ class LeanStep:
         self.groups: int = attention.num_key_value_groups
         self.key_heads: int = attention.k_proj.out_features // self.head_dim
         self.batch, self.length, self.position = batch, length, 0
-        self.embedding: Tensor = decoder.embed_tokens.weight
+        self.model = model
         self.dtype = _activations(model)
+        self.embed = _embed(model)
         self.blocks = [_block(block, self.dtype) for block in blocks]
         self.last_norm = _norm(decoder.norm, self.dtype)
         self.head = head_of(model)
-        device = self.embedding.device
+        device = _device(model)
         shape = (len(blocks), batch * self.key_heads, length, self.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
         """[blocks, batch x key heads, length, head_dim]"""
@@ -133,13 +160,15 @@ class LeanStep:
         """the same times the attention's scale"""
         self.other_half = torch.arange(self.head_dim, device=device).roll(half)
         """[head_dim], the partner of each coordinate in the rotation"""
-        self.fused = token.usable(device, self.dtype)
-        """whether the CPU kernels do what lies between the products"""
-        self.attentions = [
-            token.Attention(keys, values, self.query_turn, self.key_turn, batch=batch, group=self.groups)
-            for keys, values in zip(self.keys, self.values, strict=True)
-            if self.fused
-        ]
+
+    def read(self, prompt: Tensor) -> Tensor:
+        """Begin anew with prompts `[batch, tokens]`, by the model's own forward; gives the logits `[batch, vocabulary]`."""
+        cache = DynamicCache()
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        with torch.no_grad():
+            logits = self.model(prompt, past_key_values=cache, use_cache=True, **last).logits[:, -1]
+        self.fill(cache)
+        return logits
 
     def fill(self, cache: DynamicCache) -> None:
         """Begin after the positions of this cache, which must hold every one from the first."""
@@ -151,24 +180,13 @@ class LeanStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
-        (self._run_fused if self.fused else self._run)(x)
+        x = self.embed(tokens)
+        self._run(x)
         self.position += 1
         return self.head(self.last_norm(x))
 
-    def _run_fused(self, x: Tensor) -> None:
-        """Adds what the blocks do to x `[batch, width]`, with the CPU kernels."""
-        for block, attention in zip(self.blocks, self.attentions, strict=True):
-            queries, keys, values = block.queries_keys_values(block.attention_norm(x))
-            if block.query_norm is not None and block.key_norm is not None:
-                queries = block.query_norm(queries.view(-1, self.head_dim))
-                keys = block.key_norm(keys.view(-1, self.head_dim))
-            x.add_(block.attention_out(attention(queries, keys, values, self.position)))
-            gate, up = block.gate_up(block.mlp_norm(x))
-            x.add_(block.down(token.swiglu(gate, up)))
-
     def _run(self, x: Tensor) -> None:
-        """The same with torch."""
+        """Adds what the blocks do to x `[batch, width]`."""
         here, width = self.position, self.head_dim
         key_slots, value_slots = self.keys[:, :, here].unbind(), self.values[:, :, here].unbind()
         seen_keys, seen_values = self.keys[:, :, : here + 1].unbind(), self.values[:, :, : here + 1].unbind()
@@ -203,6 +221,69 @@ def head_of(model: PreTrainedModel) -> Map:
     return direct(model.lm_head)
 
 
+def _embed(model: Any) -> Map:
+    """From tokens to their rows `[..., width]` in the dtype of the activations, in a tensor of their own."""
+    weight, dtype = model.model.embed_tokens.weight, _activations(model)
+    return lambda tokens: F.embedding(tokens, weight).to(dtype)
+
+
+def _device(model: Any) -> torch.device:
+    return model.model.norm.weight.device
+
+
+def _packed_refuses(model: Any) -> str | None:
+    """Why the blocks cannot go through the kernels in one call, in words; None: they can."""
+    if _activations(model) != torch.float32 or _device(model).type != "cpu":
+        return "its activations are not float32 on the CPU"
+    norms = [model.model.norm]
+    for block in model.model.layers:
+        norms += [block.input_layernorm, block.post_attention_layernorm]
+        norms += [getattr(block.self_attn, name) for name in _HEAD_NORMS if hasattr(block.self_attn, name)]
+    if len({float(norm.variance_epsilon) for norm in norms}) > 1:
+        return "its norms differ in their epsilon"
+    return packed.refuses([*(layer for block in model.model.layers for layer in _linears(block)), model.lm_head])
+
+
+def _linears(block: Any) -> tuple[Any, ...]:
+    """In the order of `decoder.PRODUCTS`."""
+    attention, mlp = block.self_attn, block.mlp
+    products = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return *products, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _parts(model: Any) -> packed.Parts:
+    """What a model that `_packed_refuses` accepts is made of."""
+    llama = model.model
+    first = llama.layers[0].self_attn
+
+    def turn(length: int) -> tuple[Tensor, Tensor]:
+        cos, sin = llama.rotary_emb(llama.norm.weight, torch.arange(length)[None])
+        return cos[0], sin[0]
+
+    def weight(owner: Any, name: str) -> Tensor | None:
+        return getattr(owner, name).weight if hasattr(owner, name) else None
+
+    return packed.Parts(
+        embed=_embed(model),
+        norms=[
+            packed.Norms(
+                block.input_layernorm.weight,
+                block.post_attention_layernorm.weight,
+                weight(block.self_attn, "q_norm"),
+                weight(block.self_attn, "k_norm"),
+            )
+            for block in llama.layers
+        ],
+        products=[_linears(block) for block in llama.layers],
+        last_norm=llama.norm.weight,
+        head=model.lm_head,
+        epsilon=float(llama.norm.variance_epsilon),
+        head_dim=first.head_dim,
+        scaling=first.scaling,
+        turn=turn,
+    )
+
+
 def _block(block: nn.Module, dtype: torch.dtype) -> _Block:
     attention: Any = block.self_attn
     mlp: Any = block.mlp
@@ -223,8 +304,6 @@ def _norm(module: Any, dtype: torch.dtype) -> Map:
     """RMS norm over the last dimension, of activations of this dtype, with the module's weight and epsilon."""
     weight, epsilon = module.weight.detach().to(dtype), float(module.variance_epsilon)
     width = weight.shape[0]
-    if token.usable(weight.device, dtype):
-        return token.norm(weight, epsilon)
     if dtype != torch.float32:
         return lambda x: F.rms_norm(x, (width,), weight, epsilon)
     scaled = weight * math.sqrt(width)

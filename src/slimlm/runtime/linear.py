@@ -14,6 +14,8 @@ from slimlm.runtime.choose import Choice, Kernels, choose
 class Multiplier(nn.Module):
     """A layer for whose products somebody is chosen, at the first of them or by `use_kernels`."""
 
+    in_features: int
+    out_features: int
     kernels: Kernels = "reference"
     """who was asked for"""
     _choice: Choice | None = None

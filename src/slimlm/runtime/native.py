@@ -15,7 +15,7 @@ from typing import Any
 
 from slimlm.runtime import processor
 
-ABI = 1
+ABI = 2
 """The signatures this file knows; `slimlm_abi()` of a library that fits gives the same."""
 OVERRIDE = "SLIMLM_KERNEL_LIBRARY"
 NEEDS = {

@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from slimlm.runtime import token
 from slimlm.runtime.dense import WideEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.linear import CompressedLinear, Multiplier
 from slimlm.runtime.use import precisely
@@ -113,12 +114,13 @@ class LeanStep:
         self.groups: int = attention.num_key_value_groups
         self.key_heads: int = attention.k_proj.out_features // self.head_dim
         self.batch, self.length, self.position = batch, length, 0
-        self.embedding: Tensor = decoder.embed_tokens.weight
         self.dtype = _activations(model)
+        self.embed = embedding_of(decoder, self.dtype)
+        """tokens `[batch]` to their rows `[batch, width]`"""
         self.blocks = [_block(block, self.dtype) for block in blocks]
         self.last_norm = _norm(decoder.norm, self.dtype)
         self.head = head_of(model)
-        device = self.embedding.device
+        device = decoder.embed_tokens.weight.device
         shape = (len(blocks), batch * self.key_heads, length, self.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
         """[blocks, batch x key heads, length, head_dim]"""
@@ -151,7 +153,7 @@ class LeanStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        x = self.embed(tokens)
         (self._run_fused if self.fused else self._run)(x)
         self.position += 1
         return self.head(self.last_norm(x))
@@ -203,6 +205,15 @@ def head_of(model: PreTrainedModel) -> Map:
     return direct(model.lm_head)
 
 
+def embedding_of(decoder: Any, dtype: torch.dtype) -> Map:
+    """What gives the rows `[batch, width]` of tokens `[batch]`, in this dtype and in a tensor of its own."""
+    module = decoder.embed_tokens
+    if isinstance(module, CompressedEmbedding):
+        return lambda tokens: module.forward(tokens).to(dtype)
+    weight: Tensor = module.weight
+    return lambda tokens: F.embedding(tokens, weight).to(dtype)
+
+
 def _block(block: nn.Module, dtype: torch.dtype) -> _Block:
     attention: Any = block.self_attn
     mlp: Any = block.mlp
@@ -235,7 +246,8 @@ def _norm(module: Any, dtype: torch.dtype) -> Map:
 def _activations(model: Any) -> torch.dtype:
     """The dtype of the hidden states: that of embeddings and norms added up."""
     embedding = model.model.embed_tokens
-    own = embedding.activations if isinstance(embedding, WideEmbedding) else embedding.weight.dtype
+    widens = isinstance(embedding, WideEmbedding | CompressedEmbedding)
+    own = embedding.activations if widens else embedding.weight.dtype
     return torch.promote_types(own, model.model.norm.weight.dtype)
 
 
@@ -286,7 +298,7 @@ def _settings(model: nn.Module) -> str | None:
         return f"its rotary angles (rope type {decoder.rotary_emb.rope_type}) change with the length of the text"
     if model.training:
         return "the model is in training mode"
-    if type(decoder.embed_tokens) not in (nn.Embedding, WideEmbedding):
+    if type(decoder.embed_tokens) not in (nn.Embedding, WideEmbedding, CompressedEmbedding):
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "hooks are set on its modules, which the lean step would not run"

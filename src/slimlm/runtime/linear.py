@@ -67,12 +67,22 @@ class CompressedLinear(Multiplier):
     changes them (only the bias follows a cast). Who multiplies is chosen at the first product, or by `use_kernels`.
     """
 
-    def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        descriptions: list[Description],
+        packed: dict[str, Tensor],
+        bias: Tensor | None,
+        *,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.descriptions = descriptions
+        self.tied = tied
+        """whether the packed tensors are an embedding's, which stores them"""
         for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor, persistent=not tied)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -82,15 +92,11 @@ class CompressedLinear(Multiplier):
         return cls(parts[0].shape, [part.describe() for part in parts], pack_parts(parts), bias)
 
     @classmethod
-    def empty(cls, about: dict[str, Any]) -> "CompressedLinear":
+    def empty(cls, about: dict[str, Any], *, tied: bool = False) -> "CompressedLinear":
         """A layer on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
-        packed = {
-            name: torch.empty(size, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, size) in about["tensors"].items()
-        }
         shape = about["shape"][0], about["shape"][1]
         bias = torch.empty(shape[0], device="meta") if about["bias"] else None
-        return cls(shape, about["parts"], packed, bias)
+        return cls(shape, about["parts"], empty_tensors(about["tensors"]), bias, tied=tied)
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint's config says of this layer."""
@@ -98,8 +104,15 @@ class CompressedLinear(Multiplier):
             "shape": [self.out_features, self.in_features],
             "bias": self.bias is not None,
             "parts": self.descriptions,
-            "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in self.packed().items()},
+            "tensors": about_tensors(self.packed()),
         }
+
+    def share(self, packed: dict[str, Tensor]) -> None:
+        """Multiply by these tensors, an embedding's, from now on; they must be of this layer's names and shapes."""
+        assert self.tied and packed.keys() == set(self.packed_names), "only a tied layer's tensors are another's"
+        for name, tensor in packed.items():
+            setattr(self, name, tensor)
+        self.forget()
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -128,10 +141,7 @@ class CompressedLinear(Multiplier):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         before, choice, blob = self.packed(), self._choice, self._blob
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+        keep_dtypes(self, before)
         self.forget()
         if all(
             now.device == old.device and now.data_ptr() == old.data_ptr()
@@ -140,3 +150,21 @@ class CompressedLinear(Multiplier):
             # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
             self._choice, self._blob = choice, blob
         return self
+
+
+def about_tensors(packed: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """What a checkpoint's config says of packed tensors: dtype and shape by name."""
+    return {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in packed.items()}
+
+
+def empty_tensors(about: dict[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `about_tensors`, on the meta device."""
+    return {name: torch.empty(size, dtype=getattr(torch, dtype), device="meta") for name, (dtype, size) in about.items()}
+
+
+def keep_dtypes(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo what a cast did to a module's packed tensors, which were these: they follow a move only."""
+    for name, old in before.items():
+        new = getattr(module, name)
+        if new.dtype != old.dtype:
+            setattr(module, name, old.to(new.device))

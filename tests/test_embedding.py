@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    BioGptConfig,
+    BioGptForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -21,7 +24,7 @@ from transformers import (
 
 import slimlm
 from slimlm.cli import main
-from slimlm.core.errors import CheckpointError, RecipeError
+from slimlm.core.errors import RecipeError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.demo import bundled_model
@@ -29,7 +32,6 @@ from slimlm.embedding import GROUP, compress_ends, ends_of
 from slimlm.evaluate.compare import open_any
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.generation import generate
-from slimlm.models.opening import open_dense
 from slimlm.pipeline import asked_recipe
 from slimlm.recipe import open_recipe, shipped
 from slimlm.runtime.embedding import CompressedEmbedding
@@ -168,6 +170,32 @@ def test_a_tied_head_follows_other_weights_of_its_embedding(tmp_path: Path, text
     assert float((model(IDS).logits - expected(IDS).logits).abs().max()) < 1e-3 * float(before.abs().max())
 
 
+def test_a_copy_of_a_tied_model_has_a_matrix_of_its_own(tmp_path: Path, text_file: Path) -> None:
+    squeezed(random_model("llama-tied"), tmp_path, text_file)
+    model = slimlm.load(tmp_path / "out", dtype=torch.float32, kernels="reference")
+    expected = model(IDS).logits
+    twin = deepcopy(model)
+    assert twin.lm_head.embedding is twin.model.embed_tokens
+    twin.model.embed_tokens.weight.fill_(128)  # the code of zero
+    slimlm.use_kernels(twin, "reference")
+    assert float(twin(IDS).logits.abs().max()) == 0
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@needs_kernels
+def test_casts_keep_a_tied_head_s_packing_and_moves_forget_it(tmp_path: Path, text_file: Path) -> None:
+    squeezed(random_model("llama-tied"), tmp_path, text_file)
+    model = slimlm.load(tmp_path / "out", kernels="precise")
+    blob, expected = model.lm_head.prepare().blob, model(IDS).logits
+    for place in (torch.float32, "cpu", torch.bfloat16, torch.float32):
+        model.to(place)
+        assert model.lm_head.prepare().blob.data_ptr() == blob.data_ptr()
+    # Norms went through bfloat16.
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    model.to("meta")
+    assert model.lm_head.stored().blob is None and model.lm_head.weight.device.type == "meta"
+
+
 def test_gemma_s_scaled_embedding_is_scaled_as_before(tmp_path: Path, text_file: Path) -> None:
     torch.manual_seed(0)
     config = Gemma3TextConfig(**LLAMA_LIKE, **ENDS, head_dim=12, layer_types=["full_attention"] * 2)
@@ -226,20 +254,14 @@ def test_of_two_tied_ends_both_stay_or_none() -> None:
     assert left_of(shared) == {"lm_head": "model.layers.0.extra has the same weight"}
 
 
-def test_what_stays_is_named_in_the_record_and_the_rest_works(
-    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def odd(source: str) -> Any:
-        opened = open_dense(source)
-        embedding = Odd(256, 48)
-        embedding.weight = opened.model.model.embed_tokens.weight
-        opened.model.model.embed_tokens = embedding
-        return opened
-
-    monkeypatch.setattr("slimlm.pipeline.open_dense", odd)
-    # The folder knows nothing of the odd class, so what was written reads back as another model, which is found out.
-    with pytest.raises(CheckpointError, match="verification failed: the reloaded model's logits differ"):
-        squeezed(random_model("llama"), tmp_path, text_file)
+def test_what_stays_is_named_in_the_record_and_the_rest_is_compressed(tmp_path: Path, text_file: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    options = {**sizes, **ENDS, "vocab_size": 256, "max_position_embeddings": 64, "tie_word_embeddings": False}
+    record = squeezed(BioGptForCausalLM(BioGptConfig(**options)).eval(), tmp_path, text_file).record
+    reason = "a BioGptScaledWordEmbedding, which may do more than look up"
+    assert record.left == {"biogpt.embed_tokens": reason}
+    assert [end.name for end in record.ends] == ["output_projection"]
 
 
 def test_sixteen_bits_leave_both_as_they_are_stored(tmp_path: Path, text_file: Path) -> None:

@@ -18,7 +18,7 @@ from slimlm.core.parts import Uniform
 from slimlm.evaluate.results import LayerRecord, parts_words
 from slimlm.models.structure import swap
 from slimlm.recipe import AS_STORED
-from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
 GROUP = 32
@@ -120,8 +120,7 @@ def compress_ends(model: PreTrainedModel, ends: Ends) -> list[LayerRecord]:
         assert isinstance(head, nn.Linear)
         if ends.tied:
             assert embedding is not None, "a tied head is compressed with its embedding"
-            shape = embedding.num_embeddings, embedding.embedding_dim
-            new = CompressedLinear(shape, embedding.descriptions, embedding.packed(), head.bias, tied=True)
+            new: CompressedLinear = TiedLinear(embedding, head.bias)
         else:
             part, record = _rounded(ends.head, head.weight.detach(), ends.bits)
             new = CompressedLinear.from_parts((part,), head.bias)

@@ -26,7 +26,7 @@ from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import multipliers, use_kernels
@@ -151,14 +151,16 @@ def _filled(
     given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
     with without_bars():
         model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
-    for name, entry in layers.items():
-        tied_to = entry.get("tied_to")
-        shape, tensors, bias = tuple(entry["shape"]), packed[tied_to or name], model.get_submodule(name).bias
-        swap(model, name, CompressedLinear(shape, entry["parts"], tensors, bias, tied=tied_to is not None))
     for name, entry in embeddings.items():
         activations = model.get_submodule(name).activations
         new = CompressedEmbedding(tuple(entry["shape"]), entry["parts"], packed[name], activations, factor=entry["factor"])
         swap(model, name, new)
+    for name, entry in layers.items():
+        bias = model.get_submodule(name).bias
+        if "tied_to" in entry:
+            swap(model, name, TiedLinear(model.get_submodule(entry["tied_to"]), bias))
+        else:
+            swap(model, name, CompressedLinear(tuple(entry["shape"]), entry["parts"], packed[name], bias))
     for described in (model.config.quantization_config, model.hf_quantizer.quantization_config):
         described.layers, described.embeddings = layers, embeddings
     model.generation_config = _generation_config(folder)
@@ -240,8 +242,7 @@ class SlimlmConfig(QuantizationConfigMixin):
 class SlimlmQuantizer(HfQuantizer):
     """Puts empty compressed modules into the skeleton of the model, for transformers to load the packed tensors into.
 
-    Transformers ties parameters only. Where a head is tied to a packed embedding, this ties their buffers and takes the pair
-    out of what transformers would tie.
+    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
     """
 
     requires_calibration = True
@@ -250,20 +251,16 @@ class SlimlmQuantizer(HfQuantizer):
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
                 checkpoint.check_files(Path(file).parent)
-        for name, about in self.quantization_config.layers.items():
-            layer = CompressedLinear.empty(about, tied="tied_to" in about)
-            layer.kernels = "auto"
-            swap(model, name, layer)
         for name, about in self.quantization_config.embeddings.items():
             swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
+        for name, about in self.quantization_config.layers.items():
+            layer = CompressedLinear.empty(about)
+            if "tied_to" in about:
+                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
+            layer.kernels = "auto"
+            swap(model, name, layer)
         if self.quantization_config.embeddings:
             _leave_untied(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, about in self.quantization_config.layers.items():
-            if "tied_to" in about:
-                model.get_submodule(name).share(model.get_submodule(about["tied_to"]).packed())
         return model
 
     def is_serializable(self) -> bool:

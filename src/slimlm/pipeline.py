@@ -53,7 +53,7 @@ from slimlm.plan.plan import (
     refuse_few_windows,
 )
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
-from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -399,8 +399,8 @@ def write(folder: Path, dense: DenseModel) -> None:
 
 def described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
     """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
-    owners = {module.packed()["weight"].data_ptr(): name for name, module in embeddings.items()}
-    tied = {name: {"tied_to": owners[module.packed()["weight"].data_ptr()]} for name, module in layers.items() if module.tied}
+    owners = {id(module): name for name, module in embeddings.items()}
+    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
     return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 

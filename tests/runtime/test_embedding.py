@@ -76,6 +76,13 @@ def test_a_token_that_there_is_not_is_refused() -> None:
         CompressedEmbedding.from_part(part(8), torch.float32)(torch.tensor([TOKENS]))
 
 
+@pytest.mark.parametrize("shape", [(TOKENS // 2, 160), (TOKENS, 72), (TOKENS, 96)])
+def test_tensors_of_another_size_are_refused_in_words(shape: tuple[int, int]) -> None:
+    about = CompressedEmbedding.from_part(part(6), torch.float32).about()
+    with pytest.raises(CheckpointError, match=f"of an embedding of {shape[0]} x {shape[1]} in 6 bits"):
+        CompressedEmbedding.empty({**about, "shape": shape}, torch.float32)
+
+
 def test_parts_without_rows_of_their_own_are_refused_in_words() -> None:
     with pytest.raises(CheckpointError, match="one per row or group"):
         CompressedEmbedding.from_part(part(8, group="tensor"), torch.float32)

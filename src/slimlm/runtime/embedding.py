@@ -1,4 +1,4 @@
-"""`nn.Embedding` goes in, `CompressedEmbedding` comes out."""
+"""`nn.Embedding` goes in, `CompressedEmbedding` comes out; of a head that is tied to it, `TiedLinear`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from slimlm.core import bits as bitstream
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts import Description, Part, Uniform, pack_parts, unpack_parts
-from slimlm.runtime.linear import about_tensors, empty_tensors, keep_dtypes
+from slimlm.runtime.linear import CompressedLinear, about_tensors, empty_tensors, keep_dtypes
 
 
 class CompressedEmbedding(nn.Module):
@@ -33,6 +33,7 @@ class CompressedEmbedding(nn.Module):
         if (reason := unfit(descriptions)) is not None:
             raise CheckpointError(f"an embedding cannot be looked up in what is stored of it: {reason}")
         self.num_embeddings, self.embedding_dim = shape
+        _refuse_other_sizes(shape, descriptions[0], packed)
         self.descriptions = descriptions
         self.activations = activations
         self.factor = factor
@@ -94,6 +95,42 @@ class CompressedEmbedding(nn.Module):
         return self
 
 
+class TiedLinear(CompressedLinear):
+    """A linear layer whose weight is the matrix of a packed embedding, which holds and stores it: here is the bias at most.
+
+    Other tensors in the embedding, and another place, are this layer's, too.
+    """
+
+    def __init__(self, embedding: CompressedEmbedding, bias: Tensor | None) -> None:
+        super().__init__((embedding.num_embeddings, embedding.embedding_dim), embedding.descriptions, {}, bias)
+        # In a tuple, so that the embedding does not become a part of this module.
+        self._owner = (embedding,)
+
+    @property
+    def embedding(self) -> CompressedEmbedding:
+        """Whose matrix it is."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's packed elements, under the name that every linear layer has them."""
+        return self.packed()["weight"]
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return self.embedding.packed()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TiedLinear":
+        choice, blob = self._choice, self._blob
+        nn.Module._apply(self, fn, recurse)
+        self.forget()
+        # The embedding may have its turn before or after this layer, so whether it moves is asked of the function.
+        here = torch.empty(0, dtype=torch.uint8, device=self.weight.device)
+        if self.weight.device.type != "meta" and fn(here).device == here.device:
+            self._choice, self._blob = choice, blob
+        return self
+
+
 def unfit(descriptions: Sequence[Description]) -> str | None:
     """Why no row of parts that are so described can be decoded by itself, in words; None: it can."""
     if len(descriptions) != 1 or descriptions[0].get("kind") != "uniform":
@@ -101,3 +138,17 @@ def unfit(descriptions: Sequence[Description]) -> str | None:
     if descriptions[0]["group"] == "tensor" or descriptions[0]["input_scale"]:
         return "its scales are one per row or group, and none per input"
     return None
+
+
+def _refuse_other_sizes(shape: tuple[int, int], about: Description, packed: dict[str, Tensor]) -> None:
+    """Raise CheckpointError where stored tensors are not as large as a matrix of this shape asks for."""
+    expected = {
+        "weight": (shape[0] * bitstream.packed_bytes(shape[1], about["bits"]),),
+        "weight_scale": grid.scale_shape(shape, about["group"]),
+    }
+    for name, tensor in packed.items():
+        if (found := tuple(tensor.shape)) != (size := expected.get(name)):
+            raise CheckpointError(
+                f"a stored {name} has the shape {found}; of an embedding of {shape[0]} x {shape[1]} in {about['bits']} bits "
+                f"it is {size}"
+            )

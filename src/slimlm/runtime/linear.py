@@ -67,22 +67,12 @@ class CompressedLinear(Multiplier):
     changes them (only the bias follows a cast). Who multiplies is chosen at the first product, or by `use_kernels`.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        descriptions: list[Description],
-        packed: dict[str, Tensor],
-        bias: Tensor | None,
-        *,
-        tied: bool = False,
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = shape
         self.descriptions = descriptions
-        self.tied = tied
-        """whether the packed tensors are an embedding's, which stores them"""
         for name, tensor in packed.items():
-            self.register_buffer(name, tensor, persistent=not tied)
+            self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -92,11 +82,11 @@ class CompressedLinear(Multiplier):
         return cls(parts[0].shape, [part.describe() for part in parts], pack_parts(parts), bias)
 
     @classmethod
-    def empty(cls, about: dict[str, Any], *, tied: bool = False) -> "CompressedLinear":
+    def empty(cls, about: dict[str, Any]) -> "CompressedLinear":
         """A layer on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
         shape = about["shape"][0], about["shape"][1]
         bias = torch.empty(shape[0], device="meta") if about["bias"] else None
-        return cls(shape, about["parts"], empty_tensors(about["tensors"]), bias, tied=tied)
+        return cls(shape, about["parts"], empty_tensors(about["tensors"]), bias)
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint's config says of this layer."""
@@ -106,13 +96,6 @@ class CompressedLinear(Multiplier):
             "parts": self.descriptions,
             "tensors": about_tensors(self.packed()),
         }
-
-    def share(self, packed: dict[str, Tensor]) -> None:
-        """Multiply by these tensors, an embedding's, from now on; they must be of this layer's names and shapes."""
-        assert self.tied and packed.keys() == set(self.packed_names), "only a tied layer's tensors are another's"
-        for name, tensor in packed.items():
-            setattr(self, name, tensor)
-        self.forget()
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""

@@ -56,7 +56,8 @@ def ends_of(model: PreTrainedModel, bits: int) -> Ends:
     if head is None:
         return _ends(bits, names[id(embedding)], None, False, {**reasons, "output head": "transformers names none"})
     reasons[names[id(head)]] = _head_stays(head) or _shared(model, head, embedding)
-    tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+    weights = [getattr(module, "weight", None) for module in (embedding, head)]
+    tied = weights[0] is not None and weights[0] is weights[1]
     if tied and any(reasons.values()):
         reasons = {name: reason or "tied to one that stays" for name, reason in reasons.items()}
     return _ends(bits, names[id(embedding)], names[id(head)], tied, reasons)

@@ -120,7 +120,7 @@ def summary_table(record: Record, kernels: str) -> Table:
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
-    others = "norms" if record.ends else "embeddings, norms"
+    others = "norms, position tables" if record.ends else "embeddings, norms"
     names = list(record.left)
     left = "".join(f", {name}" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)

@@ -301,6 +301,8 @@ def compressed(ground: Ground, entry: Entry, seed: int) -> Data:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         line = [sys.executable, "-c", "from slimlm.cli import main; main()", "compress", ground.source, "--out", str(out)]
+        # The steps are compared, so embedding and head are the original's in every row.
+        line += ["--embedding-bits", "16"]
         line += ["--data", ground.data, "--samples", str(ground.samples), "--seed", str(seed), "--json"]
         began = time.monotonic()
         done = subprocess.run([*line, *entry.options(Path(scratch))], check=True, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """Random layers and models in slimlm's own formats, already packed: nothing is compressed, so they cost seconds.
 
-    python benchmarks/random_checkpoint.py OUT --size 1b          # or 110m, tiny
+    python benchmarks/random_checkpoint.py OUT --size 1b          # or 110m, tiny; --embedding-bits 16: bfloat16 there
 
 They say how fast a model of that size is and nothing else.
 """
@@ -20,6 +20,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from slimlm.core import grid
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Pruned, Uniform
 from slimlm.models.structure import blocks_of, linears_of
+from slimlm.recipe import AS_STORED, check_embedding_bits
+from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -43,7 +45,7 @@ class Size:
     context: int = 2048
 
     def config(self) -> LlamaConfig:
-        """What transformers makes the model of; bfloat16 outside the blocks."""
+        """What transformers makes the model of; bfloat16 where nothing is packed."""
         config = LlamaConfig(
             hidden_size=self.width,
             intermediate_size=self.mlp,
@@ -104,6 +106,13 @@ def codebook(shape: tuple[int, int], group: grid.Group, size: float, generator: 
     return Codebook(index, levels.half(), _scale(shape, group, size / 1.4, generator), 4, group)
 
 
+def tokens_by_width(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Uniform:
+    """An embedding or a head as recipe `best` stores it; the weights' root mean square is about 0.02."""
+    top = grid.top_code(bits)
+    codes = torch.randint(-top, top + 1, shape, generator=generator, dtype=torch.int8)
+    return Uniform(codes, _scale(shape, 32, 0.02 * 3**0.5 / top * shape[1] ** 0.5, generator), bits, 32)
+
+
 def _scale(shape: tuple[int, int], group: grid.Group, size: float, generator: torch.Generator) -> Tensor:
     spread = 0.75 + 0.5 * torch.rand(grid.scale_shape(shape, group), generator=generator)
     return (spread * size / shape[1] ** 0.5).half()
@@ -129,8 +138,12 @@ def best_like(name: str) -> Kind:
     return Kind(32, table=not name.endswith(("o_proj", "down_proj")), rank=0.1)
 
 
-def write(out: Path, size: Size, *, seed: int = 0) -> dict[str, Any]:
-    """Write a packed checkpoint of random parts to a new folder; gives weights and bits per weight of its layers."""
+def write(out: Path, size: Size, *, seed: int = 0, embedding_bits: int = 8) -> dict[str, Any]:
+    """Write a packed checkpoint of random parts to a new folder; gives weights and bits per weight of the blocks' layers.
+
+    embedding_bits: of embedding and head, 4 to 8; 16: both in bfloat16.
+    """
+    check_embedding_bits(embedding_bits, "embedding_bits")
     generator = torch.Generator().manual_seed(seed)
     config = size.config()
     with torch.device("meta"):
@@ -145,13 +158,21 @@ def write(out: Path, size: Size, *, seed: int = 0) -> dict[str, Any]:
             tensors |= {f"{full}.{key}": value for key, value in layer.packed().items()}
     bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in about.values())
+    embeddings: dict[str, Any] = {}
+    if embedding_bits != AS_STORED:
+        shape = (size.vocabulary, size.width)
+        embedding = CompressedEmbedding.from_part(tokens_by_width(shape, embedding_bits, generator), torch.float32)
+        head = CompressedLinear.from_parts((tokens_by_width(shape, embedding_bits, generator),), None)
+        embeddings["model.embed_tokens"], about["lm_head"] = embedding.about(), head.about()
+        tensors |= {f"model.embed_tokens.{key}": value for key, value in embedding.packed().items()}
+        tensors |= {f"lm_head.{key}": value for key, value in head.packed().items()}
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in about:
+        if name.removesuffix(".weight") not in about.keys() | embeddings.keys():
             tensors[name] = outside(name, parameter.shape, generator).bfloat16()
     figures = {"weights": weights, "bits_per_weight": bits / weights}
     with checkpoint.written_beside(out) as folder:
         checkpoint.write_weights(folder, tensors)
-        checkpoint.write_config(folder, config.to_dict(), about)
+        checkpoint.write_config(folder, config.to_dict(), about, embeddings)
         GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         checkpoint.write_record(folder, {"made_up": "random parts; no recipe, no figures", **figures})
@@ -178,13 +199,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--embedding-bits", type=int, default=8, help="of embedding and head: 4 to 8, or 16 for bfloat16")
     parser.add_argument("--replace", action="store_true", help="remove what is there")
     arguments = parser.parse_args()
     if arguments.replace:
         shutil.rmtree(arguments.out, ignore_errors=True)
     checkpoint.refuse_occupied(arguments.out)
     began = time.monotonic()
-    figures = write(arguments.out, SIZES[arguments.size], seed=arguments.seed)
+    figures = write(arguments.out, SIZES[arguments.size], seed=arguments.seed, embedding_bits=arguments.embedding_bits)
     seconds = time.monotonic() - began
     print(f"{figures['weights']} weights in the blocks, {figures['bits_per_weight']:.2f} bits each, in {seconds:.0f} s")
 

@@ -189,6 +189,24 @@ def test_bytes_per_step_are_those_of_all_weights_but_the_embedding(run: Callable
     }
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_of_a_packed_embedding_a_step_reads_the_head_alone(
+    family: str, run: Callable[..., tuple[str, str]], tmp_path: Path, text_file: Path
+) -> None:
+    save(random_model(family, torch.float16), tmp_path / "dense")
+    options = {"recipe": "absmax", "data": str(text_file), "samples": 2, "length": 16}
+    slimlm.compress(tmp_path / "dense", tmp_path / "out", embedding_bits=8, **options)
+    result = json.loads(run(tmp_path / "out", "--kernels", "reference", "--batch", 1, "--json")[0])
+    model = slimlm.load(tmp_path / "out", kernels="reference")
+    multiplied = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
+    rest = sum(p.numel() for p in model.parameters())
+    by_way = {row["way"]: row["bytes_per_step"] for row in result["generation"]}
+    assert by_way["slimlm"] == 4 * multiplied + 2 * rest
+    assert by_way["torch bfloat16"] == 2 * (multiplied + rest)
+    assert [256, 48] in [row["shape"] for row in result["layers"]]
+    assert {row["made_by"] for row in result["generation"]} == {"the lean step"}
+
+
 def test_kernels_read_what_is_stored_of_a_layer(packed: Path) -> None:
     model = model_speed.opened(str(packed), "auto")
     layer = next(m for m in model.modules() if isinstance(m, model_speed.CompressedLinear))

@@ -42,7 +42,7 @@ from slimlm.pipeline import DEFAULT_RECIPE, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
-from slimlm.recipe import shipped, to_toml
+from slimlm.recipe import AS_STORED, shipped, to_toml
 from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 from slimlm.report.tables import (
     choices_table,
@@ -76,6 +76,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option(help="A recipe's name (see 'slimlm methods') or a .toml file.")]
 Bits = Annotated[float | None, typer.Option(help="Average bits per weight to spend, everything counted; plans each layer.")]
 Counted = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size), or bytes and operations (speed).")]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(help="Of input embedding and output head: 4 to 8; 16 leaves them as stored.  [default: what the recipe says]"),
+]
 Data = Annotated[
     str | None,
     typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
@@ -113,6 +117,7 @@ def compress(
     recipe: RecipeName = DEFAULT_RECIPE,
     bits: Bits = None,
     objective: Counted = "size",
+    embedding_bits: EmbeddingBits = None,
     data: Data = None,
     samples: Samples = 128,
     length: Length = 2048,
@@ -128,6 +133,7 @@ def compress(
             recipe=recipe,
             bits=bits,
             objective=objective,
+            embedding_bits=embedding_bits,
             tell=_tell,
             data=data,
             samples=samples,
@@ -149,6 +155,7 @@ def plan_(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     bits: Bits = None,
     objective: Counted = "size",
+    embedding_bits: EmbeddingBits = None,
     save: Annotated[Path | None, typer.Option(help="Write the recipe that carries the plan out here (.toml).")] = None,
     recipe: RecipeName = DEFAULT_RECIPE,
     data: Data = None,
@@ -166,6 +173,7 @@ def plan_(
             recipe=recipe,
             bits=bits,
             objective=objective,
+            embedding_bits=embedding_bits,
             data=data,
             samples=samples,
             length=length,
@@ -177,13 +185,15 @@ def plan_(
     if save is not None:
         save.write_text(to_toml(planned), encoding="utf-8")
     if as_json:
-        _print_json(found.to_dict())
+        _print_json({**found.to_dict(), "embedding_bits": planned.embedding_bits})
         return
     data_ = found.to_dict()
     output.print(options_table(data_))
     output.print()
     output.print(choices_table(data_))
     output.print(f"\n{plan_words(data_)}", markup=False, highlight=False)
+    own = "as they are stored" if planned.embedding_bits == AS_STORED else f"at {planned.embedding_bits} bits"
+    output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
     if save is not None:
         output.print(f"written: {save}   next: slimlm compress MODEL --out OUT --recipe {save}", markup=False, highlight=False)
 

@@ -26,6 +26,7 @@ from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.dense import widen_activations
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import multipliers, use_kernels
@@ -77,7 +78,8 @@ def load(
     checkpoint.check_format(about.get("format"), source)
     try:
         folder = fetch(source)
-        layers = read_config(str(folder))["quantization_config"]["layers"]
+        about = read_config(str(folder))["quantization_config"]
+        own = {name: entry for name, entry in about["layers"].items() if "tied_to" not in entry} | about.get("embeddings", {})
         files = [map_file(path) for path in checkpoint.check_files(folder)]
 
         def release(tensors: Iterable[Tensor]) -> int:
@@ -85,7 +87,7 @@ def load(
             return sum(file.release(wanted) for file in files)
 
         stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-        packed = {layer: _taken(stored, layer, entry["tensors"]) for layer, entry in layers.items()}
+        packed = {name: _taken(stored, name, entry["tensors"]) for name, entry in own.items()}
         model, info = _filled(folder, packed, _widened(stored, dtype, release), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
@@ -102,7 +104,7 @@ def load(
 
 
 def _taken(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
-    """Take a compressed layer's tensors out of those stored; raises CheckpointError where they are not as described."""
+    """Take a layer's or embedding's tensors out of those stored; raises CheckpointError where they are not as described."""
     found = {}
     for name, (dtype, shape) in described.items():
         tensor = stored.pop(f"{layer}.{name}", None)
@@ -143,18 +145,31 @@ def _filled(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with without_bars(), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    config, layers = empty.config, dict(config.quantization_config["layers"])
-    short = {name: {**entry, "tensors": {"weight": entry["tensors"]["weight"]}} for name, entry in layers.items()}
-    config.quantization_config = {**config.quantization_config, "layers": short}
+    config, about = empty.config, dict(empty.config.quantization_config)
+    layers, embeddings = about["layers"], about.get("embeddings", {})
+    config.quantization_config = {**about, "layers": _short(layers), "embeddings": _short(embeddings)}
     given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
     with without_bars():
         model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
+    for name, entry in embeddings.items():
+        activations = model.get_submodule(name).activations
+        new = CompressedEmbedding(tuple(entry["shape"]), entry["parts"], packed[name], activations, factor=entry["factor"])
+        swap(model, name, new)
     for name, entry in layers.items():
-        swap(model, name, CompressedLinear(tuple(entry["shape"]), entry["parts"], packed[name], model.get_submodule(name).bias))
+        bias = model.get_submodule(name).bias
+        if "tied_to" in entry:
+            swap(model, name, TiedLinear(model.get_submodule(entry["tied_to"]), bias))
+        else:
+            swap(model, name, CompressedLinear(tuple(entry["shape"]), entry["parts"], packed[name], bias))
     for described in (model.config.quantization_config, model.hf_quantizer.quantization_config):
-        described.layers = layers
+        described.layers, described.embeddings = layers, embeddings
     model.generation_config = _generation_config(folder)
     return model, info
+
+
+def _short(entries: dict[str, Any]) -> dict[str, Any]:
+    """The descriptions of layers or embeddings with one tensor each."""
+    return {name: {**entry, "tensors": {"weight": entry["tensors"]["weight"]}} for name, entry in entries.items()}
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -209,16 +224,26 @@ class _CheckpointConfig(PreTrainedConfig):
 class SlimlmConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint."""
 
-    def __init__(self, format: int = checkpoint.FORMAT, layers: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        format: int = checkpoint.FORMAT,
+        layers: dict[str, Any] | None = None,
+        embeddings: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = checkpoint.METHOD
         self.format = format
         self.layers = layers or {}
+        self.embeddings = embeddings or {}
         checkpoint.check_format(format, "the checkpoint")
 
 
 @register_quantizer(checkpoint.METHOD)
 class SlimlmQuantizer(HfQuantizer):
-    """Puts empty compressed layers into the skeleton of the model, for transformers to load the packed tensors into."""
+    """Puts empty compressed modules into the skeleton of the model, for transformers to load the packed tensors into.
+
+    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
+    """
 
     requires_calibration = True
 
@@ -226,10 +251,16 @@ class SlimlmQuantizer(HfQuantizer):
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
                 checkpoint.check_files(Path(file).parent)
+        for name, about in self.quantization_config.embeddings.items():
+            swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
         for name, about in self.quantization_config.layers.items():
             layer = CompressedLinear.empty(about)
+            if "tied_to" in about:
+                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
             layer.kernels = "auto"
             swap(model, name, layer)
+        if self.quantization_config.embeddings:
+            _leave_untied(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
         return model
 
     def is_serializable(self) -> bool:
@@ -240,6 +271,16 @@ class SlimlmQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The packed tensors are frozen."""
         return False
+
+
+def _leave_untied(model: PreTrainedModel, packed: set[str]) -> None:
+    """Let transformers tie no parameter of these modules in this model: not now, and not by `tie_weights` later."""
+
+    def others(pairs: Any) -> Any:
+        return {a: b for a, b in pairs.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
+
+    model.all_tied_weights_keys = others(model.all_tied_weights_keys)
+    model._tied_weights_keys = model.all_tied_weights_keys
 
 
 AutoConfig.register(checkpoint.MODEL_TYPE, _CheckpointConfig)

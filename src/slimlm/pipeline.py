@@ -11,8 +11,8 @@
         match(block)                                    # where the recipe asks for it
         inputs = block(inputs)                          # now the compressed block
 
-That is slimlm.blockwise. Then the packed tensors are written, read back, and the reloaded model's logits compared with those in
-memory.
+That is slimlm.blockwise. Embedding and head follow where the recipe asks for it (slimlm.embedding). Then the packed tensors are
+written, read back, and the reloaded model's logits compared with those in memory.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
+from slimlm.embedding import Ends, compress_ends, ends_of
 from slimlm.evaluate.results import Record
 from slimlm.load import load
 from slimlm.models.opening import DenseModel, open_dense
@@ -50,7 +52,8 @@ from slimlm.plan.plan import (
     refuse_budget,
     refuse_few_windows,
 )
-from slimlm.recipe import Recipe, open_recipe
+from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -106,6 +109,7 @@ def compress(
     recipe: str | Recipe = DEFAULT_RECIPE,
     bits: float | None = None,
     objective: Objective = "size",
+    embedding_bits: int | None = None,
     data: str | None = None,
     samples: int = 128,
     length: int = 2048,
@@ -117,14 +121,15 @@ def compress(
     """Compress a causal language model and write it to the folder `out`.
 
     model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. bits: average bits per weight that may be
-    spent, everything counted; what each layer becomes is then planned (see slimlm.plan). data: see `Calibration`. device:
+    spent, everything counted; what each layer becomes is then planned (see slimlm.plan). embedding_bits: of input embedding and
+    output head, 4 to 8, or 16 to leave them as they are stored; None: what the recipe says. data: see `Calibration`. device:
     "auto", "cpu" or "cuda"; one block at a time is there. tell: told in words what the user should know.
     Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
     """
     began = time.monotonic()
     checkpoint.refuse_occupied(Path(out))
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    ready = prepare(str(model), recipe, bits, objective, wanted, device, progress, tell)
+    ready = prepare(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, progress, tell)
     dense, recipe = ready.dense, ready.recipe
     found = None
     if ready.budget is not None:
@@ -132,6 +137,7 @@ def compress(
         recipe = found.recipe(recipe)
     inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
     layers = compress_blocks(dense, ready.blocks, recipe, ready.windows, ready.device, progress)
+    ends = compress_ends(dense.model, ready.ends)
     spent = sum(r.bits for r in layers) / sum(r.shape[0] * r.shape[1] for r in layers)
     if found is not None and found.objective == "size" and spent > found.asked_bits:
         tell(
@@ -150,6 +156,7 @@ def compress(
             "tokens": ready.windows.numel(),
         },
         layers=tuple(layers),
+        ends=tuple(ends),
         left=ready.left,
         coverage=sum(r.shape[0] * r.shape[1] for r in layers) / inside,
         original_bytes=dense.bytes,
@@ -177,6 +184,7 @@ def plan(
     recipe: str | Recipe = DEFAULT_RECIPE,
     bits: float | None = None,
     objective: Objective = "size",
+    embedding_bits: int | None = None,
     data: str | None = None,
     samples: int = 128,
     length: int = 2048,
@@ -190,7 +198,7 @@ def plan(
     The arguments are those of `compress`; with `bits` left out the recipe must say rank = "auto".
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    ready = prepare(str(model), recipe, bits, objective, wanted, device, progress, tell)
+    ready = prepare(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, progress, tell)
     if ready.budget is None:
         raise RecipeError(
             f'there is nothing to plan: give --bits, or a recipe with rank = "auto" ({ready.recipe.name} has none)'
@@ -206,6 +214,8 @@ class Ready:
     dense: DenseModel
     blocks: dict[str, nn.Module]
     recipe: Recipe
+    ends: Ends
+    """what becomes of embedding and head"""
     left: dict[str, str]
     """layers that stay as they are, and why"""
     windows: Tensor
@@ -214,9 +224,17 @@ class Ready:
     """None where nothing is to be planned"""
 
 
+def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
+    """The recipe, opened, with other bits for embedding and head where they are asked for."""
+    found = open_recipe(recipe) if isinstance(recipe, str) else recipe
+    if embedding_bits is None:
+        return found
+    return dataclasses.replace(found, embedding_bits=check_embedding_bits(embedding_bits, "embedding_bits"))
+
+
 def prepare(
     model: str,
-    recipe: str | Recipe,
+    recipe: Recipe,
     bits: float | None,
     objective: Objective,
     wanted: Calibration,
@@ -225,7 +243,6 @@ def prepare(
     tell: Tell,
 ) -> Ready:
     """Open the model and check everything that can be checked; raises in words."""
-    recipe = open_recipe(recipe) if isinstance(recipe, str) else recipe
     where = pick_device(device)
     planning = bits is not None or has_auto_rank(recipe)
     budget = None
@@ -239,7 +256,9 @@ def prepare(
     dense = open_dense(model)
     progress("open the model", 1, 1)
     blocks = blocks_of(dense.model)
+    ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense.model, blocks, recipe, planning=planning)
+    left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
     shapes = compressible(blocks, recipe)
     if planning and budget is None:
         budget = auto_budget(recipe, list(shapes.values()), objective)
@@ -252,7 +271,7 @@ def prepare(
         raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
     if recipe.needs & Need.GRAM:
         tell_of_few_tokens(shapes, windows.numel(), tell)
-    return Ready(dense, blocks, recipe, left, windows, where, budget)
+    return Ready(dense, blocks, recipe, ends, left, windows, where, budget)
 
 
 def has_auto_rank(recipe: Recipe) -> bool:
@@ -358,8 +377,9 @@ def calibration_windows(dense: DenseModel, wanted: Calibration, progress: Progre
 def write(folder: Path, dense: DenseModel) -> None:
     """Write weights, config and tokenizer; what was not compressed is cast back to its stored dtype, bit for bit."""
     model = dense.model
-    compressed = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    packed = {f"{name}.{tensor}" for name, module in compressed.items() for tensor in module.packed_names}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    embeddings = {name: m for name, m in model.named_modules() if isinstance(m, CompressedEmbedding)}
+    packed = {f"{name}.{tensor}" for name, module in (layers | embeddings).items() for tensor in module.packed_names}
     cast: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -369,11 +389,19 @@ def write(folder: Path, dense: DenseModel) -> None:
             # Tied tensors share memory before the cast and must share it after.
             tensors[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dense.dtypes[name]).contiguous())
     checkpoint.write_weights(folder, tensors)
-    checkpoint.write_config(folder, dense.config, {name: module.about() for name, module in compressed.items()})
+    looked_up = {name: module.about() for name, module in embeddings.items()}
+    checkpoint.write_config(folder, dense.config, described(layers, embeddings), looked_up)
     if dense.tokenizer is not None:
         dense.tokenizer.save_pretrained(folder)
     if (dense.folder / "generation_config.json").is_file():
         shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
+
+
+def described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
+    """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
+    owners = {id(module): name for name, module in embeddings.items()}
+    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
+    return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 
 def verify(folder: Path, model: PreTrainedModel, window: Tensor) -> None:

@@ -3,6 +3,7 @@
     name = "my-recipe"
     summary = "one line"
     leave = ["*.down_proj"]        # layers to leave as they are, by pattern on their full name (optional)
+    embedding_bits = 8             # of input embedding and output head, 4 to 8; 16, the default, leaves them as they are
 
     [[steps]]
     quantize = "slim_quant"        # verb = method; its options follow
@@ -44,6 +45,16 @@ from slimlm.core.lowrank import rank_of
 from slimlm.core.masks import Pattern
 from slimlm.tune.match import Matching
 
+AS_STORED = 16
+"""`embedding_bits` that leave embedding and head in the 16 or 32 bits that the model stores them in."""
+
+
+def check_embedding_bits(bits: object, where: str) -> int:
+    """The bits of embedding and head, 4 to 8 or 16; raises RecipeError for anything else."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (4 <= bits <= 8 or bits == AS_STORED):
+        raise RecipeError(f"{where} = {bits!r}: embedding and head take 4 to 8 bits, or {AS_STORED} to stay as they are stored")
+    return bits
+
 
 @dataclass(frozen=True)
 class NamedStep:
@@ -81,6 +92,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     sequential: bool = False
     matching: Matching | None = None
+    embedding_bits: int = AS_STORED
+    """of input embedding and output head, 4 to 8; 16: as they are stored"""
 
     @property
     def needs(self) -> Need:
@@ -115,7 +128,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `recipe_from_dict` reads back."""
         data: dict[str, Any] = {"name": self.name, "summary": self.summary, "leave": list(self.leave)}
-        data |= {"sequential": self.sequential, "steps": [named.to_dict() for named in self.steps]}
+        data |= {"sequential": self.sequential, "embedding_bits": self.embedding_bits}
+        data["steps"] = [named.to_dict() for named in self.steps]
         if self.rules:
             data["rules"] = [rule.to_dict() for rule in self.rules]
         if self.matching is not None:
@@ -125,11 +139,11 @@ class Recipe:
 
 def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     """Check plain data and build the recipe; raises RecipeError saying which step and option is wrong."""
-    unknown = set(data) - {"name", "summary", "leave", "sequential", "steps", "rules", "matching"}
+    unknown = set(data) - {"name", "summary", "leave", "sequential", "embedding_bits", "steps", "rules", "matching"}
     if unknown:
         raise RecipeError(
-            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, [[steps]], "
-            "[[rules]] and [matching]"
+            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, embedding_bits, "
+            "[[steps]], [[rules]] and [matching]"
         )
     steps, leave = data.get("steps"), data.get("leave", [])
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
@@ -143,6 +157,7 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     sequential = data.get("sequential", False)
     if not isinstance(sequential, bool):
         raise RecipeError(f"{source}: sequential = {sequential!r}; give true or false")
+    embedding_bits = check_embedding_bits(data.get("embedding_bits", AS_STORED), f"{source}: embedding_bits")
     own_rules, own_matching = data.get("rules", []), data.get("matching")
     if not isinstance(own_rules, list) or not all(isinstance(rule, dict) for rule in own_rules):
         raise RecipeError(f"{source}: rules are [[rules]] tables, each with layers and options")
@@ -151,7 +166,7 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(own_rules, 1))
     matching = None if own_matching is None else _options(Matching, own_matching, f"{source}, matching")
     name, summary = str(data.get("name", source)), str(data.get("summary", ""))
-    return Recipe(name, summary, named, tuple(leave), rules, sequential, matching)
+    return Recipe(name, summary, named, tuple(leave), rules, sequential, matching, embedding_bits)
 
 
 def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:

@@ -12,6 +12,8 @@ import torch
 
 import slimlm
 from slimlm.runtime import native
+from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.linear import CompressedLinear
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = (64, 256)
@@ -112,10 +114,18 @@ def test_competitors_multiply_by_the_weight_that_they_are_given(
 # Random checkpoints
 
 
-def test_a_random_checkpoint_opens_and_its_logits_are_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_random_checkpoint_opens_and_its_logits_are_finite(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random_checkpoint = script("random_checkpoint", monkeypatch)
-    figures = random_checkpoint.write(tmp_path / "out", random_checkpoint.SIZES["tiny"])
+    figures = random_checkpoint.write(tmp_path / "out", random_checkpoint.SIZES["tiny"], embedding_bits=bits)
     model = slimlm.load(tmp_path / "out")
+    packed = bits == 8
+    assert isinstance(model.get_input_embeddings(), CompressedEmbedding) == packed
+    assert isinstance(model.get_output_embeddings(), CompressedLinear) == packed
+    rows = model.get_input_embeddings()(torch.arange(256))
+    assert 0.015 < float(rows.square().mean().sqrt()) < 0.025
     logits = model(torch.arange(20)[None]).logits
     assert bool(logits.isfinite().all())
     assert float(logits.std()) > 0.01

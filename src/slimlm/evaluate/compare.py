@@ -38,7 +38,8 @@ def open_any(source: str, *, kernels: Kernels = "reference", tell: Tell = warnin
         # With kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
         dtype = "auto" if available(kernels) else torch.float32
         model, tokenizer = load(source, dtype=dtype, kernels=kernels, tell=tell), open_tokenizer(source)
-        layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+        inside = (module for block in blocks_of(model).values() for module in block.modules())
+        layers = [module for module in inside if isinstance(module, CompressedLinear)]
         bits = sum(8 * t.numel() * t.element_size() for m in layers for t in m.packed().values())
         per_weight = bits / sum(m.in_features * m.out_features for m in layers)
         size = checkpoint.stored_bytes(folder_of(source))

@@ -27,6 +27,7 @@ from slimlm.load import load
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import context_length, swap, weight_of
 from slimlm.runtime.choose import Kernels
+from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import total_and_free
 from slimlm.runtime.use import multipliers, prefer_fast
@@ -305,10 +306,11 @@ def whole(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, A
 def _bound(model: PreTrainedModel, batch: int, bandwidth: float) -> dict[str, Any]:
     """What a step must read of the weights, and how many tokens per second reading alone would allow."""
     packed = sum(read_bytes(layer) for _, layer in _compressed(model))
+    # A step looks up a row of the embedding; only where a dense head is the same matrix is all of it read.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-    # A step looks up a row of the embedding; only where the head is the same matrix is all of it read.
-    others = sum(p.nbytes for p in model.parameters() if tied or p is not embedding.weight)
+    looked_up = None if isinstance(embedding, CompressedEmbedding) else embedding.weight
+    tied = head is not None and looked_up is not None and head.weight.data_ptr() == looked_up.data_ptr()
+    others = sum(p.nbytes for p in model.parameters() if tied or p is not looked_up)
     read = packed + others
     return {"bytes_per_step": read, "new_tokens_per_second_bound": batch * bandwidth / read}
 

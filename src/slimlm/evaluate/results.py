@@ -60,6 +60,9 @@ class Record:
     peak_memory: int | None
     """bytes; of the whole process, where the system tells"""
     versions: dict[str, str]
+    ends: tuple[LayerRecord, ...] = ()
+    """input embedding and output head, where they are compressed; one where they are tied. Shapes are (tokens, width), errors
+    those of the weights themselves. No part of bits per weight and of coverage, which are about the blocks"""
     plan: dict[str, Any] | None = None
     """where bits or ranks were planned: the options, what was measured and what was chosen"""
 
@@ -82,6 +85,7 @@ class Record:
         kept = {key: value for key, value in data.items() if key in names}
         try:
             kept["layers"] = tuple(_layer_from(row) for row in data["layers"])
+            kept["ends"] = tuple(_layer_from(row) for row in data.get("ends", ()))
             return cls(**kept)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the record of the checkpoint is incomplete: {error}") from error

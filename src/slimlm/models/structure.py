@@ -1,8 +1,9 @@
 """Blocks and linear layers of a causal language model, found by structure.
 
 The decoder is the `nn.ModuleList` that holds the most parameters. Inside its blocks every `nn.Linear` and every
-`Conv1D` (GPT-2's linear layer, whose weight is stored `[in, out]`) is compressed; everything outside the blocks
-(embeddings, final norm, lm_head, projections around the stack) stays as it is.
+`Conv1D` (GPT-2's linear layer, whose weight is stored `[in, out]`) is compressed by a recipe's steps; everything outside the
+blocks (embeddings, final norm, lm_head, projections around the stack) is not. Of that, slimlm.embedding may shorten the bits of
+the token embedding and the head.
 """
 
 from torch import Tensor, nn

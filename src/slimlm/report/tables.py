@@ -41,7 +41,7 @@ def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def layers_table(record: Record) -> Table:
-    """A row per layer."""
+    """A row per layer, embedding and head last where they are compressed."""
     rows = (
         (
             r.name,
@@ -52,7 +52,7 @@ def layers_table(record: Record) -> Table:
             str(r.rank),
             f"{r.error:.4f}",
         )
-        for r in record.layers
+        for r in (*record.layers, *record.ends)
     )
     columns = ("layer", "out x in", "parts", "bits/weight", "sparsity", "rank", "error")
     return plain_table(None, columns, rows, left=3)
@@ -120,6 +120,7 @@ def summary_table(record: Record, kernels: str) -> Table:
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
+    others = "norms, position tables" if record.ends else "embeddings, norms"
     names = list(record.left)
     left = "".join(f", {name}" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)
@@ -135,12 +136,22 @@ def summary_table(record: Record, kernels: str) -> Table:
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
         *_matched_row(record),
         *_plan_row(record),
-        ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: embeddings, norms{left}"),
+        *_ends_rows(record),
+        ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: {others}{left}"),
         ("kernels", kernels),
         *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
     return pairs_table(rows)
+
+
+def _ends_rows(record: Record) -> list[tuple[str, str]]:
+    rows = []
+    for end in record.ends:
+        shape, bits = f"{end.shape[0]} x {end.shape[1]}", f"{end.bits_per_weight:.3f} bits per weight"
+        also = "".join(f"; {note}" for note in end.notes)
+        rows.append((end.name, f"{shape}, {end.parts}, {bits}, relative error of the weights {end.error:.4f}{also}"))
+    return rows
 
 
 def _matched_row(record: Record) -> list[tuple[str, str]]:

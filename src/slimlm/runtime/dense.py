@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from slimlm.core.parts import Plain, pack_parts
 from slimlm.runtime.backends import Stored
+from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import Multiplier
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -91,7 +92,7 @@ class WideEmbedding(nn.Embedding):
 
 
 def widen_activations(model: nn.Module) -> None:
-    """Let this model, in memory, compute in float32: embeddings and linear layers as above, all else cast.
+    """Let this model, in memory, compute in float32: embeddings and linear layers as above, all else cast but what is packed.
 
     Only plain `nn.Embedding` and `nn.Linear` keep their 16 bits. Tied parameters stay tied, so one that another kind of
     module shares is cast, too.
@@ -107,7 +108,9 @@ def widen_activations(model: nn.Module) -> None:
                 model.set_submodule(name, WideEmbedding.around(module, torch.float32))
     cast: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if isinstance(module, Multiplier | WideEmbedding):
+        if isinstance(module, CompressedEmbedding):
+            module.activations = torch.float32
+        if isinstance(module, Multiplier | WideEmbedding | CompressedEmbedding):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dtype in NARROW:

@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from slimlm.runtime import decoder as packed
 from slimlm.runtime.dense import WideEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.linear import CompressedLinear, Multiplier
 from slimlm.runtime.use import precisely
@@ -142,6 +143,7 @@ class LeanStep:
         self.model = model
         self.dtype = _activations(model)
         self.embed = _embed(model)
+        """tokens `[batch]` to their rows `[batch, width]`"""
         self.blocks = [_block(block, self.dtype) for block in blocks]
         self.last_norm = _norm(decoder.norm, self.dtype)
         self.head = head_of(model)
@@ -223,7 +225,10 @@ def head_of(model: PreTrainedModel) -> Map:
 
 def _embed(model: Any) -> Map:
     """From tokens to their rows `[..., width]` in the dtype of the activations, in a tensor of their own."""
-    weight, dtype = model.model.embed_tokens.weight, _activations(model)
+    module, dtype = model.model.embed_tokens, _activations(model)
+    if isinstance(module, CompressedEmbedding):
+        return lambda tokens: module.forward(tokens).to(dtype)
+    weight: Tensor = module.weight
     return lambda tokens: F.embedding(tokens, weight).to(dtype)
 
 
@@ -314,7 +319,8 @@ def _norm(module: Any, dtype: torch.dtype) -> Map:
 def _activations(model: Any) -> torch.dtype:
     """The dtype of the hidden states: that of embeddings and norms added up."""
     embedding = model.model.embed_tokens
-    own = embedding.activations if isinstance(embedding, WideEmbedding) else embedding.weight.dtype
+    widens = isinstance(embedding, WideEmbedding | CompressedEmbedding)
+    own = embedding.activations if widens else embedding.weight.dtype
     return torch.promote_types(own, model.model.norm.weight.dtype)
 
 
@@ -365,7 +371,7 @@ def _settings(model: nn.Module) -> str | None:
         return f"its rotary angles (rope type {decoder.rotary_emb.rope_type}) change with the length of the text"
     if model.training:
         return "the model is in training mode"
-    if type(decoder.embed_tokens) not in (nn.Embedding, WideEmbedding):
+    if type(decoder.embed_tokens) not in (nn.Embedding, WideEmbedding, CompressedEmbedding):
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "hooks are set on its modules, which the lean step would not run"

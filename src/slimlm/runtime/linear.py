@@ -86,13 +86,9 @@ class CompressedLinear(Multiplier):
     @classmethod
     def empty(cls, about: dict[str, Any]) -> "CompressedLinear":
         """A layer on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
-        packed = {
-            name: torch.empty(size, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, size) in about["tensors"].items()
-        }
         shape = about["shape"][0], about["shape"][1]
         bias = torch.empty(shape[0], device="meta") if about["bias"] else None
-        return cls(shape, about["parts"], packed, bias)
+        return cls(shape, about["parts"], empty_tensors(about["tensors"]), bias)
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint's config says of this layer."""
@@ -100,7 +96,7 @@ class CompressedLinear(Multiplier):
             "shape": [self.out_features, self.in_features],
             "bias": self.bias is not None,
             "parts": self.descriptions,
-            "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in self.packed().items()},
+            "tensors": about_tensors(self.packed()),
         }
 
     def packed(self) -> dict[str, Tensor]:
@@ -130,10 +126,7 @@ class CompressedLinear(Multiplier):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         before, choice, blob = self.packed(), self._choice, self._blob
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+        keep_dtypes(self, before)
         self.forget()
         if all(
             now.device == old.device and now.data_ptr() == old.data_ptr()
@@ -142,3 +135,21 @@ class CompressedLinear(Multiplier):
             # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
             self._choice, self._blob = choice, blob
         return self
+
+
+def about_tensors(packed: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """What a checkpoint's config says of packed tensors: dtype and shape by name."""
+    return {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in packed.items()}
+
+
+def empty_tensors(about: dict[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `about_tensors`, on the meta device."""
+    return {name: torch.empty(size, dtype=getattr(torch, dtype), device="meta") for name, (dtype, size) in about.items()}
+
+
+def keep_dtypes(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo what a cast did to a module's packed tensors, which were these: they follow a move only."""
+    for name, old in before.items():
+        new = getattr(module, name)
+        if new.dtype != old.dtype:
+            setattr(module, name, old.to(new.device))

@@ -1,7 +1,7 @@
 """The packed checkpoint, format 1: a folder that needs no base model.
 
-    config.json           the model's own config, plus `quantization_config`: for every compressed layer its shape, its
-                          parts and the name, dtype and shape of each stored tensor
+    config.json           the model's own config, plus `quantization_config`: for every compressed layer and embedding its
+                          shape, its parts and the name, dtype and shape of each stored tensor
     *.safetensors         tensors; with several shards, model.safetensors.index.json says which is where
     slimlm.json           the record: recipe, calibration, figures per layer, versions, and size and SHA-256 of each shard
     tokenizer files       as the tokenizer writes them
@@ -101,13 +101,21 @@ def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_torch_state_dict(kept, folder, max_shard_size=_SHARD_SIZE, metadata={"format": "pt", "slimlm_format": str(FORMAT)})
 
 
-def write_config(folder: Path, config: dict[str, Any], layers: dict[str, dict[str, Any]]) -> None:
-    """Write config.json: the model's own, with the compressed layers described."""
+def write_config(
+    folder: Path,
+    config: dict[str, Any],
+    layers: dict[str, dict[str, Any]],
+    embeddings: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write config.json: the model's own, with the compressed layers and embeddings described."""
+    about = {"quant_method": METHOD, "format": FORMAT, "layers": layers}
+    if embeddings:
+        about["embeddings"] = embeddings
     stored = {
         **config,
         "model_type": MODEL_TYPE,
         "slimlm_model_type": config["model_type"],
-        "quantization_config": {"quant_method": METHOD, "format": FORMAT, "layers": layers},
+        "quantization_config": about,
     }
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,90 @@
+"""`CompressedEmbedding`: the rows of the part that it stores, in the dtype that it was cast to."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from slimlm.core import grid
+from slimlm.core.errors import CheckpointError
+from slimlm.core.parts import Plain, Uniform
+from slimlm.runtime.dense import widen_activations
+from slimlm.runtime.embedding import CompressedEmbedding
+
+TOKENS = 50
+
+
+def part(bits: int, width: int = 80, group: grid.Group = 32) -> Uniform:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (TOKENS, width), generator=generator, dtype=torch.int8)
+    scale = (0.5 + torch.rand(grid.scale_shape((TOKENS, width), group), generator=generator)).half()
+    return Uniform(codes, scale, bits, group)
+
+
+IDS = torch.tensor([[3, 0, 49, 3], [7, 8, 9, 10]])
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("width", "group"), [(96, 32), (80, 32), (17, 32), (80, "row"), (33, 7)])
+def test_the_rows_looked_up_are_those_of_the_dense_matrix(bits: int, width: int, group: grid.Group) -> None:
+    stored = part(bits, width, group)
+    embedding = CompressedEmbedding.from_part(stored, torch.float32)
+    assert torch.equal(embedding(IDS), stored.dense()[IDS])
+    assert torch.equal(embedding(torch.tensor(5)), stored.dense()[5])
+    [again] = embedding.parts()
+    assert torch.equal(again.dense(), stored.dense())
+
+
+def test_a_description_and_its_tensors_give_the_embedding_back() -> None:
+    embedding = CompressedEmbedding.from_part(part(6), torch.float32, factor=2.5)
+    empty = CompressedEmbedding.empty(json.loads(json.dumps(embedding.about())), torch.float32)
+    assert all(tensor.device.type == "meta" for tensor in empty.packed().values())
+    empty.load_state_dict(embedding.state_dict(), assign=True)
+    assert torch.equal(empty(IDS), embedding(IDS))
+    assert empty.about() == embedding.about()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_changes_what_it_gives_and_nothing_that_it_stores(dtype: torch.dtype) -> None:
+    embedding = CompressedEmbedding.from_part(part(8), torch.float32)
+    before, rows = {name: t.clone() for name, t in embedding.packed().items()}, embedding(IDS)
+    embedding.to(dtype)
+    assert {name: t.dtype for name, t in embedding.packed().items()} == {name: t.dtype for name, t in before.items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in embedding.packed().items())
+    assert torch.equal(embedding(IDS), rows.to(dtype))
+    widen_activations(embedding)
+    assert torch.equal(embedding(IDS), rows) and embedding.weight_scale.dtype == torch.float16
+
+
+def test_a_factor_multiplies_in_the_dtype_of_the_activations() -> None:
+    plain = CompressedEmbedding.from_part(part(8), torch.bfloat16)
+    scaled = CompressedEmbedding.from_part(part(8), torch.bfloat16, factor=6.9282)
+    assert torch.equal(scaled(IDS), plain(IDS) * torch.tensor(6.9282, dtype=torch.bfloat16))
+
+
+def test_a_copy_has_tensors_of_its_own() -> None:
+    embedding = CompressedEmbedding.from_part(part(8), torch.float32)
+    twin = copy.deepcopy(embedding)
+    rows = embedding(IDS)
+    twin.weight.zero_()
+    assert torch.equal(embedding(IDS), rows) and not torch.equal(twin(IDS), rows)
+
+
+def test_a_token_that_there_is_not_is_refused() -> None:
+    with pytest.raises(IndexError):
+        CompressedEmbedding.from_part(part(8), torch.float32)(torch.tensor([TOKENS]))
+
+
+@pytest.mark.parametrize("shape", [(TOKENS // 2, 160), (TOKENS, 72), (TOKENS, 96)])
+def test_tensors_of_another_size_are_refused_in_words(shape: tuple[int, int]) -> None:
+    about = CompressedEmbedding.from_part(part(6), torch.float32).about()
+    with pytest.raises(CheckpointError, match=f"of an embedding of {shape[0]} x {shape[1]} in 6 bits"):
+        CompressedEmbedding.empty({**about, "shape": shape}, torch.float32)
+
+
+def test_parts_without_rows_of_their_own_are_refused_in_words() -> None:
+    with pytest.raises(CheckpointError, match="one per row or group"):
+        CompressedEmbedding.from_part(part(8, group="tensor"), torch.float32)
+    with pytest.raises(CheckpointError, match="one uniform part, not plain"):
+        CompressedEmbedding((2, 3), [Plain(torch.zeros(2, 3)).describe()], {}, torch.float32)

@@ -346,8 +346,8 @@ def peak_memory() -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """Of a file, or of the files in a folder."""
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*.safetensors"))
+    """Of a file, or of a folder's weight files; what kernels keep beside a checkpoint does not count."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.glob("*.safetensors"))
 
 
 def in_its_own_process(way: str, files: Path, jobs: Sequence[Job], repeats: int) -> Data:

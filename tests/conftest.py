@@ -1,6 +1,11 @@
 """Tiny random models of the real transformers classes, and the project's real data where it is there."""
 
+import os
 from pathlib import Path
+
+# Workers that run side by side (pytest -n) share the cores; torch and the commands that tests start read this.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch

@@ -1,16 +1,15 @@
 """slimlm's own kernels for NVIDIA GPUs, written in Triton: 2:4 or dense codes of up to 4 bits, tables of 16 levels, an adapter.
 
 One launch multiplies by the base, adds the adapter's second half and the bias; one before it takes the adapter's first half.
-Activations are float16 or bfloat16 there, sums float32. For more tokens than `products.FUSED_UP_TO`, and for activations of 32
-or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients flow to the activations and
-the bias; the parts are frozen.
+Activations are float16 or bfloat16 there, sums float32. For more tokens than `products.FUSED_UP_TO`, and for activations of
+32 or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients flow to the
+activations and the bias; the parts are frozen.
 
 No GPU has run these kernels yet: Triton's interpreter has, and the machine code has been read (docs/gpu.md).
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,7 +46,8 @@ class Gpu:
 
     def matmul(self, x: Tensor, prepared: Ready) -> Tensor:
         """x W^T + bias, in the dtype of x. One layer must not run on two streams at the same time."""
-        layer, t, tail = prepared.layer, None, None
+        layer, t = prepared.layer, None
+        tail: tuple[Tensor, Tensor | None, Tensor | None, int] | None = None
         if layer.tail is not None and layer.right is not None:
             t = _first_half(x, layer.right, layer.counters)
             own = layer.tail
@@ -65,8 +65,3 @@ def _first_half(x: Tensor, right: Packed | Tensor, counters: Tensor) -> Tensor:
     if isinstance(right, Packed):
         return products.product(x, right, counters)
     return F.linear(x, right if right.dtype == x.dtype else right.to(x.dtype))
-
-
-def ready_for(where: torch.device) -> str | None:
-    """Why no layer at all could run on a device, in words; None: layers can."""
-    return device.refuses(where)

@@ -3,10 +3,10 @@
 Importing this file imports Triton; `products.py` does so at the first launch. The layout is said in `layout.py`.
 
 The weight is the left operand of the tensor cores: a tile `[rows, 16]` of it is made in registers and multiplied by 16 inputs
-of a few tokens, `[16, tokens]`. The 16 are two neighbouring inputs under each of the 8 words of a row, so that a word turns into
-operands without crossing threads, and each of its 32-bit registers holds two neighbouring inputs, which x holds side by side.
+of a few tokens, `[16, tokens]`. The 16 are two neighbouring inputs under each of the 8 words of a row, so that a word turns
+into operands without crossing threads, and each 32-bit register of theirs holds two inputs that lie side by side in x.
 
-Codes become floats by their bits: 0x6400 | n is 1024 + n in float16, 0x4300 | n is 128 + n in bfloat16, for a nibble n = code + 8.
+Codes become floats by their bits, for a nibble n = code + 8: 0x6400 | n is 1024 + n in float16, 0x4300 | n is 128 + n in bfloat16.
 The constants come from memory and not from the source: as two immediates of one logical operation they would make two of it.
 
 Triton's interpreter, on which the tests run without a GPU, has no arithmetic in bfloat16; there products are taken in float32.
@@ -19,7 +19,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 TENSOR = tl.constexpr(0)
 ROW = tl.constexpr(1)
-SPANS = tl.constexpr(2)
+BLOCK = tl.constexpr(2)
+SPANS = tl.constexpr(3)
 
 NO_TAIL = tl.constexpr(0)
 PACKED_TAIL = tl.constexpr(1)
@@ -40,17 +41,17 @@ def _spread(first, second, places):
 
 
 @triton.jit
+def _side_by_side(left, right):
+    """Two tiles `[rows, n]` as one `[rows, 2 n]`, columns of the two in turn."""
+    return tl.reshape(tl.join(left, right), [left.shape[0], 2 * left.shape[1]])
+
+
+@triton.jit
 def _halves(words, dtype: tl.constexpr):
     """Words `[rows, n]` of two 16-bit floats as `[rows, 2 n]`, the lower half first."""
     low = words.to(tl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
-
-
-@triton.jit
-def _twice(tile):
-    """A tile `[rows, n]` with every column twice, `[rows, 2 n]`."""
-    return tl.reshape(tl.join(tile, tile), [tile.shape[0], 2 * tile.shape[1]])
+    return _side_by_side(low, high)
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def _sparse_block(
                 two = two * scale.to(tl.float32)
             one = one.to(dtype)
             two = two.to(dtype)
-            none = tl.zeros_like(one)
+            none = tl.full(one.shape, 0.0, dtype)
             at0 = (places >> (4 * group)) & 1
             at1 = (places >> (4 * group)) & 2
             at2 = (places >> (4 * group)) & 4
@@ -134,13 +135,12 @@ def _sparse_block(
             value1 = tl.where(at1 != 0, tl.where(at0 != 0, two, one), none)
             value2 = tl.where(at2 != 0, tl.where(at3 != 0, one, two), none)
             value3 = tl.where(at3 != 0, two, none)
-            shape: tl.constexpr = [at.shape[0], 2 * at.shape[1]]
-            total = _dot(tl.reshape(tl.join(value0, value1), shape), _inputs(x_at, room, 4 * group, even), total)
-            total = _dot(tl.reshape(tl.join(value2, value3), shape), _inputs(x_at, room, 4 * group + 2, even), total)
+            total = _dot(_side_by_side(value0, value1), _inputs(x_at, room, 4 * group, even), total)
+            total = _dot(_side_by_side(value2, value3), _inputs(x_at, room, 4 * group + 2, even), total)
     else:
         place0, place1, place2, place3 = _spread(first, second, places)
         if scaled:
-            scale = _twice(scale)
+            scale = _side_by_side(scale, scale)
         for quarter in tl.static_range(4):
             # Places 0 and 1, then 2 and 3, of groups 0 to 3, then of groups 4 to 7.
             if quarter == 0:
@@ -155,8 +155,8 @@ def _sparse_block(
                 weight = _floats(words, number, even_bits, odd_bits, dtype)
                 if scaled:
                     weight = _scaled(weight, scale, dtype)
-                offset: tl.constexpr = 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number
-                total = _dot(weight, _inputs(x_at, room, offset, even), total)
+                found = _inputs(x_at, room, 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number, even)
+                total = _dot(weight, found, total)
     return total
 
 
@@ -166,7 +166,7 @@ def _dense_weight(words, levels, number: tl.constexpr, even_bits, odd_bits, dtyp
     if table:
         low = _looked_up(levels, words, 4 * number)
         high = _looked_up(levels, words, 4 * number + 16)
-        weight = tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+        weight = _side_by_side(low, high)
     else:
         weight = _floats(words, number, even_bits, odd_bits, dtype)
     return weight
@@ -180,7 +180,7 @@ def _dense_block(
     """Add the product with 64 inputs of a dense weight; `scale` `[rows, 8]` is per word, 8 inputs."""
     words = tl.load(at)
     if scaled:
-        scale = _twice(scale)
+        scale = _side_by_side(scale, scale)
     for number in tl.static_range(4):
         weight = _dense_weight(words, levels, number, even_bits, odd_bits, dtype, table)
         if scaled and table:
@@ -232,8 +232,8 @@ def product_kernel(
     # Tokens beyond the batch read the first one; what they give is not stored.
     source = tl.where(token < batch, token, 0)
     pair = tl.arange(0, 16)
-    even_bits = tl.load(bits + tl.zeros([1, 1], tl.int32))
-    odd_bits = tl.load(bits + 1 + tl.zeros([1, 1], tl.int32))
+    even_bits = tl.load(bits + tl.full([1, 1], 0, tl.int32))
+    odd_bits = tl.load(bits + 1 + tl.full([1, 1], 0, tl.int32))
     begin = part * share
     end = tl.minimum(begin + share, blocks)
 
@@ -246,8 +246,11 @@ def product_kernel(
         at = words + begin * 3 * plane + place
     else:
         at = words + begin * 2 * plane + place
-    total = tl.zeros([tile, tokens], tl.float32)
+    total = tl.full([tile, tokens], 0.0, tl.float32)
     for block in range(begin, end):
+        if scale_mode == BLOCK:
+            before = total
+            total = tl.full([tile, tokens], 0.0, tl.float32)
         if sparse:
             if scaled:
                 own = tl.load(scale + (block * padded + row)[:, None] * spans + (column * spans // 8)[None, :])
@@ -269,6 +272,8 @@ def product_kernel(
                     dtype, table, scaled, even,
                 )  # fmt: skip
             at += 2 * plane
+        if scale_mode == BLOCK:
+            total = before + total * tl.load(scale + block * padded + row)[:, None].to(tl.float32)
         x_at += block_inputs
         room -= block_inputs
     if scale_mode == TENSOR:
@@ -302,7 +307,7 @@ def product_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + number, 1, sem="acq_rel", scope="gpu")
         if arrived == splits - 1:
-            together = tl.zeros([tile, tokens], tl.float32)
+            together = tl.full([tile, tokens], 0.0, tl.float32)
             for other in range(splits):
                 together += tl.load(here + other * (tile * tokens), cache_modifier=".cg")
             if has_bias:

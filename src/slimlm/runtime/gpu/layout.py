@@ -2,15 +2,17 @@
 
 Codes of up to 4 bits are nibbles of int32 words: in two's complement on the even grid, as indices under a table of levels.
 
-A 2:4 weight, `[blocks, 3, rows, 8]`: a block is 256 inputs and word c of a row stands for 32 of them, 8 groups of four. Nibble g
-of the three planes is group g's first kept value, its second, and a bit for each of its places, two of which are set. That is
-3 bits a weight; scales come on top.
+A 2:4 weight, `[blocks, 3, rows, 8]`: a block is 256 inputs and word c of a row stands for 32 of them, 8 groups of four.
+Nibble g of the three planes is group g's first kept value, its second, and a bit for each of its places, two of which are set.
+That is 3 bits a weight; scales come on top.
 
-Any other weight, `[blocks, rows, 8]`: a block is 64 inputs, word c stands for 8 of them, and input 2 j + h lies at bits 16 h + 4 j,
-so that neighbours come apart into the halves of one register.
+Any other weight, `[blocks, rows, 8]`: a block is 64 inputs, word c stands for 8 of them, and input 2 j + h lies at bits
+16 h + 4 j, so that neighbours come apart into the halves of one register.
 
-Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with one for as many inputs as divide both the group and
-256 (2:4) or 128 (others) inputs. Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
+Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with one for as many inputs as divide both the group
+and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves.
+
+Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
 """
 
 from collections.abc import Sequence
@@ -248,6 +250,9 @@ def _scales(part: Uniform | Codebook, padded: int, block: int) -> Tensor:
     span = gcd(part.group, block)
     wide = _up(part.shape[1], block) // span
     each = _filled(scale.repeat_interleave(part.group // span, dim=1)[:, :wide], padded, wide)
+    if span < block:
+        # Copied ahead element by element, which takes 4 bytes; otherwise they cross threads, at half as many instructions more.
+        each = each.float()
     return each.view(padded, -1, block // span).transpose(0, 1).contiguous()
 
 

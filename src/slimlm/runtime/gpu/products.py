@@ -49,7 +49,7 @@ _TILES: dict[str, dict[int, Tile]] = {
 
 
 def tile_for(batch: int, rows: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a batch up to FUSED_UP_TO; `rows` with those that fill up. sm_90 is Hopper alone, all others are as sm_80."""
+    """The tile for a batch up to FUSED_UP_TO; `rows` with those that fill up. All cards but Hopper (sm_90) are as sm_80."""
     table = _TILES["sm_90" if capability[0] == 9 else "sm_80"]
     tile = next(own for most, own in table.items() if batch <= most)
     if rows % tile.rows:
@@ -92,7 +92,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _scale_mode(kernels: ModuleType, scale: Tensor) -> Any:
-    return {1: kernels.TENSOR if scale.numel() == 1 else kernels.ROW, 3: kernels.SPANS}[scale.ndim]
+    if scale.ndim == 3:
+        return kernels.BLOCK if scale.shape[2] == 1 else kernels.SPANS
+    return kernels.TENSOR if scale.numel() == 1 else kernels.ROW
 
 
 @torch.library.custom_op("slimlm::gpu_product", mutates_args=())

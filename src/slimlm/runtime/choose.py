@@ -11,7 +11,7 @@ from slimlm.runtime.backends.reference import Reference
 from slimlm.runtime.backends.triton import Gpu
 
 Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
-"""Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, or dense ones ("reference").
+"""Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, dense ones ("reference").
 
 "auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference"."""
 

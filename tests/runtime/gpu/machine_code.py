@@ -2,8 +2,9 @@
 
 Needs Triton and no GPU: its package carries the assembler and the disassembler.
 
-    python -m tests.runtime.gpu.machine_code 90            # print the counts for sm_90
-    python -m tests.runtime.gpu.machine_code --record      # write machine_code.json, which the test compares with
+    python -m tests.runtime.gpu.machine_code 90                       # print the counts for sm_90
+    python -m tests.runtime.gpu.machine_code 90 '2:4 fp16 batch 1'    # of one variant
+    python -m tests.runtime.gpu.machine_code --record                 # write machine_code.json, which the test compares with
 """
 
 import json
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,13 @@ def variants() -> Iterator[Variant]:
     """What the recipes make, at the batches of which tiles differ."""
     for batch in (1, 16, 32, 64, 128):
         yield Variant(batch)
+    for batch in (1, 64):
         yield Variant(batch, sparse=False, spans=1)
-    for batch in (1, 16):
-        yield Variant(batch, tail=1)
-        yield Variant(batch, spans=8)
-        yield Variant(batch, spans=2)
-        yield Variant(batch, sparse=False, spans=4)
-        yield Variant(batch, dtype="bf16")
-        yield Variant(batch, table=True, spans=8, tail=1, dtype="bf16")
+    yield Variant(16, tail=1)
+    yield Variant(1, spans=8)
+    yield Variant(16, dtype="bf16")
+    yield Variant(1, sparse=False, spans=4)
+    yield Variant(16, table=True, spans=8, tail=1, dtype="bf16")
 
 
 def compiled(variant: Variant, capability: int) -> Any:
@@ -144,9 +144,9 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> tuple[int, int]:
     return max(loops, key=lambda loop: sum(o.startswith(("LOP3", "LDG")) for _, o, _ in instructions[loop[0] : loop[1] + 1]))
 
 
-def measure(capability: int) -> dict[str, dict[str, Any]]:
-    """The counts of every variant by its name."""
-    return {variant.name: counts(variant, capability) for variant in variants()}
+def measure(capability: int, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The counts of the variants of these names, or of all, by name."""
+    return {variant.name: counts(variant, capability) for variant in variants() if not names or variant.name in names}
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def main() -> None:
         found = {"triton": triton.__version__, **{f"sm_{c}": measure(c) for c in CAPABILITIES}}
         RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
-    sys.stdout.write(json.dumps({"triton": triton.__version__, **measure(int(sys.argv[1]))}, indent=1) + "\n")
+    sys.stdout.write(json.dumps({"triton": triton.__version__, **measure(int(sys.argv[1]), sys.argv[2:])}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

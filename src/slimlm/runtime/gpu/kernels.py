@@ -6,7 +6,7 @@ The weight is the left operand of the tensor cores: a tile `[rows, 16]` of it is
 of a few tokens, `[16, tokens]`. The 16 are two neighbouring inputs under each of the 8 words of a row, so that a word turns
 into operands without crossing threads, and each 32-bit register of theirs holds two inputs that lie side by side in x.
 
-Codes become floats by their bits, for a nibble n = code + 8: 0x6400 | n is 1024 + n in float16, 0x4300 | n is 128 + n in bfloat16.
+Codes become floats by their bits: for n = code + 8, 0x6400 | n is 1024 + n in float16 and 0x4300 | n is 128 + n in bfloat16.
 The constants come from memory and not from the source: as two immediates of one logical operation they would make two of it.
 
 Triton's interpreter, on which the tests run without a GPU, has no arithmetic in bfloat16; there products are taken in float32.

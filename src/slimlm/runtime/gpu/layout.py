@@ -33,7 +33,7 @@ SPARSE_BLOCK, DENSE_BLOCK = 256, 128
 """Inputs of which scales lie together; a 2:4 weight's words come in blocks of 256, others' in blocks of 64."""
 LARGEST_CODE = 4
 """Bits of the largest code that a nibble holds."""
-MOST_TILES = 2
+MOST_TILES = 4
 """Tiles of tokens in the largest launch; products.py unpacks the weight for more tokens than these hold."""
 
 _SLICE = 2**22

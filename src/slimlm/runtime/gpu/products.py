@@ -6,7 +6,7 @@ counters of split products are the layer's and return to zero; so one layer must
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -42,19 +42,18 @@ bytes and operations, not measured: at 256 tokens an unpacked weight costs about
 
 # From counts of the machine code's instructions and of registers (tests/runtime/gpu/machine_code.json), not from measurements.
 _SMALL = {8: Tile(64, 8, 2, 3, 4), 16: Tile(64, 16, 2, 3, 4)}
-_TILES: dict[str, dict[int, Tile]] = {
-    "sm_80": {**_SMALL, 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 2), 256: Tile(128, 128, 8, 2, 2)},
-    "sm_90": {**_SMALL, 32: Tile(128, 32, 4, 3, 2), 64: Tile(128, 64, 4, 2, 2), 256: Tile(128, 128, 8, 2, 2)},
-}
+_AMPERE = {**_SMALL, 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 2), 256: Tile(128, 128, 8, 2, 2)}
+_HOPPER = {**_SMALL, 32: Tile(128, 32, 4, 3, 2), 64: Tile(128, 64, 4, 2, 2), 256: Tile(128, 128, 8, 2, 2)}
+# With 4 warps Triton takes these cards' own tensor instructions, which read weights from memory and not from registers: the
+# code for that has several times as many instructions and waits at barriers.
+_BLACKWELL = {**_SMALL, 32: Tile(64, 32, 2, 3, 2), 256: Tile(64, 64, 2, 3, 2)}
+_TILES = {9: _HOPPER, 10: _BLACKWELL}
 
 
 def tile_for(batch: int, rows: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a batch up to FUSED_UP_TO; `rows` with those that fill up. All cards but Hopper (sm_90) are as sm_80."""
-    table = _TILES["sm_90" if capability[0] == 9 else "sm_80"]
-    tile = next(own for most, own in table.items() if batch <= most)
-    if rows % tile.rows:
-        return Tile(ROWS, tile.tokens, min(tile.warps, 4), tile.stages, tile.waves)
-    return tile
+    """The tile for a batch up to FUSED_UP_TO and a card; `rows` with those that fill up."""
+    tile = next(own for most, own in _TILES.get(capability[0], _AMPERE).items() if batch <= most)
+    return tile if rows % tile.rows == 0 else replace(tile, rows=ROWS, warps=min(tile.warps, 4))
 
 
 def splits_for(tile: Tile, tiles: int, blocks: int, processors: int) -> tuple[int, int]:

@@ -192,6 +192,15 @@ def test_gradients_are_those_of_the_dense_matrix(dtype: torch.dtype) -> None:
     assert error(one.bias.grad, weights.sum(dim=0).double()) < ERRORS[dtype]
 
 
+def test_a_layer_that_was_prepared_in_inference_mode_gives_gradients_later() -> None:
+    gpu, one = Gpu(), layer(combinations()["2:4 one scale"])
+    with torch.inference_mode():
+        ready = gpu.prepare(one.stored())
+    x = draw(1, WIDTH).to(WHERE, torch.float16).requires_grad_()
+    gpu.matmul(x, ready).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
 def test_the_operations_that_torch_compile_sees_are_well_behaved() -> None:
     one = layer(combinations()["2:4 groups of 32 + adapter"])
     ready = Gpu().prepare(one.stored()).layer

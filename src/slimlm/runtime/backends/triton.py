@@ -10,6 +10,7 @@ No GPU has run these kernels yet: Triton's interpreter has, and the machine code
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,8 +26,6 @@ class Ready:
     layer: Layer
     bias: Tensor | None
     """`[out]`, the layer's own, in its dtype"""
-    words: str
-    """who compiles, and for which card"""
 
 
 class Gpu:
@@ -40,9 +39,11 @@ class Gpu:
 
     def prepare(self, stored: Stored) -> Ready:
         """Pack a layer where its tensors lie; raises CheckpointError where these do not fit its description."""
-        for dtype in products.NARROW:
-            products.constants(stored.device, dtype)
-        return Ready(layout.lay_out(stored), stored.bias, device.words(stored.device))
+        # What is made in inference mode could not be kept for gradients later.
+        with torch.inference_mode(False):
+            for dtype in products.NARROW:
+                products.constants(stored.device, dtype)
+            return Ready(layout.lay_out(stored), stored.bias)
 
     def matmul(self, x: Tensor, prepared: Ready) -> Tensor:
         """x W^T + bias, in the dtype of x. One layer must not run on two streams at the same time."""

@@ -150,9 +150,7 @@ def lay_out(stored: Stored) -> Layer:
     else:
         packed = _dense(_coded(inner), base.keep if isinstance(base, Pruned) else None)
     right, tail = None, None
-    if extras:
-        [extra] = extras
-        assert isinstance(extra, LowRank)
+    if extras and isinstance(extra := extras[0], LowRank) and extra.rank:
         right, tail = _right(extra.right), _tail(extra.left)
     tallest = max(padded_rows(packed), padded_rows(right) if isinstance(right, Packed) else 0)
     counters = torch.zeros(MOST_TILES * tallest // ROWS, dtype=torch.int32, device=stored.device)

@@ -85,7 +85,7 @@ def test_every_split_covers_all_blocks_and_no_part_is_empty() -> None:
 
 
 def test_a_launch_has_no_more_tiles_than_a_layer_has_counters() -> None:
-    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
         for batch in range(1, products.FUSED_UP_TO + 1):
             for rows in (64, 128, 192):
                 tile = products.tile_for(batch, rows, capability)

@@ -47,12 +47,19 @@ _HOPPER = {**_SMALL, 32: Tile(128, 32, 4, 3, 2), 64: Tile(128, 64, 4, 2, 2), 256
 # With 4 warps Triton takes these cards' own tensor instructions, which read weights from memory and not from registers: the
 # code for that has several times as many instructions and waits at barriers.
 _BLACKWELL = {**_SMALL, 32: Tile(64, 32, 2, 3, 2), 256: Tile(64, 64, 2, 3, 2)}
-_TILES = {9: _HOPPER, 10: _BLACKWELL}
+# All others have 100 KB of shared memory a multiprocessor, where a table's tile of 128 tokens takes 140.
+_OTHERS = {**_SMALL, 32: Tile(64, 32, 4, 3, 2), 256: Tile(64, 64, 4, 2, 2)}
+
+
+def _tiles(capability: tuple[int, int]) -> dict[int, Tile]:
+    if capability == (8, 0):
+        return _AMPERE
+    return {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _OTHERS)
 
 
 def tile_for(batch: int, rows: int, capability: tuple[int, int]) -> Tile:
     """The tile for a batch up to FUSED_UP_TO and a card; `rows` with those that fill up."""
-    tile = next(own for most, own in _TILES.get(capability[0], _AMPERE).items() if batch <= most)
+    tile = next(own for most, own in _tiles(capability).items() if batch <= most)
     return tile if rows % tile.rows == 0 else replace(tile, rows=ROWS, warps=min(tile.warps, 4))
 
 

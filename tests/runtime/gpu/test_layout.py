@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
+from slimlm.runtime.choose import choose
 from slimlm.runtime.gpu import device, layout, products
 from slimlm.runtime.linear import CompressedLinear
 
@@ -122,3 +123,33 @@ def test_a_torch_without_cuda_and_another_device_are_reasons(monkeypatch: pytest
     monkeypatch.setattr(device, "triton_version", lambda: "3.7.1")
     monkeypatch.setattr(device, "interpreted", lambda: False)
     assert "the layer is on cpu" in str(Gpu().refuses(stored(codes(SHAPE, 8))))
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch, reason: str | None, *parts: Part) -> Stored:
+    """A layer that says it lies on a GPU, which can or cannot run the kernels."""
+    monkeypatch.setattr(device, "refuses", lambda where: reason)
+    made = stored(*parts)
+    made.__dict__["device"] = torch.device("cuda")
+    return made
+
+
+def test_on_a_gpu_auto_is_the_gpu_kernels_and_elsewhere_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(stored(codes(SHAPE, 8)), "auto").backend.name != "gpu"
+    assert choose(on_a_card(monkeypatch, None, codes(SHAPE, 8)), "auto").backend.name == "gpu"
+
+
+def test_where_they_cannot_run_the_reference_does_for_the_reason_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, part in (("no card", codes(SHAPE, 8)), (None, codes(SHAPE, 8, bits=5))):
+        layer = on_a_card(monkeypatch, reason, part)
+        choice = choose(layer, "auto")
+        assert choice.backend.name == "reference" and choice.refused == (
+            reason or "codes of 5 bits; the GPU kernels take up to 4"
+        )
+        with pytest.raises(KernelError, match=f"the gpu kernels were asked for, but {choice.refused}"):
+            choose(layer, "gpu")
+
+
+def test_without_triton_layers_asked_onto_the_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "triton_version", lambda: None)
+    with pytest.raises(KernelError, match="the gpu kernels were asked for, but Triton is not installed"):
+        choose(stored(codes(SHAPE, 8)), "gpu")

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from slimlm import doctor
 from slimlm.cli import main
@@ -88,6 +89,19 @@ def test_a_faster_variant_that_the_compiler_refused_is_told_of(monkeypatch: pyte
     # A processor that could not run it is told nothing.
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2", "fma", "f16c"}))
     assert doctor._about_kernels(status) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_kernels_are_missing_for_that_reason_and_nothing_is_advised() -> None:
+    found = doctor.examine()
+    assert found.gpu_kernels == f"there is no GPU: {found.no_gpu}"
+    assert not any("GPU" in words for words in found.advice)
+
+
+def test_a_gpu_without_its_kernels_is_told_of() -> None:
+    [advice] = doctor._about_gpu(("a card",), "Triton is not installed")
+    assert advice == "slimlm has no kernels for a card, and compressed layers are dense there: Triton is not installed"
+    assert doctor._about_gpu(("a card",), None) == []
 
 
 @pytest.mark.parametrize(("free", "told"), [(1_000_000_000, 1), (50_000_000_000, 0), (None, 0)])

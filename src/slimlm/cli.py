@@ -212,13 +212,10 @@ def _tell(text: str) -> None:
     notes.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _kernels_on(where: torch.device, kernels: Kernels) -> Kernels:
-    """Who multiplies on this device; raises KernelError where kernels that it cannot run are asked for by name."""
-    if where.type == "cpu" or kernels == "reference":
-        return kernels
-    if kernels == "auto":
-        return "reference"
-    raise KernelError(f"--kernels {kernels}: these run on the CPU, and the device is {where}; use --device cpu")
+def _check_kernels(where: torch.device, kernels: Kernels) -> None:
+    """Raise KernelError where kernels are asked for by name that run elsewhere, before anything is read."""
+    if where.type != "cpu" and kernels in ("precise", "fast"):
+        raise KernelError(f"--kernels {kernels}: these run on the CPU, and the device is {where}; use --device cpu")
 
 
 def _tell_kernels(opened: OpenModel) -> None:
@@ -253,8 +250,8 @@ def evaluate(
     for folder in map(Path, sources):
         if (folder / checkpoint.RECORD).is_file():
             checkpoint.verify_files(folder)
-    chosen = _kernels_on(where, kernels)
-    models = [open_any(source, kernels=chosen, tell=_tell) for source in sources]
+    _check_kernels(where, kernels)
+    models = [open_any(source, kernels=kernels, device=where, tell=_tell) for source in sources]
     for opened in models:
         _tell_kernels(opened)
     context = min(context_length(opened.model) or sys.maxsize for opened in models)
@@ -266,7 +263,7 @@ def evaluate(
     if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(windows[0])):
         raise DataError(f"{model} and {against} cut text into different tokens; their perplexities cannot be compared")
     with _progress() as report:
-        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, where, report) for opened in models]
+        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, report) for opened in models]
     predicted = windows[:, 1:].numel()
     if as_json:
         _print_json({"text": text, "tokens": predicted, "length": window, "models": rows})
@@ -294,7 +291,8 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
     where = pick_device(device)
-    opened = open_any(model, kernels=_kernels_on(where, kernels), tell=_tell)
+    _check_kernels(where, kernels)
+    opened = open_any(model, kernels=kernels, device=where, tell=_tell)
     prefer_fast(opened.model)
     tokenizer = opened.tokenizer
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -313,7 +311,7 @@ def generate(
     show(pieces.put(start + ids))
     begun = len(text.getvalue())
     made = generate_tokens(
-        opened.model.to(where),
+        opened.model,
         torch.tensor([start + ids], device=where),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -436,7 +434,7 @@ def demo(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What this machine and this installation offer: versions, memory, GPU, CPU kernels; and what to do where they lack."""
+    """What this machine and this installation offer: versions, memory, GPU, kernels; and what to do where they lack."""
     found = diagnosis.examine()
     if as_json:
         _print_json(found.to_dict())
@@ -460,9 +458,8 @@ def _method(kind: str, name: str) -> dict[str, Any]:
 
 
 def _evaluated(
-    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, where: torch.device, report: Reporter
+    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, report: Reporter
 ) -> dict[str, Any]:
-    opened.model.to(where)
     stage = f"evaluate {opened.source}"
     with rounded_activations(opened.model, activations):
         measured = perplexity(opened.model, windows, progress=partial(report, stage))

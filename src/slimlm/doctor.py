@@ -16,6 +16,7 @@ from rich.table import Table
 
 from slimlm.report.tables import pairs_table, size
 from slimlm.runtime import native, processor
+from slimlm.runtime.gpu import device as gpu
 from slimlm.runtime.memory import total_and_free
 
 _PACKAGES = ("slimlm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
@@ -46,6 +47,8 @@ class Findings:
     no_gpu: str | None
     """why none is used; None where one is seen"""
     kernels: native.Status
+    gpu_kernels: str | None
+    """why compressed layers cannot run on slimlm's kernels on the first GPU; None where they can"""
     advice: tuple[str, ...]
     """what to do, in words; empty where all is well"""
 
@@ -60,6 +63,7 @@ def examine() -> Findings:
     cache_free = _free(Path(HF_HUB_CACHE))
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     kernels = native.status()
+    gpu_kernels = gpu.refuses(torch.device("cuda", 0)) if gpus else f"there is no GPU: {_no_gpu()}"
     return Findings(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         platform=platform.platform(),
@@ -74,7 +78,8 @@ def examine() -> Findings:
         gpus=gpus,
         no_gpu=None if gpus else _no_gpu(),
         kernels=kernels,
-        advice=(*_about_kernels(kernels), *_about_disk(cache_free)),
+        gpu_kernels=gpu_kernels,
+        advice=(*_about_kernels(kernels), *_about_gpu(gpus, gpu_kernels), *_about_disk(cache_free)),
     )
 
 
@@ -95,6 +100,7 @@ def table(found: Findings) -> Table:
         *[(f"  {v.name}", "in use" if v.active else v.why_not or "") for v in kernels.variants],
         *([("  built by", f"{kernels.compiler}, with {kernels.flags}")] if kernels.compiler else []),
     ]
+    rows.append(("GPU kernels", f"none: {found.gpu_kernels}" if found.gpu_kernels else gpu.words(torch.device("cuda", 0))))
     return pairs_table(rows)
 
 
@@ -114,6 +120,11 @@ def _about_kernels(kernels: native.Status) -> list[str]:
         f"the processor could run the variant {v.name}, but it was {v.why_not}. With a newer compiler, reinstall, {_REINSTALL}"
         for v in missed[:1]
     ]
+
+
+def _about_gpu(gpus: tuple[str, ...], reason: str | None) -> list[str]:
+    """What to do where there is a card and no kernels for it."""
+    return [f"slimlm has no kernels for {gpus[0]}, and compressed layers are dense there: {reason}"] if gpus and reason else []
 
 
 def _cure(reason: str) -> str:

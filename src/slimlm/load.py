@@ -47,20 +47,22 @@ def load(
     source: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
     keep: bool = True,
     tell: Tell = _warn,
 ) -> PreTrainedModel:
-    """A compressed model from its folder (or a hub name), on the CPU.
+    """A compressed model from its folder (or a hub name), on a device.
 
-    Its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
+    On the CPU its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
     outside the compressed layers that another dtype was asked for are copies.
 
-    kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "reference" (dense matrices), or
-    "auto": precise kernels for every layer that they take, the reference for others. The kernels' layers are packed anew,
-    one at a time, and the pages of their stored tensors dropped; with `keep` the packed layers are written beside the
-    checkpoint and mapped by the next load. `slimlm.use_kernels` chooses again later.
-    dtype: of activations and of what is not compressed. "auto" is, with kernels, float32 activations among weights in the
+    kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "gpu", "reference" (dense matrices), or
+    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. The
+    kernels' layers are packed anew, one at a time. On the CPU the pages of their stored tensors are dropped, and with `keep`
+    the packed layers are written beside the checkpoint and mapped by the next load; on a GPU they stay beside the stored
+    tensors, in as much memory again. `slimlm.use_kernels` chooses again later.
+    dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
     16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
     tell: hears what a user should know, such as which layers no kernel takes, and why.
 
@@ -96,7 +98,12 @@ def load(
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
     model.name_or_path = model.config.name_or_path = source
     model.eval().requires_grad_(False)
-    if dtype == "auto" and available(kernels):
+    where = torch.device(device)
+    if where.type != "cpu":
+        model.to(where)
+        release(stored.values())
+        release(tensor for tensors in packed.values() for tensor in tensors.values())
+    elif dtype == "auto" and available(kernels):
         widen_activations(model)
     if kernels != "reference":
         _pack(model, kernels, folder, release, keep=keep, tell=tell)
@@ -180,14 +187,17 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def _pack(model: PreTrainedModel, kernels: Kernels, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
-    """Choose who multiplies each layer, tell which ones no kernel takes, and give the others their packed bytes."""
+    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others."""
     use_kernels(model, kernels)
     layers = multipliers(model)
     reasons = {name: layer.choice().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
         tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
-    taken = [name for name, reason in reasons.items() if reason is None]
+    for layer in layers.values():
+        if layer.choice().backend.name == "gpu":
+            layer.prepare()
+    taken = [name for name, layer in layers.items() if layer.choice().backend.name == "cpu"]
     if not taken:
         return
 

@@ -11,13 +11,16 @@ from slimlm.load import Tell, load
 from slimlm.models.opening import folder_of, open_dense, open_tokenizer, read_config
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.choose import Kernels, available
+from slimlm.runtime.gpu import device as gpu
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to run in float32, with its size."""
+    """A model ready to run, with its size."""
 
     source: str
     model: PreTrainedModel
@@ -28,16 +31,22 @@ class OpenModel:
     """of the linear layers in the blocks: stored bits over weights"""
 
 
-def open_any(source: str, *, kernels: Kernels = "reference", tell: Tell = warnings.warn) -> OpenModel:
-    """Open a slimlm checkpoint or a dense model with float32 activations; raises where it has no tokenizer.
+def open_any(
+    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, tell: Tell = warnings.warn
+) -> OpenModel:
+    """Open a slimlm checkpoint or a dense model on a device; raises where it has no tokenizer.
+
+    Activations are float32, but for checkpoints on GPU kernels, where they are of the dtype that the original had.
 
     kernels and tell: for a checkpoint, as in `slimlm.load`.
     """
     method = (read_config(source).get("quantization_config") or {}).get("quant_method")
     if method == checkpoint.METHOD:
-        # With kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
-        dtype = "auto" if available(kernels) else torch.float32
-        model, tokenizer = load(source, dtype=dtype, kernels=kernels, tell=tell), open_tokenizer(source)
+        # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
+        ready = available(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
+        dtype = "auto" if ready else torch.float32
+        model = load(source, dtype=dtype, device=device, kernels=kernels, tell=tell)
+        tokenizer = open_tokenizer(source)
         inside = (module for block in blocks_of(model).values() for module in block.modules())
         layers = [module for module in inside if isinstance(module, CompressedLinear)]
         bits = sum(8 * t.numel() * t.element_size() for m in layers for t in m.packed().values())
@@ -45,7 +54,7 @@ def open_any(source: str, *, kernels: Kernels = "reference", tell: Tell = warnin
         size = checkpoint.stored_bytes(folder_of(source))
     else:
         dense = open_dense(source)
-        model, tokenizer, size = dense.model, dense.tokenizer, dense.bytes
+        model, tokenizer, size = dense.model.to(device), dense.tokenizer, dense.bytes
         names = [f"{block}.{name}.weight" for block, module in blocks_of(model).items() for name in linears_of(module)]
         weights = {name: model.get_parameter(name).numel() for name in names}
         bits = sum(8 * dense.dtypes[name].itemsize * count for name, count in weights.items())

@@ -8,11 +8,12 @@ from slimlm.runtime import native
 from slimlm.runtime.backends import Backend, Stored
 from slimlm.runtime.backends.cpu import Cpu
 from slimlm.runtime.backends.reference import Reference
+from slimlm.runtime.backends.triton import Gpu
 
-Kernels = Literal["auto", "precise", "fast", "reference"]
-"""Whose arithmetic: kernels with 16-bit ("precise") or 8-bit activations ("fast"), or dense matrices ("reference").
+Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
+"""Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, dense ones ("reference").
 
-"auto" is "precise" where there are kernels for a layer, else "reference"."""
+"auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference"."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Choice:
 
 
 def available(wanted: Kernels) -> bool:
-    """Whether kernels are asked for and there are any on this machine."""
-    return wanted != "reference" and native.library() is not None
+    """Whether CPU kernels are asked for and there are any on this machine."""
+    return wanted not in ("reference", "gpu") and native.library() is not None
 
 
 _REFERENCE = Reference()
-_CPU = {"precise": Cpu("precise"), "fast": Cpu("fast")}
+_NAMED: dict[str, Cpu | Gpu] = {"precise": Cpu("precise"), "fast": Cpu("fast"), "gpu": Gpu()}
 
 
 def choose(stored: Stored, wanted: Kernels) -> Choice:
@@ -39,10 +40,11 @@ def choose(stored: Stored, wanted: Kernels) -> Choice:
         raise KernelError(f"kernels = {wanted!r}: give one of {', '.join(get_args(Kernels))}")
     if wanted == "reference":
         return Choice(_REFERENCE, None)
-    cpu = _CPU["precise" if wanted == "auto" else wanted]
-    reason = cpu.refuses(stored)
+    automatic = "gpu" if stored.device.type == "cuda" else "precise"
+    backend = _NAMED[automatic if wanted == "auto" else wanted]
+    reason = backend.refuses(stored)
     if reason is None:
-        return Choice(cpu, None)
+        return Choice(backend, None)
     if wanted != "auto":
         raise KernelError(f'the {wanted} kernels were asked for, but {reason}; "auto" would take the reference there')
     return Choice(_REFERENCE, reason)

@@ -9,8 +9,9 @@ from torch import nn
 from slimlm.core.errors import KernelError
 from slimlm.core.parts import Description
 from slimlm.runtime import kernels, native
-from slimlm.runtime.backends import cpu
+from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.choose import Kernels, choose
+from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear, Multiplier
 
 
@@ -20,7 +21,7 @@ def multipliers(model: nn.Module) -> dict[str, Multiplier]:
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """Choose who multiplies in all layers from now on: "auto", "precise", "fast" or "reference".
+    """Choose who multiplies in all layers from now on: "auto", "precise", "fast", "gpu" or "reference".
 
     Raises KernelError, and changes nothing, where kernels asked for by name do not take some layer. What was packed or mapped
     for one precision serves the other.
@@ -57,16 +58,20 @@ def precisely(model: nn.Module) -> Iterator[None]:
 
 def words(model: nn.Module) -> str | None:
     """Who multiplies the compressed layers, such as "cpu avx2, fast; 84 of 84 layers"; None where there are none."""
-    choices = [layer.choice() for layer in model.modules() if isinstance(layer, CompressedLinear)]
-    if not choices:
+    layers = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
+    if not layers:
         return None
     counts: Counter[str] = Counter()
-    for choice in choices:
-        backend = choice.backend
-        own = f"cpu {kernels.active()}, {backend.precision}" if isinstance(backend, cpu.Cpu) else backend.name
+    for layer in layers:
+        backend = layer.choice().backend
+        own = backend.name
+        if isinstance(backend, cpu.Cpu):
+            own = f"cpu {kernels.active()}, {backend.precision}"
+        elif isinstance(backend, triton.Gpu):
+            own = f"gpu {device.words(layer.stored().device)}"
         counts[own] += 1
-    reasons = sorted({choice.refused for choice in choices if choice.refused is not None})
-    found = [f"{name}; {count} of {len(choices)} layers" for name, count in counts.most_common()]
+    reasons = sorted({reason for layer in layers if (reason := layer.choice().refused) is not None})
+    found = [f"{name}; {count} of {len(layers)} layers" for name, count in counts.most_common()]
     return "; ".join([*found, *reasons])
 
 

@@ -1,0 +1,556 @@
+"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the card allows; nothing new is begun after 500 seconds.
+
+    python benchmarks/gpu.py                       # everything
+    python benchmarks/gpu.py --batches 1 16        # some of it; rows that are not measured again stay
+    python benchmarks/gpu.py --markdown            # the tables, from the results alone
+    python benchmarks/gpu.py --device cpu          # the control flow, in Triton's interpreter; times mean nothing
+
+Products are replayed from a CUDA graph that goes through copies of the weight of 280 MB together, so that none is in the L2
+cache; figures are medians of replays. Before anything is timed, layers of the same kinds are compared with float64 products,
+repeated, and replayed on other inputs. What cannot be measured is named in the results with the reason. Weights are random, and
+so is the model that writes text: one with the shapes of Llama-2-7B, made on the card.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+if "cpu" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from results_file import Results, slug, this_run
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
+from slimlm.generation import generate
+from slimlm.runtime.backends.triton import Gpu, Ready
+from slimlm.runtime.gpu import device as card
+from slimlm.runtime.gpu import layout, products
+from slimlm.runtime.linear import CompressedLinear
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+    "Llama-2-13B": [(5120, 5120), (13824, 5120), (5120, 13824)],
+    "Llama-2-70B": [(8192, 8192), (28672, 8192), (8192, 28672)],
+    "Llama-3-8B": [(14336, 4096), (4096, 14336)],
+}
+"""`[out, in]`; shapes of an earlier model are not taken again"""
+BATCHES = (1, 16, 64, 128)
+ROTATED = 280_000_000
+"""Bytes of weights before one is met again: several times any card's L2 cache."""
+ERRORS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Relative to the largest output. Half of bfloat16's comes from rounding the adapter's middle."""
+
+Call = Callable[[], Tensor]
+
+
+class MissingError(Exception):
+    """Why something cannot be measured here."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to multiply, as one call for each copy of its weight."""
+
+    name: str
+    calls: Sequence[Call]
+    bytes: float
+    """of the weight, everything counted"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer of ours."""
+
+    sparse: bool = True
+    group: int = 0
+    """inputs of a scale; 0: one for all"""
+    table: bool = False
+    adapter: bool = False
+
+
+KINDS = {
+    "slimlm dense g128": Kind(sparse=False, group=128),
+    "slimlm 2:4 one scale": Kind(),
+    "slimlm 2:4 one scale + adapter": Kind(adapter=True),
+    "slimlm 2:4 g32": Kind(group=32),
+    "slimlm 2:4 g32, table + adapter": Kind(group=32, table=True, adapter=True),
+}
+
+
+# Random layers, made in the kernels' layout
+
+
+def random_packed(rows: int, width: int, kind: Kind, where: torch.device) -> layout.Packed:
+    """A weight of random codes; its words are drawn, not packed, so that large ones take no time."""
+    padded, block = -(-rows // 64) * 64, 256 if kind.sparse else 128
+    blocks = -(-width // block)
+    size = (blocks, 3, padded, 8) if kind.sparse else (2 * blocks, padded, 8)
+    words = torch.randint(-(2**31), 2**31, size, dtype=torch.int64, device=where).to(torch.int32)
+    if kind.sparse:
+        pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.int32, device=where)
+        places = torch.zeros(blocks, padded, 8, dtype=torch.int32, device=where)
+        for group in range(8):
+            places |= pairs[torch.randint(6, places.shape, device=where)] << (4 * group)
+        words[:, 2] = places
+    shape = (blocks, padded, max(1, block // kind.group)) if kind.group else (1,)
+    dtype = torch.float16 if kind.group and block == kind.group else torch.float32
+    scale = torch.full(shape, 0.4 / width**0.5, dtype=dtype, device=where)
+    levels = torch.linspace(-1, 1, 16, device=where) if kind.table else None
+    return layout.Packed(words, scale, levels, rows, width)
+
+
+def random_ready(shape: tuple[int, int], kind: Kind, where: torch.device) -> Ready:
+    """A layer with, where wanted, an adapter of 0.1 x the smaller side, 4 bits in groups of 128."""
+    right = tail = None
+    if kind.adapter:
+        rank = -(-min(shape) // 640) * 64
+        right = random_packed(rank, shape[1], Kind(sparse=False, group=128), where)
+        words = random_packed(shape[0], rank, Kind(sparse=False), where).words[: rank // 64]
+        scale = torch.full((-(-shape[0] // 128), rank), 0.01, dtype=torch.float16, device=where)
+        tail = layout.Tail(layout.Packed(words, scale, None, shape[0], rank), 128, None)
+    counters = torch.zeros(layout.MOST_TILES * max(shape) // 64 + 64, dtype=torch.int32, device=where)
+    base = random_packed(*shape, kind, where)
+    return Ready(layout.Layer(base, right, tail, None, counters), None)
+
+
+def copies(make: Callable[[], Any], bytes_: float, where: torch.device) -> list[Any]:
+    """As many as take ROTATED bytes together."""
+    return [make() for _ in range(1 if where.type == "cpu" else max(1, min(64, round(ROTATED / bytes_))))]
+
+
+# Contenders
+
+
+def contenders(shape: tuple[int, int], x: Tensor) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    """Everyone by name, made when called."""
+    yield "cuBLAS", lambda: cublas(shape, x)
+    for name, kind in KINDS.items():
+        yield name, lambda name=name, kind=kind: ours(name, kind, shape, x)
+    yield "torch int4 g128", lambda: torch_int4(shape, x)
+    yield "humming int4", lambda: humming(shape, x)
+    yield "cuSPARSELt 2:4", lambda: cusparselt(shape, x)
+
+
+def dense_weight(shape: tuple[int, int], x: Tensor) -> Tensor:
+    """Random, in the dtype of x."""
+    return torch.randn(shape, dtype=x.dtype, device=x.device) * 0.02
+
+
+def cublas(shape: tuple[int, int], x: Tensor) -> Contender:
+    """torch's linear."""
+    size = shape[0] * shape[1] * x.element_size()
+    weights = copies(lambda: dense_weight(shape, x), size, x.device)
+    return Contender("cuBLAS", [lambda w=w: F.linear(x, w) for w in weights], size)
+
+
+def ours(name: str, kind: Kind, shape: tuple[int, int], x: Tensor) -> Contender:
+    """The kernels of this project."""
+    gpu, first = Gpu(), random_ready(shape, kind, x.device)
+    size = first.layer.bytes()
+    layers = [first, *copies(lambda: random_ready(shape, kind, x.device), size, x.device)[1:]]
+    return Contender(name, [lambda layer=layer: gpu.matmul(x, layer) for layer in layers], size)
+
+
+def torch_int4(shape: tuple[int, int], x: Tensor) -> Contender:
+    """torch's own 4-bit product, which wants bfloat16."""
+    if x.device.type != "cuda":
+        raise MissingError("its weight layout is another on the CPU")
+    out, width = shape
+    size = out * width * (0.5 + 4 / 128)
+
+    def make() -> tuple[Tensor, Tensor]:
+        codes = torch.randint(256, (out, width // 2), device=x.device, dtype=torch.int32).to(torch.uint8)
+        scales = torch.rand(width // 128, out, 2, device=x.device, dtype=torch.bfloat16) * 0.01
+        return torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales
+
+    narrow = x.bfloat16()
+    weights = copies(make, size, x.device)
+    calls = [lambda w=w, s=s: torch.ops.aten._weight_int4pack_mm(narrow, w, 128, s) for w, s in weights]
+    return Contender("torch int4 g128", calls, size)
+
+
+def humming(shape: tuple[int, int], x: Tensor) -> Contender:
+    """humming-kernels' dense 4-bit layer."""
+    if find_spec("humming") is None:
+        raise MissingError("humming is not installed: python -m pip install humming-kernels")
+    from humming.layer import HummingLayer
+
+    def make() -> Any:
+        layer = HummingLayer(shape_n=shape[0], shape_k=shape[1], weight_config={"dtype": "int4"}, torch_dtype=x.dtype)
+        layer = layer.to(x.device)
+        layer.load_from_unquantized(dense_weight(shape, x))
+        layer.transform()
+        return layer
+
+    size = shape[0] * shape[1] * 0.5
+    return Contender("humming int4", [lambda layer=layer: layer(x) for layer in copies(make, size, x.device)], size)
+
+
+def cusparselt(shape: tuple[int, int], x: Tensor) -> Contender:
+    """2:4 of 16 bits through torch; for fewer than 8 tokens the rest is zeros."""
+    if x.device.type != "cuda":
+        raise MissingError("it needs a GPU")
+    from torch.sparse import to_sparse_semi_structured
+
+    def make() -> Tensor:
+        weight = dense_weight(shape, x)
+        weight.view(-1, 4)[:, 2:] = 0
+        return to_sparse_semi_structured(weight)
+
+    size = shape[0] * shape[1] * 9 / 8
+    eight = x if len(x) >= 8 else F.pad(x, (0, 0, 0, 8 - len(x)))
+    return Contender("cuSPARSELt 2:4", [lambda w=w: F.linear(eight, w) for w in copies(make, size, x.device)], size)
+
+
+# Timing
+
+
+def seconds(calls: Sequence[Call], where: torch.device, *, least: int = 32, rounds: int = 15) -> float:
+    """The median time of one call, replayed from a graph; on the CPU that of one plain call."""
+    if where.type == "cpu":
+        began = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - began
+    count = -(-max(least, len(calls)) // len(calls)) * len(calls)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            calls[i % len(calls)]()
+    times = []
+    for _ in range(rounds + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / count)
+    return statistics.median(times[1:])
+
+
+def ceilings(where: torch.device) -> dict[str, float]:
+    """Bytes a second of a copy (read and written), operations a second of a large product, seconds of an empty launch."""
+    size = 2**14 if where.type == "cpu" else 2**30
+    both = torch.zeros(2, size, device=where)
+    copied = both.numel() * 4 / seconds([lambda: both[0].copy_(both[1])], where, least=4)
+    side = 64 if where.type == "cpu" else 8192
+    square = torch.randn(side, side, dtype=torch.bfloat16, device=where)
+    rate = 2 * side**3 / seconds([lambda: square @ square], where, least=4)
+    one = torch.zeros(1, device=where)
+    return {"copy": copied, "matrix": rate, "launch": seconds([lambda: one.add_(1)], where, least=256)}
+
+
+# Correctness
+
+
+def checked(where: torch.device) -> list[dict[str, Any]]:
+    """`check` of every kind; on a GPU in a process for each, which between them compile most kernels for the timing."""
+    if where.type == "cpu":
+        return [row for name in KINDS for row in check(name, where)]
+    command = [sys.executable, str(Path(__file__)), "--check"]
+    started = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in KINDS}
+    found = {name: process.communicate()[0] for name, process in started.items()}
+    if wrong := [name for name, process in started.items() if process.returncode]:
+        raise RuntimeError(f"not checked: {', '.join(wrong)}, for the reason above; nothing is timed")
+    return [row for rows in found.values() for row in json.loads(rows)]
+
+
+def check(name: str, where: torch.device) -> list[dict[str, Any]]:
+    """Rows with the largest error of layers packed from parts against float64 products, relative to the largest output."""
+    shape, batches = ((64, 256), (1, 3)) if where.type == "cpu" else ((1536, 2048), (1, 7, 16, 33, 64, 128, 257))
+    parts = random_parts(shape, KINDS[name])
+    exact = dense_of(parts).double().to(where)
+    gpu, rows = Gpu(), []
+    ready = gpu.prepare(CompressedLinear.from_parts(parts, None).to(where).stored())
+    for dtype in products.NARROW:
+        worst = 0.0
+        for batch in batches:
+            x = torch.randn(batch, shape[1], device=where, dtype=dtype)
+            y, expected = gpu.matmul(x, ready), x.double() @ exact.T
+            worst = max(worst, float((y.double() - expected).abs().max() / expected.abs().max()))
+            if not torch.equal(gpu.matmul(x, ready), y):
+                raise RuntimeError(f"{name}, {dtype}, batch {batch}: the same product twice differs")
+            if where.type == "cuda":
+                replayed(gpu, ready, x)
+        if not worst < ERRORS[dtype]:
+            raise RuntimeError(f"{name}, {dtype}: error {worst:.2g}, where {ERRORS[dtype]:.2g} is allowed; nothing is timed")
+        rows.append({"contender": name, "dtype": str(dtype).removeprefix("torch."), "error": worst})
+    if where.type == "cuda":
+        # So many rows that the inputs are not split: another kernel, compiled here beside the others.
+        tall = random_ready((40960, 512), KINDS[name], where)
+        for batch in BATCHES:
+            gpu.matmul(torch.randn(batch, 512, device=where, dtype=torch.bfloat16), tall)
+    return rows
+
+
+def replayed(gpu: Gpu, ready: Ready, x: Tensor) -> None:
+    """Raise where a captured product gives another result than one that is launched."""
+    fixed = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu.matmul(fixed, ready)
+    fixed.normal_()
+    graph.replay()
+    if not torch.equal(y, gpu.matmul(fixed, ready)):
+        raise RuntimeError("a captured product differs from one that is launched")
+
+
+def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
+    """Parts on the CPU, as a checkpoint has them."""
+    groups = -(-shape[1] // kind.group) if kind.group else 1
+    group: Any = kind.group or "tensor"
+    scale = 0.01 + 0.02 * torch.rand(shape[0] if kind.group else 1, groups)
+    base: Uniform | Codebook = Uniform(torch.randint(-8, 8, shape, dtype=torch.int8), scale.half(), 4, group)
+    if kind.table:
+        index = torch.randint(16, shape, dtype=torch.uint8)
+        base = Codebook(index, torch.linspace(-1.5, 1.6, 16).pow(3).half(), scale.half(), 4, group)
+    first = Pruned(base, choose(torch.randn(shape), Pattern.parse("2:4")), "2:4") if kind.sparse else base
+    if not kind.adapter:
+        return (first,)
+    rank = min(shape) // 10
+    sides = [
+        Uniform(
+            torch.randint(-8, 8, (rank, n), dtype=torch.int8), (0.01 + 0.02 * torch.rand(rank, -(-n // 128))).half(), 4, 128
+        )
+        for n in shape
+    ]
+    return first, LowRank(*sides)
+
+
+# A whole model
+
+
+class Ours(nn.Module):
+    """A layer of a model that nobody has compressed."""
+
+    def __init__(self, ready: Ready) -> None:
+        super().__init__()
+        self.ready = ready
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return Gpu().matmul(x, self.ready)
+
+
+def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
+    """Llama-2-7B's shapes (tiny ones on the CPU) with random weights in bfloat16; None: dense."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    config = LlamaConfig(**(small if where.type == "cpu" else {}), max_position_embeddings=512, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if kind is not None:
+        for block in model.model.layers:
+            for parent in (block.self_attn, block.mlp):
+                for name, linear in list(parent.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        shape = (linear.out_features, linear.in_features)
+                        setattr(parent, name, Ours(random_ready(shape, kind, where)))
+    model.to_empty(device=where)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    with where:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval().requires_grad_(False)
+
+
+def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> dict[str, Any]:
+    """Tokens a second of a generation launched kernel by kernel, with no graph: the processor's part is in it."""
+    model = random_model(kind, where)
+    prompt = torch.randint(model.config.vocab_size, (batch, 4 if where.type == "cpu" else 64), device=where)
+    new = 3 if where.type == "cpu" else 48
+    generate(model, prompt, max_new_tokens=3, ends=[])
+    made = generate(model, prompt, max_new_tokens=new, ends=[])
+    memory = torch.cuda.max_memory_allocated() if where.type == "cuda" else None
+    return {"contender": name, "batch": batch, "new_tokens_per_second": made.new_rate, "peak_memory": memory, "way": made.way}
+
+
+# The run
+
+
+def measure(arguments: argparse.Namespace, where: torch.device, results: Results) -> None:
+    """All sections, until the time is spent; every row is written at once."""
+    began = time.monotonic()
+
+    def spent(what: str, reserve: float) -> bool:
+        if time.monotonic() - began < arguments.budget - reserve:
+            return False
+        results.missing[what] = f"the budget of {arguments.budget:.0f} s was spent"
+        return True
+
+    def keep(row: dict[str, Any]) -> None:
+        results.add({"shape": [0, 0], "batch": 0, "dtype": "bfloat16", **row})
+        results.write()
+
+    keep({"section": "ceilings", "contender": "the card", **ceilings(where)})
+    for row in checked(where):
+        keep({"section": "correctness", **row})
+    for batch in arguments.batches:
+        for model, shape in shapes(where):
+            if not spent(f"{shape[0]} x {shape[1]}, batch {batch}", 60):
+                measure_layer(model, shape, batch, where, results, keep)
+    for name, kind in {"cuBLAS": None, **KINDS}.items():
+        for batch in arguments.batches[:1]:
+            if not spent(f"generation, {name}", 20):
+                try:
+                    keep({"section": "generation", **written(name, kind, where, batch)})
+                except (RuntimeError, ValueError, TypeError) as error:
+                    results.missing[f"generation, {name}"] = f"failed: {error}"
+                if where.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+    results.write()
+
+
+def shapes(where: torch.device) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Model and shape; a small one on the CPU."""
+    if where.type == "cpu":
+        yield "tiny", (64, 256)
+        return
+    for model, own in SHAPES.items():
+        for shape in own:
+            yield model, shape
+
+
+def measure_layer(
+    model: str,
+    shape: tuple[int, int],
+    batch: int,
+    where: torch.device,
+    results: Results,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """One shape at one batch, by everyone."""
+    x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=where)
+    for name, make in contenders(shape, x):
+        try:
+            contender = make()
+            taken = seconds(contender.calls, where)
+        except (MissingError, ImportError) as error:
+            results.missing[name] = str(error)
+            continue
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            results.missing[f"{name} {shape[0]} x {shape[1]}, batch {batch}"] = f"failed: {str(error)[:300]}"
+            continue
+        moved = contender.bytes + 2 * batch * (shape[0] + shape[1])
+        keep(
+            {
+                "section": "layers",
+                "model": model,
+                "shape": list(shape),
+                "batch": batch,
+                "contender": contender.name,
+                "seconds": taken,
+                "bytes_moved": moved,
+                "bits_per_weight": 8 * contender.bytes / (shape[0] * shape[1]),
+            }
+        )
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Tables of the layers, for each shape: microseconds and times as fast as cuBLAS."""
+    layers = [row for row in data["rows"] if row["section"] == "layers"]
+    lines = []
+    for ceiling in (row for row in data["rows"] if row["section"] == "ceilings"):
+        lines.append(f"copy {ceiling['copy'] / 1e12:.2f} TB/s, bfloat16 {ceiling['matrix'] / 1e12:.0f} TFLOP/s\n")
+    for shape in sorted({tuple(row["shape"]) for row in layers}):
+        own = [row for row in layers if tuple(row["shape"]) == shape]
+        batches = sorted({row["batch"] for row in own})
+        base = {row["batch"]: row["seconds"] for row in own if row["contender"] == "cuBLAS"}
+        lines += [f"{shape[0]} x {shape[1]}\n", "|  | bits/weight | " + " | ".join(f"batch {b}, us" for b in batches) + " |"]
+        lines.append("| --- | ---: |" + " ---: |" * len(batches))
+        for name in dict.fromkeys(row["contender"] for row in own):
+            rows = {row["batch"]: row for row in own if row["contender"] == name}
+            cells = [
+                f"{rows[b]['seconds'] * 1e6:.1f} ({base[b] / rows[b]['seconds']:.2f})" if b in rows and b in base else "-"
+                for b in batches
+            ]
+            lines.append(f"| {name} | {next(iter(rows.values()))['bits_per_weight']:.2f} | " + " | ".join(cells) + " |")
+        lines.append("")
+    for row in (row for row in data["rows"] if row["section"] == "generation"):
+        lines.append(f"- {row['contender']}: {row['new_tokens_per_second']:.1f} new tokens/s at batch {row['batch']}")
+    return "\n".join([*lines, *(f"- not measured: {name}: {reason}" for name, reason in data["missing"].items())])
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Times as fast as cuBLAS by batch, one panel for each shape."""
+    if find_spec("matplotlib") is None:
+        sys.stdout.write("no picture: matplotlib is not installed\n")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = [row for row in data["rows"] if row["section"] == "layers"]
+    panels = sorted({tuple(row["shape"]) for row in layers})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], panels, strict=True):
+        own = [row for row in layers if tuple(row["shape"]) == shape]
+        base = {row["batch"]: row["seconds"] for row in own if row["contender"] == "cuBLAS"}
+        for name in dict.fromkeys(row["contender"] for row in own):
+            points = sorted(
+                (r["batch"], base[r["batch"]] / r["seconds"]) for r in own if r["contender"] == name and r["batch"] in base
+            )
+            axis.plot([str(b) for b, _ in points], [ratio for _, ratio in points], marker="o", label=name)
+        axis.set_title(f"{shape[0]} x {shape[1]}", fontsize=9)
+        axis.set_xlabel("batch")
+    axes[0][0].set_ylabel("times as fast as cuBLAS")
+    axes[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure, write, show; or show what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing new is begun")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--markdown", action="store_true", help="show the tables of what was measured")
+    parser.add_argument("--check", choices=tuple(KINDS), help="only check one kind and print its rows, as the run itself does")
+    arguments = parser.parse_args()
+    where = torch.device(arguments.device)
+    if arguments.markdown:
+        for path in sorted(arguments.results.glob("gpu-*.json")):
+            sys.stdout.write(f"{path.stem}\n\n{markdown(json.loads(path.read_text(encoding='utf-8')))}\n")
+        return
+    if (reason := card.refuses(where)) is not None:
+        sys.exit(f"the GPU kernels cannot run here: {reason}")
+    if arguments.check:
+        sys.stdout.write(json.dumps(check(arguments.check, where)))
+        return
+    name = "interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    run = {**this_run("gpu.py", "triton", "humming-kernels"), "card": name, "runs_on": card.words(where)}
+    keys = ("section", "contender", "shape", "batch", "dtype")
+    results = Results(arguments.results / f"gpu-{slug(name)}.json", keys, run)
+    measure(arguments, where, results)
+    draw(results.to_dict(), results.path.with_suffix(".png"))
+    sys.stdout.write(markdown(results.to_dict()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""slimlm's own kernels for NVIDIA GPUs, written in Triton: 2:4 or dense codes of up to 4 bits, tables of 16 levels, an adapter.
+
+One launch multiplies by the base, adds the adapter's second half and the bias; one before it takes the adapter's first half.
+Activations are float16 or bfloat16 there, sums float32. For more tokens than `products.FUSED_UP_TO`, and for activations of
+32 or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients flow to the
+activations and the bias; the parts are frozen.
+
+No GPU has run these kernels yet: Triton's interpreter has, and the machine code has been read (docs/gpu.md).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimlm.runtime.backends import Stored
+from slimlm.runtime.gpu import device, layout, products
+from slimlm.runtime.gpu.layout import Layer, Packed
+
+
+@dataclass
+class Ready:
+    """A layer in the kernels' layout."""
+
+    layer: Layer
+    bias: Tensor | None
+    """`[out]`, the layer's own, in its dtype"""
+
+
+class Gpu:
+    """Products of packed layers on a GPU."""
+
+    name = "gpu"
+
+    def refuses(self, stored: Stored) -> str | None:
+        """Without Triton or a card that it can use, off that card, and for parts that the layout does not hold."""
+        return device.refuses(stored.device) or layout.unfit(stored.descriptions, stored.shape)
+
+    def prepare(self, stored: Stored) -> Ready:
+        """Pack a layer where its tensors lie; raises CheckpointError where these do not fit its description."""
+        # What is made in inference mode could not be kept for gradients later.
+        with torch.inference_mode(False):
+            for dtype in products.NARROW:
+                products.constants(stored.device, dtype)
+            return Ready(layout.lay_out(stored), stored.bias)
+
+    def matmul(self, x: Tensor, prepared: Ready) -> Tensor:
+        """x W^T + bias, in the dtype of x. One layer must not run on two streams at the same time."""
+        layer, t = prepared.layer, None
+        tail: tuple[Tensor, Tensor | None, Tensor | None, int] | None = None
+        if layer.tail is not None and layer.right is not None:
+            t = _first_half(x, layer.right, layer.counters)
+            own = layer.tail
+            if own.packed is not None:
+                tail = own.packed.words, own.packed.scale, own.packed.levels, own.group
+            elif own.values is not None:
+                tail = own.values, None, None, own.group
+        if layer.input_scale is not None:
+            x = x * layer.input_scale.to(x.dtype)
+        return products.product(x, layer.base, layer.counters, bias=prepared.bias, t=t, tail=tail)
+
+
+def _first_half(x: Tensor, right: Packed | Tensor, counters: Tensor) -> Tensor:
+    """x R^T `[..., ranks]`."""
+    if isinstance(right, Packed):
+        return products.product(x, right, counters)
+    return F.linear(x, right if right.dtype == x.dtype else right.to(x.dtype))

@@ -1,0 +1,275 @@
+"""How a layer lies in a GPU's memory: made at load from a checkpoint's parts, never written to disk.
+
+Codes of up to 4 bits are nibbles of int32 words: in two's complement on the even grid, as indices under a table of levels.
+
+A 2:4 weight, `[blocks, 3, rows, 8]`: a block is 256 inputs and word c of a row stands for 32 of them, 8 groups of four.
+Nibble g of the three planes is group g's first kept value, its second, and a bit for each of its places, two of which are set.
+That is 3 bits a weight; scales come on top.
+
+Any other weight, `[blocks, rows, 8]`: a block is 64 inputs, word c stands for 8 of them, and input 2 j + h lies at bits
+16 h + 4 j, so that neighbours come apart into the halves of one register.
+
+Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with one for as many inputs as divide both the group
+and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves.
+
+Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from slimlm.core import grid
+from slimlm.core.errors import CheckpointError
+from slimlm.core.parts import Codebook, Description, Elementwise, LowRank, Plain, Pruned, Uniform
+from slimlm.runtime.backends import Stored
+
+ROWS = 64
+"""Rows are filled up to a multiple of this, and so are ranks."""
+SPARSE_BLOCK, DENSE_BLOCK = 256, 128
+"""Inputs of which scales lie together; a 2:4 weight's words come in blocks of 256, others' in blocks of 64."""
+LARGEST_CODE = 4
+"""Bits of the largest code that a nibble holds."""
+MOST_TILES = 4
+"""Tiles of tokens in the largest launch; products.py unpacks the weight for more tokens than these hold."""
+
+_SLICE = 2**22
+"""Weights that are packed at a time; the work in between takes some tens of bytes for each."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight of codes in the kernels' layout."""
+
+    words: Tensor
+    """int32, `[blocks, 3, rows, 8]` or `[blocks, rows, 8]`"""
+    scale: Tensor
+    """`[1]`, `[rows]` or `[blocks, rows, spans]`, in its storage dtype; of a tail `[groups of rows, ranks]`"""
+    levels: Tensor | None
+    """float32 `[16]`; None: the even grid"""
+    rows: int
+    width: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether two of four are stored."""
+        return self.words.ndim == 4
+
+    def bytes(self) -> int:
+        """What lies in memory."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.levels) if t is not None)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """An adapter's second factor, `[out, rank]`: packed, or as the 16 or 32 bits that it is."""
+
+    packed: Packed | None
+    group: int
+    """rows that share the scales of a packed one's ranks"""
+    values: Tensor | None
+    """`[rows, ranks]`, filled up with zeros"""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer ready to multiply."""
+
+    base: Packed
+    right: Packed | Tensor | None
+    """an adapter's first factor: packed, with as many rows as the tail has ranks, or values `[ranks, in]`"""
+    tail: Tail | None
+    input_scale: Tensor | None
+    """`[in]`"""
+    counters: Tensor
+    """int32 zeros, one for each tile of the largest launch; zeros again whenever a launch is over"""
+
+    def bytes(self) -> int:
+        """What lies in memory, the counters left out."""
+        factors = [self.base, self.right, *(() if self.tail is None else (self.tail.packed, self.tail.values))]
+        sizes = [f.bytes() if isinstance(f, Packed) else f.numel() * f.element_size() for f in factors if f is not None]
+        return sum(sizes)
+
+
+def unfit(descriptions: Sequence[Description], shape: tuple[int, int]) -> str | None:
+    """Why the layout does not hold parts that are so described, in words; None: it does."""
+    base, *extras = descriptions
+    if len(extras) > 1:
+        return f"it has {len(extras)} parts beside its base; the GPU kernels take one low-rank part"
+    if extras and extras[0]["kind"] != "low_rank":
+        return f"the GPU kernels add a low-rank part to a base, not a {extras[0]['kind']} part"
+    own = base["inner"] if base["kind"] == "pruned" else base
+    if own["kind"] not in ("uniform", "codebook"):
+        return f"its base is {own['kind']}; the GPU kernels take codes of up to {LARGEST_CODE} bits"
+    if base["kind"] == "pruned" and base["pattern"] != "2:4" and own["kind"] == "codebook":
+        return f"a table of levels under the mask {base['pattern']}; the GPU kernels take tables under 2:4 or no mask"
+    sparse = _two_of_four(base)
+    if sparse and shape[1] % 4:
+        return f"2:4 of {shape[1]} inputs, which are no multiple of 4"
+    if (reason := _unfit(own, 32 if sparse else 8, shape[1])) is not None:
+        return reason
+    for about in extras:
+        for side, along in (("right", 8), ("left", None)):
+            factor = about[side]
+            if factor.get("input_scale"):
+                return "a factor of its adapter has scales of inputs"
+            if factor["kind"] == "plain":
+                if factor["dtype"] not in ("float16", "bfloat16", "float32"):
+                    return f"its adapter is {factor['dtype']}; the GPU kernels take float16, bfloat16 and float32"
+            elif (reason := _unfit(factor, along, shape[1])) is not None:
+                return f"its adapter: {reason}"
+    words = (_up(shape[1], SPARSE_BLOCK) * _up(shape[0], ROWS)) * 3 // 32
+    if words >= 2**31:
+        return f"{shape[0]} x {shape[1]} weights are more than the kernels' 32-bit addresses reach"
+    return None
+
+
+def _unfit(about: Description, multiple: int | None, width: int) -> str | None:
+    if about["kind"] not in ("uniform", "codebook"):
+        return f"the GPU kernels do not know {about['kind']} parts"
+    if about["bits"] > LARGEST_CODE:
+        return f"codes of {about['bits']} bits; the GPU kernels take up to {LARGEST_CODE}"
+    group = about["group"]
+    if multiple is not None and isinstance(group, int) and group < width and group % multiple:
+        return f"groups of {group} inputs; the GPU kernels take multiples of {multiple} there"
+    return None
+
+
+def lay_out(stored: Stored) -> Layer:
+    """Pack a layer that `unfit` has no word against, where its tensors lie; raises CheckpointError for damaged ones."""
+    base, *extras = stored.parts()
+    input_scale = None
+    inner = base.inner if isinstance(base, Pruned) else base
+    if isinstance(inner, Uniform):
+        input_scale = inner.input_scale
+    if isinstance(base, Pruned) and base.pattern == "2:4":
+        packed = _sparse(base)
+    else:
+        packed = _dense(_coded(inner), base.keep if isinstance(base, Pruned) else None)
+    right, tail = None, None
+    if extras and isinstance(extra := extras[0], LowRank) and extra.rank:
+        right, tail = _right(extra.right), _tail(extra.left)
+    tallest = max(padded_rows(packed), padded_rows(right) if isinstance(right, Packed) else 0)
+    counters = torch.zeros(MOST_TILES * tallest // ROWS, dtype=torch.int32, device=stored.device)
+    return Layer(packed, right, tail, input_scale, counters)
+
+
+def padded_rows(packed: Packed) -> int:
+    """Rows with those that fill up."""
+    return packed.words.shape[-2]
+
+
+def _two_of_four(about: Description) -> bool:
+    return about["kind"] == "pruned" and about["pattern"] == "2:4"
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _coded(part: object) -> Uniform | Codebook:
+    assert isinstance(part, Uniform | Codebook)
+    return part
+
+
+def _nibbles(part: Uniform | Codebook) -> Tensor:
+    """The codes `[rows, width]` as unsigned nibbles, uint8."""
+    return part.index if isinstance(part, Codebook) else part.codes.view(torch.uint8) & 15
+
+
+def _levels(part: Uniform | Codebook) -> Tensor | None:
+    if isinstance(part, Uniform):
+        return None
+    return torch.nn.functional.pad(part.levels.float(), (0, 2**LARGEST_CODE - len(part.levels)))
+
+
+def _words(nibbles: Tensor) -> Tensor:
+    """int32 `[...]` of nibbles `[..., 8]`, the first lowest."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=nibbles.device)
+    return (nibbles.int() << shifts).sum(dim=-1, dtype=torch.int32)
+
+
+def _filled(values: Tensor, rows: int, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1], 0, rows - values.shape[0]))
+
+
+def _sparse(part: Pruned) -> Packed:
+    inner = _coded(part.inner)
+    rows, width = part.shape
+    padded, wide = _up(rows, ROWS), _up(width, SPARSE_BLOCK)
+    words = torch.zeros(wide // SPARSE_BLOCK, 3, padded, 8, dtype=torch.int32, device=part.keep.device)
+    nibbles, places = _nibbles(inner), torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=part.keep.device)
+    at_once = max(1, _SLICE // max(1, width))
+    for begin in range(0, rows, at_once):
+        keep = part.keep[begin : begin + at_once]
+        groups = keep.view(len(keep), -1, 4)
+        if not bool((groups.sum(dim=-1) == 2).all()):
+            raise CheckpointError("a stored mask is called 2:4 and does not keep two of every four inputs")
+        kept = nibbles[begin : begin + at_once][keep].view(len(keep), -1, 2)
+        bits = (groups * places).sum(dim=-1, dtype=torch.uint8)
+        for plane, values in enumerate((kept[..., 0], kept[..., 1], bits)):
+            filled = _filled(values, len(keep), wide // 4).view(len(keep), -1, 8, 8)
+            words[:, plane, begin : begin + len(keep)] = _words(filled).transpose(0, 1)
+    return Packed(words, _scales(inner, padded, SPARSE_BLOCK), _levels(inner), rows, width)
+
+
+def _dense(part: Uniform | Codebook, keep: Tensor | None = None, *, rows: int | None = None) -> Packed:
+    """`rows`: how many the packed weight has to give, where zeros are wanted after its own."""
+    own, width = part.shape
+    padded, wide = _up(own, ROWS), _up(width, DENSE_BLOCK)
+    nibbles = _nibbles(part)
+    if keep is not None:
+        nibbles = nibbles * keep
+    words = _dense_words(nibbles, padded, wide)
+    return Packed(words, _scales(part, padded, DENSE_BLOCK), _levels(part), rows or own, width)
+
+
+def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
+    rows, width = nibbles.shape
+    words = torch.zeros(wide // 64, padded, 8, dtype=torch.int32, device=nibbles.device)
+    at_once = max(1, _SLICE // max(1, width))
+    for begin in range(0, rows, at_once):
+        own = nibbles[begin : begin + at_once]
+        eights = _filled(own, len(own), wide).view(len(own), -1, 8, 4, 2).transpose(-1, -2).flatten(-2)
+        words[:, begin : begin + len(own)] = _words(eights).transpose(0, 1)
+    return words
+
+
+def _scales(part: Uniform | Codebook, padded: int, block: int) -> Tensor:
+    scale = part.scale
+    if part.group == "tensor":
+        return scale.reshape(1).clone()
+    if scale.shape[1] == 1:
+        return torch.nn.functional.pad(scale[:, 0], (0, padded - len(scale)))
+    assert isinstance(part.group, int)
+    span = gcd(part.group, block)
+    wide = _up(part.shape[1], block) // span
+    each = _filled(scale.repeat_interleave(part.group // span, dim=1)[:, :wide], padded, wide)
+    if span < block:
+        # Copied ahead element by element, which takes 4 bytes; otherwise they cross threads, at half as many instructions more.
+        each = each.float()
+    return each.view(padded, -1, block // span).transpose(0, 1).contiguous()
+
+
+def _right(part: Elementwise) -> Packed | Tensor:
+    rank = _up(part.shape[0], ROWS)
+    if isinstance(part, Plain):
+        return _filled(part.values, rank, part.shape[1])
+    return _dense(part, rows=rank)
+
+
+def _tail(part: Elementwise) -> Tail:
+    """The factor `[rank, out]` turned round: its groups run along its rows then."""
+    rank, out = part.shape
+    ranks, padded = _up(rank, ROWS), _up(out, ROWS)
+    if isinstance(part, Plain):
+        return Tail(None, 1, _filled(part.values.T, padded, ranks).contiguous())
+    group = part.group if isinstance(part.group, int) else out
+    scale = part.scale.expand(rank, part.scale.shape[1]).T
+    # Rows that fill up read a group's scales, too.
+    each = _filled(scale, grid.scale_shape((1, padded), group)[1], ranks).contiguous()
+    words = _dense_words(_nibbles(part).T, padded, ranks)
+    return Tail(Packed(words, each, _levels(part), out, ranks), group, None)

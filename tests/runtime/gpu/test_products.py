@@ -1,0 +1,225 @@
+"""Layers on the GPU kernels: the matrix that their parts stand for, for all parts, odd shapes and any batch.
+
+On a GPU where there is one; else in Triton's interpreter, which takes seconds for a product, so shapes are small.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimlm.core import grid
+from slimlm.core.errors import KernelError
+from slimlm.core.masks import Pattern, choose
+from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.runtime.backends.triton import Gpu
+from slimlm.runtime.gpu import device, products
+from slimlm.runtime.linear import CompressedLinear
+
+WHERE = torch.device("cuda" if torch.cuda.is_available() and not device.interpreted() else "cpu")
+REASON = device.refuses(WHERE)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
+
+OUT, WIDTH = 70, 264
+"""No multiples of a tile or of a block; two blocks of inputs, so that they can be split."""
+# Relative to the largest output. Sums are float32; weights, a group's scale, t and the output are rounded to 11 or 8 bits, and
+# the interpreter cuts bfloat16 off where a card rounds: a full 2^-8 for t, and again for the output.
+ERRORS = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-6}
+NARROW = [torch.float16, torch.bfloat16]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(shape: tuple[int, int], group: grid.Group, seed: int) -> Tensor:
+    drawn = torch.rand(*grid.scale_shape(shape, group), generator=torch.Generator().manual_seed(seed))
+    # The sign of a scale is free, and scales of a group differ widely.
+    return ((0.02 + 0.1 * drawn) * torch.where(drawn < 0.3, -1, 1)).half()
+
+
+def codes(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0, inputs: bool = False) -> Uniform:
+    generator = torch.Generator().manual_seed(seed)
+    top = 2 ** (bits - 1)
+    drawn = torch.randint(-top, top, shape, generator=generator, dtype=torch.int8)
+    input_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
+    return Uniform(drawn, scales(shape, group, seed), bits, group, input_scale)
+
+
+def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0) -> Codebook:
+    """Levels without zero, so that what is left out cannot be one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+    return Codebook(index, torch.linspace(-1.5, 1.7, 2**bits).pow(3).half(), scales(shape, group, seed), bits, group)
+
+
+def pruned(inner: Uniform | Codebook) -> Pruned:
+    return Pruned(inner, choose(draw(*inner.shape, seed=3), Pattern.parse("2:4")), "2:4")
+
+
+def half_kept(inner: Uniform) -> Pruned:
+    keep = torch.zeros(inner.shape, dtype=torch.bool)
+    keep.scatter_(1, draw(*inner.shape, seed=3).topk(inner.shape[1] // 2, dim=1).indices, True)
+    return Pruned(inner, keep, "0.5")
+
+
+def adapter(kind: str, out: int = OUT, width: int = WIDTH, rank: int = 5) -> LowRank:
+    left, right = (rank, out), (rank, width)
+    made = {
+        "groups": lambda: (codes(left, 32, seed=5), codes(right, 128, seed=6)),
+        "rows": lambda: (codes(left, "row", bits=3, seed=5), codes(right, "tensor", seed=6)),
+        "tables": lambda: (table(left, 128, seed=5), table(right, 32, seed=6)),
+        "plain": lambda: (Plain(draw(*left, seed=5).half() / 8), Plain(draw(*right, seed=6).bfloat16() / 8)),
+        "mixed": lambda: (Plain(draw(*left, seed=5) / 8), codes(right, 64, seed=6)),
+    }
+    return LowRank(*made[kind]())
+
+
+def combinations(out: int = OUT, width: int = WIDTH) -> dict[str, tuple[Part, ...]]:
+    shape = (out, width)
+    return {
+        "2:4 one scale": (pruned(codes(shape, "tensor")),),
+        "2:4 rows, inputs scaled": (pruned(codes(shape, "row", inputs=True)),),
+        "2:4 groups of 32 + adapter": (pruned(codes(shape, 32)), adapter("groups", out, width)),
+        "2:4 groups of 128": (pruned(codes(shape, 128)),),
+        "2:4 groups of 96, 3 bits": (pruned(codes(shape, 96, bits=3)),),
+        "2:4 groups of 256": (pruned(codes(shape, 256)),),
+        "2:4 table, groups of 32 + adapter": (pruned(table(shape, 32)), adapter("groups", out, width)),
+        "2:4 table of 2 bits, one scale": (pruned(table(shape, "tensor", bits=2)),),
+        "2:4 one scale + plain adapter": (pruned(codes(shape, "tensor")), adapter("plain", out, width)),
+        "groups of 128 + adapter of rows": (codes(shape, 128), adapter("rows", out, width)),
+        "groups of 32 + mixed adapter": (codes(shape, 32), adapter("mixed", out, width)),
+        "groups of 8, half kept": (half_kept(codes(shape, 8)),),
+        "table, groups of 64 + adapter of tables": (table(shape, 64), adapter("tables", out, width)),
+        "one group longer than a row": (codes(shape, 512),),
+    }
+
+
+def layer(parts: tuple[Part, ...], *, bias: bool = True) -> CompressedLinear:
+    return CompressedLinear.from_parts(parts, draw(parts[0].shape[0], seed=8) if bias else None).to(WHERE)
+
+
+def exact(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
+    y = x.cpu().double() @ dense_of(parts).double().T
+    return y + draw(parts[0].shape[0], seed=8).double() if bias else y
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.cpu().double() - expected).abs().max() / expected.abs().max())
+
+
+def multiplied(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
+    gpu, one = Gpu(), layer(parts, bias=bias)
+    assert gpu.refuses(one.stored()) is None
+    return gpu.matmul(x.to(WHERE), gpu.prepare(one.stored()))
+
+
+@pytest.mark.parametrize("name", combinations())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype) -> None:
+    parts = combinations()[name]
+    x = draw(3, WIDTH, seed=4).to(dtype)
+    y = multiplied(parts, x)
+    assert y.dtype == dtype and y.shape == (3, OUT)
+    assert error(y, exact(parts, x)) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize(("batch", "out", "width"), [(1, 64, 256), (9, 130, 512), (20, 3, 260), (40, 66, 8), (130, 64, 256)])
+@pytest.mark.parametrize("name", ["2:4 groups of 32 + adapter", "groups of 128 + adapter of rows"])
+def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, width: int) -> None:
+    parts = combinations(out, width)[name]
+    x = draw(batch, width, seed=4).half()
+    assert error(multiplied(parts, x, bias=False), exact(parts, x, bias=False)) < ERRORS[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_more_tokens_than_are_fused_multiply_an_unpacked_weight(dtype: torch.dtype) -> None:
+    parts = combinations()["2:4 table, groups of 32 + adapter"]
+    x = draw(products.FUSED_UP_TO + 1, WIDTH, seed=4).to(dtype)
+    assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (), (0,), (2, 0)], ids=str)
+def test_leading_dimensions_stay(leading: tuple[int, ...]) -> None:
+    parts = combinations()["2:4 one scale + plain adapter"]
+    x = draw(*leading, WIDTH, seed=4).half()
+    y = multiplied(parts, x)
+    assert y.shape == (*leading, OUT)
+    assert not y.numel() or error(y, exact(parts, x)) < ERRORS[torch.float16]
+
+
+def test_the_memory_layout_of_the_input_does_not_matter() -> None:
+    gpu, one = Gpu(), layer(combinations()["2:4 groups of 32 + adapter"])
+    ready = gpu.prepare(one.stored())
+    for x in (draw(WIDTH, 3).T, draw(3, 2 * WIDTH)[:, ::2], draw(3, 2 * WIDTH)[:, :WIDTH], draw(1, WIDTH).expand(3, WIDTH)):
+        narrow = x.to(WHERE, torch.float16)
+        assert torch.equal(gpu.matmul(narrow, ready), gpu.matmul(narrow.clone(memory_format=torch.contiguous_format), ready))
+
+
+def test_a_split_product_is_the_same_every_time_and_leaves_its_counters_at_zero() -> None:
+    gpu, one = Gpu(), layer(combinations()["groups of 128 + adapter of rows"])
+    ready, x = gpu.prepare(one.stored()), draw(2, WIDTH).to(WHERE, torch.float16)
+    tile = products.tile_for(2, 128, (8, 0))
+    assert products.splits_for(tile, 2, 3, 2)[0] > 1  # what the interpreter's made-up card would do
+    first = gpu.matmul(x, ready)
+    assert all(torch.equal(gpu.matmul(x, ready), first) for _ in range(3))
+    assert not ready.layer.counters.any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+def test_inputs_that_are_not_finite_stay_in_their_row() -> None:
+    parts = combinations()["2:4 one scale"]
+    x = draw(3, WIDTH).half()
+    x[1, 5] = float("inf")
+    y = multiplied(parts, x).cpu()
+    assert bool(y[[0, 2]].isfinite().all()) and not bool(y[1].isfinite().all())
+
+
+def test_activations_of_another_width_are_refused_in_words() -> None:
+    with pytest.raises(KernelError, match=rf"the layer has {WIDTH} inputs, and the activations are \[2, {WIDTH - 4}\]"):
+        multiplied(combinations()["2:4 one scale"], draw(2, WIDTH - 4).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gradients_are_those_of_the_dense_matrix(dtype: torch.dtype) -> None:
+    parts = combinations()["2:4 groups of 32 + adapter"]
+    gpu, one = Gpu(), layer(parts)
+    assert one.bias is not None
+    one.bias.requires_grad_()
+    x, weights = draw(3, WIDTH).to(WHERE, dtype).requires_grad_(), draw(3, OUT, seed=9)
+    gpu.matmul(x, gpu.prepare(one.stored())).mul(weights.to(WHERE, dtype)).sum().backward()
+    assert x.grad is not None and one.bias.grad is not None
+    assert error(x.grad, weights.double() @ dense_of(parts).double()) < ERRORS[dtype]
+    assert error(one.bias.grad, weights.sum(dim=0).double()) < ERRORS[dtype]
+
+
+def test_a_layer_that_was_prepared_in_inference_mode_gives_gradients_later() -> None:
+    gpu, one = Gpu(), layer(combinations()["2:4 one scale"])
+    with torch.inference_mode():
+        ready = gpu.prepare(one.stored())
+    x = draw(1, WIDTH).to(WHERE, torch.float16).requires_grad_()
+    gpu.matmul(x, ready).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
+def test_the_operations_that_torch_compile_sees_are_well_behaved() -> None:
+    one = layer(combinations()["2:4 groups of 32 + adapter"])
+    ready = Gpu().prepare(one.stored()).layer
+    base, tail = ready.base, ready.tail
+    assert tail is not None and tail.packed is not None
+    x = draw(2, 1, WIDTH).to(WHERE, torch.float16).requires_grad_()
+    t = draw(2, 1, tail.packed.width).to(WHERE, torch.float16).requires_grad_()
+    packed = tail.packed.words, tail.packed.scale, None
+    arguments = (x, base.words, base.scale, None, one.bias, t, *packed, ready.counters, OUT, WIDTH, tail.group)
+    torch.library.opcheck(torch.ops.slimlm.gpu_product.default, arguments)
+    unpacked = (base.words, base.scale, None, OUT, WIDTH, 0, torch.float32)
+    torch.library.opcheck(torch.ops.slimlm.gpu_unpacked.default, unpacked)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_layer_compiles_without_a_break(backend: str) -> None:
+    one = layer(combinations()["2:4 one scale + plain adapter"])
+    one.use_kernels("gpu")
+    one.prepare()
+    x = draw(3, WIDTH).to(WHERE, torch.float16)
+    compiled = torch.compile(one, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x), one(x))

@@ -184,7 +184,7 @@ def match(
     dtypes: dict[str, torch.dtype],
     device: torch.device,
 ) -> tuple[float, float]:
-    """Tune a compressed block towards its original's outputs; the relative squared error on windows held back, before, after."""
+    """Tune a compressed block towards the original outputs; the relative squared error on windows held back, before, after."""
     inputs = flow
     if options.inputs == "dense":
         assert original_flow is not None

@@ -142,6 +142,8 @@ def compress(
         ready = prepare(asked, journal, progress, tell)
         recipe, found = plan_of(ready, journal, progress)
         ready = dataclasses.replace(ready, whole=None)
+        if journal.blocks:
+            tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
         flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
         record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
         journal.remove()
@@ -157,10 +159,6 @@ def compress(
 @contextmanager
 def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     """Say what is kept and how to go on where a run goes on, is stopped, or finds the disk full."""
-    kept = f"{len(journal.blocks)} finished blocks" if journal.blocks else "what was prepared"
-    if journal.worth:
-        tell(f"an unfinished run is kept in {journal.folder}: {kept}")
-
     def words() -> str:
         if not journal.worth:
             return "no block was finished, and nothing is kept"

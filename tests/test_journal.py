@@ -70,8 +70,8 @@ def options(text: Path, recipe: str = "slim") -> dict[str, Any]:
 
 def died(model: Path, out: Path, text: Path, where: str, number: int, recipe: str = "slim") -> Path:
     """A run that ended in the middle, and the journal that it left."""
-    line = [sys.executable, "-c", CHILD, str(model), str(out), str(text), recipe, where, str(number)]
-    ended = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    typed = [sys.executable, "-c", CHILD, str(model), str(out), str(text), recipe, where, str(number)]
+    ended = subprocess.run(typed, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 9, ended.stderr
     assert not out.exists()
     return out.with_name(out.name + ".partial")
@@ -137,15 +137,15 @@ def test_a_run_killed_at_random_moments_gives_the_same_bytes(
     model: Path, undisturbed: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
     clock, out = random.Random(0), tmp_path / "o"
-    line = [sys.executable, "-c", CHILD, str(model), str(out), str(text_file), "slim", "nowhere", "0"]
+    typed = [sys.executable, "-c", CHILD, str(model), str(out), str(text_file), "slim", "nowhere", "0"]
     for _ in range(30):
-        process = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(typed, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
         time.sleep(clock.uniform(3, 9))
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
     else:
-        subprocess.run(line, check=True)
+        subprocess.run(typed, check=True)
     same(undisturbed["slim"], out)
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(
 
     def full(handle: int) -> None:
         # The second block's file is the first that does not fit.
-        if os.readlink(f"/proc/self/fd/{handle}").endswith("block-0002.safetensors.new") and next(calls) == 0:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == "block-0002.safetensors.new" and next(calls) == 0:
             raise OSError(28, "No space left on device")
         real(handle)
 

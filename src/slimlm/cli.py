@@ -91,7 +91,7 @@ Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Such as 8GiB: activations over it stay on the disk, a plan that needs more is refused.  [default: half of what is free]"
+        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  [default: half of what is free]"
     ),
 ]
 

@@ -159,6 +159,7 @@ def compress(
 @contextmanager
 def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     """Say what is kept and how to go on where a run goes on, is stopped, or finds the disk full."""
+
     def words() -> str:
         if not journal.worth:
             return "no block was finished, and nothing is kept"

@@ -4,7 +4,6 @@ Nothing of it holds the whole model: tensors go from mapped files to the shards 
 they read back, one after another.
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import map_file
-from slimlm.streaming import StreamedModel
+from slimlm.streaming import StreamedModel, skeleton_copy
 
 _TOLERANCE = 1e-4
 """By how much of their size the last block's outputs may differ between the blocks in memory and those read back."""
@@ -72,7 +71,7 @@ def _packed_ends(
     dense: StreamedModel, ends: Ends
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
     """Embedding and head as they are stored: tensors, what the config says of layers and of embeddings, records."""
-    model = copy.deepcopy(dense.model)
+    model = skeleton_copy(dense.model)
     names = [name for name in (ends.embedding, ends.head) if name is not None]
     for name in names:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
@@ -81,7 +80,7 @@ def _packed_ends(
     records = compress_ends(model, ends)
     tensors = {}
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         for key, tensor in module.state_dict().items():
             full = f"{name}.{key}"
             tensors[full] = (tensor if key in module.packed_names else tensor.to(dense.dtypes[full])).contiguous()
@@ -153,7 +152,7 @@ def verify(
 
 def _read_back(dense: StreamedModel, block_name: str, layers: dict[str, Any], stored: dict[str, Tensor]) -> nn.Module:
     """A block in float32, of the tensors of a checkpoint and nothing else."""
-    block = copy.deepcopy(dense.model.get_submodule(block_name))
+    block = skeleton_copy(dense.model.get_submodule(block_name))
     packed = set()
     for full, about in layers.items():
         if full.startswith(f"{block_name}."):

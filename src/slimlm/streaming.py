@@ -90,7 +90,7 @@ class StreamedModel:
 
     def block(self, name: str, device: torch.device) -> nn.Module:
         """A block of its own, with its values in float32, on the device; the skeleton stays as it is."""
-        block = copy.deepcopy(self.model.get_submodule(name))
+        block = skeleton_copy(self.model.get_submodule(name))
         self.fill(block, name)
         return block.to(device)
 
@@ -193,6 +193,15 @@ def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[Pre
 
 def _placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     return torch.zeros(1, dtype=dtype).expand(tuple(shape))
+
+
+def skeleton_copy(module: nn.Module) -> nn.Module:
+    """A copy of a part of a skeleton, as empty as it is: deepcopy alone would give every parameter memory of its own."""
+    memo: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        empty = _placeholder(tensor.shape, tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
 
 
 def _take(tensors: Iterable[Tensor]) -> None:

@@ -168,7 +168,7 @@ def nothing(*_: Any, **__: Any) -> Work:
 
 
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
-    ("open", pipeline, "open_dense", nothing),
+    ("open", pipeline, "open_streamed", nothing),
     ("check the model", pipeline, "refuse_early", nothing),
     ("read text", pipeline, "documents", nothing),
     ("calibration forward", blockwise, "enter", nothing),

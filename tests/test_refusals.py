@@ -308,13 +308,13 @@ def test_an_empty_folder_or_a_link_to_one_can_be_written_to(llama_folder: Path, 
     assert not list(tmp_path.rglob("*partial*"))
 
 
-def test_a_run_that_fails_leaves_nothing_behind(
+def test_a_run_that_fails_before_its_first_block_is_done_leaves_nothing_behind(
     llama_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slimlm.storage.checkpoint.write_weights", full)
+    monkeypatch.setattr("slimlm.storage.journal.write_stream", full)
     with pytest.raises(slimlm.SlimlmError, match="No space left"):
         slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), samples=4, length=32)
     assert list(tmp_path.iterdir()) == []

@@ -1,60 +1,124 @@
-"""A model's blocks compressed in place, one after another: what `pipeline.compress` does between opening and writing.
+"""A model's blocks compressed one after another: what `pipeline.compress` does between opening and writing.
 
 Each block is measured on the outputs of the compressed ones before it. Where a step follows the original model (`Need.CROSS`,
-`Need.DRIFT`), or matching does, the original block and its own inputs go along.
+`Need.DRIFT`), or matching does, the original block and its own inputs go along. A block is read when its turn comes, and
+committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is gone on from.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibrate import Flow, Original, enter, measure, measure_drift, run, stages_of
+from slimlm.calibrate import (
+    Arguments,
+    Flow,
+    Original,
+    arguments_of,
+    first_inputs,
+    measure,
+    measure_drift,
+    run,
+    run_through,
+    stages_of,
+)
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer, Need, measured
 from slimlm.core.parts import dense_of
 from slimlm.evaluate.results import LayerRecord, record_of, relative_error
-from slimlm.models.opening import DenseModel
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage.journal import Journal
+from slimlm.streaming import StreamedModel
 from slimlm.tune.match import Matching, match_block
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on."""
 
+_COMPRESSED, _ORIGINAL = "compressed", "original"
+"""The names of the two kinds of activations in the journal."""
+
 
 def compress_blocks(
-    dense: DenseModel,
+    dense: StreamedModel,
     blocks: dict[str, nn.Module],
     recipe: Recipe,
     windows: Tensor,
     device: torch.device,
     progress: Progress,
-) -> list[LayerRecord]:
-    """Compress the model's blocks in place, each on the outputs of those before it."""
-    progress("compress", 0, len(blocks))
-    flow = enter(dense.model, blocks, windows)
-    own_inputs = recipe.matching is not None and recipe.matching.inputs != "compressed"
-    original_flow = flow if own_inputs or recipe.needs & Need.CROSS else None
-    records: list[LayerRecord] = []
-    for done, (block_name, block) in enumerate(blocks.items(), 1):
-        block.to(device)
+    journal: Journal,
+) -> Flow:
+    """Compress the model's blocks into the journal, each on the outputs of those before it; those it holds are done.
+
+    Gives the outputs of the last compressed block.
+    """
+    names = list(blocks)
+    progress("compress", len(journal.blocks), len(names))
+    arguments, held = _begin(dense, blocks, windows, journal)
+    for done, name in list(enumerate(names, 1))[len(journal.blocks) :]:
+        flow = Flow(held[_COMPRESSED], arguments)
+        original_flow = Flow(held.get(_ORIGINAL, list(flow.hidden)), arguments) if follows(recipe) else None
+        block = dense.block(name, device)
         twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
         original = None if twin is None or original_flow is None else (twin, original_flow)
-        new, energies = compress_block(block, block_name, flow, recipe, dense.dtypes, device, original)
+        records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original)
         if recipe.matching is not None and twin is not None:
-            matched = match(block, twin, block_name, flow, original_flow, recipe.matching, dense.dtypes, device)
-            new = [rerecorded(record, block, block_name, energies[record.name], twin, matched) for record in new]
-        records += new
-        flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
+            teacher = flow if original_flow is None or recipe.matching.inputs == "compressed" else original_flow
+            targets = journal.spill("targets", run(twin, name, teacher, device), len(windows))
+            matched = match(block, name, flow, original_flow, targets, recipe.matching, dense.dtypes, device)
+            records = [rerecorded(record, block, name, energies[record.name], twin, matched) for record in records]
+            del targets
+        streams = {_COMPRESSED: run_through(block, name, flow, device)}
         if original is not None:
-            original_flow = Flow(list(run(original[0], block_name, original[1], device)), flow.arguments)
-        block.to("cpu")
-        progress("compress", done, len(blocks))
-    return records
+            streams[_ORIGINAL] = run_through(original[0], name, original[1], device)
+        tensors, about = stored_tensors(block, name, dense.dtypes)
+        rows = [dataclasses.asdict(record) for record in records]
+        held = journal.commit(name, tensors, about, rows, streams, len(windows))
+        progress("compress", done, len(names))
+    return Flow(held[_COMPRESSED], arguments)
+
+
+def follows(recipe: Recipe) -> bool:
+    """Whether the recipe needs the original model's activations beside those of the compressed blocks."""
+    return bool(recipe.needs & Need.CROSS) or (recipe.matching is not None and recipe.matching.inputs != "compressed")
+
+
+def activations_bytes(windows: Tensor, width: int, recipe: Recipe) -> int:
+    """What the activations take in memory, in bytes, for windows `[count, length]` and this many features per token."""
+    matched = 0 if recipe.matching is None else 1
+    return windows.numel() * width * 4 * (1 + follows(recipe) + matched)
+
+
+def _begin(
+    dense: StreamedModel, blocks: dict[str, nn.Module], windows: Tensor, journal: Journal
+) -> tuple[dict[tuple[str, int], Arguments], dict[str, Sequence[Tensor]]]:
+    """Every block's other arguments, and the activations to go on with: of the first block, or those that the journal holds."""
+    with dense.ends_filled(blocks):
+        with dense.blocks_in_turn(blocks):
+            arguments = arguments_of(dense.model, blocks, windows)
+        if journal.inputs is None:
+            streams = {_COMPRESSED: first_inputs(dense.model, blocks, windows)}
+            return arguments, journal.put_inputs(streams, len(windows))
+    return arguments, journal.held_inputs()
+
+
+def stored_tensors(
+    block: nn.Module, name: str, dtypes: dict[str, torch.dtype]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+    """A finished block's tensors as they are stored, on the CPU, and what the config says of its layers; by full name.
+
+    What was not compressed is cast back to its stored dtype, bit for bit.
+    """
+    layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
+    packed = {f"{n}.{tensor}" for n, module in layers.items() for tensor in module.packed_names}
+    tensors = {}
+    for key, tensor in block.state_dict().items():
+        full = f"{name}.{key}"
+        tensors[full] = (tensor if key in packed else tensor.to(dtypes[full])).to("cpu").contiguous()
+    return tensors, {f"{name}.{n}": module.about() for n, module in layers.items()}
 
 
 def compress_block(
@@ -112,20 +176,18 @@ def rerecorded(
 
 def match(
     block: nn.Module,
-    twin: nn.Module,
     block_name: str,
     flow: Flow,
     original_flow: Flow | None,
+    targets: Sequence[Tensor],
     options: Matching,
     dtypes: dict[str, torch.dtype],
     device: torch.device,
 ) -> tuple[float, float]:
-    """Tune a compressed block towards its original; the relative squared error on held-back windows before and after."""
-    inputs, teacher = flow, flow
-    if options.inputs != "compressed":
+    """Tune a compressed block towards the original outputs; the relative squared error on windows held back, before, after."""
+    inputs = flow
+    if options.inputs == "dense":
         assert original_flow is not None
-        teacher = original_flow
-        inputs = original_flow if options.inputs == "dense" else flow
-    targets = list(run(twin, block_name, teacher, device))
+        inputs = original_flow
     matched = match_block(block, block_name, inputs, targets, options, dtypes, device)
     return matched.before, matched.after

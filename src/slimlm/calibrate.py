@@ -1,6 +1,6 @@
 """Run one block on its inputs; measure what the steps need and nothing more."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Flow:
     """The activations on their way through the blocks, and what each block is called with beside them."""
 
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     """one tensor `[windows, length, width]` per batch: the inputs of the next block"""
     arguments: dict[tuple[str, int], Arguments]
     """by block name and number of windows in the batch"""
@@ -32,18 +32,34 @@ class _StopHereError(Exception):
 
 
 def enter(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Flow:
-    """The inputs of the first block for all windows `[count, length]`, and every block's other arguments.
+    """The inputs of the first block for all windows `[count, length]`, and every block's other arguments."""
+    arguments = arguments_of(model, blocks, windows)
+    return Flow(list(first_inputs(model, blocks, windows)), arguments)
+
+
+def batches_of(windows: Tensor) -> tuple[Tensor, ...]:
+    """The windows as they run together."""
+    return windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
+
+
+def first_inputs(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Iterator[Tensor]:
+    """The inputs `[windows, length, width]` of the first block for each batch."""
+    first = next(iter(blocks.values()))
+    for batch in batches_of(windows):
+        yield _first_input(model, first, batch)
+
+
+def arguments_of(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> dict[tuple[str, int], Arguments]:
+    """What each block is called with beside the hidden states, by block name and number of windows in the batch.
 
     The arguments are captured for each block by itself (masks and rotary tables may differ from block to block) in one
     plain forward pass per batch size. That pass also checks that each block's output is the next one's input; raises
     ModelError where a model does something in between.
     """
-    batches = windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
     arguments: dict[tuple[str, int], Arguments] = {}
-    for batch in {len(b): b for b in batches}.values():
+    for batch in {len(b): b for b in batches_of(windows)}.values():
         arguments |= _arguments_of(model, blocks, batch)
-    first = next(iter(blocks.values()))
-    return Flow([_first_input(model, first, batch) for batch in batches], arguments)
+    return arguments
 
 
 def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor) -> dict[tuple[str, int], Arguments]:
@@ -121,6 +137,15 @@ def run(block: nn.Module, name: str, flow: Flow, device: torch.device) -> Iterat
     """The block's output for each batch, on the CPU."""
     for hidden in flow.hidden:
         yield _hidden_of(_forward(block, name, flow, hidden, device)).to("cpu")
+
+
+def run_through(block: nn.Module, name: str, flow: Flow, device: torch.device) -> Iterator[Tensor]:
+    """As `run`; a batch that is in memory is dropped from the flow once it is through."""
+    if not isinstance(flow.hidden, list):
+        yield from run(block, name, flow, device)
+        return
+    while flow.hidden:
+        yield _hidden_of(_forward(block, name, flow, flow.hidden.pop(0), device)).to("cpu")
 
 
 def _forward(block: nn.Module, name: str, flow: Flow, hidden: Tensor, device: torch.device) -> Any:

@@ -88,6 +88,13 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  [default: half of what is free]"
+    ),
+]
+
 Chosen = Annotated[
     Kernels, typer.Option("--kernels", help="Who multiplies compressed layers; auto: kernels where they take a layer.")
 ]
@@ -123,10 +130,15 @@ def compress(
     length: Length = 2048,
     seed: Seed = 0,
     device: Device = "auto",
+    memory: Memory = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run kept, and begin anew.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write it packed; with --bits, plan first what each layer becomes."""
-    with _progress() as report:
+    """Compress a model and write it packed; with --bits, plan first what each layer becomes.
+
+    A run that was stopped goes on where it was when the same line is typed again.
+    """
+    with _progress() as report, _stoppable():
         result = compress_model(
             model,
             out,
@@ -140,6 +152,8 @@ def compress(
             length=length,
             seed=seed,
             device=device,
+            memory=_bytes(memory),
+            restart=restart,
             progress=report,
         )
     kernels = _prospect(result.path)
@@ -163,6 +177,7 @@ def plan_(
     length: Length = 2048,
     seed: Seed = 0,
     device: Device = "auto",
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Show what each layer could become, what that would cost and lose, and what a budget chooses; compresses nothing."""
@@ -179,6 +194,7 @@ def plan_(
             length=length,
             seed=seed,
             device=device,
+            memory=_bytes(memory),
             progress=report,
             tell=_tell,
         )
@@ -196,6 +212,29 @@ def plan_(
     output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
     if save is not None:
         output.print(f"written: {save}   next: slimlm compress MODEL --out OUT --recipe {save}", markup=False, highlight=False)
+
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def _bytes(text: str | None) -> int | None:
+    """A size in bytes; raises SlimlmError where it is none."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise SlimlmError(f"--memory {text!r}: give a size such as 8GiB, 500MB or 2.5G")
+    return size
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends with status 130 and no traceback; the run has said what it keeps."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def refuse_file(path: Path | None) -> None:

@@ -131,15 +131,21 @@ def compress_ends(model: PreTrainedModel, ends: Ends) -> list[LayerRecord]:
 
 
 def _rounded(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord]:
-    """A matrix `[tokens, width]` on the grid, and its record; the error is that of the weights themselves."""
+    """A matrix `[tokens, width]` on the grid, and its record; the error is that of the weights themselves.
+
+    The weight may be of 16 bits: it is widened a piece at a time.
+    """
     rows, width = weight.shape
-    at_once = max(1, _WEIGHTS_AT_ONCE // width)
-    scales = [grid.absmax_scale(grid.rows_of(piece, GROUP), bits).view(len(piece), -1) for piece in weight.split(at_once)]
+    pieces = weight.split(max(1, _WEIGHTS_AT_ONCE // width))
+    scales = [grid.absmax_scale(grid.rows_of(piece.float(), GROUP), bits).view(len(piece), -1) for piece in pieces]
     scale = grid.storable(torch.cat(scales))
-    part = Uniform(grid.encode(weight, scale, bits=bits, group=GROUP), scale, bits, GROUP)
+    codes = torch.empty(rows, width, dtype=torch.int8)
     missed = total = 0.0
-    for piece, codes, own in zip(weight.split(at_once), part.codes.split(at_once), scale.split(at_once), strict=True):
-        missed += float((piece - grid.dense(codes, own, GROUP)).double().square().sum())
-        total += float(piece.double().square().sum())
+    for piece, found, own in zip(pieces, *(t.split(len(pieces[0])) for t in (codes, scale)), strict=True):
+        wide = piece.float()
+        found.copy_(grid.encode(wide, own, bits=bits, group=GROUP))
+        missed += float((wide - grid.dense(found, own, GROUP)).double().square().sum())
+        total += float(wide.double().square().sum())
+    part = Uniform(codes, scale, bits, GROUP)
     error = (missed / total) ** 0.5 if total else 0.0
     return part, LayerRecord(name, (rows, width), parts_words((part,)), part.storage_bits(), 0.0, 0, error)

@@ -18,28 +18,29 @@ written, read back, and the reloaded model's logits compared with those in memor
 import dataclasses
 import fnmatch
 import platform
-import shutil
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from slimlm.blockwise import Progress, compress_blocks
+from slimlm.blockwise import Progress, activations_bytes, compress_blocks
+from slimlm.calibrate import Flow
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
-from slimlm.embedding import Ends, compress_ends, ends_of
-from slimlm.evaluate.results import Record
-from slimlm.load import load
+from slimlm.embedding import Ends, ends_of
+from slimlm.evaluate.results import Record, layer_from
+from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
 from slimlm.plan.options import Budget, Objective
@@ -52,10 +53,11 @@ from slimlm.plan.plan import (
     refuse_budget,
     refuse_few_windows,
 )
-from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
-from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
-from slimlm.runtime.linear import CompressedLinear
+from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
+from slimlm.runtime.memory import total_and_free
 from slimlm.storage import checkpoint
+from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, TEXT, Journal, identity_of, open_journal
+from slimlm.streaming import StreamedModel, open_streamed, weight_files
 
 _READ_AHEAD = 8
 """Calibration windows are drawn from up to this many times the text they need."""
@@ -115,6 +117,8 @@ def compress(
     length: int = 2048,
     seed: int = 0,
     device: str = "auto",
+    memory: int | None = None,
+    restart: bool = False,
     progress: Progress = quiet,
     tell: Tell = silent,
 ) -> Result:
@@ -123,40 +127,85 @@ def compress(
     model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. bits: average bits per weight that may be
     spent, everything counted; what each layer becomes is then planned (see slimlm.plan). embedding_bits: of input embedding and
     output head, 4 to 8, or 16 to leave them as they are stored; None: what the recipe says. data: see `Calibration`. device:
-    "auto", "cpu" or "cuda"; one block at a time is there. tell: told in words what the user should know.
+    "auto", "cpu" or "cuda"; one block at a time is there. memory: bytes that calibration activations may take before they stay
+    on the disk (None: half of what is free); what needs the whole model is refused where that is larger. tell: told in words
+    what the user should know.
+
+    Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
+    stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
     Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
     """
-    began = time.monotonic()
-    checkpoint.refuse_occupied(Path(out))
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    ready = prepare(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, progress, tell)
-    dense, recipe = ready.dense, ready.recipe
-    found = None
-    if ready.budget is not None:
-        found = planned(ready, progress)
-        recipe = found.recipe(recipe)
-    inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
-    layers = compress_blocks(dense, ready.blocks, recipe, ready.windows, ready.device, progress)
-    ends = compress_ends(dense.model, ready.ends)
-    spent = sum(r.bits for r in layers) / sum(r.shape[0] * r.shape[1] for r in layers)
-    if found is not None and found.objective == "size" and spent > found.asked_bits:
+    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
+    checkpoint.refuse_occupied(Path(out))
+    with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
+        ready = prepare(asked, journal, progress, tell)
+        recipe, found = plan_of(ready, journal, progress)
+        ready = dataclasses.replace(ready, whole=None)
+        if journal.blocks:
+            tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
+        flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
+        record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
+        journal.remove()
+    spent = record.bits_per_weight
+    if found is not None and found["objective"] == "size" and spent > found["asked_bits"]:
         tell(
-            f"{spent:.3f} bits per weight were stored, over the {found.asked_bits:g} asked for: some scales are too small for "
-            "float16, and their layers' take 32 bits. Ask for a little less"
+            f"{spent:.3f} bits per weight were stored, over the {found['asked_bits']:g} asked for: some scales are too small "
+            "for float16, and their layers' take 32 bits. Ask for a little less"
         )
+    return Result(Path(out), record)
+
+
+@contextmanager
+def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
+    """Say what is kept and how to go on where a run goes on, is stopped, or finds the disk full."""
+
+    def words() -> str:
+        if not journal.worth:
+            return "no block was finished, and nothing is kept"
+        return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same line goes on from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"stopped: {words()}")
+        raise
+    except OSError as error:
+        raise CheckpointError(f"writing failed: {error}; {words()}") from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise CheckpointError(f"{error}; {words()}") from error
+        raise
+
+
+def finished(
+    out: Path,
+    asked: "Asked",
+    ready: "Ready",
+    recipe: Recipe,
+    found: dict[str, Any] | None,
+    flow: Flow,
+    journal: Journal,
+    progress: Progress,
+) -> Record:
+    """Write the checkpoint of a journal whose blocks are all done, and verify it; gives its record."""
+    progress("write and verify", 0, 1)
+    dense, layers = ready.dense, [layer_from(row) for block in journal.blocks for row in block.records]
+    contents = contents_of(dense, ready.blocks, ready.ends, journal)
+    inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
     record = Record(
-        model=_own_name(str(model)),
+        model=_own_name(asked.model),
         recipe=recipe.to_dict(),
         calibration={
-            **dataclasses.asdict(wanted),
-            "data": _own_name(wanted.data),
-            "asked": samples,
+            **dataclasses.asdict(asked.calibration),
+            "data": _own_name(asked.calibration.data),
+            "asked": asked.calibration.samples,
             "samples": ready.windows.shape[0],
             "length": ready.windows.shape[1],
             "tokens": ready.windows.numel(),
         },
         layers=tuple(layers),
-        ends=tuple(ends),
+        ends=tuple(contents.ends),
         left=ready.left,
         coverage=sum(r.shape[0] * r.shape[1] for r in layers) / inside,
         original_bytes=dense.bytes,
@@ -164,18 +213,18 @@ def compress(
         seconds=0.0,
         peak_memory=None,
         versions=_versions(),
-        plan=None if found is None else found.to_dict(),
+        plan=found,
     )
-    progress("write and verify", 0, 1)
-    with checkpoint.written_beside(Path(out)) as folder:
-        write(folder, dense)
+    moving = partial(journal.note, MOVING)
+    with checkpoint.written_beside(out, journal.folder / "finished", moving) as folder:
+        write(folder, dense, contents)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict())
-        verify(folder, dense.model, ready.windows[:1])
-        record = dataclasses.replace(record, seconds=time.monotonic() - began, peak_memory=peak_memory())
+        verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
+        record = dataclasses.replace(record, seconds=journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict())
     progress("write and verify", 1, 1)
-    return Result(Path(out), record)
+    return record
 
 
 def plan(
@@ -190,28 +239,58 @@ def plan(
     length: int = 2048,
     seed: int = 0,
     device: str = "auto",
+    memory: int | None = None,
     progress: Progress = quiet,
     tell: Tell = silent,
 ) -> tuple[Plan, Recipe]:
     """Choose what each layer becomes within a budget; gives the plan and the recipe that carries it out.
 
-    The arguments are those of `compress`; with `bits` left out the recipe must say rank = "auto".
+    The arguments are those of `compress`; with `bits` left out the recipe must say rank = "auto". The whole model is in memory
+    meanwhile, in float32.
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    ready = prepare(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, progress, tell)
-    if ready.budget is None:
-        raise RecipeError(
-            f'there is nothing to plan: give --bits, or a recipe with rank = "auto" ({ready.recipe.name} has none)'
-        )
-    found = planned(ready, progress)
+    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
+    with TemporaryDirectory() as scratch:
+        ready = prepare(asked, Journal(Path(scratch)), progress, tell)
+        if ready.budget is None:
+            raise RecipeError(
+                f'there is nothing to plan: give --bits, or a recipe with rank = "auto" ({ready.recipe.name} has none)'
+            )
+        found = planned(ready, progress)
     return found, found.recipe(ready.recipe)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run was asked for."""
+
+    model: str
+    recipe: Recipe
+    bits: float | None
+    objective: Objective
+    calibration: Calibration
+    device: str
+    memory: int | None
+    """bytes; see `compress`"""
+
+    def identity(self, files: list[Path], device: torch.device) -> dict[str, Any]:
+        """What the result depends on, but for the calibration text, whose windows the journal keeps."""
+        own = {**dataclasses.asdict(self.calibration), "data": _own_name(self.calibration.data)}
+        return {
+            "model": identity_of(files),
+            "recipe": self.recipe.to_dict(),
+            "budget": {"bits": self.bits, "objective": self.objective},
+            "calibration": own,
+            "device": device.type,
+            "versions": {name: version(name) for name in ("slimlm", "torch", "transformers")},
+        }
 
 
 @dataclass(frozen=True)
 class Ready:
     """A model, opened and checked, before any work."""
 
-    dense: DenseModel
+    dense: StreamedModel
     blocks: dict[str, nn.Module]
     recipe: Recipe
     ends: Ends
@@ -222,6 +301,8 @@ class Ready:
     device: torch.device
     budget: Budget | None
     """None where nothing is to be planned"""
+    whole: DenseModel | None
+    """the model in memory, where a plan is still to be made"""
 
 
 def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
@@ -232,18 +313,10 @@ def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
     return dataclasses.replace(found, embedding_bits=check_embedding_bits(embedding_bits, "embedding_bits"))
 
 
-def prepare(
-    model: str,
-    recipe: Recipe,
-    bits: float | None,
-    objective: Objective,
-    wanted: Calibration,
-    device: str,
-    progress: Progress,
-    tell: Tell,
-) -> Ready:
-    """Open the model and check everything that can be checked; raises in words."""
-    where = pick_device(device)
+def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> Ready:
+    """Open the model and check everything that can be checked; raises in words. What the journal keeps is not made again."""
+    recipe, bits, objective = asked.recipe, asked.bits, asked.objective
+    where = pick_device(asked.device)
     planning = bits is not None or has_auto_rank(recipe)
     budget = None
     if bits is not None:
@@ -253,25 +326,68 @@ def prepare(
     elif objective != "size":
         raise RecipeError(f"--objective {objective} says what a budget counts, and there is none; give --bits")
     progress("open the model", 0, 1)
-    dense = open_dense(model)
-    progress("open the model", 1, 1)
+    dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
-    ends = ends_of(dense.model, recipe.embedding_bits)
-    left = refuse_early(dense.model, blocks, recipe, planning=planning)
+    journal.meet(asked.identity(weight_files(dense.folder), where))
+    with dense.ends_filled(blocks):
+        ends = ends_of(dense.model, recipe.embedding_bits)
+    left = refuse_early(dense, blocks, recipe, planning=planning)
     left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+    progress("open the model", 1, 1)
     shapes = compressible(blocks, recipe)
     if planning and budget is None:
         budget = auto_budget(recipe, list(shapes.values()), objective)
     if budget is not None:
         refuse_budget(shapes, budget)
-    windows = calibration_windows(dense, wanted, progress)
+    whole = open_whole(asked, dense, reasons, tell) if (reasons := needs_whole(asked, journal, planning=planning)) else None
+    windows = kept_windows(dense, whole, asked.calibration, journal, progress)
     if budget is not None:
         refuse_few_windows(len(windows))
     if recipe.matching is not None and len(windows) < 2:
         raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
     if recipe.needs & Need.GRAM:
         tell_of_few_tokens(shapes, windows.numel(), tell)
-    return Ready(dense, blocks, recipe, ends, left, windows, where, budget)
+    choose_place(asked, dense, windows, shapes, journal, tell)
+    return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
+
+
+def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
+    """For what the whole model has to be in memory, in words; what the journal keeps needs it no more."""
+    reasons = ["a plan"] if planning and PLAN not in journal.notes else []
+    return [*reasons, "text of its own"] if asked.calibration.data == "self" and OWN_TEXT not in journal.notes else reasons
+
+
+def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tell) -> DenseModel:
+    """The model in float32; raises ModelError where that is more than the memory that may be used."""
+    what, size = " and ".join(reasons), dense.whole_bytes
+    if asked.memory is not None and size > asked.memory:
+        raise ModelError(
+            f"for {what} the whole model has to be in memory, {in_words(size)} in float32, more than --memory "
+            f"{in_words(asked.memory)}; give more, or a recipe without a plan and calibration text from a file"
+        )
+    tell(f"for {what} the whole model is in memory meanwhile: {in_words(size)} in float32")
+    return open_dense(asked.model)
+
+
+def choose_place(
+    asked: Asked, dense: StreamedModel, windows: Tensor, shapes: dict[str, tuple[int, int]], journal: Journal, tell: Tell
+) -> None:
+    """Decide whether activations stay in memory; they are written after every block in any case."""
+    width = getattr(dense.model.config, "hidden_size", None) or max(width for _, width in shapes.values())
+    needed, free = activations_bytes(windows, width, asked.recipe), total_and_free()[1]
+    limit = asked.memory if asked.memory is not None else None if free is None else free // 2
+    journal.in_memory = limit is None or needed <= limit
+    if limit is not None and not journal.in_memory:
+        why = "--memory allows" if asked.memory is not None else "half of the free memory"
+        tell(f"activations ({in_words(needed)}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
+
+
+def in_words(size: int) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def has_auto_rank(recipe: Recipe) -> bool:
@@ -299,10 +415,11 @@ def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Te
 
 def planned(ready: Ready, progress: Progress) -> Plan:
     """The plan for what was prepared with a budget."""
-    assert ready.budget is not None
+    assert ready.budget is not None and ready.whole is not None
+    model = ready.whole.model
     return make_plan(
-        ready.dense.model,
-        ready.blocks,
+        model,
+        blocks_of(model),
         ready.recipe,
         ready.windows,
         budget=ready.budget,
@@ -311,13 +428,25 @@ def planned(ready: Ready, progress: Progress) -> Plan:
     )
 
 
+def plan_of(ready: Ready, journal: Journal, progress: Progress) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe to carry out and, where it was planned, the plan; one that the journal keeps is not made again."""
+    if ready.budget is None:
+        return ready.recipe, None
+    if PLAN not in journal.notes:
+        found = planned(ready, progress)
+        journal.note(PLAN, {"plan": found.to_dict(), "recipe": found.recipe(ready.recipe).to_dict()})
+    kept = journal.notes[PLAN]
+    return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
+
+
 def refuse_early(
-    model: PreTrainedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
+    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
 ) -> dict[str, str]:
     """Check every layer against the recipe before any work; gives the layers that stay as they are, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
     """
+    model = dense.model
     left = {
         name: "outside the blocks"
         for name, module in linears_of(model).items()
@@ -328,9 +457,10 @@ def refuse_early(
             f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
             "compress; slimlm knows nn.Linear and transformers' Conv1D"
         )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in dense.weights.items():
         if tensor.is_floating_point():
             refuse_not_finite(name, tensor)
+            dense.release([tensor])
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.leave:
         if not fnmatch.filter(known, pattern):
@@ -356,66 +486,51 @@ def refuse_early(
     return left
 
 
-def calibration_windows(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
-    """Token windows `[count, length]` to calibrate on."""
-    length = min(wanted.length, context_length(dense.model) or wanted.length)
-    tokenizer = dense.tokenizer
+def kept_windows(
+    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Progress
+) -> Tensor:
+    """The calibration windows `[count, length]`, kept in the journal.
+
+    Text that the model wrote itself is taken from there; other text is read again, and must be the same.
+    """
     if wanted.data == "self":
-        start = None if tokenizer is None else tokenizer.bos_token_id
-        pieces = []
-        for piece in sample_from_model(dense.model, samples=wanted.samples, length=length, seed=wanted.seed, start=start):
-            pieces.append(piece)
-            progress("sample text", sum(map(len, pieces)), wanted.samples)
-        return torch.cat(pieces)
-    if tokenizer is None:
+        kept = journal.noted_tensor(OWN_TEXT)
+        if kept is None:
+            assert whole is not None
+            kept = own_text(whole, wanted, progress)
+            journal.note_tensor(OWN_TEXT, kept)
+        return kept
+    windows = calibration_windows(dense, wanted)
+    kept = journal.noted_tensor(TEXT)
+    if kept is None:
+        journal.note_tensor(TEXT, windows)
+    elif not torch.equal(kept, windows):
+        raise CheckpointError(
+            f"the run in {journal.folder} was begun on other calibration text: {wanted.data} has changed since, or the "
+            "tokenizer has. Bring it back to go on, or add --restart to begin anew"
+        )
+    return windows
+
+
+def own_text(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
+    """Windows `[count, length]` that the model writes itself."""
+    start = None if dense.tokenizer is None else dense.tokenizer.bos_token_id
+    length = min(wanted.length, context_length(dense.model) or wanted.length)
+    pieces = []
+    for piece in sample_from_model(dense.model, samples=wanted.samples, length=length, seed=wanted.seed, start=start):
+        pieces.append(piece)
+        progress("sample text", sum(map(len, pieces)), wanted.samples)
+    return torch.cat(pieces)
+
+
+def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
+    """Token windows `[count, length]` of a text to calibrate on."""
+    if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
+    length = min(wanted.length, context_length(dense.model) or wanted.length)
     texts = documents(wanted.data, "calibration")
-    tokens = token_stream(tokenizer, texts, at_most=_READ_AHEAD * wanted.samples * length)
+    tokens = token_stream(dense.tokenizer, texts, at_most=_READ_AHEAD * wanted.samples * length)
     return choose_windows(windows_of(tokens, length, source=wanted.data), wanted.samples, wanted.seed)
-
-
-def write(folder: Path, dense: DenseModel) -> None:
-    """Write weights, config and tokenizer; what was not compressed is cast back to its stored dtype, bit for bit."""
-    model = dense.model
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    embeddings = {name: m for name, m in model.named_modules() if isinstance(m, CompressedEmbedding)}
-    packed = {f"{name}.{tensor}" for name, module in (layers | embeddings).items() for tensor in module.packed_names}
-    cast: dict[int, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name in packed:
-            tensors[name] = tensor.contiguous()
-        else:
-            # Tied tensors share memory before the cast and must share it after.
-            tensors[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dense.dtypes[name]).contiguous())
-    checkpoint.write_weights(folder, tensors)
-    looked_up = {name: module.about() for name, module in embeddings.items()}
-    checkpoint.write_config(folder, dense.config, described(layers, embeddings), looked_up)
-    if dense.tokenizer is not None:
-        dense.tokenizer.save_pretrained(folder)
-    if (dense.folder / "generation_config.json").is_file():
-        shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
-
-
-def described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
-    owners = {id(module): name for name, module in embeddings.items()}
-    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
-    return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
-
-
-def verify(folder: Path, model: PreTrainedModel, window: Tensor) -> None:
-    """Open the folder as a user would; its tensors and its logits must be those in memory."""
-    checkpoint.verify_files(folder)
-    reloaded = load(folder, dtype=torch.float32, kernels="reference")
-    theirs = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, theirs[name]):
-            raise CheckpointError(f"verification failed: {name} reads back different from what was written")
-    with torch.no_grad():
-        difference = (model(window).logits - reloaded(window).logits).abs().max()
-    if not float(difference) < 1e-4:
-        raise CheckpointError(f"verification failed: the reloaded model's logits differ by up to {float(difference):.3g}")
 
 
 def pick_device(name: str) -> torch.device:

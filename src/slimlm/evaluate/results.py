@@ -84,8 +84,8 @@ class Record:
         names = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in data.items() if key in names}
         try:
-            kept["layers"] = tuple(_layer_from(row) for row in data["layers"])
-            kept["ends"] = tuple(_layer_from(row) for row in data.get("ends", ()))
+            kept["layers"] = tuple(layer_from(row) for row in data["layers"])
+            kept["ends"] = tuple(layer_from(row) for row in data.get("ends", ()))
             return cls(**kept)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the record of the checkpoint is incomplete: {error}") from error
@@ -106,7 +106,8 @@ def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
     )
 
 
-def _layer_from(row: dict[str, Any]) -> LayerRecord:
+def layer_from(row: dict[str, Any]) -> LayerRecord:
+    """A layer's record from plain data, as `dataclasses.asdict` makes them."""
     matched = row.get("matched")
     lists = {"shape": tuple(row["shape"]), "notes": tuple(row.get("notes", ()))}
     return LayerRecord(**{**row, **lists, "matched": None if matched is None else tuple(matched)})

@@ -63,7 +63,7 @@ def read_config(source: str) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).to_dict()
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
-            f"{source!r} is neither a folder here nor a model that the hub gave ({_first_line(error)}). "
+            f"{source!r} is neither a folder here nor a model that the hub gave ({words_of(error)}). "
             "Give the path of a downloaded model folder, or check the name and the network"
         ) from error
     return dict(config)
@@ -81,6 +81,23 @@ def fetch(source: str) -> Path:
     return path if path.is_dir() else Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
+def weights_folder(source: str) -> Path:
+    """The folder that holds a model's config and weights, which is downloaded first as far as it is not here yet.
+
+    Old .bin files are downloaded only where there are no safetensors files. Raises ModelError where the hub does not give it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    try:
+        folder = fetch(source)
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ModelError(f"the hub does not give the files of {source!r} ({words_of(error)}); check the network") from error
+    return folder
+
+
 def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None where it has no tokenizer files; raises ModelError where they cannot be read."""
     try:
@@ -89,7 +106,7 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        raise ModelError(f"the tokenizer of {source} cannot be opened: {_first_line(error)}") from error
+        raise ModelError(f"the tokenizer of {source} cannot be opened: {words_of(error)}") from error
 
 
 @contextmanager
@@ -109,10 +126,7 @@ def open_dense(source: str) -> DenseModel:
 
     Raises ModelError for a missing, damaged, incomplete or already quantized model.
     """
-    config = read_config(source)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
+    refuse_quantized(read_config(source), source)
     try:
         with without_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -123,18 +137,30 @@ def open_dense(source: str) -> DenseModel:
     except SafetensorError as error:
         raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source} cannot be opened as a causal language model: {_first_line(error)}") from error
-    lost = sorted(info["missing_keys"])
-    if lost:
-        raise ModelError(
-            f"{source} lacks {len(lost)} tensors that {type(model).__name__} needs, {lost[0]} among them; "
-            "transformers would fill them with random numbers. Download the model again"
-        )
+        raise ModelError(f"{source} cannot be opened as a causal language model: {words_of(error)}") from error
+    refuse_missing(info, source, type(model).__name__)
     size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
     model = model.eval().requires_grad_(False)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored.pop("_name_or_path", None)
     return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored)
+
+
+def refuse_quantized(config: dict[str, Any], source: str) -> None:
+    """Raise ModelError where a config says that the weights are quantized already."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
+
+
+def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:
+    """Raise ModelError where transformers, by its loading info, did not find all tensors of a model of this class."""
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise ModelError(
+            f"{source} lacks {len(lost)} tensors that {kind} needs, {lost[0]} among them; "
+            "transformers would fill them with random numbers. Download the model again"
+        )
 
 
 def _stored_dtypes(folder: Path, model: PreTrainedModel) -> dict[str, torch.dtype] | None:
@@ -173,5 +199,6 @@ def _guessed_dtypes(source: str) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
 
-def _first_line(error: Exception) -> str:
+def words_of(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

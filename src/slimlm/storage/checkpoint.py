@@ -19,16 +19,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
+from slimlm.storage.journal import moved_already
+from slimlm.storage.streams import described, in_file_order, sha256_of, sync_folder, write_stream
 
 FORMAT = 1
 METHOD = "slimlm"
@@ -38,11 +40,11 @@ _SHARD_SIZE = "4GB"
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raise CheckpointError where something stands in the way of writing to `out`."""
+    """Raise CheckpointError where something stands in the way of writing to `out`; an unfinished run's own files do not."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        held = ", ".join(sorted(p.name for p in out.iterdir())[:3])
+    if out.is_dir() and (names := {path.name for path in out.iterdir()} - moved_already(out)):
+        held = ", ".join(sorted(names)[:3])
         raise CheckpointError(f"the output folder {out} already holds something ({held}); give another, or empty it yourself")
     _partial_for(out).rmdir()
 
@@ -59,16 +61,22 @@ def _partial_for(out: Path) -> Path:
         raise CheckpointError(f"cannot write to {out}: {error.strerror or error}; give a folder that can be written") from error
 
 
+Moving = Callable[[list[str]], None]
+"""Told the names of files before they are moved to the output folder one by one."""
+
+
 @contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
+def written_beside(out: Path, partial: Path | None = None, moving: Moving | None = None) -> Iterator[Path]:
     """A new folder that becomes `out` when the block ends well, and is removed when it does not.
 
-    Raises CheckpointError where the disk refuses; a finished folder that cannot be moved is kept and named.
+    partial: where that folder is meanwhile, on the same disk; what is there is removed. Raises CheckpointError where the disk
+    refuses; a finished folder that cannot be moved is kept and named.
     """
-    partial = _partial_for(out)
+    partial = _partial_for(out) if partial is None else _emptied(partial)
     try:
         yield partial
         _give_usual_permissions(partial)
+        _sync(partial)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"writing the checkpoint failed: {error}") from error
@@ -76,14 +84,35 @@ def written_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     try:
-        if partial.parent == out.absolute():
-            for file in list(partial.iterdir()):
-                file.rename(out / file.name)
+        if out.is_dir():
+            files = sorted(partial.iterdir(), key=lambda path: path.name == RECORD)
+            if moving is not None:
+                moving([path.name for path in files])
+            for file in files:
+                file.replace(out / file.name)
             partial.rmdir()
+            sync_folder(out)
         else:
             partial.rename(out)
+            sync_folder(out.absolute().parent)
     except OSError as error:
         raise CheckpointError(f"the checkpoint is complete in {partial}, but could not be moved to {out}: {error}") from error
+
+
+def _emptied(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file to the disk, so that a renamed folder is never one of empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def _give_usual_permissions(folder: Path) -> None:
@@ -94,11 +123,30 @@ def _give_usual_permissions(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the shards; of tensors that share memory (tied ones) the first is stored."""
+def write_weights(
+    folder: Path, tensors: dict[str, Tensor], release: Callable[[Iterable[Tensor]], Any] = lambda _: None
+) -> None:
+    """Write the shards; of tensors that share memory (tied ones) the first is stored.
+
+    release: told of each tensor once it is written, so that one that is a view of a file need not stay in memory.
+    """
     first: dict[int, str] = {}
     kept = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
-    save_torch_state_dict(kept, folder, max_shard_size=_SHARD_SIZE, metadata={"format": "pt", "slimlm_format": str(FORMAT)})
+    split = split_torch_state_dict_into_shards(kept, max_shard_size=_SHARD_SIZE)
+
+    def one_by_one(names: list[str]) -> Iterator[Tensor]:
+        for name in names:
+            yield kept[name]
+            release([kept[name]])
+
+    for file, names in split.filename_to_tensors.items():
+        about = described({name: kept[name] for name in names})
+        order = in_file_order(about)
+        metadata = {"format": "pt", "slimlm_format": str(FORMAT)}
+        write_stream(folder / file, {name: about[name] for name in order}, one_by_one(order), metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def write_config(
@@ -122,7 +170,7 @@ def write_config(
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write slimlm.json, with the size and checksum of each shard."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.glob("*.safetensors"))}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.glob("*.safetensors"))}
     data = {"format": FORMAT, "files": files, **record}
     (folder / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -184,7 +232,7 @@ def verify_files(folder: Path) -> None:
     shards = check_files(folder)
     files = _recorded_files(folder)
     for path in shards:
-        if _sha256(path) != files[path.name]["sha256"]:
+        if sha256_of(path) != files[path.name]["sha256"]:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the recorded one; copy the checkpoint again")
 
 
@@ -210,8 +258,3 @@ def _recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
 def stored_bytes(folder: Path) -> int:
     """Size of a folder's weight files."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

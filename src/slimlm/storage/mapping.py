@@ -18,19 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from slimlm.storage.streams import KINDS
 
 
 @dataclass(frozen=True)
@@ -99,9 +87,9 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
 
 def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data: int) -> Tensor:
     """One tensor as a view of the mapping; a copy where the file does not align it."""
-    if entry["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(_DTYPES)}")
-    dtype, shape, begin = _DTYPES[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
+    if entry["dtype"] not in KINDS:
+        raise CheckpointError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(KINDS)}")
+    dtype, shape, begin = KINDS[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
     if prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
     if begin % dtype.itemsize:

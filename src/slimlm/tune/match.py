@@ -15,7 +15,7 @@ scales, factors and norms differ by orders of magnitude.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ def match_block(
     block: nn.Module,
     name: str,
     flow: Flow,
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
     options: Matching,
     dtypes: dict[str, torch.dtype],
     device: torch.device,
@@ -153,7 +153,7 @@ class _Form:
 class _Windows:
     """Inputs and targets of one block, and what it makes of them."""
 
-    def __init__(self, name: str, flow: Flow, targets: list[Tensor], device: torch.device) -> None:
+    def __init__(self, name: str, flow: Flow, targets: Sequence[Tensor], device: torch.device) -> None:
         assert [h.shape for h in flow.hidden] == [t.shape for t in targets], "targets do not fit the flow"
         self.name = name
         self.flow = flow

@@ -1,0 +1,168 @@
+"""From a journal of finished blocks to a checkpoint: embedding and head, the files, and what is checked once they are written.
+
+Nothing of it holds the whole model: tensors go from mapped files to the shards one at a time, and the check runs the blocks as
+they read back, one after another.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.calibrate import Flow, first_inputs, run
+from slimlm.core.errors import CheckpointError
+from slimlm.embedding import Ends, compress_ends
+from slimlm.evaluate.results import LayerRecord
+from slimlm.load import load
+from slimlm.models.structure import swap
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage import checkpoint
+from slimlm.storage.journal import Journal
+from slimlm.storage.mapping import map_file
+from slimlm.streaming import StreamedModel, skeleton_copy
+
+_TOLERANCE = 1e-4
+"""By how much of their size the last block's outputs may differ between the blocks in memory and those read back."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint holds, most of it in mapped files."""
+
+    tensors: dict[str, Tensor]
+    """as they are stored, by name"""
+    layers: dict[str, Any]
+    """what the config says of compressed layers, by name"""
+    embeddings: dict[str, Any]
+    ends: list[LayerRecord]
+    release: Callable[[Iterable[Tensor]], Any]
+    """drops the pages of those of these tensors that are views of a file"""
+
+
+def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal: Journal) -> Contents:
+    """What the journal, embedding and head, and the original's other tensors come to."""
+    packed, about, embeddings, records = _packed_ends(dense, ends)
+    held = journal.spill_tensors("ends", packed)
+    finished, release_finished = journal.tensors()
+    replaced = tuple(f"{name}." for name in (ends.embedding, ends.head) if name is not None)
+    cast: dict[int, Tensor] = {}
+    tensors = {}
+    for name in dense.outside(blocks):
+        if not name.startswith(replaced):
+            # Tied tensors are one before a cast and must be one after it.
+            tensors[name] = cast.setdefault(dense.weights[name].data_ptr(), dense.stored(name).contiguous())
+
+    def release(wanted: Iterable[Tensor]) -> None:
+        views = list(wanted)
+        for drop in (dense.release, held.release, release_finished):
+            drop(views)
+
+    layers = {name: entry for block in journal.blocks for name, entry in block.layers.items()}
+    return Contents({**tensors, **held.tensors, **finished}, {**layers, **about}, embeddings, records, release)
+
+
+def _packed_ends(
+    dense: StreamedModel, ends: Ends
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
+    """Embedding and head as they are stored: tensors, what the config says of layers and of embeddings, records."""
+    model = skeleton_copy(dense.model)
+    names = [name for name in (ends.embedding, ends.head) if name is not None]
+    for name in names:
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            # The matrix as it is stored: it is widened piece by piece.
+            tensor.data = dense.weights[f"{name}.{key}"] if key == "weight" else dense.weights[f"{name}.{key}"].float()
+    records = compress_ends(model, ends)
+    tensors = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        for key, tensor in module.state_dict().items():
+            full = f"{name}.{key}"
+            tensors[full] = (tensor if key in module.packed_names else tensor.to(dense.dtypes[full])).contiguous()
+    modules = {name: model.get_submodule(name) for name in names}
+    layers = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
+    embeddings = {name: module for name, module in modules.items() if isinstance(module, CompressedEmbedding)}
+    dense.release(dense.weights[f"{name}.weight"] for name in names)
+    return tensors, _described(layers, embeddings), {name: module.about() for name, module in embeddings.items()}, records
+
+
+def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
+    """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
+    owners = {id(module): name for name, module in embeddings.items()}
+    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
+    return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
+
+
+def write(folder: Path, dense: StreamedModel, contents: Contents) -> None:
+    """Write weights, config and tokenizer."""
+    checkpoint.write_weights(folder, contents.tensors, contents.release)
+    checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings)
+    if dense.tokenizer is not None:
+        dense.tokenizer.save_pretrained(folder)
+    if (dense.folder / "generation_config.json").is_file():
+        shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
+
+
+def verify(
+    folder: Path,
+    dense: StreamedModel,
+    blocks: dict[str, nn.Module],
+    contents: Contents,
+    flow: Flow,
+    windows: Tensor,
+    device: torch.device,
+) -> None:
+    """The folder opens as a user would open it, its tensors are those that were to be written, and its blocks do what they did.
+
+    flow: the outputs of the last block in memory. The blocks are read back one after another and run on the first batch of
+    `windows`; what lies behind them is equal because its tensors are.
+    """
+    checkpoint.verify_files(folder)
+    load(folder, kernels="reference")
+    files = [map_file(path) for path in checkpoint.check_files(folder)]
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    written = {tensor.data_ptr(): name for name, tensor in reversed(contents.tensors.items())}
+    for name, tensor in contents.tensors.items():
+        theirs = stored.get(name if tensor.numel() == 0 else written[tensor.data_ptr()])
+        if theirs is None or theirs.dtype != tensor.dtype or not torch.equal(tensor, theirs):
+            raise CheckpointError(f"verification failed: {name} reads back different from what was written")
+        contents.release([tensor])
+        for file in files:
+            file.release([theirs])
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["layers"]
+    expected = flow.hidden[0]
+    with dense.ends_filled(blocks):
+        hidden = next(first_inputs(dense.model, blocks, windows))
+    for name in blocks:
+        block = _read_back(dense, name, layers, stored).to(device)
+        hidden = next(run(block, name, Flow([hidden], flow.arguments), device))
+        for file in files:
+            file.release(tensor for full, tensor in stored.items() if full.startswith(f"{name}."))
+    difference = float((hidden - expected).abs().max())
+    if not difference < _TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise CheckpointError(
+            f"verification failed: the outputs of the blocks that were read back differ by up to {difference:.3g}"
+        )
+
+
+def _read_back(dense: StreamedModel, block_name: str, layers: dict[str, Any], stored: dict[str, Tensor]) -> nn.Module:
+    """A block in float32, of the tensors of a checkpoint and nothing else."""
+    block = skeleton_copy(dense.model.get_submodule(block_name))
+    packed = set()
+    for full, about in layers.items():
+        if full.startswith(f"{block_name}."):
+            own = {name: stored[f"{full}.{name}"] for name in about["tensors"]}
+            bias = stored[f"{full}.bias"].float() if about["bias"] else None
+            name = full.removeprefix(f"{block_name}.")
+            swap(block, name, CompressedLinear(tuple(about["shape"]), about["parts"], own, bias))
+            packed |= {f"{name}.{key}" for key in (*own, "bias")}
+    for key, tensor in block.state_dict(keep_vars=True).items():
+        if key not in packed:
+            theirs = stored[f"{block_name}.{key}"]
+            tensor.data = theirs.float() if theirs.is_floating_point() else theirs.clone()
+    return block

@@ -1,0 +1,123 @@
+"""Safetensors files written a tensor at a time: what is written need not be in memory together.
+
+A file appears under its name when it is whole and on the disk, and not before: it is written beside that name, synced and
+renamed.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import CheckpointError
+
+Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of tensors by name"""
+
+KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the dtypes that slimlm reads and writes"""
+_NAMES = {dtype: name for name, dtype in KINDS.items()}
+NEW = ".new"
+"""What the name of a file that is not whole yet ends in."""
+
+
+def described(tensors: dict[str, Tensor]) -> Described:
+    """What `write_stream` is told of these tensors."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def in_file_order(about: Described) -> list[str]:
+    """The names, wide dtypes first, so that every tensor lies at a multiple of the size of its elements."""
+    return sorted(about, key=lambda name: (-about[name][0].itemsize, name))
+
+
+def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file of tensors that come one after another; gives its SHA-256.
+
+    about: in the order in which the tensors come. pieces: the tensors, each whole or as consecutive slices of it. Raises
+    OSError where the disk refuses, which leaves no file and an earlier one of that name untouched.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in about.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    sum_of = hashlib.sha256()
+    with written(path) as file:
+        for data in (len(head).to_bytes(8, "little"), head):
+            file.write(data)
+            sum_of.update(data)
+        for piece in pieces:
+            raw = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            file.write(raw.data)
+            sum_of.update(raw.data)
+        assert file.tell() == 8 + len(head) + end, f"{path.name}: the pieces are not the tensors that were described"
+    return sum_of.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors that are in memory; gives the file's SHA-256."""
+    about = described(tensors)
+    order = in_file_order(about)
+    return write_stream(path, {name: about[name] for name in order}, (tensors[name] for name in order))
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of what is at `path` once it is whole and synced; else nothing is left of it."""
+    new = path.with_name(path.name + NEW)
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder outlive a loss of power, where the system can do that."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sum(path: Path, expected: str) -> None:
+    """Raise CheckpointError where a file is missing or is not what was written."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if sha256_of(path) != expected:
+        raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the recorded one")

@@ -1,0 +1,286 @@
+"""A dense model whose weights stay in their files: a skeleton, and blocks that are filled when their turn comes.
+
+Transformers fills the skeleton with placeholders (tensors of the right shape that take no memory), so what a file's tensor is
+called in the model, which are tied, and what a model computes for itself (rotary tables) is up to transformers. Where a
+model's files need more than other names (experts that transformers joins into one tensor), it is opened whole, which is told.
+
+Old .bin files are converted to safetensors first, one at a time, and only read as tensors (weights_only).
+"""
+
+import copy
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimlm.core.errors import CheckpointError, ModelError
+from slimlm.models.opening import (
+    open_dense,
+    open_tokenizer,
+    read_config,
+    refuse_missing,
+    refuse_quantized,
+    weights_folder,
+    without_bars,
+    words_of,
+)
+from slimlm.storage.mapping import MappedFile, map_file
+from slimlm.storage.streams import write_tensors
+
+Release = Callable[[Iterable[Tensor]], Any]
+Tell = Callable[[str], None]
+INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True)
+class StreamedModel:
+    """A model on the CPU, of which only those weights are in memory that are needed at the moment."""
+
+    source: str
+    folder: Path
+    """where its files are: the folder given, or the hub's cache"""
+    model: PreTrainedModel
+    """the skeleton: its parameters have shapes and no values"""
+    tokenizer: PreTrainedTokenizerBase | None
+    weights: dict[str, Tensor]
+    """as stored, views of the files, by name in the model's state; float32 where the model had to be opened whole"""
+    dtypes: dict[str, torch.dtype]
+    """of every tensor as stored, by name; casting back gives the stored values bit for bit"""
+    release: Release
+    """drops the pages of those of these tensors that are views of a file"""
+    config: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its tensors as stored; tied tensors count once."""
+        sizes = {t.data_ptr(): t.numel() * self.dtypes[name].itemsize for name, t in self.weights.items()}
+        return sum(sizes.values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """Size of the model as `open_dense` opens it, all of it in float32."""
+        return sum({t.data_ptr(): t.numel() * 4 for t in self.weights.values()}.values())
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor in the dtype in which it is stored."""
+        return self.weights[name].to(self.dtypes[name])
+
+    def fill(self, module: nn.Module, name: str) -> None:
+        """Give a part of the skeleton, or a copy of it, its values in float32; `name` is the module's in the model."""
+        self._put(module.state_dict(keep_vars=True), name)
+
+    def _put(self, tensors: dict[str, Tensor], name: str) -> None:
+        for key, tensor in tensors.items():
+            stored = self.weights[f"{name}.{key}" if name else key]
+            tensor.data = stored.to(torch.float32 if stored.is_floating_point() else stored.dtype, copy=True)
+            self.release([stored])
+
+    def empty(self, module: nn.Module) -> None:
+        """Take the values of a part of the skeleton out of memory."""
+        _take(module.state_dict(keep_vars=True).values())
+
+    def block(self, name: str, device: torch.device) -> nn.Module:
+        """A block of its own, with its values in float32, on the device; the skeleton stays as it is."""
+        block = skeleton_copy(self.model.get_submodule(name))
+        self.fill(block, name)
+        return block.to(device)
+
+    def outside(self, blocks: Iterable[str]) -> list[str]:
+        """The names of the tensors outside the blocks."""
+        inside = tuple(f"{block}." for block in blocks)
+        return [name for name in self.weights if not name.startswith(inside)]
+
+    @contextmanager
+    def ends_filled(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Meanwhile what is outside the blocks has its values, but for an output head that is tied to nothing."""
+        state = self.model.state_dict(keep_vars=True)
+        head = self.model.get_output_embeddings()
+        own = set() if head is None else {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
+        uses = Counter(id(tensor) for tensor in state.values())
+        outside = {name: state[name] for name in self.outside(blocks)}
+        needed = {name: tensor for name, tensor in outside.items() if id(tensor) not in own or uses[id(tensor)] > 1}
+        try:
+            self._put(needed, "")
+            yield
+        finally:
+            _take(needed.values())
+
+    @contextmanager
+    def blocks_in_turn(self, blocks: dict[str, nn.Module]) -> Iterator[None]:
+        """Meanwhile each block of the skeleton has its values while it runs."""
+        handles = []
+        for name, block in blocks.items():
+            handles += [
+                block.register_forward_pre_hook(lambda module, _, name=name: self.fill(module, name)),
+                block.register_forward_hook(lambda module, _, __: self.empty(module)),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in blocks.values():
+                self.empty(block)
+
+
+def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
+    """Open a causal language model without reading its weights; nothing is trusted to run code.
+
+    scratch: a folder for what old .bin files are converted to, made when it is needed. tell: hears where the model has to be
+    opened whole. Raises ModelError for a missing, damaged, incomplete or already quantized model.
+    """
+    config = read_config(source)
+    refuse_quantized(config, source)
+    folder = weights_folder(source)
+    try:
+        files = [map_file(path) for path in safetensors_of(folder, scratch)]
+    except CheckpointError as error:
+        raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    found = _skeleton(source, folder, stored)
+    tokenizer, own = open_tokenizer(source), _own_config(folder)
+    if found is None:
+        tell(
+            f"{source} is opened whole: transformers makes its weights of several tensors of the files, so they cannot be read "
+            "block by block"
+        )
+        return _streamed_from_whole(source, tokenizer)
+    model, keys = found
+    weights = {name: stored[keys[tensor.data_ptr()]] for name, tensor in model.state_dict().items()}
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, _release_of(files), own)
+
+
+def _release_of(files: list[MappedFile]) -> Release:
+    def release(tensors: Iterable[Tensor]) -> int:
+        wanted = list(tensors)
+        return sum(file.release(wanted) for file in files)
+
+    return release
+
+
+def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[int, str]] | None:
+    """The model with placeholders, and the name in the files by a placeholder's address; None where there is more to it."""
+    given = {
+        name: _placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in stored.items()
+    }
+    try:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with without_bars(), torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+        with without_bars():
+            model, info = type(empty).from_pretrained(
+                None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{source} cannot be opened as a causal language model: {words_of(error)}") from error
+    refuse_missing(info, source, type(model).__name__)
+    keys = {tensor.data_ptr(): name for name, tensor in given.items()}
+    if any(tensor.data_ptr() not in keys for tensor in model.state_dict().values()):
+        return None
+    return model.eval().requires_grad_(False), keys
+
+
+def _placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(1, dtype=dtype).expand(tuple(shape))
+
+
+def skeleton_copy(module: nn.Module) -> nn.Module:
+    """A copy of a part of a skeleton, as empty as it is: deepcopy alone would give every parameter memory of its own."""
+    memo: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        empty = _placeholder(tensor.shape, tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def _take(tensors: Iterable[Tensor]) -> None:
+    """Leave these their shapes and nothing else."""
+    for tensor in tensors:
+        tensor.data = _placeholder(tensor.shape, tensor.dtype)
+
+
+def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None) -> StreamedModel:
+    dense = open_dense(source)
+    weights = {name: tensor.detach() for name, tensor in dense.model.state_dict().items()}
+    _take(dense.model.state_dict(keep_vars=True).values())
+    return StreamedModel(source, dense.folder, dense.model, tokenizer, weights, dense.dtypes, lambda _: 0, dense.config)
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored.pop("_name_or_path", None)
+    return dict(stored)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, safetensors before .bin; raises ModelError where there are none.
+
+    Where an index lists them, these; a repository may hold the same weights a second time under other names.
+    """
+    for index, one, pattern in (
+        (INDEX, "model.safetensors", "*.safetensors"),
+        (BIN_INDEX, "pytorch_model.bin", "pytorch_model*.bin"),
+    ):
+        if (folder / index).is_file():
+            return [folder / name for name in _indexed(folder / index)]
+        if (folder / one).is_file():
+            return [folder / one]
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin")
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged ({error}); download it again") from error
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index} names a weight file outside the folder: {name!r}")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name} is missing, which the index names; download the model again")
+    return names
+
+
+def safetensors_of(folder: Path, scratch: Path) -> list[Path]:
+    """The weight files; old .bin files converted one at a time into `scratch`, where that was not done yet."""
+    files = []
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            files.append(path)
+            continue
+        converted = scratch / f"{path.stem}.safetensors"
+        if not converted.is_file():
+            scratch.mkdir(parents=True, exist_ok=True)
+            write_tensors(converted, _tensors_of_bin(path))
+        files.append(converted)
+    return files
+
+
+def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files of torch before 1.6 cannot be mapped.
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(
+            f"{path} is damaged, or holds more than tensors, which slimlm does not run ({words_of(error)}); download it again, "
+            "or convert the model to safetensors"
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__} where tensors by name were expected")
+    return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

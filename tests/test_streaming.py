@@ -1,0 +1,181 @@
+"""Weights stay in their files: what comes out is what an open model gives, and no more than a block is in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import slimlm
+from slimlm import blockwise
+from slimlm.calibrate import arguments_of, enter, first_inputs
+from slimlm.cli import _bytes
+from slimlm.core.errors import ModelError, SlimlmError
+from slimlm.models.opening import open_dense
+from slimlm.models.structure import blocks_of
+from slimlm.streaming import StreamedModel, open_streamed
+
+from .conftest import FAMILIES, random_model, save
+
+CPU = torch.device("cpu")
+OPTIONS: dict[str, Any] = {"recipe": "slim", "samples": 6, "length": 32}
+
+
+def opened(folder: Path) -> StreamedModel:
+    return open_streamed(str(folder), folder / "converted", pytest.fail)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_model_has_the_weights_names_and_inputs_of_an_open_one(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = save(random_model(family, dtype), tmp_path / "m")
+    streamed, dense = opened(folder), open_dense(str(folder))
+    assert (streamed.dtypes, streamed.bytes, streamed.config) == (dense.dtypes, dense.bytes, dense.config)
+    state = dense.model.state_dict()
+    assert list(streamed.weights) == list(state)
+    for name, tensor in streamed.weights.items():
+        assert tensor.dtype == dtype and torch.equal(tensor.float(), state[name])
+    blocks, theirs = blocks_of(streamed.model), blocks_of(dense.model)
+    assert list(blocks) == list(theirs)
+    windows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
+    with streamed.ends_filled(blocks):
+        with streamed.blocks_in_turn(blocks):
+            arguments = arguments_of(streamed.model, blocks, windows)
+        hidden = list(first_inputs(streamed.model, blocks, windows))
+    expected = enter(dense.model, theirs, windows)
+    assert all(torch.equal(ours, own) for ours, own in zip(hidden, expected.hidden, strict=True))
+    assert arguments.keys() == expected.arguments.keys()
+    for name, block in theirs.items():
+        own = streamed.block(name, CPU).state_dict()
+        assert all(torch.equal(tensor, own[key]) for key, tensor in block.state_dict().items())
+    # Nothing was left in the skeleton.
+    assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in streamed.model.state_dict().values())
+
+
+def test_only_one_block_is_filled_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    filled: list[int] = []
+    real = StreamedModel.fill
+
+    def counted(self: StreamedModel, module: torch.nn.Module, name: str) -> None:
+        real(self, module, name)
+        held = [t for t in self.model.state_dict().values() if t.untyped_storage().nbytes() > 8]
+        filled.append(sum(t.numel() for t in held) + sum(p.numel() for p in module.parameters()))
+
+    monkeypatch.setattr(StreamedModel, "fill", counted)
+    slimlm.compress(folder, tmp_path / "o", data=str(text_file), **OPTIONS)
+    model = random_model("llama")
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
+    # While arguments are captured the block that runs is the skeleton's own, and counted twice; the head is never there.
+    assert max(filled) <= 2 * block + outside
+
+
+def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.calibrate._TOKENS_AT_ONCE", 4 * 32)
+    folder = save(random_model("llama"), tmp_path / "m")
+    options: Any = {**OPTIONS, "recipe": "best-matched", "data": str(text_file)}
+    told: list[str] = []
+    slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, tell=told.append)
+    assert not any("stay on the disk" in text for text in told)
+    seen: list[str] = []
+    real = blockwise.compress_block
+
+    def watched(block: Any, name: str, flow: Any, *arguments: Any) -> Any:
+        seen.append(type(flow.hidden).__name__)
+        return real(block, name, flow, *arguments)
+
+    monkeypatch.setattr(blockwise, "compress_block", watched)
+    slimlm.compress(folder, tmp_path / "disk", **options, memory=1000, tell=told.append)
+    assert any("activations (108.0 KiB) stay on the disk" in text for text in told)
+    assert seen[1:] == ["Batches"]
+    for file in (tmp_path / "memory").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("asked", [{"data": "self"}, {"bits": 5.0, "recipe": "best"}])
+def test_what_needs_the_whole_model_is_refused_over_the_limit(tmp_path: Path, text_file: Path, asked: dict[str, Any]) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    with pytest.raises(ModelError, match=r"whole model has to be in memory, .* more than --memory 97\.7 KiB"):
+        slimlm.compress(folder, tmp_path / "o", **{**OPTIONS, "data": str(text_file), **asked}, memory=100_000)
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
+
+
+def test_several_shards_and_files_beside_them(tmp_path: Path, text_file: Path) -> None:
+    model = random_model("llama")
+    one, many = save(model, tmp_path / "one"), save(model, tmp_path / "many")
+    (many / "model.safetensors").unlink()
+    model.save_pretrained(many, max_shard_size="40KB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    # A second copy of the weights, as some repositories have it; the index does not name it.
+    save_file({"tok_embeddings.weight": torch.zeros(3)}, many / "consolidated.safetensors")
+    for folder in (one, many):
+        slimlm.compress(folder, folder / "o", data=str(text_file), **OPTIONS)
+    ours, theirs = (load_file(folder / "o" / "model.safetensors") for folder in (one, many))
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside the folder"):
+        opened(folder)
+
+
+def as_bin(folder: Path, *, zipped: bool) -> Path:
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_old_bin_files_give_what_safetensors_give(tmp_path: Path, text_file: Path, zipped: bool) -> None:
+    one = save(random_model("llama", torch.bfloat16), tmp_path / "one")
+    old = as_bin(save(random_model("llama", torch.bfloat16), tmp_path / "old"), zipped=zipped)
+    for folder in (one, old):
+        slimlm.compress(folder, tmp_path / f"{folder.name}-out", data=str(text_file), **OPTIONS)
+    ours, theirs = (tmp_path / f"{name}-out" / "model.safetensors" for name in ("one", "old"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_bin_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(tmp_path / "ran"), "w")
+
+    folder = save(random_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Harm()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="more than tensors"):
+        opened(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_norms_in_float32_beside_weights_in_bfloat16_stay_so(tmp_path: Path, text_file: Path) -> None:
+    folder = save(random_model("llama", torch.bfloat16), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor.float() + 1e-6 if "norm" in name else tensor for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    slimlm.compress(folder, tmp_path / "o", data=str(text_file), **OPTIONS)
+    stored = load_file(tmp_path / "o" / "model.safetensors")
+    for name in (name for name in state if "norm" in name):
+        assert stored[name].dtype == torch.float32 and torch.equal(stored[name], state[name])
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 2**33), ("500 MB", 5 * 10**8), ("2.5G", 5 * 2**29), ("1000", 1000)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert _bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "8 apples", "0", "1e3"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(SlimlmError, match="8GiB"):
+        _bytes(text)

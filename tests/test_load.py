@@ -291,7 +291,7 @@ def test_what_is_told_is_a_warning_where_nobody_listens(pruned_alone: Path) -> N
 def test_kernels_asked_for_by_name_that_do_not_take_a_layer_are_refused(pruned_alone: Path) -> None:
     with pytest.raises(KernelError, match=r"q_proj: the fast kernels were asked for, but its base is pruned.*\"auto\""):
         slimlm.load(pruned_alone, kernels="fast")
-    with pytest.raises(KernelError, match="'quick': give one of auto, precise, fast, reference"):
+    with pytest.raises(KernelError, match="'quick': give one of auto, precise, fast, gpu, reference"):
         slimlm.load(pruned_alone, kernels="quick")  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import re
+import signal
 import sys
 import time
 import traceback
@@ -138,7 +139,7 @@ def compress(
 
     A run that was stopped goes on where it was when the same line is typed again.
     """
-    with _progress() as report, _stoppable():
+    with _stoppable(), _progress() as report:
         result = compress_model(
             model,
             out,
@@ -228,13 +229,26 @@ def _bytes(text: str | None) -> int | None:
     return size
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as schedulers and `kill` send it."""
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C ends with status 130 and no traceback; the run has said what it keeps."""
+    """Ctrl-C ends with status 130, SIGTERM with 143, both without a traceback; the run has said what it keeps."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except _TerminatedError:
+        raise typer.Exit(143) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_file(path: Path | None) -> None:

@@ -103,7 +103,13 @@ def write(folder: Path, dense: StreamedModel, contents: Contents) -> None:
     checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings)
     if dense.tokenizer is not None:
-        dense.tokenizer.save_pretrained(folder)
+        try:
+            dense.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # What the tokenizers library raises where the disk refuses.
+            raise OSError(f"the tokenizer cannot be written: {error}") from error
     if (dense.folder / "generation_config.json").is_file():
         shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
 

@@ -17,9 +17,10 @@ written, read back, and the reloaded model's logits compared with those in memor
 
 import dataclasses
 import fnmatch
+import hashlib
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,7 @@ from slimlm.data.windows import choose_windows, sample_from_model, token_stream,
 from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, layer_from
 from slimlm.finish import contents_of, verify, write
-from slimlm.models.opening import DenseModel, open_dense
+from slimlm.models.opening import DenseModel, open_dense, words_of
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
 from slimlm.plan.options import Budget, Objective
 from slimlm.plan.plan import (
@@ -137,8 +138,10 @@ def compress(
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
-    checkpoint.refuse_occupied(Path(out))
+    checkpoint.refuse_occupied(Path(out), restart=restart)
     with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
+        # Once more under the lock: the process that held it may have finished meanwhile.
+        checkpoint.refuse_occupied(Path(out), restart=restart)
         ready = prepare(asked, journal, progress, tell)
         recipe, found = plan_of(ready, journal, progress)
         ready = dataclasses.replace(ready, whole=None)
@@ -172,10 +175,19 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(f"writing failed: {error}; {words()}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SlimlmError(f"memory ran out ({words_of(error)}); {words()}. Give it more, or fewer --samples") from error
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise CheckpointError(f"{error}; {words()}") from error
         raise
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Torch says it on the CPU in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def finished(
@@ -273,11 +285,12 @@ class Asked:
     memory: int | None
     """bytes; see `compress`"""
 
-    def identity(self, files: list[Path], device: torch.device) -> dict[str, Any]:
-        """What the result depends on, but for the calibration text, whose windows the journal keeps."""
+    def identity(self, files: list[Path], config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """What the result depends on, but for weights and calibration text, which the journal compares when they are read."""
         own = {**dataclasses.asdict(self.calibration), "data": _own_name(self.calibration.data)}
         return {
             "model": identity_of(files),
+            "config": config,
             "recipe": self.recipe.to_dict(),
             "budget": {"bits": self.bits, "objective": self.objective},
             "calibration": own,
@@ -328,10 +341,11 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
     progress("open the model", 0, 1)
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
-    journal.meet(asked.identity(weight_files(dense.folder), where))
+    journal.meet(asked.identity(weight_files(dense.folder), dense.config, where))
     with dense.ends_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
+    journal.meet_weights(read_once(dense, blocks))
     left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
     progress("open the model", 1, 1)
     shapes = compressible(blocks, recipe)
@@ -457,10 +471,6 @@ def refuse_early(
             f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
             "compress; slimlm knows nn.Linear and transformers' Conv1D"
         )
-    for name, tensor in dense.weights.items():
-        if tensor.is_floating_point():
-            refuse_not_finite(name, tensor)
-            dense.release([tensor])
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.leave:
         if not fnmatch.filter(known, pattern):
@@ -484,6 +494,23 @@ def refuse_early(
             if parameter.ndim > 1 and name not in linear_weights:
                 left[f"{block_name}.{name}"] = f"{tuple(parameter.shape)}, not a linear layer that slimlm knows"
     return left
+
+
+def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
+    """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
+
+    What lies outside the blocks has one of its own, under the name "the rest".
+    """
+    sums = {name: hashlib.sha256() for name in (*blocks, "the rest")}
+    owner = {f"{block}.": block for block in blocks}
+    for name, tensor in dense.weights.items():
+        if tensor.is_floating_point():
+            refuse_not_finite(name, tensor)
+        block = next((block for prefix, block in owner.items() if name.startswith(prefix)), "the rest")
+        sums[block].update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sums[block].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        dense.release([tensor])
+    return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
 
 
 def kept_windows(

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-from slimlm.storage.journal import moved_already
+from slimlm.storage.journal import INSIDE, moved_already
 from slimlm.storage.streams import described, in_file_order, sha256_of, sync_folder, write_stream
 
 FORMAT = 1
@@ -39,14 +39,35 @@ RECORD = "slimlm.json"
 _SHARD_SIZE = "4GB"
 
 
-def refuse_occupied(out: Path) -> None:
-    """Raise CheckpointError where something stands in the way of writing to `out`; an unfinished run's own files do not."""
+def refuse_occupied(out: Path, *, restart: bool = False) -> None:
+    """Raise CheckpointError where something stands in the way of writing to `out`; an unfinished run's own files do not.
+
+    restart: that run is to be dropped, so what it has moved to `out` already, perhaps all of a checkpoint, is in the way.
+    """
+    if out.is_symlink() and not out.exists():
+        raise CheckpointError(f"{out} is a link to {out.readlink()}, which is not there; make that folder, or give another")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder that does not exist yet")
-    if out.is_dir() and (names := {path.name for path in out.iterdir()} - moved_already(out)):
+    refuse_strangers(out, set() if restart else moved_already(out))
+    try:
+        _partial_for(out).rmdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def refuse_strangers(out: Path, known: set[str]) -> None:
+    """Raise CheckpointError where the folder `out` holds anything but these names and a journal."""
+    if not out.is_dir():
+        return
+    names = {path.name for path in out.iterdir() if not _is_trial(path)} - known - {INSIDE}
+    if names:
         held = ", ".join(sorted(names)[:3])
         raise CheckpointError(f"the output folder {out} already holds something ({held}); give another, or empty it yourself")
-    _partial_for(out).rmdir()
+
+
+def _is_trial(path: Path) -> bool:
+    """Whether this is the empty folder of a process that was killed while it tried whether it can write."""
+    return path.name.startswith(".") and ".partial-" in path.name and path.is_dir() and not any(path.iterdir())
 
 
 def _partial_for(out: Path) -> Path:
@@ -62,7 +83,7 @@ def _partial_for(out: Path) -> Path:
 
 
 Moving = Callable[[list[str]], None]
-"""Told the names of files before they are moved to the output folder one by one."""
+"""Told the names of files before they are moved to the output folder, together or one by one."""
 
 
 @contextmanager
@@ -84,10 +105,12 @@ def written_beside(out: Path, partial: Path | None = None, moving: Moving | None
         shutil.rmtree(partial, ignore_errors=True)
         raise
     try:
+        files = sorted(partial.iterdir(), key=lambda path: path.name == RECORD)
+        # Somebody else may have filled it meanwhile.
+        refuse_strangers(out, moved_already(out))
+        if moving is not None:
+            moving([path.name for path in files])
         if out.is_dir():
-            files = sorted(partial.iterdir(), key=lambda path: path.name == RECORD)
-            if moving is not None:
-                moving([path.name for path in files])
             for file in files:
                 file.replace(out / file.name)
             partial.rmdir()
@@ -95,7 +118,7 @@ def written_beside(out: Path, partial: Path | None = None, moving: Moving | None
         else:
             partial.rename(out)
             sync_folder(out.absolute().parent)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint is complete in {partial}, but could not be moved to {out}: {error}") from error
 
 

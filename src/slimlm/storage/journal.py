@@ -10,7 +10,8 @@ A commit writes the block's files, each beside its name, synced and renamed, and
 SHA-256 in it. A run that is killed at any moment therefore finds the journal as the last commit left it; files that it does
 not name are leftovers. journal.json holds a checksum of itself.
 
-Two runs are the same when their identities are: plain data in which the run says what its result depends on.
+Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are compared
+whole as well: see `meet_weights`.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -30,17 +31,20 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import NEW, check_sum, sha256_of, write_stream, write_tensors, written
+from slimlm.storage.streams import NEW, check_sum, sha256_of, sync_folder, write_stream, write_tensors, written
 
 FORMAT = 1
 INSIDE = "slimlm.partial"
 """The journal's name where the output folder is there already."""
 PLAN, OWN_TEXT, TEXT = "plan", "own_text", "text"
 """Notes: what was planned; the calibration windows, written by the model itself or drawn from a text."""
+WEIGHTS = "weights"
+"""The note that holds a checksum of every block's weights."""
 MOVING = "moving"
 """The note that names the files that are on their way to the output folder."""
 _JOURNAL = "journal.json"
-_LOCK = "lock"
+_LOCK = "slimlm.lock"
+"""Made before anything else and removed after all else: a folder that lacks it is no journal, and is left alone."""
 
 
 class Batches(Sequence[Tensor]):
@@ -124,6 +128,22 @@ class Journal:
                 f"{self.folder} holds another run, with {len(self.blocks)} finished blocks; what differs: "
                 f"{'; '.join(changed[:5])}{more}. Type that run's line again to go on with it, give another output folder, "
                 "or add --restart to drop it and begin anew"
+            )
+
+    def meet_weights(self, checksums: dict[str, str]) -> None:
+        """Say what all weights are, by block: a journal without a note of it takes one, and one that has it must have the same.
+
+        The identity is compared before any tensor is read whole; this finds what it does not see. Raises CheckpointError, naming
+        the blocks whose weights have changed.
+        """
+        noted = self.notes.get(WEIGHTS)
+        if noted is None:
+            self.note(WEIGHTS, checksums)
+        elif changed := [name for name in {**noted, **checksums} if noted.get(name) != checksums.get(name)]:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise CheckpointError(
+                f"the run in {self.folder} was begun on other weights: {', '.join(changed[:3])}{more} changed since. Bring the "
+                "model's files back to go on, or add --restart to begin anew"
             )
 
     def note(self, key: str, value: Any) -> None:
@@ -309,7 +329,9 @@ class Journal:
         return path.name in {*(block.file for block in self.blocks), *inputs}
 
     def remove(self) -> None:
-        """Drop everything."""
+        """Drop everything; what cannot be removed is left, and no longer a journal."""
+        with suppress(OSError):
+            _empty(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -329,30 +351,47 @@ def open_journal(out: Path, *, restart: bool) -> Iterator[Journal]:
     journal = Journal(journal_folder(out))
     try:
         there = journal.folder.is_dir()
-        journal.folder.mkdir(parents=True, exist_ok=True)
+        _made(journal.folder)
         if there and any(journal.folder.iterdir()) and not _is_journal(journal.folder):
             raise CheckpointError(
                 f"{journal.folder} is where an unfinished run is kept, but holds something else; move it away"
             )
         lock = FileLock(journal.folder / _LOCK, timeout=0)
-        with lock:
-            if restart:
-                _empty(journal.folder)
-            journal.read()
-            journal.tidy()
-            try:
-                yield journal
-            finally:
-                if not journal.worth:
-                    journal.remove()
+        lock.acquire()
     except Timeout as error:
         raise CheckpointError(
             f"another process is writing {out}: {journal.folder} is locked. Wait for it, or give another output folder"
         ) from error
+    except OSError as error:
+        raise _cannot_keep(journal, error) from error
+    with lock:
+        try:
+            if restart:
+                _empty(journal.folder)
+            journal.read()
+            journal.tidy()
+        except OSError as error:
+            raise _cannot_keep(journal, error) from error
+        try:
+            yield journal
+        finally:
+            if not journal.worth:
+                journal.remove()
+
+
+def _cannot_keep(journal: Journal, error: OSError) -> CheckpointError:
+    return CheckpointError(f"an unfinished run cannot be kept in {journal.folder}: {error.strerror or error}")
+
+
+def _made(folder: Path) -> None:
+    """Make a folder whose name outlives a loss of power."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    """Drop a journal: what says what it holds first, so that one that is dropped in part only is empty, not damaged."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != _JOURNAL):
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK:
@@ -361,12 +400,12 @@ def _empty(folder: Path) -> None:
 
 def _is_journal(folder: Path) -> bool:
     """Whether a folder was made by `open_journal`: nothing else is dropped or written over."""
-    return (folder / _JOURNAL).is_file() or (folder / _LOCK).exists()
+    return (folder / _LOCK).exists()
 
 
 def moved_already(out: Path) -> set[str]:
     """Names in the folder `out` that belong to an unfinished run: its journal, and what it was killed while moving there."""
-    path = out / INSIDE / _JOURNAL
+    path = journal_folder(out) / _JOURNAL
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))["content"]["notes"]
     except (OSError, ValueError, KeyError, TypeError):

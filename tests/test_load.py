@@ -168,7 +168,7 @@ def test_several_shards_are_one_model(copy: Path, monkeypatch: pytest.MonkeyPatc
     model = slimlm.load(copy, kernels="reference")
     record = checkpoint.read_record(copy)
     shard(copy).unlink()
-    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", "20KB")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     checkpoint.write_weights(copy, model.state_dict())
     checkpoint.write_record(copy, {key: value for key, value in record.items() if key != "files"})
     assert len(checkpoint.check_files(copy)) > 1

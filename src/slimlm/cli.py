@@ -578,3 +578,6 @@ def main() -> None:
             traceback.print_exc()
         sys.stderr.write(f"slimlm: {error}\n")
         sys.exit(2)
+    except MemoryError:
+        sys.stderr.write("slimlm: memory ran out\n")
+        sys.exit(2)

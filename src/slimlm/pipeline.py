@@ -57,9 +57,12 @@ from slimlm.plan.plan import (
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.runtime.memory import total_and_free
 from slimlm.storage import checkpoint
+from slimlm.storage.handles import make_room
 from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, TEXT, Journal, identity_of, open_journal
 from slimlm.streaming import StreamedModel, open_streamed, weight_files
 
+_FILES_BESIDE = 32
+"""Files that a run may have open beside mapped ones: libraries' and its own for a moment."""
 _READ_AHEAD = 8
 """Calibration windows are drawn from up to this many times the text they need."""
 
@@ -186,8 +189,9 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Torch says it on the CPU in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Torch and Python say it in words only, where torch allocates on the CPU and where a thread finds no room for its stack."""
+    said = ("allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def finished(
@@ -341,7 +345,9 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
     progress("open the model", 0, 1)
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
-    journal.meet(asked.identity(weight_files(dense.folder), dense.config, where))
+    files = weight_files(dense.folder)
+    make_room(most_files(dense, len(files), len(blocks)))
+    journal.meet(asked.identity(files, dense.config, where))
     with dense.ends_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
@@ -363,6 +369,11 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         tell_of_few_tokens(shapes, windows.numel(), tell)
     choose_place(asked, dense, windows, shapes, journal, tell)
     return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
+
+
+def most_files(dense: StreamedModel, files: int, blocks: int) -> int:
+    """How many more files are open at once at the end of a run: the journal's, the original's again, and the new shards."""
+    return blocks + files + dense.bytes // checkpoint.SHARD_BYTES + _FILES_BESIDE
 
 
 def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:

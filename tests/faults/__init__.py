@@ -10,8 +10,8 @@ and for all of it, 50 random kills included (SLIMLM_KILLS says how many, SLIMLM_
     pytest tests/faults -m "slow or not slow"
     SLIMLM_KILLS=500 SLIMLM_SEED=7 pytest tests/faults -m slow -k random
 
-Faults are real: SIGKILL, small tmpfs mounts (root only; elsewhere skipped, in words), resource limits, files cut and changed. The
-program has no hooks for them; a run is the command line in a process of its own, in which `harness` puts a signal at the call
-of a function where a test names a moment. What is not done: a loss of power, which needs a disk that forgets what was not
-synced; instead the order of syncs and renames is checked.
+Faults are real: SIGKILL, small tmpfs mounts (root only; elsewhere skipped, in words), resource limits, files cut and changed.
+The program has no hooks for them; a run is the command line in a process of its own, in which `harness` puts a signal at the
+call of a function where a test names a moment. A loss of power needs a disk that forgets what was not synced, and is not done;
+instead the order of writes, syncs and renames is checked.
 """

@@ -47,8 +47,12 @@ class Limits:
     """bytes of address space"""
     files: int | None = None
     """open files"""
+    more_files: bool = False
+    """the limit may be raised"""
     file_size: int | None = None
     """bytes in one file"""
+    since: str | None = None
+    """a function, as module:name, at whose calls they begin to hold, over what the process has then; None: from the start"""
 
 
 class Child(Protocol):
@@ -121,7 +125,7 @@ class Run:
 
 @contextmanager
 def fork_server() -> Iterator[None]:
-    """Start the process that runs are forked from; one thread, so that forking is sound and sums do not depend on the machine."""
+    """Start the process that runs are forked from, with one thread: so forking is sound, and sums are the same everywhere."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["slimlm.cli", "transformers.models.llama.modeling_llama", "tests.faults.harness"]
     )
@@ -157,7 +161,9 @@ def _child(line: list[str], said: Path, moment: Moment | None, limits: Limits | 
     if moment is not None:
         _arm(moment)
     sys.argv = ["slimlm", *line]
-    if limits is not None:
+    if limits is not None and limits.since is not None:
+        _wrap(limits.since, functools.partial(_limited, limits))
+    elif limits is not None:
         _limit(limits)
     main()
 
@@ -203,6 +209,15 @@ def _wrap(place: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
     setattr(owner, last, around(getattr(owner, last)))
 
 
+def _limited(limits: Limits, real: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def run(*arguments: Any, **options: Any) -> Any:
+        _limit(limits)
+        return real(*arguments, **options)
+
+    return run
+
+
 def _limit(limits: Limits) -> None:
     import resource
 
@@ -210,8 +225,10 @@ def _limit(limits: Limits) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
     if limits.files is not None:
         most = len(list(Path("/proc/self/fd").iterdir())) - 1 + limits.files
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if limits.more_files else most
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if limits.memory is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + limits.memory, now + limits.memory))
 

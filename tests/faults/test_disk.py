@@ -42,11 +42,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
             subprocess.run(["umount", str(disk.path)], check=True)
 
 
-def on(disk: Disk, bench: Bench) -> Bench:
-    """The same runs, written to that disk."""
-    return Bench(bench.lines, bench.references, disk.path, bench.runs)
-
-
 def grown(bench: Bench, disk: Disk, sizes: list[str], needed: str) -> list[int]:
     """Type the same line on a disk that grows, until it fits; gives how many blocks were kept after each refusal."""
     written = bench.lines("matched", disk.path / "o")
@@ -118,7 +113,7 @@ def test_a_tokenizer_that_does_not_fit(bench: Bench, disk: Disk) -> None:
     bench.same(out=disk.path / "o")
 
 
-@pytest.mark.parametrize("size", [10, 2_000, 20_000, 30_000])
+@pytest.mark.parametrize("size", [2_000, 20_000, 30_000])
 def test_files_that_may_not_grow(size: int, bench: Bench) -> None:
     """As a quota has it, and where nothing can be mounted."""
     bench.run("matched", None, Limits(file_size=size)).refused("File too large")
@@ -146,7 +141,7 @@ def test_a_folder_that_becomes_unwritable_in_the_middle(bench: Bench) -> None:
     try:
         held.send(signal.SIGCONT)
         held.ended().refused("Operation not permitted", "1 finished blocks are kept")
-        bench.run().refused("cannot be kept in", "Operation not permitted")
+        bench.run().refused("Operation not permitted", "1 finished blocks are kept")
     finally:
         subprocess.run(["chattr", "-i", str(bench.journal)], check=True)
     bench.goes_on()
@@ -155,7 +150,8 @@ def test_a_folder_that_becomes_unwritable_in_the_middle(bench: Bench) -> None:
 @pytest.mark.parametrize("parent", ["file", "/proc", "/dev/null"])
 def test_a_parent_that_cannot_hold_a_folder(parent: str, bench: Bench) -> None:
     (bench.scratch / "file").write_text("x")
-    bench.run(bench.lines("matched", bench.scratch / parent / "o")).refused("cannot write to", "give a folder that can be written")
+    line = bench.lines("matched", bench.scratch / parent / "o")
+    bench.run(line).refused("cannot write to", "give a folder that can be written")
 
 
 def test_a_file_where_the_journal_would_be(bench: Bench) -> None:

@@ -20,13 +20,13 @@ STAGES = {
     "a plan is made": ("planned", Moment(("slimlm.pipeline:planned",), after=True), 0),
     "the plan is noted": ("planned", Moment(("slimlm.pipeline:plan_of",), after=True), 0),
     "arguments are captured": ("matched", Moment(("slimlm.blockwise:arguments_of",), after=True), 0),
-    "a layer is measured": ("matched", Moment(("slimlm.blockwise:measure",), 6), 1),
+    "a layer is measured": ("matched", Moment(("slimlm.blockwise:measure",), 2), 1),
     "a layer's steps are done": ("matched", Moment(("slimlm.blockwise:record_of",), 9), 1),
     "a block is matched": ("matched", Moment(("slimlm.blockwise:match",), 2, after=True), 1),
     "activations are passed on": ("matched", Moment(("slimlm.blockwise:run_through",), 6), 2),
     "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 3, half=True), 1),
     "activations are written": ("matched", Moment(("slimlm.storage.journal:write_stream",), 3, half=True), 1),
-    "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 4, after=True), 2),
+    "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 5, after=True), 2),
     "embedding and head are compressed": ("matched", Moment(("slimlm.finish:compress_ends",), after=True), BLOCKS),
     "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",)), BLOCKS),
     "it is verified": ("matched", Moment(("slimlm.pipeline:verify",)), BLOCKS),
@@ -111,7 +111,7 @@ def test_a_run_killed_at_every_change_of_the_disk(bench: Bench) -> None:
 
 
 def killed_at_random(bench: Bench, kills: int, seed: int) -> None:
-    """One output after another: each run is killed at a moment drawn evenly over an undisturbed one, until it comes to its end."""
+    """Runs on one output after another, each killed at a moment drawn evenly over an undisturbed run, if it has not ended."""
     drawn, whole, made, blocks = random.Random(seed), bench.undisturbed().seconds, 0, 0
     while made < kills:
         run = bench.start()

@@ -3,7 +3,7 @@
 import signal
 
 from .conftest import BLOCKS, Bench
-from .harness import Moment, kept, same
+from .harness import Moment, kept
 
 
 def test_of_two_runs_that_begin_together_one_writes(bench: Bench) -> None:

@@ -14,6 +14,7 @@ layer.
 A folder is written beside its final place and renamed at the end, so a run that dies leaves no half checkpoint.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -30,13 +31,14 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.journal import INSIDE, moved_already
-from slimlm.storage.streams import described, in_file_order, sha256_of, sync_folder, write_stream
+from slimlm.storage.streams import described, in_file_order, sha256_of, sync_folder, write_stream, written
 
 FORMAT = 1
 METHOD = "slimlm"
 MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
 RECORD = "slimlm.json"
-_SHARD_SIZE = "4GB"
+SHARD_BYTES = 4 * 10**9
+"""The most that one file of weights holds, unless one tensor is larger."""
 
 
 def refuse_occupied(out: Path, *, restart: bool = False) -> None:
@@ -112,7 +114,7 @@ def written_beside(out: Path, partial: Path | None = None, moving: Moving | None
             moving([path.name for path in files])
         if out.is_dir():
             for file in files:
-                file.replace(out / file.name)
+                _move(file, out / file.name)
             partial.rmdir()
             sync_folder(out)
         else:
@@ -120,6 +122,18 @@ def written_beside(out: Path, partial: Path | None = None, moving: Moving | None
             sync_folder(out.absolute().parent)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint is complete in {partial}, but could not be moved to {out}: {error}") from error
+
+
+def _move(file: Path, target: Path) -> None:
+    """Rename a file, or copy it where the target is on another disk: `out` may be a mount point by now."""
+    try:
+        file.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with written(target) as copy, file.open("rb") as source:
+            shutil.copyfileobj(source, copy)
+        file.unlink()
 
 
 def _emptied(folder: Path) -> Path:
@@ -155,7 +169,7 @@ def write_weights(
     """
     first: dict[int, str] = {}
     kept = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
-    split = split_torch_state_dict_into_shards(kept, max_shard_size=_SHARD_SIZE)
+    split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD_BYTES)
 
     def one_by_one(names: list[str]) -> Iterator[Tensor]:
         for name in names:

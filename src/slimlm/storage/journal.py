@@ -10,8 +10,8 @@ A commit writes the block's files, each beside its name, synced and renamed, and
 SHA-256 in it. A run that is killed at any moment therefore finds the journal as the last commit left it; files that it does
 not name are leftovers. journal.json holds a checksum of itself.
 
-Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are compared
-whole as well: see `meet_weights`.
+Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are
+compared whole as well: see `meet_weights`.
 """
 
 import hashlib
@@ -133,8 +133,8 @@ class Journal:
     def meet_weights(self, checksums: dict[str, str]) -> None:
         """Say what all weights are, by block: a journal without a note of it takes one, and one that has it must have the same.
 
-        The identity is compared before any tensor is read whole; this finds what it does not see. Raises CheckpointError, naming
-        the blocks whose weights have changed.
+        The identity is compared before any tensor is read whole; this finds what it does not see. Raises CheckpointError,
+        naming the blocks whose weights have changed.
         """
         noted = self.notes.get(WEIGHTS)
         if noted is None:
@@ -411,7 +411,8 @@ def moved_already(out: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError):
         # The run itself says what is wrong with its journal.
         return {INSIDE}
-    return {INSIDE, *notes.get(MOVING, ())}
+    names = notes.get(MOVING, [])
+    return {INSIDE, *names, *(name + NEW for name in names)}
 
 
 def _sum_of(content: Any) -> str:

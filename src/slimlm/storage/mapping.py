@@ -77,6 +77,9 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        # So torch says that there are no more files or no more addresses to be had.
+        raise OSError(str(error)) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(length))

@@ -189,7 +189,7 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Torch and Python say it in words only, where torch allocates on the CPU and where a thread finds no room for its stack."""
+    """Torch and Python have no class for it where the CPU's memory ran out and where a thread finds no room for its stack."""
     said = ("allocate memory", "can't start new thread")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 

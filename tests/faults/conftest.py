@@ -148,9 +148,10 @@ def references() -> dict[str, Undisturbed]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[None]:
-    with harness.fork_server():
-        yield
+def server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    harness.start_server()
+    # It answers when it has imported the program, so that runs can be timed.
+    harness.start(["--version"], tmp_path_factory.mktemp("server") / "said.txt").ended().done()
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import forkserver
@@ -104,6 +103,11 @@ class Run:
         if self.process.exitcode is None and self.process.pid is not None:
             os.kill(self.process.pid, number)
 
+    def send_after(self, seconds: float, number: int) -> None:
+        """Send it a signal after a time, unless it has ended by then."""
+        self.process.join(seconds)
+        self.send(number)
+
     def ended(self) -> Ended:
         """Wait for its end."""
         self.process.join(DEADLINE)
@@ -123,8 +127,7 @@ class Run:
         raise AssertionError("it never came to that moment")
 
 
-@contextmanager
-def fork_server() -> Iterator[None]:
+def start_server() -> None:
     """Start the process that runs are forked from, with one thread: so forking is sound, and sums are the same everywhere."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["slimlm.cli", "transformers.models.llama.modeling_llama", "tests.faults.harness"]
@@ -140,7 +143,6 @@ def fork_server() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    yield
 
 
 def start(line: list[str], said: Path, moment: Moment | None = None, limits: Limits | None = None) -> Run:

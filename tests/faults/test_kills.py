@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -115,8 +114,7 @@ def killed_at_random(bench: Bench, kills: int, seed: int) -> None:
     drawn, whole, made, blocks = random.Random(seed), bench.undisturbed().seconds, 0, 0
     while made < kills:
         run = bench.start()
-        time.sleep(drawn.uniform(0, whole))
-        run.send(signal.SIGKILL)
+        run.send_after(drawn.uniform(0, whole), signal.SIGKILL)
         ended = run.ended()
         if ended.code == -signal.SIGKILL:
             made += 1

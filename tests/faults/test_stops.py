@@ -2,7 +2,6 @@
 
 import random
 import signal
-import time
 
 import pytest
 
@@ -44,8 +43,7 @@ def test_a_run_stopped_at_random_moments(number: int, bench: Bench) -> None:
     for _ in range(20):
         run = bench.start()
         # What the command line does before it reads its arguments is Python's own affair.
-        time.sleep(0.3 + drawn.uniform(0, whole))
-        run.send(number)
+        run.send_after(0.3 + drawn.uniform(0, whole), number)
         ended = run.ended()
         if bench.out.exists():
             break

@@ -364,7 +364,7 @@ def open_journal(out: Path, *, restart: bool) -> Iterator[Journal]:
         ) from error
     except OSError as error:
         raise _cannot_keep(journal, error) from error
-    with lock:
+    try:
         try:
             if restart:
                 _empty(journal.folder)
@@ -377,6 +377,8 @@ def open_journal(out: Path, *, restart: bool) -> Iterator[Journal]:
         finally:
             if not journal.worth:
                 journal.remove()
+    finally:
+        lock.release()
 
 
 def _cannot_keep(journal: Journal, error: OSError) -> CheckpointError:

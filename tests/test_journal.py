@@ -8,6 +8,7 @@ import pytest
 
 import slimlm
 from slimlm import blockwise
+from slimlm.storage.journal import open_journal
 
 from .conftest import random_model, save
 from .faults.harness import same
@@ -79,3 +80,13 @@ def test_another_recipe_model_or_text_is_refused_and_said_and_restart_begins_ane
     assert status == 0
     slimlm.load(out)
     assert not journal.exists()
+
+
+def test_a_run_that_failed_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """Although its error, which a notebook keeps, holds its frames."""
+    with pytest.raises(KeyboardInterrupt) as kept, open_journal(tmp_path / "o", restart=False) as journal:
+        journal.note("plan", {})
+        raise KeyboardInterrupt
+    with open_journal(tmp_path / "o", restart=False) as journal:
+        assert journal.notes == {"plan": {}}
+    assert kept

@@ -45,6 +45,10 @@ class Multiplier(nn.Module):
                 self._blob = self._prepared.blob
         return self._prepared
 
+    def prepared(self) -> Any:
+        """What was repacked; None: nothing yet."""
+        return self._prepared
+
     def adopt(self, blob: Tensor) -> None:
         """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
         self._blob, self._prepared = blob, None

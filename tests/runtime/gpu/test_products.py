@@ -45,11 +45,11 @@ def codes(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int
     return Uniform(drawn, scales(shape, group, seed), bits, group, input_scale)
 
 
-def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0) -> Codebook:
+def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
     """Levels without zero, so that what is left out cannot be one of them."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
-    return Codebook(index, torch.linspace(-1.5, 1.7, 2**bits).pow(3).half(), scales(shape, group, seed), bits, group)
+    return Codebook(index, torch.linspace(-1.5, 1.7, 2**bits).pow(power).half(), scales(shape, group, seed), bits, group)
 
 
 def pruned(inner: Uniform | Codebook) -> Pruned:

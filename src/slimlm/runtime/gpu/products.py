@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from slimlm.core.errors import KernelError
-from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Packed
+from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Joint, Packed
 
 NARROW = (torch.float16, torch.bfloat16)
 """What the tensor cores take here. For other activations the weight is unpacked, in float32."""
@@ -125,7 +125,7 @@ def _product(
     middle = None if t is None else t.reshape(len(flat), -1)
     packed = Packed(words, scale, levels, rows, width)
     if x.dtype in NARROW and len(flat) <= FUSED_UP_TO:
-        y = _launch(flat, packed, bias, middle, tail, tail_scale, tail_levels, counters, tail_group)
+        y = _launch(flat, packed, bias, _Second(middle, tail, tail_scale, tail_levels, tail_group), counters)
     else:
         y = F.linear(flat, _matrix(packed, x.dtype), None if bias is None else bias.to(x.dtype))
         if middle is not None and tail is not None:
@@ -145,11 +145,11 @@ def _unpacked(
     """float16, bfloat16 or float32 `[rows, width]`; tail_group 0: not a tail."""
     kernels = _kernels()
     out = torch.empty(rows, width, dtype=dtype, device=words.device)
-    sparse, padded = words.ndim == 4, words.shape[-2]
+    sparse = words.ndim == 4
     with _on(words.device):
-        kernels.unpack_kernel[(padded // ROWS, words.shape[0])](
-            words, scale, words if levels is None else levels, out, rows, width, padded, out.stride(0),
-            scale.shape[-1] if tail_group else 0, max(1, tail_group),
+        kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
+            words, scale, words if levels is None else levels, out, rows, width, _plane(words), out.stride(0),
+            scale.stride(0) if tail_group else 0, max(1, tail_group),
             sparse=sparse, table=levels is not None, tail=tail_group > 0, tile=ROWS,
             scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=4,
@@ -177,22 +177,37 @@ def _tail_matrix(
     return _unpacked(tail, scale, levels, rows, scale.shape[-1], group, found).to(dtype)
 
 
+class _Second(NamedTuple):
+    """An adapter's second factor, and what the first made of the inputs; both None where there is no adapter."""
+
+    t: Tensor | None
+    words: Tensor | None
+    """or values"""
+    scale: Tensor | None
+    levels: Tensor | None
+    group: int
+
+
+def _plane(words: Tensor) -> int:
+    """Rows from one plane of words to the next."""
+    return words.stride(-3) // 8 if words.shape[-3] > 1 else words.shape[-2]
+
+
 def _launch(
     x: Tensor,
     packed: Packed,
     bias: Tensor | None,
-    t: Tensor | None,
-    tail: Tensor | None,
-    tail_scale: Tensor | None,
-    tail_levels: Tensor | None,
+    second: _Second,
     counters: Tensor,
-    tail_group: int,
+    members: Tensor | None = None,
+    step: int = 0,
 ) -> Tensor:
+    """`step`: rows of which every member of a joint weight has a multiple; 0: of one layer."""
     kernels = _kernels()
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, padded = len(x), packed.words.shape[-2]
     capability, processors = _card(x.device)
-    tile = tile_for(batch, padded, capability)
+    tile = tile_for(batch, step or padded, capability)
     block = SPARSE_BLOCK if packed.sparse else DENSE_BLOCK
     blocks = -(-packed.width // block)
     across, along = padded // tile.rows, -(-batch // tile.tokens)
@@ -201,26 +216,30 @@ def _launch(
     y = torch.empty(batch, packed.rows, dtype=x.dtype, device=x.device)
     sums = across * along * splits * tile.rows * tile.tokens if splits > 1 else 0
     partial = torch.empty(sums, dtype=torch.float32, device=x.device) if sums else counters
-    kind, ranks = kernels.NO_TAIL, 0
-    if tail is not None:
-        kind = kernels.DENSE_TAIL if tail_scale is None else kernels.PACKED_TAIL
-        ranks = tail.shape[1] if tail_scale is None else tail_scale.shape[1]
+    t, tail = second.t, second.words
+    kind, ranks, stride = kernels.NO_TAIL, 0, 0
+    if t is not None and tail is not None:
+        kind = kernels.DENSE_TAIL if second.scale is None else kernels.PACKED_TAIL
+        ranks, stride = t.shape[1], (tail if second.scale is None else second.scale).stride(0)
     scale = packed.scale
     # What a launch does not read still needs a pointer.
     none = packed.words
     with _on(x.device):
         kernels.product_kernel[(across, splits, along)](
-            x, packed.words, scale, none if packed.levels is None else packed.levels, none if bias is None else bias, y,
-            partial, counters, constants(x.device, x.dtype), x if t is None else t, none if tail is None else tail,
-            none if tail_scale is None else tail_scale, none if tail_levels is None else tail_levels,
-            batch, packed.rows, packed.width, blocks, padded, x.stride(0), 0 if t is None else t.stride(0), share, splits,
-            ranks // 64, ranks, max(1, tail_group),
+            x, packed.words, scale, _or(packed.levels, none), _or(bias, none), y, partial, counters,
+            constants(x.device, x.dtype), _or(t, x), _or(tail, none), _or(second.scale, none), _or(second.levels, none),
+            _or(members, none), batch, packed.rows, packed.width, blocks, _plane(packed.words), x.stride(0),
+            0 if t is None else t.stride(0), share, splits, ranks // 64, stride, max(1, second.group),
             sparse=packed.sparse, table=packed.levels is not None, scale_mode=_scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, even=packed.width % block == 0, has_bias=bias is not None,
-            tail_kind=kind, tail_table=tail_levels is not None, split=splits > 1, tile=tile.rows, tokens=tile.tokens,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tail_kind=kind, tail_table=second.levels is not None, split=splits > 1, joint=members is not None,
+            tile=tile.rows, tokens=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,3 +289,66 @@ def product(
     return _product(
         x, packed.words, packed.scale, packed.levels, bias, t, values, scale, levels, counters, packed.rows, packed.width, group
     )
+
+
+@torch.library.custom_op("slimlm::gpu_joint_product", mutates_args=())
+def _joint(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    tail: Tensor | None,
+    tail_scale: Tensor | None,
+    tail_levels: Tensor | None,
+    members: Tensor,
+    counters: Tensor,
+    rows: int,
+    width: int,
+    step: int,
+) -> Tensor:
+    flat = x.reshape(-1, width)
+    if len(flat) == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    middle = None if t is None else t.reshape(len(flat), -1)
+    second = _Second(middle, tail, tail_scale, tail_levels, 1)
+    y = _launch(flat, Packed(words, scale, levels, rows, width), bias, second, counters, members, step)
+    return y.view(*x.shape[:-1], rows)
+
+
+@_joint.register_fake
+def _(x, words, scale, levels, bias, t, tail, tail_scale, tail_levels, members, counters, rows, width, step):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def fits_one_launch(x: Tensor) -> bool:
+    """Whether activations are multiplied as weights are packed: 16 bits, and not too many."""
+    return x.dtype in NARROW and x.numel() <= FUSED_UP_TO * x.shape[-1]
+
+
+def joint_product(x: Tensor, joint: Joint, bias: Tensor | None) -> Tensor:
+    """Layers that share their input as one: `[..., in]` to `[..., rows]`, theirs and those that fill up side by side.
+
+    Up to FUSED_UP_TO tokens of 16 bits, and without gradients. Raises KernelError for activations of another width.
+    """
+    base, tail = joint.base, joint.tail
+    if x.shape[-1] != base.width:
+        raise KernelError(f"the layers have {base.width} inputs, and the activations are {list(x.shape)}")
+    t = None
+    if isinstance(joint.right, Packed):
+        right = joint.right
+        none = (None,) * 5
+        t = _joint(
+            x, right.words, right.scale, right.levels, *none, joint.right_members, joint.counters, right.rows, right.width, ROWS
+        )
+    elif joint.right is not None:
+        t = F.linear(x, joint.right.to(x.dtype))
+    words = scale = levels = None
+    if tail is not None:
+        words = tail.values if tail.packed is None else tail.packed.words
+        scale, levels = (None, None) if tail.packed is None else (tail.packed.scale, tail.packed.levels)
+    return _joint(
+        x, base.words, base.scale, base.levels, bias, t, words, scale, levels, joint.members, joint.counters,
+        base.rows, base.width, joint.step,
+    )  # fmt: skip

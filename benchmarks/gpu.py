@@ -14,7 +14,6 @@ so is the model that writes text: one with the shapes of Llama-2-7B, made on the
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ from slimlm.generation import generate
 from slimlm.runtime.backends.triton import Gpu, Ready
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
+from slimlm.runtime.gpu.tuning import replayed_seconds
 from slimlm.runtime.linear import CompressedLinear
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,33 +220,13 @@ def cusparselt(shape: tuple[int, int], x: Tensor) -> Contender:
 # Timing
 
 
-def seconds(calls: Sequence[Call], where: torch.device, *, least: int = 32, rounds: int = 15) -> float:
+def seconds(calls: Sequence[Call], where: torch.device, *, least: int = 32) -> float:
     """The median time of one call, replayed from a graph; on the CPU that of one plain call."""
     if where.type == "cpu":
         began = time.perf_counter()
         calls[0]()
         return time.perf_counter() - began
-    count = -(-max(least, len(calls)) // len(calls)) * len(calls)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
-    times = []
-    for _ in range(rounds + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / count)
-    return statistics.median(times[1:])
+    return replayed_seconds(calls, least=least)
 
 
 def ceilings(where: torch.device) -> dict[str, float]:

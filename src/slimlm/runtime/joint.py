@@ -25,9 +25,9 @@ def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def joint(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """One call for layers that share their input `[tokens, in]`; gives their outputs `[tokens, out]` in order.
 
-    The outputs are the caller's to change. Layers that all run on the CPU kernels are multiplied in one call, without gradients,
-    and those that all run on the GPU kernels and are of one kind in one launch; others are called in turn. As with `direct`,
-    who multiplies is settled now.
+    The outputs are the caller's to change. Layers that all run on the CPU kernels are multiplied in one call, without
+    gradients, and those that all run on the GPU kernels and are of one kind in one launch; others are called in turn. As with
+    `direct`, who multiplies is settled now.
     """
     if (together := _together(modules)) is not None:
         return together

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slimlm.runtime.gpu import kernels
-from slimlm.runtime.gpu.products import tile_for
+from slimlm.runtime.gpu.tiles import tile_for
 
 RECORD = Path(__file__).with_suffix(".json")
 CAPABILITIES = (80, 90, 100)
@@ -82,8 +82,8 @@ def compiled(variant: Variant, capability: int) -> Any:
     floats = f"*{variant.dtype}"
     pointers = {
         "x": floats, "y": floats, "t": floats, "bias": floats, "words": "*i32", "tail": "*i32", "bits": "*i32",
-        "counters": "*i32", "members": "*i32", "scale": "*fp16" if variant.spans == 1 else "*fp32", "tail_scale": "*fp16", "levels": "*fp32",
-        "tail_levels": "*fp32", "partial": "*fp32",
+        "counters": "*i32", "members": "*i32", "scale": "*fp16" if variant.spans == 1 else "*fp32", "tail_scale": "*fp16",
+        "levels": "*fp32", "tail_levels": "*fp32", "partial": "*fp32",
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernels.product_kernel.arg_names):

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimlm.core.parts import Part
 from slimlm.runtime.backends.triton import Gpu, Together
-from slimlm.runtime.gpu import layout, products
+from slimlm.runtime.gpu import layout, tiles
 from slimlm.runtime.joint import joint
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import words
@@ -79,7 +79,7 @@ def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:
 def test_all_inputs_that_one_launch_does_not_take_go_through_the_layers_by_themselves() -> None:
     parts = trios()["2:4 groups of 32 + adapters"]
     together = joint(built(parts))
-    many, wide = draw(products.FUSED_UP_TO + 1, WIDTH).to(WHERE, torch.float16), draw(2, WIDTH).to(WHERE)
+    many, wide = draw(tiles.FUSED_UP_TO + 1, WIDTH).to(WHERE, torch.float16), draw(2, WIDTH).to(WHERE)
     for x in (many, wide):
         for own, y in zip(parts, together(x), strict=True):
             assert error(y, exact(own, x.cpu())) < ERRORS[x.dtype]
@@ -94,7 +94,9 @@ def test_only_some_have_a_bias() -> None:
     parts = trios()["2:4 one scale"]
     layers = [layer(own, bias=i == 1) for i, own in enumerate(parts)]
     x = draw(1, WIDTH, seed=4).half()
-    for i, (own, y) in enumerate(zip(parts, Together([Gpu().prepare(one.stored()) for one in layers])(x.to(WHERE)), strict=True)):
+    for i, (own, y) in enumerate(
+        zip(parts, Together([Gpu().prepare(one.stored()) for one in layers])(x.to(WHERE)), strict=True)
+    ):
         assert error(y, exact(own, x, bias=i == 1)) < ERRORS[torch.float16]
 
 
@@ -145,7 +147,9 @@ def test_layers_of_different_kinds_stay_apart_for_a_reason(others: tuple[Part, .
 
 def test_second_factors_of_different_kinds_are_the_reason() -> None:
     base = pruned(codes((24, 48), "row"))
-    ready = [layout.lay_out(CompressedLinear.from_parts((base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")]
+    ready = [
+        layout.lay_out(CompressedLinear.from_parts((base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")
+    ]
     assert layout.apart(ready) == "their second factors are of different kinds"
 
 

@@ -1,7 +1,7 @@
 """slimlm's own kernels for NVIDIA GPUs, written in Triton: 2:4 or dense codes of up to 4 bits, tables of 16 levels, an adapter.
 
 One launch multiplies by the base, adds the adapter's second half and the bias; one before it takes the adapter's first half.
-Activations are float16 or bfloat16 there, sums float32. For more tokens than `products.FUSED_UP_TO`, and for activations of
+Activations are float16 or bfloat16 there, sums float32. For more tokens than `tiles.fused_up_to`, and for activations of
 32 or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients flow to the
 activations and the bias; the parts are frozen.
 
@@ -68,7 +68,7 @@ class Together:
     """Layers that share their input, multiplied in one launch (two with adapters).
 
     They become pieces of one weight, where they are not yet, and still multiply by themselves, too: with gradients, for more
-    tokens than `products.FUSED_UP_TO` and for activations of 32 or 64 bits.
+    tokens than `tiles.fused_up_to` and for activations of 32 or 64 bits.
     """
 
     def __init__(self, ready: Sequence[Ready]) -> None:
@@ -95,7 +95,7 @@ class Together:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """Each layer's x W^T + bias."""
-        if not products.fits_one_launch(x) or (torch.is_grad_enabled() and x.requires_grad):
+        if not products.fits_one_launch(x, self.joint.base) or (torch.is_grad_enabled() and x.requires_grad):
             return tuple([Gpu().matmul(x, own) for own in self.ready])
         y = products.joint_product(x, self.joint, self.bias)
         return tuple([y[..., rows] for rows in self.joint.rows])

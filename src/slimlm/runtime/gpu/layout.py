@@ -14,8 +14,8 @@ and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, flo
 
 Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
 
-Layers that share their input (q, k and v; gate and up) can be one weight, their rows below each other (`join`), and each of them
-then is a piece of it: nothing lies in memory twice.
+Layers that share their input (q, k and v; gate and up) can be one weight, their rows below each other (`join`). Each of them
+then is a piece of it, and nothing lies in memory twice.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ SPARSE_BLOCK, DENSE_BLOCK = 256, 128
 LARGEST_CODE = 4
 """Bits of the largest code that a nibble holds."""
 MOST_TILES = 4
-"""Tiles of tokens in the largest launch; products.py unpacks the weight for more tokens than these hold."""
+"""Tiles of tokens in the largest launch; tiles.py has the weight unpacked for more tokens than these hold."""
 
 _SLICE = 2**22
 """Weights that are packed at a time; the work in between takes some tens of bytes for each."""

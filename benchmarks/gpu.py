@@ -36,6 +36,7 @@ from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
 from slimlm.generation import generate
 from slimlm.runtime.backends.triton import Gpu, Ready
+from slimlm.runtime.choose import Choice
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
 from slimlm.runtime.gpu.tuning import replayed_seconds
@@ -321,16 +322,16 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
 # A whole model
 
 
-class Ours(nn.Module):
-    """A layer of a model that nobody has compressed."""
+class Ours(CompressedLinear):
+    """A layer of a model that nobody has compressed: it is in the kernels' layout and has no stored tensors."""
 
-    def __init__(self, ready: Ready) -> None:
-        super().__init__()
-        self.ready = ready
+    def __init__(self, ready: Ready, shape: tuple[int, int]) -> None:
+        super().__init__(shape, [], {}, None)
+        self._choice, self._prepared = Choice(Gpu(), None), ready
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T."""
-        return Gpu().matmul(x, self.ready)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ours":
+        # There is nothing of torch's in it to move or to cast.
+        return self
 
 
 def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
@@ -345,7 +346,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
                 for name, linear in list(parent.named_children()):
                     if isinstance(linear, nn.Linear):
                         shape = (linear.out_features, linear.in_features)
-                        setattr(parent, name, Ours(random_ready(shape, kind, where)))
+                        setattr(parent, name, Ours(random_ready(shape, kind, where), shape))
     model.to_empty(device=where)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
@@ -355,7 +356,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
 
 
 def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> dict[str, Any]:
-    """Tokens a second of a generation launched kernel by kernel, with no graph: the processor's part is in it."""
+    """Tokens a second of a generation; `way` says what wrote them, on a card steps replayed from a CUDA graph."""
     model = random_model(kind, where)
     prompt = torch.randint(model.config.vocab_size, (batch, 4 if where.type == "cpu" else 64), device=where)
     new = 3 if where.type == "cpu" else 48

@@ -4,7 +4,8 @@
 are made on `FAR` are wrapped. It is called "meta", the one device beside "cpu" to which a torch built for the CPU can
 switch. An operation that mixes them with CPU tensors fails, as on a card, but for what a card allows: tensors without
 dimensions, and indices on the CPU. So code that forgets a device is found without one. Values read in Python
-(`float(tensor)`, `tolist`), each of which makes the CPU wait for a card, are counted."""
+(`float(tensor)`, `tolist`), each of which makes the CPU wait for a card, are counted.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -109,11 +111,21 @@ class _Far(TorchDispatchMode):
             raise MixedDevicesError(f"{func}: {[list(t.shape) for t in near]} on the CPU with tensors on the card")
 
 
+class _Made(TorchFunctionMode):
+    """`torch.tensor` fills a tensor where no mode sees it, so it is made on the CPU and sent."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]) == FAR:
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(FAR)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def far_device() -> Iterator[Counts]:
     """Meanwhile there is a card, `FAR`."""
     counts = Counts()
-    with _Far(counts):
+    with _Far(counts), _Made():
         yield counts
 
 

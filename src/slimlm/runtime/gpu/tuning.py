@@ -65,7 +65,7 @@ def tune(
     kinds: dict[Kind, list[Product]] = {}
     for packed, counters in weights:
         kinds.setdefault(Kind.of(packed), []).append((packed, counters))
-    table, rows = Table(), []
+    table, rows = Table(), list[Row]()
     total = len(kinds) * len(BATCHES)
     for kind, own in kinds.items():
         most = own[:_MOST_LAYERS]

@@ -109,6 +109,9 @@ def test_joined_layers_lie_in_memory_once_and_are_joined_once() -> None:
     assert places == {one.joint.base.words.untyped_storage().data_ptr()}
     again = joint(layers)
     assert isinstance(again, Together) and again.joint is one.joint
+    fewer = joint(layers[:2])
+    assert isinstance(fewer, Together) and len(fewer.joint.layers) == 2, "two of three are a weight of their own"
+    joint(layers)
     model = nn.ModuleList(layers)
     assert "3 of them, which share inputs, in 1 launches" in str(words(model))
 

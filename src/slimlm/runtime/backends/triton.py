@@ -74,7 +74,7 @@ class Together:
     def __init__(self, ready: Sequence[Ready]) -> None:
         self.ready = tuple(ready)
         joint = ready[0].joint
-        if joint is None or any(own.layer is not piece for own, piece in zip(ready, joint.layers, strict=False)):
+        if joint is None or [id(own.layer) for own in ready] != [id(piece) for piece in joint.layers]:
             with torch.inference_mode(False):
                 joint = layout.join([own.layer for own in ready])
             for own, piece in zip(ready, joint.layers, strict=True):

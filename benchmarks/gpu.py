@@ -14,7 +14,6 @@ so is the model that writes text: one with the shapes of Llama-2-7B, made on the
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -37,8 +36,10 @@ from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
 from slimlm.generation import generate
 from slimlm.runtime.backends.triton import Gpu, Ready
+from slimlm.runtime.choose import Choice
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
+from slimlm.runtime.gpu.tuning import replayed_seconds
 from slimlm.runtime.linear import CompressedLinear
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,33 +221,13 @@ def cusparselt(shape: tuple[int, int], x: Tensor) -> Contender:
 # Timing
 
 
-def seconds(calls: Sequence[Call], where: torch.device, *, least: int = 32, rounds: int = 15) -> float:
+def seconds(calls: Sequence[Call], where: torch.device, *, least: int = 32) -> float:
     """The median time of one call, replayed from a graph; on the CPU that of one plain call."""
     if where.type == "cpu":
         began = time.perf_counter()
         calls[0]()
         return time.perf_counter() - began
-    count = -(-max(least, len(calls)) // len(calls)) * len(calls)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
-    times = []
-    for _ in range(rounds + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / count)
-    return statistics.median(times[1:])
+    return replayed_seconds(calls, least=least)
 
 
 def ceilings(where: torch.device) -> dict[str, float]:
@@ -341,16 +322,16 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
 # A whole model
 
 
-class Ours(nn.Module):
-    """A layer of a model that nobody has compressed."""
+class Ours(CompressedLinear):
+    """A layer of a model that nobody has compressed: it is in the kernels' layout and has no stored tensors."""
 
-    def __init__(self, ready: Ready) -> None:
-        super().__init__()
-        self.ready = ready
+    def __init__(self, ready: Ready, shape: tuple[int, int]) -> None:
+        super().__init__(shape, [], {}, None)
+        self._choice, self._prepared = Choice(Gpu(), None), ready
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T."""
-        return Gpu().matmul(x, self.ready)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ours":
+        # There is nothing of torch's in it to move or to cast.
+        return self
 
 
 def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
@@ -365,7 +346,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
                 for name, linear in list(parent.named_children()):
                     if isinstance(linear, nn.Linear):
                         shape = (linear.out_features, linear.in_features)
-                        setattr(parent, name, Ours(random_ready(shape, kind, where)))
+                        setattr(parent, name, Ours(random_ready(shape, kind, where), shape))
     model.to_empty(device=where)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
@@ -375,7 +356,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
 
 
 def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> dict[str, Any]:
-    """Tokens a second of a generation launched kernel by kernel, with no graph: the processor's part is in it."""
+    """Tokens a second of a generation; `way` says what wrote them, on a card steps replayed from a CUDA graph."""
     model = random_model(kind, where)
     prompt = torch.randint(model.config.vocab_size, (batch, 4 if where.type == "cpu" else 64), device=where)
     new = 3 if where.type == "cpu" else 48

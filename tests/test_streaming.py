@@ -1,6 +1,7 @@
 """Weights stay in their files: what comes out is what an open model gives, and no more than a block is in memory."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from slimlm.cli import _bytes
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
-from slimlm.streaming import StreamedModel, open_streamed
+from slimlm.streaming import StreamedModel, ahead, open_streamed
 
 from .conftest import FAMILIES, random_model, save
 
@@ -179,3 +180,42 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SlimlmError, match="8GiB"):
         _bytes(text)
+
+
+def test_the_next_block_is_made_while_one_is_worked_on_and_never_two_ahead() -> None:
+    made: list[str] = []
+    second = threading.Event()
+
+    def make(name: str) -> str:
+        made.append(name)
+        if name == "b":
+            second.set()
+        return name.upper()
+
+    coming = ahead(make, ["a", "b", "c"])
+    assert made == [], "nothing is made before it is asked for"
+    assert next(coming) == "A"
+    assert second.wait(10), "b is made without being asked for"
+    assert made == ["a", "b"]
+    assert list(coming) == ["B", "C"] and made == ["a", "b", "c"]
+    assert list(ahead(make, [])) == []
+
+
+def test_what_fails_ahead_fails_where_it_is_wanted() -> None:
+    def make(name: str) -> str:
+        if name == "b":
+            raise ModelError("b is damaged")
+        return name
+
+    coming = ahead(make, ["a", "b"])
+    assert next(coming) == "a"
+    with pytest.raises(ModelError, match="b is damaged"):
+        next(coming)
+
+
+def test_blocks_that_come_in_turn_are_the_blocks(tmp_path: Path) -> None:
+    streamed = opened(save(random_model("llama"), tmp_path / "m"))
+    names = list(blocks_of(streamed.model))
+    for name, block in zip(names, streamed.coming(names, CPU), strict=True):
+        alone = streamed.block(name, CPU).state_dict()
+        assert all(torch.equal(tensor, alone[key]) for key, tensor in block.state_dict().items())

@@ -58,10 +58,11 @@ def compress_blocks(
     names = list(blocks)
     progress("compress", len(journal.blocks), len(names))
     arguments, held = _begin(dense, blocks, windows, journal)
+    coming = dense.coming(names[len(journal.blocks) :], device)
     for done, name in list(enumerate(names, 1))[len(journal.blocks) :]:
         flow = Flow(held[_COMPRESSED], arguments)
         original_flow = Flow(held.get(_ORIGINAL, list(flow.hidden)), arguments) if follows(recipe) else None
-        block = dense.block(name, device)
+        block = next(coming)
         twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
         original = None if twin is None or original_flow is None else (twin, original_flow)
         records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original)

@@ -1,6 +1,6 @@
 """Run one block on its inputs; measure what the steps need and nothing more."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -243,8 +243,23 @@ def measure(
     unused = [layer for layer in linears if layer not in owner or sums[owner[layer]].tokens == 0]
     if unused:
         raise ModelError(f"{name}.{unused[0]} saw no input during calibration; leave it out of the recipe (leave = [...])")
-    stats = {layer: s.stats() for layer, s in sums.items()}
+    place = _resting_place(sums.values(), device)
+    stats = {layer: s.stats(place) for layer, s in sums.items()}
     return {layer: stats[owner[layer]] for layer in linears}
+
+
+_SHARE_OF_CARD = 0.25
+
+
+def _resting_place(sums: Iterable["_Sums"], device: torch.device) -> torch.device:
+    """Where statistics lie until steps use them: on the device where all take at most a quarter of what is free there."""
+    fits = device.type == "cpu" or sum(own.bytes() for own in sums) <= _SHARE_OF_CARD * _free(device)
+    return device if fits else torch.device("cpu")
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free on a card."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _inputs(
@@ -391,8 +406,13 @@ class _Sums:
         if self.needs & Need.MEAN_WINDOW:
             self.window = self.window + rows.view(-1, self.length, rows.shape[1]).sum(dim=0, dtype=torch.float64)
 
-    def stats(self) -> Stats:
-        """The means, on the CPU in float32."""
+    def bytes(self) -> int:
+        """What the means will take, in float32."""
+        held = (self.abs, self.square, self.peak, self.peak_abs, self.window, self.gram, self.cross)
+        return sum(4 * own.numel() for own in held if isinstance(own, Tensor))
+
+    def stats(self, device: torch.device) -> Stats:
+        """The means, on a device in float32."""
 
         def mean(total: Tensor | float | None, count: int = self.tokens) -> Tensor | None:
             if not isinstance(total, Tensor):
@@ -401,13 +421,13 @@ class _Sums:
                 raise NumericsError(
                     f"the inputs of {self.name} hold NaN or infinity; the model overflows on the calibration text"
                 )
-            return (total / count).float().cpu()
+            return (total / count).float().to(device)
 
         return Stats(
             self.tokens,
             mean_abs=mean(self.abs) if self.needs & Need.MEAN_ABS else None,
             mean_square=mean(self.square),
-            peak_mean_abs=None if self.peak is None else self.peak.float().cpu(),
+            peak_mean_abs=None if self.peak is None else self.peak.float().to(device),
             peak_abs=mean(self.peak_abs, count=1),
             mean_window=mean(self.window, count=self.tokens // self.length),
             gram=mean(self.gram),

@@ -32,6 +32,7 @@ from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
 from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
+from slimlm.evaluate.gpu_tiles import tune_kernels
 from slimlm.evaluate.model_speed import QUICK, Settings, model_speed, write_json
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
@@ -44,7 +45,7 @@ from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
 from slimlm.recipe import AS_STORED, shipped, to_toml
-from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
+from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture, tiles_table
 from slimlm.report.tables import (
     choices_table,
     generation_words,
@@ -399,9 +400,28 @@ def bench(
         Path | None, typer.Option("--out", help="Write the figures here (.json) and a picture beside it (.png).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Coarse figures, in little time.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="On an NVIDIA GPU: find the fastest tiles for these layers, and use them from now on."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """How fast the layers and the whole model run on this machine, beside dense ones and what reading memory allows."""
+    if tune:
+        given = (
+            against,
+            batch,
+            threads,
+            prompt_tokens,
+            new_tokens,
+            save,
+            quick or None,
+            None if kernels == "auto" else kernels,
+        )
+        if any(option is not None for option in given):
+            raise SlimlmError("--tune measures the GPU kernels' tiles and nothing else; give it with --json at most")
+        _tune(str(out), as_json)
+        return
     if save is not None and (save.suffix != ".json" or not save.absolute().parent.is_dir()):
         raise SlimlmError(f"--out {save}: give a file that ends in .json, in a folder that exists")
     usual = QUICK if quick else Settings()
@@ -427,6 +447,16 @@ def bench(
         output.print(generation_speed_table(result))
     for words in told:
         _tell(words)
+
+
+def _tune(source: str, as_json: bool) -> None:
+    with _progress() as report:
+        found = tune_kernels(source, report=report, tell=_tell)
+    if as_json:
+        _print_json(found)
+        return
+    output.print(tiles_table(found))
+    output.print(f"\nwritten: {found['path']}; used from now on", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(name="inspect")

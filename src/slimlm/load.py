@@ -60,8 +60,8 @@ def load(
     kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "gpu", "reference" (dense matrices), or
     "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. The
     kernels' layers are packed anew, one at a time. On the CPU the pages of their stored tensors are dropped, and with `keep`
-    the packed layers are written beside the checkpoint and mapped by the next load; on a GPU they stay beside the stored
-    tensors, in as much memory again. `slimlm.use_kernels` chooses again later.
+    the packed layers are written beside the checkpoint and mapped by the next load; on a GPU they are all that the card
+    holds, and the stored tensors stay views of the files, on the CPU. `slimlm.use_kernels` chooses again later.
     dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
     16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
     tell: hears what a user should know, such as which layers no kernel takes, and why.
@@ -107,6 +107,9 @@ def load(
         widen_activations(model)
     if kernels != "reference":
         _pack(model, kernels, folder, release, keep=keep, tell=tell)
+        for name, layer in multipliers(model).items():
+            if layer.choice().backend.name == "gpu" and name in packed and isinstance(layer, CompressedLinear):
+                layer.rest(packed[name])
     return model
 
 

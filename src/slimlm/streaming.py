@@ -11,11 +11,12 @@ import copy
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from slimlm.storage.streams import write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
 Tell = Callable[[str], None]
+Made = TypeVar("Made")
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -94,6 +96,30 @@ class StreamedModel:
         self.fill(block, name)
         return block.to(device)
 
+    def coming(self, names: Sequence[str], device: torch.device) -> Iterator[nn.Module]:
+        """These blocks in turn, as `block` gives them; for a card the next one is read and copied while one is worked on."""
+        if device.type == "cpu":
+            return (self.block(name, device) for name in names)
+        return self._sent(names, device)
+
+    def _sent(self, names: Sequence[str], device: torch.device) -> Iterator[nn.Module]:
+        stream = torch.cuda.Stream(device)
+
+        def send(name: str) -> tuple[nn.Module, torch.cuda.Event]:
+            block = self.block(name, torch.device("cpu"))
+            with torch.cuda.stream(stream):
+                for tensor in (*block.parameters(), *block.buffers()):
+                    tensor.data = tensor.data.pin_memory().to(device, non_blocking=True)
+                return block, stream.record_event()
+
+        for block, copied in ahead(send, names):
+            here = torch.cuda.current_stream(device)
+            here.wait_event(copied)
+            for tensor in (*block.parameters(), *block.buffers()):
+                # So that its memory is not given away while work that was begun here still reads it.
+                tensor.record_stream(here)
+            yield block
+
     def outside(self, blocks: Iterable[str]) -> list[str]:
         """The names of the tensors outside the blocks."""
         inside = tuple(f"{block}." for block in blocks)
@@ -130,6 +156,19 @@ class StreamedModel:
                 handle.remove()
             for block in blocks.values():
                 self.empty(block)
+
+
+def ahead(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
+    """What is made of each name in turn, the next one by a thread of its own while the caller has one; never two ahead."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = [maker.submit(make, name) for name in names[:1]]
+        for name in [*names[1:], None]:
+            if not coming:
+                return
+            made = coming.pop().result()
+            if name is not None:
+                coming.append(maker.submit(make, name))
+            yield made
 
 
 def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:

@@ -1,5 +1,6 @@
 """The lean step: the logits of the model's own forward, or a reason in words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from slimlm.runtime import lean
 from slimlm.runtime.joint import direct, joint
-from slimlm.runtime.lean import LeanStep, attend, disagrees, refuses
+from slimlm.runtime.lean import LeanStep, StaticStep, attend, captured, disagrees, refuses
 
 from ..conftest import ENDS, LLAMA_LIKE, random_model
 
@@ -195,3 +197,46 @@ def test_layers_called_together_or_directly_give_what_they_give_one_by_one() -> 
             assert torch.equal(together, layer(x))
     doubled = nn.Sequential(layers[0])
     assert torch.equal(direct(doubled)(x), layers[0](x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_whose_position_is_a_tensor_gives_what_the_lean_step_gives(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "_LEAST_SEEN", 4)
+    model, tokens = llama().to(dtype), torch.randint(5, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+    steps = [kind(model, batch=2, length=12) for kind in (LeanStep, StaticStep)]
+    for _ in range(2):  # a second text after the first: nothing of it is left
+        first, second = (step.read(tokens[:, :3]) for step in steps)
+        assert torch.equal(first, second)
+        for column in tokens[:, 3:].unbind(1):
+            with torch.no_grad():
+                expected, found = (step(column) for step in steps)
+            torch.testing.assert_close(found, expected, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype])
+    assert isinstance(steps[1], StaticStep) and sorted(steps[1].replays) == [4, 8, 12]
+
+
+def test_a_static_step_is_made_once_for_as_many_positions_and_runs_the_same_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+
+    def counted(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        made.append(device)
+        return captured(call, device)
+
+    monkeypatch.setattr(lean, "captured", counted)
+    step, token = StaticStep(llama(max_position_embeddings=300), batch=1, length=300), torch.tensor([7])
+    with torch.no_grad():
+        for position in (0, 1, 255):
+            step.position = position
+            step(token)
+        assert made == [torch.device("cpu")] and list(step.replays) == [256]
+        step.position = 256
+        step(token)
+    assert list(step.replays) == [256, 300]
+
+
+def test_off_a_card_what_is_captured_is_the_call_itself() -> None:
+    def call() -> Tensor:
+        return torch.zeros(1)
+
+    assert captured(call, torch.device("cpu")) is call

@@ -38,10 +38,11 @@ def descend_left(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     scale = grid.spread(factor.scale, value.shape[1], factor.group).expand_as(value)
     pull = weighted @ error.T - inner @ value
     """half the slope of the objective, falling, `[rank, out]`"""
+    silent = (inner.diagonal() <= 0).tolist()
     for i in range(len(inner)):
-        bend = inner[i, i]
-        if float(bend) <= 0:
+        if silent[i]:
             continue
+        bend = inner[i, i]
         index, new = levels.rounded(value[i] + pull[i] / bend, scale[i])
         change = new - value[i]
         better = change.square() * bend < 2 * change * pull[i]
@@ -66,20 +67,22 @@ def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     scale = grid.spread(factor.scale, width, factor.group).expand_as(factor.codes).T.contiguous()
     pull = gram @ ((left @ error).T - value @ inner)
     """half the slope of the objective, falling, `[in, rank]`; exact for the inputs whose turn it is"""
+    silent = (gram.diagonal() <= 0).tolist()
     for low in range(0, width, _INPUTS_AT_ONCE):
         high = min(low + _INPUTS_AT_ONCE, width)
         moved = torch.zeros_like(value[low:high])
         """the changes of these inputs, times the inner Gram"""
         for place in range(low, high):
-            bend = gram[place, place]
-            if float(bend) <= 0:
+            if silent[place]:
                 continue
+            bend = gram[place, place]
             index, new = levels.rounded(value[place] + inverse @ pull[place] / bend, scale[place])
             change = new - value[place]
             along = inner @ change
-            if not float(change @ (2 * pull[place] - bend * along)) > 0:
-                continue
-            codes[place] = torch.where(change == 0, codes[place], _codes(index, levels))
+            # Not asked in Python, which would wait for a GPU at every input.
+            better = change @ (2 * pull[place] - bend * along) > 0
+            codes[place] = torch.where(better & (change != 0), _codes(index, levels), codes[place])
+            along = torch.where(better, along, torch.zeros_like(along))
             moved[place - low] = along
             pull[place:high].addr_(gram[place:high, place], along, alpha=-1)
         pull[high:].addmm_(gram[high:, low:high], moved, alpha=-1)

@@ -5,7 +5,7 @@ where the width does not divide. A search for a scale and the quantizer that it 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -51,6 +51,7 @@ class Levels:
     values: Tensor
     """float32 `[2^bits]`"""
     even: bool
+    _elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_bits(cls, bits: int) -> "Levels":
@@ -75,7 +76,7 @@ class Levels:
         """The level nearest to weight / scale, as float."""
         if self.even:
             return nearest(ratio, self.bits)
-        return self.values.to(ratio.device).index_select(0, self._above(ratio).flatten()).view(ratio.shape)
+        return self._on(ratio.device)[0].index_select(0, self._above(ratio).flatten()).view(ratio.shape)
 
     def index(self, ratio: Tensor) -> Tensor:
         """The place (0 and on) of the nearest level in `values`."""
@@ -83,10 +84,16 @@ class Levels:
             return (nearest(ratio, self.bits) - self.values[0]).long()
         return self._above(ratio).long()
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The values there, and the borders between them; copied once, since a sweep asks at every input."""
+        if device not in self._elsewhere:
+            values = self.values.to(device)
+            self._elsewhere[device] = values, (values[1:] + values[:-1]) / 2
+        return self._elsewhere[device]
+
     def _above(self, ratio: Tensor) -> Tensor:
         """How many borders between the levels of a table each ratio is above, int32."""
-        values = self.values.to(ratio.device)
-        borders = (values[1:] + values[:-1]) / 2
+        _, borders = self._on(ratio.device)
         if ratio.numel() < _COMPARED or ratio.device.type != "cpu":
             return torch.bucketize(ratio.contiguous(), borders, out_int32=True)
         # A search per element mispredicts its branches: a comparison with each border takes a fifth of its time.
@@ -109,7 +116,8 @@ class Levels:
             value = level * scale
             return level.sub_(self.values[0]), value
         index = self._above(weight * inverse)
-        return index, self.values.to(weight).index_select(0, index.flatten()).view(index.shape) * scale
+        values = self._on(weight.device)[0].to(weight.dtype)
+        return index, values.index_select(0, index.flatten()).view(index.shape) * scale
 
 
 def reciprocal(scale: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class _Polish:
         self.pull = gram @ (target.T - self.value)
         """H (W - B)^T `[in, out]`: half the slope of the objective, exact for the inputs whose turn it is"""
         self.change = torch.zeros_like(self.value)
+        self.silent = (gram.diagonal() <= 0).tolist()
+        """whether an input never fires"""
         width = len(self.value)
         self.groups = list(range(0, width, width if isinstance(group, str) else group))
         self.leaves = divided(self.groups, width, LEAF if choices is None else choices.of)
@@ -119,9 +121,9 @@ class _Polish:
 
     def _recode(self, low: int, high: int, group: int) -> None:
         for place in range(low, high):
-            bend = self.gram[place, place]
-            if float(bend) <= 0:
+            if self.silent[place]:
                 continue
+            bend = self.gram[place, place]
             old = self.value[place]
             index, new = self.levels.rounded(old + self.pull[place] / bend, self.scale[group])
             if self.keep is not None:

@@ -308,10 +308,11 @@ def order_of(energy: Tensor, *, group: Group, pattern: Pattern | None) -> Order:
     """
     width = len(energy)
     size = width if isinstance(group, str) else min(group, width)
+    device, energy = energy.device, energy.cpu()
     chunk = pattern.of if pattern is not None and pattern.of else LEAF
     groups = sorted(torch.arange(width).split(size), key=lambda own: -float(energy[own].mean()))
     chunks = [sorted(own.split(chunk), key=lambda few: -float(energy[few].mean())) for own in groups]
-    return Order(torch.cat([few for own in chunks for few in own]).to(energy.device), [len(own) for own in groups])
+    return Order(torch.cat([few for own in chunks for few in own]).to(device), [len(own) for own in groups])
 
 
 def rounded_sweep(

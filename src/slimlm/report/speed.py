@@ -99,3 +99,17 @@ def _axes(panel: Any, batches: Sequence[int], words: str) -> None:
     panel.set_xlabel("batch")
     panel.set_ylabel(f"{words} per second, all texts")
     panel.grid(which="both", alpha=0.2)
+
+
+def tiles_table(result: dict[str, Any]) -> Table:
+    """A row per kind of layer and class of batches: the fastest tile, and its time beside that of the one before."""
+    rows = []
+    for row in result["rows"]:
+        tile = row["after"]
+        words = f"{tile['rows']} x {tile['tokens']}, {tile['warps']} warps, {tile['stages']} stages, {tile['waves']} waves"
+        before, after = row["seconds_before"], row["seconds_after"]
+        figures = f"{before * 1e6:.1f}", f"{after * 1e6:.1f}", f"{before / after:.2f}"
+        rows.append((row["kind"], words, str(row["batch"]), *figures))
+    return plain_table(
+        f"tiles on {result['card']}, {result['dtype']}", ("layers", "tile", "batch", "us before", "us", "ratio"), rows, left=2
+    )

@@ -6,7 +6,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimlm.runtime.backends import cpu
+from slimlm.runtime.backends import cpu, triton
+from slimlm.runtime.gpu import layout
 from slimlm.runtime.kernels import Packed
 from slimlm.runtime.linear import CompressedLinear
 
@@ -24,8 +25,9 @@ def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def joint(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """One call for layers that share their input `[tokens, in]`; gives their outputs `[tokens, out]` in order.
 
-    The outputs are the caller's to change. Layers that all run on the kernels are multiplied in one call, without gradients;
-    others are called in turn. As with `direct`, who multiplies is settled now.
+    The outputs are the caller's to change. Layers that all run on the CPU kernels are multiplied in one call, without
+    gradients, and those that all run on the GPU kernels and are of one kind in one launch; others are called in turn. As with
+    `direct`, who multiplies is settled now.
     """
     if (together := _together(modules)) is not None:
         return together
@@ -40,6 +42,8 @@ def _together(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
     """The layers as one call of the kernels; None where some of them run otherwise."""
     layers = [module for module in modules if isinstance(module, CompressedLinear)]
     backends = [layer.choice().backend for layer in layers]
+    if len(layers) == len(modules) and all(isinstance(backend, triton.Gpu) for backend in backends):
+        return _in_one_launch(layers)
     precisions = {backend.precision for backend in backends if isinstance(backend, cpu.Cpu)}
     if len(layers) < len(modules) or not all(isinstance(backend, cpu.Cpu) for backend in backends) or len(precisions) != 1:
         return None
@@ -47,3 +51,10 @@ def _together(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
     outs = [layer.out_features for layer in layers]
     packed = Packed([one.blob for one in ready], [one.bias for one in ready], outs, layers[0].in_features)
     return partial(packed, precision=precisions.pop())
+
+
+def _in_one_launch(layers: Sequence[CompressedLinear]) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    ready: list[triton.Ready] = [layer.prepare() for layer in layers]
+    if layout.apart([own.layer for own in ready]) is not None:
+        return None
+    return triton.Together(ready)

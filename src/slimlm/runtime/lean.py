@@ -5,6 +5,7 @@ dozen operations and as many Python calls. `stepper` gives what does the same ar
 embedding and rotary angles:
 
 - `PackedDecoder` (decoder.py) where the CPU kernels multiply every layer: all blocks in one call, prompts too;
+- `StaticStep` on a GPU: as below, each token replayed from a CUDA graph, which asks the CPU for next to nothing;
 - `LeanStep` elsewhere: the prompt by the model's own forward, then each token with about thirty torch operations per block.
   Keys and values lie in one tensor each, allocated once; cosines and sines are taken from the model's rotary module once,
   for all positions; the attention's scale is folded into the queries' share of them, and the sign of the rotation into the
@@ -19,6 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -68,7 +70,9 @@ def disagrees(model: PreTrainedModel, length: int) -> str | None:
     level, and that grows from block to block. A model is asked once for each way to step through it. `length` is as in
     `refuses`.
     """
-    kind = packed.PackedDecoder if _packed_refuses(model) is None else LeanStep
+    kind: type = packed.PackedDecoder if _packed_refuses(model) is None else LeanStep
+    if _device(model).type == "cuda":
+        kind = StaticStep
     key = kind.__name__, _activations(model)
     verdicts = _VERDICTS.setdefault(model, {})
     if key not in verdicts:
@@ -104,6 +108,8 @@ def _disagrees(model: PreTrainedModel, length: int) -> str | None:
 
 def stepper(model: PreTrainedModel, *, batch: int, length: int) -> "packed.PackedDecoder | LeanStep":
     """The quickest way through a model that `refuses` accepts, with room for `length` positions of `batch` texts."""
+    if _device(model).type == "cuda":
+        return StaticStep(model, batch=batch, length=length)
     if _packed_refuses(model) is not None:
         return LeanStep(model, batch=batch, length=length)
     return packed.PackedDecoder(_parts(model), batch=batch, length=length)
@@ -121,6 +127,22 @@ class _Block:
     mlp_norm: Map
     gate_up: Callable[[Tensor], Sequence[Tensor]]
     down: Map
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a step is in its texts."""
+
+    key_slots: Sequence[Tensor]
+    """of each block, where the position's keys go, `[batch x key heads, head_dim]`"""
+    value_slots: Sequence[Tensor]
+    """as above"""
+    query_turn: tuple[Tensor, ...]
+    """the position's cosines and signed sines, times the attention's scale"""
+    key_turn: tuple[Tensor, ...]
+    """the position's cosines and signed sines"""
+    mix: Callable[[int, Tensor], Tensor]
+    """what a block's queries `[heads, group, head_dim]` find, once its slots are filled"""
 
 
 class LeanStep:
@@ -182,40 +204,116 @@ class LeanStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
-        x = self.embed(tokens)
-        self._run(x)
-        self.position += 1
-        return self.head(self.last_norm(x))
-
-    def _run(self, x: Tensor) -> None:
-        """Adds what the blocks do to x `[batch, width]`."""
-        here, width = self.position, self.head_dim
-        key_slots, value_slots = self.keys[:, :, here].unbind(), self.values[:, :, here].unbind()
+        here = self.position
         seen_keys, seen_values = self.keys[:, :, : here + 1].unbind(), self.values[:, :, : here + 1].unbind()
-        query_cos, query_sin = self.query_turn[0][here], self.query_turn[1][here]
-        key_cos, key_sin = self.key_turn[0][here], self.key_turn[1][here]
+        place = _Place(
+            self.keys[:, :, here].unbind(),
+            self.values[:, :, here].unbind(),
+            (self.query_turn[0][here], self.query_turn[1][here]),
+            (self.key_turn[0][here], self.key_turn[1][here]),
+            lambda i, queries: attend(queries, seen_keys[i], seen_values[i]),
+        )
+        self.position += 1
+        return self._logits(tokens, place)
+
+    def _logits(self, tokens: Tensor, place: _Place) -> Tensor:
+        x, width = self.embed(tokens), self.head_dim
+        (query_cos, query_sin), (key_cos, key_sin) = place.query_turn, place.key_turn
         other, heads = self.other_half, (self.batch * self.key_heads, self.groups, width)
         for i, block in enumerate(self.blocks):
             queries, keys, values = block.queries_keys_values(block.attention_norm(x))
             queries, keys = queries.reshape(-1, width), keys.reshape(-1, width)
             if block.query_norm is not None and block.key_norm is not None:
                 queries, keys = block.query_norm(queries), block.key_norm(keys)
-            slot = torch.mul(keys, key_cos, out=key_slots[i])
+            slot = torch.mul(keys, key_cos, out=place.key_slots[i])
             slot.addcmul_(keys.index_select(1, other), key_sin)
-            value_slots[i].copy_(values.reshape(-1, width))
+            place.value_slots[i].copy_(values.reshape(-1, width))
             turned = (queries * query_cos).addcmul_(queries.index_select(1, other), query_sin)
-            mixed = attend(turned.view(heads), seen_keys[i], seen_values[i])
+            mixed = place.mix(i, turned.view(heads))
             x.add_(block.attention_out(mixed.reshape(self.batch, -1)))
             gate, up = block.gate_up(block.mlp_norm(x))
             x.add_(block.down(F.silu(gate, inplace=True).mul_(up)))
+        return self.head(self.last_norm(x))
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """softmax(queries keys^T) values for scaled queries `[heads, group, width]`; keys and values `[heads, seen, width]`."""
+_LEAST_SEEN = 256
+"""Positions that attention goes over at least; further ones are added as powers of two."""
+
+
+class StaticStep(LeanStep):
+    """The same, with the position in a tensor: a step is the same operations on the same memory every time.
+
+    So on a card it is captured in a CUDA graph and replayed. Attention goes over the first 256, 512, 1024 ... positions, of
+    which those to come are masked; each has a graph.
+    """
+
+    way = "the lean step, replayed from a CUDA graph"
+
+    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
+        super().__init__(model, batch=batch, length=length)
+        device = self.keys.device
+        self.here = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+        self.numbers = torch.arange(length, device=device)
+        self.slots = (torch.zeros_like(self.keys[0, :, 0]), torch.zeros_like(self.keys[0, :, 0]))
+        """where a position's keys and values are made, [batch x key heads, head_dim]"""
+        self.replays: dict[int, Callable[[], Tensor]] = {}
+        """by positions seen"""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
+        self.here.fill_(self.position)
+        self.tokens.copy_(tokens)
+        seen = min(self.length, max(_LEAST_SEEN, 1 << self.position.bit_length()))
+        if seen not in self.replays:
+            self.replays[seen] = captured(partial(self._step, seen), self.keys.device)
+        self.position += 1
+        return self.replays[seen]()
+
+    def _step(self, seen: int) -> Tensor:
+        """The logits after `tokens` at the position `here`; changes nothing else but that position's keys and values."""
+        count = len(self.blocks)
+        mask = torch.zeros(seen, dtype=self.dtype, device=self.here.device)
+        mask = mask.masked_fill_(self.numbers[:seen] > self.here, float("-inf"))[None, None]
+
+        def mix(i: int, queries: Tensor) -> Tensor:
+            for kept, slot in zip((self.keys[i], self.values[i]), self.slots, strict=True):
+                kept.index_copy_(1, self.here, slot[:, None])
+            return attend(queries, self.keys[i, :, :seen], self.values[i, :, :seen], mask)
+
+        query, key = (tuple([part.index_select(0, self.here) for part in turn]) for turn in (self.query_turn, self.key_turn))
+        return self._logits(self.tokens, _Place([self.slots[0]] * count, [self.slots[1]] * count, query, key, mix))
+
+
+def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """On a card a CUDA graph of this call, which must do the same each time; elsewhere the call itself."""
+    if device.type != "cuda":
+        return call
+    # What compiles or allocates once does so before the capture.
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return made.clone()
+
+    return replay
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(queries keys^T + mask) values for scaled queries `[heads, group, width]`; keys, values `[heads, seen, width]`."""
     if queries.dtype == torch.float32:
-        return torch.bmm(torch.softmax(torch.bmm(queries, keys.transpose(1, 2)), dim=-1), values)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        return torch.bmm(torch.softmax(scores if mask is None else scores + mask, dim=-1), values)
     # Half precision keeps its scores in float32 inside the fused operation only.
-    return F.scaled_dot_product_attention(queries[None], keys[None], values[None], scale=1.0)[0]
+    return F.scaled_dot_product_attention(queries[None], keys[None], values[None], attn_mask=mask, scale=1.0)[0]
 
 
 def head_of(model: PreTrainedModel) -> Map:

@@ -45,6 +45,10 @@ class Multiplier(nn.Module):
                 self._blob = self._prepared.blob
         return self._prepared
 
+    def prepared(self) -> Any:
+        """What was repacked; None: nothing yet."""
+        return self._prepared
+
     def adopt(self, blob: Tensor) -> None:
         """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
         self._blob, self._prepared = blob, None
@@ -77,6 +81,7 @@ class CompressedLinear(Multiplier):
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._works_on: torch.device | None = None
 
     @classmethod
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
@@ -109,7 +114,17 @@ class CompressedLinear(Multiplier):
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
-        return Stored((self.out_features, self.in_features), self.descriptions, self.packed(), self.bias, self._blob)
+        shape = self.out_features, self.in_features
+        return Stored(shape, self.descriptions, self.packed(), self.bias, self._blob, self._works_on)
+
+    def rest(self, elsewhere: dict[str, Tensor]) -> None:
+        """Let the stored tensors be these equal ones on the CPU, and the layer go on where it is, as it is prepared.
+
+        So a card holds the kernels' layout alone. Saving reads the tensors where they rest; a move to another device ends it.
+        """
+        self._works_on = self.stored().device
+        for name in self.packed_names:
+            setattr(self, name, elsewhere[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
@@ -128,6 +143,15 @@ class CompressedLinear(Multiplier):
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
         self.forget()
+        if self._works_on is not None:
+            if fn(torch.empty(0, dtype=torch.uint8, device=self._works_on)).device == self._works_on:
+                # A cast, or a move to where it is: what rests goes on resting.
+                for name, tensor in before.items():
+                    setattr(self, name, tensor)
+                self._choice = choice
+            else:
+                self._works_on = None
+            return self
         if all(
             now.device == old.device and now.data_ptr() == old.data_ptr()
             for now, old in zip(self.packed().values(), before.values(), strict=True)

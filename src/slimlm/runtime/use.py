@@ -57,7 +57,10 @@ def precisely(model: nn.Module) -> Iterator[None]:
 
 
 def words(model: nn.Module) -> str | None:
-    """Who multiplies the compressed layers, such as "cpu avx2, fast; 84 of 84 layers"; None where there are none."""
+    """Who multiplies the compressed layers, such as "cpu avx2, fast; 84 of 84 layers"; None where there are none.
+
+    Of GPU kernels also how many launches serve several layers at once, which is settled when text is first written.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
     if not layers:
         return None
@@ -70,8 +73,11 @@ def words(model: nn.Module) -> str | None:
         elif isinstance(backend, triton.Gpu):
             own = f"gpu {device.words(layer.stored().device)}"
         counts[own] += 1
+    joints = [joint for layer in layers if isinstance(own := layer.prepared(), triton.Ready) and (joint := own.joint)]
     reasons = sorted({reason for layer in layers if (reason := layer.choice().refused) is not None})
     found = [f"{name}; {count} of {len(layers)} layers" for name, count in counts.most_common()]
+    if joints:
+        found.append(f"{len(joints)} of them, which share inputs, in {len({id(joint) for joint in joints})} launches")
     return "; ".join([*found, *reasons])
 
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slimlm.runtime.gpu import kernels
-from slimlm.runtime.gpu.products import tile_for
+from slimlm.runtime.gpu.tiles import tile_for
 
 RECORD = Path(__file__).with_suffix(".json")
 CAPABILITIES = (80, 90, 100)
@@ -46,13 +46,14 @@ class Variant:
     spans: int = 0
     """scales in a block of inputs; 0: one for all"""
     tail: int = 0
+    joint: bool = False
     dtype: str = "fp16"
 
     @property
     def name(self) -> str:
         kind = ("2:4" if self.sparse else "dense") + (" table" if self.table else "")
         scale = f" {self.spans} spans" if self.spans else ""
-        return f"{kind}{scale}{' adapter' if self.tail else ''} {self.dtype} batch {self.batch}"
+        return f"{kind}{scale}{' adapter' if self.tail else ''}{' joint' if self.joint else ''} {self.dtype} batch {self.batch}"
 
 
 def variants() -> Iterator[Variant]:
@@ -65,6 +66,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(1, spans=8)
     yield Variant(16, dtype="bf16")
     yield Variant(1, sparse=False, spans=4)
+    yield Variant(1, tail=1, joint=True)
     yield Variant(16, table=True, spans=8, tail=1, dtype="bf16")
 
 
@@ -74,14 +76,14 @@ def compiled(variant: Variant, capability: int) -> Any:
     mode = {0: kernels.TENSOR, 1: kernels.BLOCK}.get(variant.spans, kernels.SPANS)
     fixed = {
         "sparse": variant.sparse, "table": variant.table, "scale_mode": mode.value, "spans": max(1, variant.spans),
-        "even": True, "has_bias": True, "tail_kind": variant.tail, "tail_table": False, "split": True, "tile": tile.rows,
-        "tokens": tile.tokens,
+        "even": True, "has_bias": True, "tail_kind": variant.tail, "tail_table": False, "split": True,
+        "joint": variant.joint, "tile": tile.rows, "tokens": tile.tokens,
     }  # fmt: skip
     floats = f"*{variant.dtype}"
     pointers = {
         "x": floats, "y": floats, "t": floats, "bias": floats, "words": "*i32", "tail": "*i32", "bits": "*i32",
-        "counters": "*i32", "scale": "*fp16" if variant.spans == 1 else "*fp32", "tail_scale": "*fp16", "levels": "*fp32",
-        "tail_levels": "*fp32", "partial": "*fp32",
+        "counters": "*i32", "members": "*i32", "scale": "*fp16" if variant.spans == 1 else "*fp32", "tail_scale": "*fp16",
+        "levels": "*fp32", "tail_levels": "*fp32", "partial": "*fp32",
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernels.product_kernel.arg_names):

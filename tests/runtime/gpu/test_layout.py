@@ -8,7 +8,7 @@ from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.choose import choose
-from slimlm.runtime.gpu import device, layout, products
+from slimlm.runtime.gpu import device, layout, tiles
 from slimlm.runtime.linear import CompressedLinear
 
 from .test_products import adapter, codes, draw, pruned, table
@@ -80,16 +80,16 @@ def test_a_mask_that_is_not_2_4_is_damage() -> None:
 def test_every_split_covers_all_blocks_and_no_part_is_empty() -> None:
     for blocks in range(1, 60):
         for batch in (1, 16, 32, 64, 256):
-            tile = products.tile_for(batch, 128, (9, 0))
-            parts, share = products.splits_for(tile, 7, blocks, 132)
+            tile = tiles.tile_for(batch, 128, (9, 0))
+            parts, share = tiles.splits_for(tile, 7, blocks, 132)
             assert (parts - 1) * share < blocks <= parts * share
 
 
 def test_a_launch_has_no_more_tiles_than_a_layer_has_counters() -> None:
     for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
-        for batch in range(1, products.FUSED_UP_TO + 1):
+        for batch in range(1, tiles.FUSED_UP_TO + 1):
             for rows in (64, 128, 192):
-                tile = products.tile_for(batch, rows, capability)
+                tile = tiles.tile_for(batch, rows, capability)
                 assert rows % tile.rows == 0 and -(-batch // tile.tokens) <= layout.MOST_TILES
 
 

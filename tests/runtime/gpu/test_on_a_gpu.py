@@ -11,6 +11,7 @@ import torch
 import slimlm
 from slimlm.generation import generate
 from slimlm.runtime.backends.triton import Gpu
+from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import words
 
 from .test_products import REASON, WHERE, combinations, draw, layer
@@ -70,3 +71,24 @@ def test_a_checkpoint_opens_on_the_card_and_writes_what_the_reference_writes(
     # The activations of two blocks, in float16.
     assert float((logits - reference).abs().max()) < 2e-2 * float(reference.abs().max())
     assert generate(model, prompt, max_new_tokens=4).tokens.shape == (1, 4)
+
+
+def test_text_from_replayed_steps_is_that_of_the_models_own_forward(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
+    model = slimlm.load(tmp_path / "out", device=WHERE)
+    made = generate(model, torch.arange(8, device=WHERE)[None], max_new_tokens=16)
+    assert made.way == "the lean step, replayed from a CUDA graph"
+    assert "launches" in str(words(model)), "queries, keys and values are one launch"
+
+
+def test_a_card_holds_the_kernels_layout_alone_and_what_is_saved_is_what_was_opened(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
+    model = slimlm.load(tmp_path / "out", device=WHERE)
+    here = slimlm.load(tmp_path / "out", kernels="reference").state_dict()
+    assert all(torch.equal(tensor.cpu(), here[name]) for name, tensor in model.state_dict().items())
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    assert {tensor.device.type for one in layers for tensor in one.packed().values()} == {"cpu"}

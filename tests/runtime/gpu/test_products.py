@@ -12,7 +12,7 @@ from slimlm.core.errors import KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.gpu import device, products
+from slimlm.runtime.gpu import device, tiles
 from slimlm.runtime.linear import CompressedLinear
 
 WHERE = torch.device("cuda" if torch.cuda.is_available() and not device.interpreted() else "cpu")
@@ -45,11 +45,11 @@ def codes(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int
     return Uniform(drawn, scales(shape, group, seed), bits, group, input_scale)
 
 
-def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0) -> Codebook:
+def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
     """Levels without zero, so that what is left out cannot be one of them."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
-    return Codebook(index, torch.linspace(-1.5, 1.7, 2**bits).pow(3).half(), scales(shape, group, seed), bits, group)
+    return Codebook(index, torch.linspace(-1.5, 1.7, 2**bits).pow(power).half(), scales(shape, group, seed), bits, group)
 
 
 def pruned(inner: Uniform | Codebook) -> Pruned:
@@ -134,7 +134,7 @@ def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, wid
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_more_tokens_than_are_fused_multiply_an_unpacked_weight(dtype: torch.dtype) -> None:
     parts = combinations()["2:4 table, groups of 32 + adapter"]
-    x = draw(products.FUSED_UP_TO + 1, WIDTH, seed=4).to(dtype)
+    x = draw(tiles.FUSED_UP_TO + 1, WIDTH, seed=4).to(dtype)
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[dtype]
 
 
@@ -158,8 +158,8 @@ def test_the_memory_layout_of_the_input_does_not_matter() -> None:
 def test_a_split_product_is_the_same_every_time_and_leaves_its_counters_at_zero() -> None:
     gpu, one = Gpu(), layer(combinations()["groups of 128 + adapter of rows"])
     ready, x = gpu.prepare(one.stored()), draw(2, WIDTH).to(WHERE, torch.float16)
-    tile = products.tile_for(2, 128, (8, 0))
-    assert products.splits_for(tile, 2, 3, 2)[0] > 1  # what the interpreter's made-up card would do
+    tile = tiles.tile_for(2, 128, (8, 0))
+    assert tiles.splits_for(tile, 2, 3, 2)[0] > 1  # what the interpreter's made-up card would do
     first = gpu.matmul(x, ready)
     assert all(torch.equal(gpu.matmul(x, ready), first) for _ in range(3))
     assert not ready.layer.counters.any()

@@ -22,14 +22,18 @@ class Stored:
     bias: Tensor | None
     blob: Tensor | None = None
     """what a kernel backend packed these parts into before, uint8 `[bytes]`; None: nothing was kept"""
+    works_on: torch.device | None = None
+    """where the layer multiplies, if that is not where its tensors rest"""
 
     @cached_property
     def device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
+        """Where the layer multiplies."""
+        return self.works_on or next(iter(self.tensors.values())).device
 
     def parts(self) -> tuple[Part, ...]:
-        """The parts, unpacked."""
-        return unpack_parts(list(self.descriptions), self.tensors, self.shape)
+        """The parts, unpacked, where the layer multiplies."""
+        there = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
+        return unpack_parts(list(self.descriptions), there, self.shape)
 
 
 class Backend(Protocol):

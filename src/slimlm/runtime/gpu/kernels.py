@@ -210,13 +210,16 @@ def _tail_block(
 
 @triton.jit(do_not_specialize=["batch", "blocks", "share", "splits", "tail_blocks"])
 def product_kernel(
-    x, words, scale, levels, bias, y, partial, counters, bits, t, tail, tail_scale, tail_levels,
+    x, words, scale, levels, bias, y, partial, counters, bits, t, tail, tail_scale, tail_levels, members,
     batch, rows, width, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
     sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, even: tl.constexpr,
     has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_table: tl.constexpr, split: tl.constexpr,
-    tile: tl.constexpr, tokens: tl.constexpr,
+    joint: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
     """y `[batch, rows]`: a program makes `tile` rows for `tokens` tokens from its `share` of the blocks of inputs.
+
+    padded: rows from one plane of words to the next, which are more than this layer's where it lies among others.
+    Where several layers are one weight (`joint`), `members` says what differs among them for every 64 rows (layout.Joint).
 
     Where the blocks are split, partial sums meet in memory; the program that comes last adds them in their order, so that
     the result is the same every time, and leaves its counter at zero for the next launch.
@@ -236,6 +239,16 @@ def product_kernel(
     odd_bits = tl.load(bits + 1 + tl.full([1, 1], 0, tl.int32))
     begin = part * share
     end = tl.minimum(begin + share, blocks)
+    tail_row = row
+    if joint:
+        member = members + (tl.program_id(0) * (tile // 64)) * 8
+        levels += tl.load(member)
+        t += tl.load(member + 1)
+        tail_blocks = tl.load(member + 2)
+        tail_row = row - tl.load(member + 3)
+        tail_scale += tl.load(member + 4) * tail_width
+        tail_levels += tl.load(member + 5)
+        tail_group = tl.load(member + 6)
 
     place = row[:, None] * 8 + column[None, :]
     plane = padded * 8
@@ -283,7 +296,7 @@ def product_kernel(
 
     if tail_kind == PACKED_TAIL:
         ranks = (pair // 2) * 8 + pair % 2
-        group = row // tail_group
+        group = tail_row // tail_group
         for block in range(part, tail_blocks, splits):
             total = _tail_block(
                 total, tail + block * plane + place,

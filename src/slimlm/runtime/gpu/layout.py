@@ -13,6 +13,9 @@ Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with on
 and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves.
 
 Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
+
+Layers that share their input (q, k and v; gate and up) can be one weight, their rows below each other (`join`). Each of them
+then is a piece of it, and nothing lies in memory twice.
 """
 
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ SPARSE_BLOCK, DENSE_BLOCK = 256, 128
 LARGEST_CODE = 4
 """Bits of the largest code that a nibble holds."""
 MOST_TILES = 4
-"""Tiles of tokens in the largest launch; products.py unpacks the weight for more tokens than these hold."""
+"""Tiles of tokens in the largest launch; tiles.py has the weight unpacked for more tokens than these hold."""
 
 _SLICE = 2**22
 """Weights that are packed at a time; the work in between takes some tens of bytes for each."""
@@ -92,6 +95,30 @@ class Layer:
         factors = [self.base, self.right, *(() if self.tail is None else (self.tail.packed, self.tail.values))]
         sizes = [f.bytes() if isinstance(f, Packed) else f.numel() * f.element_size() for f in factors if f is not None]
         return sum(sizes)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Layers that share their input as one weight, each with its own adapter."""
+
+    base: Packed
+    """all rows below each other, those that fill up included"""
+    right: Packed | Tensor | None
+    """the adapters' first factors, likewise"""
+    tail: Tail | None
+    """the second factors below each other; as many ranks as the largest has, and its `group` means nothing"""
+    members: Tensor
+    """int32 `[rows / 64, 8]`: whose rows these are. Where its levels begin, and its ranks in t; how many blocks of 64 ranks it
+    has; its first row, and its first group of rows in the tail's scales; where the tail's levels begin; rows of such a group"""
+    right_members: Tensor | None
+    """the same of the first factors, of which levels alone matter"""
+    counters: Tensor
+    step: int
+    """128, or 64 where some layer has an odd number of 64 rows: no tile may have rows of two layers"""
+    layers: tuple[Layer, ...]
+    """the layers as pieces of the above"""
+    rows: tuple[slice, ...]
+    """where in the base's rows each layer's are, those that fill up left out"""
 
 
 def unfit(descriptions: Sequence[Description], shape: tuple[int, int]) -> str | None:
@@ -273,3 +300,137 @@ def _tail(part: Elementwise) -> Tail:
     each = _filled(scale, grid.scale_shape((1, padded), group)[1], ranks).contiguous()
     words = _dense_words(_nibbles(part).T, padded, ranks)
     return Tail(Packed(words, each, _levels(part), out, ranks), group, None)
+
+
+def apart(layers: Sequence[Layer]) -> str | None:
+    """Why layers cannot be one weight, in words; None: they can."""
+    if any(layer.input_scale is not None for layer in layers):
+        return "inputs of one of them are scaled"
+    for what, kinds in (
+        ("bases", [_kind(layer.base) for layer in layers]),
+        ("first factors", [_kind(layer.right) for layer in layers]),
+        ("second factors", [None if layer.tail is None else _kind(layer.tail.packed or layer.tail.values) for layer in layers]),
+    ):
+        if len(set(kinds)) > 1:
+            return f"their {what} are of different kinds"
+    return None
+
+
+def _kind(factor: Packed | Tensor | None) -> tuple[object, ...]:
+    """What has to agree."""
+    if factor is None:
+        return ()
+    if not isinstance(factor, Packed):
+        return (factor.dtype,)
+    # One scale for all can be given to every row.
+    spans = factor.scale.shape[2:]
+    inputs = factor.width if factor.scale.ndim != 2 else None
+    return (inputs, factor.sparse, factor.levels is not None, factor.scale.ndim == 3, spans)
+
+
+def join(layers: Sequence[Layer]) -> Joint:
+    """One weight of layers that `apart` has no word against."""
+    heights = [padded_rows(layer.base) for layer in layers]
+    firsts = [sum(heights[:i]) for i in range(len(heights))]
+    base = _joined([layer.base for layer in layers])
+    right, right_members = _joined_right([layer.right for layer in layers])
+    ranks = [0 if layer.right is None else _height(layer.right) for layer in layers]
+    tails = [layer.tail for layer in layers if layer.tail is not None]
+    tail = _joined_tails(tails) if tails else None
+    groups = [0 if own.packed is None else len(own.packed.scale) for own in tails] or [0] * len(layers)
+    own_groups = [own.group for own in tails] or [1] * len(layers)
+    table = [
+        [16 * i, sum(ranks[:i]), ranks[i] // ROWS, firsts[i], sum(groups[:i]), 16 * i, own_groups[i], 0]
+        for i, height in enumerate(heights)
+        for _ in range(height // ROWS)
+    ]
+    where = base.words.device
+    counters = torch.zeros(MOST_TILES * max(sum(heights), sum(ranks)) // ROWS, dtype=torch.int32, device=where)
+    members = torch.tensor(table, dtype=torch.int32).to(where)
+    pieces = []
+    for i, (layer, first, height) in enumerate(zip(layers, firsts, heights, strict=True)):
+        begin = sum(ranks[:i])
+        own_right = None if right is None else _piece(right, begin, ranks[i], ranks[i], i)
+        own_tail = None if tail is None else _tail_piece(tail, layer, (first, height), sum(groups[:i]), i)
+        piece = _piece(base, first, height, layer.base.rows, i)
+        assert isinstance(piece, Packed)
+        pieces.append(Layer(piece, own_right, own_tail, None, counters))
+    rows = tuple(slice(first, first + layer.base.rows) for layer, first in zip(layers, firsts, strict=True))
+    step = 2 * ROWS if all(height % (2 * ROWS) == 0 for height in heights) else ROWS
+    return Joint(base, right, tail, members, right_members, counters, step, tuple(pieces), rows)
+
+
+def _height(factor: Packed | Tensor) -> int:
+    return padded_rows(factor) if isinstance(factor, Packed) else len(factor)
+
+
+def _joined(factors: Sequence[Packed]) -> Packed:
+    words = torch.cat([factor.words for factor in factors], dim=-2)
+    if factors[0].scale.ndim == 3:
+        scale = _cat([factor.scale for factor in factors], dim=1)
+    else:
+        scale = _cat([factor.scale.expand(padded_rows(factor)) for factor in factors], dim=0)
+    return Packed(words, scale, _joined_levels(factors), words.shape[-2], factors[0].width)
+
+
+def _joined_levels(factors: Sequence[Packed]) -> Tensor | None:
+    levels = [factor.levels for factor in factors if factor.levels is not None]
+    return torch.cat(levels) if levels else None
+
+
+def _cat(scales: Sequence[Tensor], dim: int) -> Tensor:
+    """In the widest of their dtypes: where one is float32, float16 did not hold it."""
+    wide = torch.float32 if any(scale.dtype == torch.float32 for scale in scales) else scales[0].dtype
+    return torch.cat([scale.to(wide) for scale in scales], dim=dim)
+
+
+def _joined_right(factors: Sequence[Packed | Tensor | None]) -> tuple[Packed | Tensor | None, Tensor | None]:
+    values = [factor for factor in factors if isinstance(factor, Tensor)]
+    if values:
+        return torch.cat(values), None
+    packed = [factor for factor in factors if isinstance(factor, Packed)]
+    if not packed:
+        return None, None
+    right = _joined(packed)
+    table = [[16 * i, 0, 0, 0, 0, 0, 1, 0] for i, own in enumerate(packed) for _ in range(padded_rows(own) // ROWS)]
+    return right, torch.tensor(table, dtype=torch.int32).to(right.words.device)
+
+
+def _joined_tails(tails: Sequence[Tail]) -> Tail:
+    pad = torch.nn.functional.pad
+    values = [tail.values for tail in tails if tail.values is not None]
+    if values:
+        ranks = max(own.shape[1] for own in values)
+        return Tail(None, 1, torch.cat([pad(own, (0, ranks - own.shape[1])) for own in values]))
+    packed = [tail.packed for tail in tails if tail.packed is not None]
+    ranks = max(own.width for own in packed)
+    words = torch.cat([pad(own.words, (0, 0, 0, 0, 0, ranks // ROWS - len(own.words))) for own in packed], dim=1)
+    scale = _cat([pad(own.scale, (0, ranks - own.scale.shape[1])) for own in packed], dim=0)
+    return Tail(Packed(words, scale, _joined_levels(packed), words.shape[1], ranks), 1, None)
+
+
+def _piece(factor: Packed | Tensor, first: int, height: int, rows: int, number: int) -> Packed | Tensor:
+    """Of a joint factor one layer's rows, as views."""
+    if not isinstance(factor, Packed):
+        return factor[first : first + height]
+    own = slice(first, first + height)
+    scale = factor.scale[:, own] if factor.scale.ndim == 3 else factor.scale[own]
+    return Packed(factor.words[..., own, :], scale, _piece_of_levels(factor, number), rows, factor.width)
+
+
+def _piece_of_levels(factor: Packed, number: int) -> Tensor | None:
+    return None if factor.levels is None else factor.levels[16 * number : 16 * number + 16]
+
+
+def _tail_piece(joint: Tail, layer: Layer, own: tuple[int, int], group: int, number: int) -> Tail:
+    assert layer.tail is not None
+    first, height = own
+    if joint.values is not None:
+        assert layer.tail.values is not None
+        return Tail(None, 1, joint.values[first : first + height, : layer.tail.values.shape[1]])
+    packed, before = joint.packed, layer.tail.packed
+    assert packed is not None and before is not None
+    words = packed.words[: len(before.words), first : first + height]
+    scale = packed.scale[group : group + len(before.scale), : before.scale.shape[1]]
+    levels = _piece_of_levels(packed, number)
+    return Tail(Packed(words, scale, levels, before.rows, before.width), layer.tail.group, None)

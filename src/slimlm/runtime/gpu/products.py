@@ -1,4 +1,4 @@
-"""The products as operations of torch, and how large their tiles are.
+"""The products as operations of torch.
 
 Both operations are opaque to torch.compile, have gradients, and are safe to capture in a CUDA graph once a layer is prepared
 and one launch of each kind has compiled: they wait for nothing, and what they allocate is their result and partial sums. The
@@ -6,68 +6,20 @@ counters of split products are the layer's and return to zero; so one layer must
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from slimlm.core.errors import KernelError
-from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Packed
+from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Joint, Packed
+from slimlm.runtime.gpu.tiles import card_of, fused_up_to, splits_for, tile_of
 
 NARROW = (torch.float16, torch.bfloat16)
 """What the tensor cores take here. For other activations the weight is unpacked, in float32."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program makes."""
-
-    rows: int
-    """of the weight"""
-    tokens: int
-    warps: int
-    stages: int
-    """of the pipeline that loads ahead"""
-    waves: int
-    """programs for each multiprocessor to aim at by splitting the inputs"""
-
-
-FUSED_UP_TO = 256
-"""Tokens up to which weights are multiplied as they are packed; for more they are unpacked once and cuBLAS multiplies. From
-bytes and operations, not measured: at 256 tokens an unpacked weight costs about as much as the slower product."""
-
-# From counts of the machine code's instructions and of registers (tests/runtime/gpu/machine_code.json), not from measurements.
-_SMALL = {8: Tile(64, 8, 2, 3, 4), 16: Tile(64, 16, 2, 3, 4)}
-_AMPERE = {**_SMALL, 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 2), 256: Tile(128, 128, 8, 2, 2)}
-_HOPPER = {**_SMALL, 32: Tile(128, 32, 4, 3, 2), 64: Tile(128, 64, 4, 2, 2), 256: Tile(128, 128, 8, 2, 2)}
-# With 4 warps Triton takes these cards' own tensor instructions, which read weights from memory and not from registers: the
-# code for that has several times as many instructions and waits at barriers.
-_BLACKWELL = {**_SMALL, 32: Tile(64, 32, 2, 3, 2), 256: Tile(64, 64, 2, 3, 2)}
-# All others have 100 KB of shared memory a multiprocessor, where a table's tile of 128 tokens takes 140.
-_OTHERS = {**_SMALL, 32: Tile(64, 32, 4, 3, 2), 256: Tile(64, 64, 4, 2, 2)}
-
-
-def _tiles(capability: tuple[int, int]) -> dict[int, Tile]:
-    if capability == (8, 0):
-        return _AMPERE
-    return {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _OTHERS)
-
-
-def tile_for(batch: int, rows: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a batch up to FUSED_UP_TO and a card; `rows` with those that fill up."""
-    tile = next(own for most, own in _tiles(capability).items() if batch <= most)
-    return tile if rows % tile.rows == 0 else replace(tile, rows=ROWS, warps=min(tile.warps, 4))
-
-
-def splits_for(tile: Tile, tiles: int, blocks: int, processors: int) -> tuple[int, int]:
-    """Into how many parts the blocks of inputs are split, and how many blocks each has: enough programs to fill the card."""
-    wanted = max(1, min(blocks, 16, round(tile.waves * processors / tiles)))
-    share = -(-blocks // wanted)
-    return -(-blocks // share), share
 
 
 @cache
@@ -75,15 +27,6 @@ def _kernels() -> ModuleType:
     from slimlm.runtime.gpu import kernels
 
     return kernels
-
-
-@cache
-def _card(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; the interpreter's are made up, so that it splits, too."""
-    if device.type != "cuda":
-        return (8, 0), 2
-    found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor), found.multi_processor_count
 
 
 @cache
@@ -124,13 +67,18 @@ def _product(
         return x.new_empty(*x.shape[:-1], rows)
     middle = None if t is None else t.reshape(len(flat), -1)
     packed = Packed(words, scale, levels, rows, width)
-    if x.dtype in NARROW and len(flat) <= FUSED_UP_TO:
-        y = _launch(flat, packed, bias, middle, tail, tail_scale, tail_levels, counters, tail_group)
+    if fits_one_launch(flat, packed):
+        y = _launch(flat, packed, bias, _Second(middle, tail, tail_scale, tail_levels, tail_group), counters)
     else:
-        y = F.linear(flat, _matrix(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(flat, matrix(packed, x.dtype), None if bias is None else bias.to(x.dtype))
         if middle is not None and tail is not None:
             y.addmm_(middle, _tail_matrix(tail, tail_scale, tail_levels, rows, tail_group, x.dtype).T)
     return y.view(*x.shape[:-1], rows)
+
+
+def fits_one_launch(x: Tensor, packed: Packed) -> bool:
+    """Whether activations `[..., in]` are multiplied as the weight is packed: 16 bits, and not too many."""
+    return x.dtype in NARROW and x.numel() <= fused_up_to(packed, x.device) * packed.width
 
 
 @_product.register_fake
@@ -145,11 +93,11 @@ def _unpacked(
     """float16, bfloat16 or float32 `[rows, width]`; tail_group 0: not a tail."""
     kernels = _kernels()
     out = torch.empty(rows, width, dtype=dtype, device=words.device)
-    sparse, padded = words.ndim == 4, words.shape[-2]
+    sparse = words.ndim == 4
     with _on(words.device):
-        kernels.unpack_kernel[(padded // ROWS, words.shape[0])](
-            words, scale, words if levels is None else levels, out, rows, width, padded, out.stride(0),
-            scale.shape[-1] if tail_group else 0, max(1, tail_group),
+        kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
+            words, scale, words if levels is None else levels, out, rows, width, _plane(words), out.stride(0),
+            scale.stride(0) if tail_group else 0, max(1, tail_group),
             sparse=sparse, table=levels is not None, tail=tail_group > 0, tile=ROWS,
             scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=4,
@@ -162,7 +110,8 @@ def _(words, scale, levels, rows, width, tail_group, dtype):  # type: ignore[no-
     return words.new_empty(rows, width, dtype=dtype)
 
 
-def _matrix(packed: Packed, dtype: torch.dtype) -> Tensor:
+def matrix(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix `[rows, width]` that a weight stands for, unpacked."""
     found = torch.float32 if dtype not in NARROW else dtype
     return _unpacked(packed.words, packed.scale, packed.levels, packed.rows, packed.width, 0, found).to(dtype)
 
@@ -177,50 +126,68 @@ def _tail_matrix(
     return _unpacked(tail, scale, levels, rows, scale.shape[-1], group, found).to(dtype)
 
 
+class _Second(NamedTuple):
+    """An adapter's second factor, and what the first made of the inputs; both None where there is no adapter."""
+
+    t: Tensor | None
+    words: Tensor | None
+    """or values"""
+    scale: Tensor | None
+    levels: Tensor | None
+    group: int
+
+
+def _plane(words: Tensor) -> int:
+    """Rows from one plane of words to the next."""
+    return words.stride(-3) // 8 if words.shape[-3] > 1 else words.shape[-2]
+
+
 def _launch(
     x: Tensor,
     packed: Packed,
     bias: Tensor | None,
-    t: Tensor | None,
-    tail: Tensor | None,
-    tail_scale: Tensor | None,
-    tail_levels: Tensor | None,
+    second: _Second,
     counters: Tensor,
-    tail_group: int,
+    members: Tensor | None = None,
+    step: int = 0,
 ) -> Tensor:
+    """`step`: rows of which every member of a joint weight has a multiple; 0: of one layer."""
     kernels = _kernels()
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, padded = len(x), packed.words.shape[-2]
-    capability, processors = _card(x.device)
-    tile = tile_for(batch, padded, capability)
+    tile = tile_of(packed, batch, step or padded, x.device)
     block = SPARSE_BLOCK if packed.sparse else DENSE_BLOCK
     blocks = -(-packed.width // block)
     across, along = padded // tile.rows, -(-batch // tile.tokens)
     assert along <= MOST_TILES and across * along <= counters.numel()
-    splits, share = splits_for(tile, across * along, blocks, processors)
+    splits, share = splits_for(tile, across * along, blocks, card_of(x.device)[1])
     y = torch.empty(batch, packed.rows, dtype=x.dtype, device=x.device)
     sums = across * along * splits * tile.rows * tile.tokens if splits > 1 else 0
     partial = torch.empty(sums, dtype=torch.float32, device=x.device) if sums else counters
-    kind, ranks = kernels.NO_TAIL, 0
-    if tail is not None:
-        kind = kernels.DENSE_TAIL if tail_scale is None else kernels.PACKED_TAIL
-        ranks = tail.shape[1] if tail_scale is None else tail_scale.shape[1]
+    t, tail = second.t, second.words
+    kind, ranks, stride = kernels.NO_TAIL, 0, 0
+    if t is not None and tail is not None:
+        kind = kernels.DENSE_TAIL if second.scale is None else kernels.PACKED_TAIL
+        ranks, stride = t.shape[1], (tail if second.scale is None else second.scale).stride(0)
     scale = packed.scale
     # What a launch does not read still needs a pointer.
     none = packed.words
     with _on(x.device):
         kernels.product_kernel[(across, splits, along)](
-            x, packed.words, scale, none if packed.levels is None else packed.levels, none if bias is None else bias, y,
-            partial, counters, constants(x.device, x.dtype), x if t is None else t, none if tail is None else tail,
-            none if tail_scale is None else tail_scale, none if tail_levels is None else tail_levels,
-            batch, packed.rows, packed.width, blocks, padded, x.stride(0), 0 if t is None else t.stride(0), share, splits,
-            ranks // 64, ranks, max(1, tail_group),
+            x, packed.words, scale, _or(packed.levels, none), _or(bias, none), y, partial, counters,
+            constants(x.device, x.dtype), _or(t, x), _or(tail, none), _or(second.scale, none), _or(second.levels, none),
+            _or(members, none), batch, packed.rows, packed.width, blocks, _plane(packed.words), x.stride(0),
+            0 if t is None else t.stride(0), share, splits, ranks // 64, stride, max(1, second.group),
             sparse=packed.sparse, table=packed.levels is not None, scale_mode=_scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, even=packed.width % block == 0, has_bias=bias is not None,
-            tail_kind=kind, tail_table=tail_levels is not None, split=splits > 1, tile=tile.rows, tokens=tile.tokens,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tail_kind=kind, tail_table=second.levels is not None, split=splits > 1, joint=members is not None,
+            tile=tile.rows, tokens=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,12 +204,11 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     of_x, of_bias, of_t = ctx.dtypes
     to_x = to_bias = to_t = None
     if ctx.needs_input_grad[0]:
-        to_x = gradient.to(of_x) @ _matrix(Packed(words, scale, levels, ctx.rows, ctx.width), of_x)
+        to_x = gradient.to(of_x) @ matrix(Packed(words, scale, levels, ctx.rows, ctx.width), of_x)
     if ctx.needs_input_grad[4]:
         to_bias = gradient.flatten(0, -2).sum(dim=0).to(of_bias)
     if ctx.needs_input_grad[5]:
-        matrix = _tail_matrix(tail, tail_scale, tail_levels, ctx.rows, ctx.tail_group, of_t)
-        to_t = gradient.to(of_t) @ matrix
+        to_t = gradient.to(of_t) @ _tail_matrix(tail, tail_scale, tail_levels, ctx.rows, ctx.tail_group, of_t)
     return to_x, None, None, None, to_bias, to_t, *(None,) * 7
 
 
@@ -261,8 +227,8 @@ def product(
     """x W^T (+ t L^T) (+ bias): `[..., in]` to `[..., rows]`, in the dtype of x.
 
     tail: words or values, scales, levels and group of L `[rows, ranks]`, for t `[..., ranks]`. Sums are taken in float32. Up to
-    FUSED_UP_TO tokens of 16 bits, weights of a group are rounded to the dtype of x once more than by the reference where it is
-    bfloat16: the scale is, too. Raises KernelError for activations of another width.
+    `tiles.fused_up_to` tokens of 16 bits, weights of a group are rounded to the dtype of x once more than by the reference
+    where it is bfloat16: the scale is, too. Raises KernelError for activations of another width.
     """
     if x.shape[-1] != packed.width:
         raise KernelError(f"the layer has {packed.width} inputs, and the activations are {list(x.shape)}")
@@ -270,3 +236,61 @@ def product(
     return _product(
         x, packed.words, packed.scale, packed.levels, bias, t, values, scale, levels, counters, packed.rows, packed.width, group
     )
+
+
+@torch.library.custom_op("slimlm::gpu_joint_product", mutates_args=())
+def _joint(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    tail: Tensor | None,
+    tail_scale: Tensor | None,
+    tail_levels: Tensor | None,
+    members: Tensor,
+    counters: Tensor,
+    rows: int,
+    width: int,
+    step: int,
+) -> Tensor:
+    flat = x.reshape(-1, width)
+    if len(flat) == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    middle = None if t is None else t.reshape(len(flat), -1)
+    second = _Second(middle, tail, tail_scale, tail_levels, 1)
+    y = _launch(flat, Packed(words, scale, levels, rows, width), bias, second, counters, members, step)
+    return y.view(*x.shape[:-1], rows)
+
+
+@_joint.register_fake
+def _(x, words, scale, levels, bias, t, tail, tail_scale, tail_levels, members, counters, rows, width, step):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def joint_product(x: Tensor, joint: Joint, bias: Tensor | None) -> Tensor:
+    """Layers that share their input as one: `[..., in]` to `[..., rows]`, theirs and those that fill up side by side.
+
+    For activations that `fits_one_launch` takes, and without gradients. Raises KernelError for activations of another width.
+    """
+    base, tail = joint.base, joint.tail
+    if x.shape[-1] != base.width:
+        raise KernelError(f"the layers have {base.width} inputs, and the activations are {list(x.shape)}")
+    t = None
+    if isinstance(joint.right, Packed):
+        right = joint.right
+        none = (None,) * 5
+        t = _joint(
+            x, right.words, right.scale, right.levels, *none, joint.right_members, joint.counters, right.rows, right.width, ROWS
+        )
+    elif joint.right is not None:
+        t = F.linear(x, joint.right.to(x.dtype))
+    words = scale = levels = None
+    if tail is not None:
+        words = tail.values if tail.packed is None else tail.packed.words
+        scale, levels = (None, None) if tail.packed is None else (tail.packed.scale, tail.packed.levels)
+    return _joint(
+        x, base.words, base.scale, base.levels, bias, t, words, scale, levels, joint.members, joint.counters,
+        base.rows, base.width, joint.step,
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Stored tensors that rest elsewhere than their layer multiplies. Where there is no card, the "elsewhere" is pretended."""
+
+import pytest
+import torch
+
+from slimlm.runtime.backends import Stored
+from slimlm.runtime.linear import CompressedLinear
+
+from .test_products import codes, draw, pruned
+
+FAR = torch.device("meta")
+
+
+def resting() -> tuple[CompressedLinear, dict[str, torch.Tensor]]:
+    """A layer that multiplies on another device, and the equal tensors on the CPU."""
+    layer = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), draw(8))
+    rest = layer.packed()
+    there = layer.to(FAR)
+    there.choice()
+    there.rest(rest)
+    return there, rest
+
+
+def test_saving_reads_what_rests() -> None:
+    layer, rest = resting()
+    state = layer.state_dict()
+    assert all(state[name] is not None and torch.equal(state[name], tensor) for name, tensor in rest.items())
+    assert layer.stored().device == FAR and {t.device.type for t in layer.packed().values()} == {"cpu"}
+
+
+def test_what_rests_is_unpacked_where_the_layer_multiplies() -> None:
+    _, rest = resting()
+    one = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), None)
+    stored = Stored((8, 16), one.descriptions, rest, None, works_on=torch.device("cpu"))
+    assert torch.equal(stored.parts()[0].dense(), one.parts()[0].dense())
+
+
+@pytest.mark.parametrize("change", ["half", "same place"])
+def test_a_cast_or_a_move_to_where_it_is_leaves_it_resting(change: str) -> None:
+    layer, rest = resting()
+    choice = layer.choice()
+    layer.half() if change == "half" else layer.to(FAR)
+    assert layer.stored().device == FAR and layer.choice() is choice
+    assert all(now is rest[name] for name, now in layer.packed().items())
+    assert layer.bias is not None and (layer.bias.dtype == torch.float16) == (change == "half")
+
+
+def test_a_move_ends_the_rest_and_chooses_anew() -> None:
+    layer, rest = resting()
+    # As `to("cpu")` would, which a tensor without values cannot follow.
+    layer._apply(lambda tensor: tensor if tensor.device.type == "cpu" else torch.zeros_like(tensor, device="cpu"))
+    assert layer.stored().device == torch.device("cpu") and layer._choice is None
+    assert all(torch.equal(now, rest[name]) for name, now in layer.packed().items())

@@ -1,0 +1,151 @@
+"""Tiles that were measured: found with a stand-in for the clock, kept in the user's cache, used, refused in words."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimlm.core.errors import KernelError
+from slimlm.runtime.gpu import device, layout, tiles, tuning
+from slimlm.runtime.gpu.layout import Packed
+from slimlm.runtime.gpu.tiles import Kind, Table, Tile
+from slimlm.runtime.linear import CompressedLinear
+
+from .test_products import REASON, WHERE, codes, pruned
+
+CPU = torch.device("cpu")
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles.forget()
+    yield
+    tiles.forget()
+
+
+def packed(out: int = 128, width: int = 256) -> Packed:
+    return layout.lay_out(CompressedLinear.from_parts((pruned(codes((out, width), "tensor")),), None).stored()).base
+
+
+def test_what_was_written_is_read_and_used_on_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H100 80GB")
+    monkeypatch.setattr(tiles, "card_of", lambda where: ((9, 0), 132))
+    weight, own = packed(), Tile(64, 16, 4, 2, 1)
+    assert tiles.tile_of(weight, 9, 128, CARD) == tiles.tile_for(9, 128, (9, 0)) != own
+    kind = Kind.of(weight)
+    path = tiles.write("NVIDIA H100 80GB", Table({tiles.key(kind, 9): own}, {str(kind): 64}))
+    assert path.name == "NVIDIA-H100-80GB.json"
+    tiles.forget()
+    assert tiles.tile_of(weight, 9, 128, CARD) == tiles.tile_of(weight, 16, 128, CARD) == own
+    assert tiles.tile_of(weight, 8, 128, CARD) == tiles.tile_for(8, 128, (9, 0))
+    assert tiles.fused_up_to(weight, CARD) == 64 and tiles.fused_up_to(weight, CPU) == tiles.FUSED_UP_TO
+
+
+def test_a_tile_that_a_layer_has_no_rows_for_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed()
+    table = Table({tiles.key(Kind.of(weight), 1): Tile(128, 8, 2, 3, 4)})
+    with tiles.using(CPU, table):
+        assert tiles.tile_of(weight, 1, 128, CPU).rows == 128 and tiles.tile_of(weight, 1, 64, CPU).rows == 64
+    assert tiles.tile_of(weight, 1, 128, CPU).rows == 64
+
+
+def test_what_another_version_measured_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles.write("a card", Table({"x": Tile(64, 8, 2, 3, 4)}))
+    monkeypatch.setattr(tiles, "triton_version", lambda: "3.99")
+    assert tiles.read("a card") == Table()
+
+
+@pytest.mark.parametrize("text", ["", "[]", None])
+def test_a_damaged_file_is_said_with_what_to_do(text: str | None) -> None:
+    path = tiles.write("a card", Table())
+    if text is None:
+        path.write_text(json.dumps({"versions": tiles.versions(), "tiles": {"x": {"rows": 1}}, "fused_up_to": {}}))
+    else:
+        path.write_text(text)
+    with pytest.raises(KernelError, match=r"measured for a card cannot be read .*; delete that file, or measure again"):
+        tiles.read("a card")
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(KernelError, match="what was measured cannot be kept"):
+        tiles.write("a card", Table())
+
+
+def test_every_kind_and_batch_has_its_key() -> None:
+    small, large = Kind.of(packed()), Kind("2:4", True)
+    keys = {tiles.key(kind, batch) for kind in (small, large) for batch in range(1, 257)}
+    assert len(keys) == 2 * len(tiles.BATCHES)
+    assert tiles.key(small, 17) == "2:4, small, batch 32"
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
+def test_the_fastest_tile_that_gives_the_same_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "BATCHES", (8, 16))
+    monkeypatch.setattr(tuning, "TRIED", {"warps": (4,), "waves": (1, 2)})
+    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 512), "tensor")),), None).to(WHERE).stored())
+    kind, told = str(Kind.of(own.base)), []
+
+    def clock(calls: Sequence[tuning.Call]) -> float:
+        """Four warps are slow, few waves fast; unpacked weights win from 9 tokens on."""
+        table = tiles.table_of(WHERE)
+        if not table.fused_up_to:
+            told.append(len(calls))
+            return [1.0, 2.0, 2.0, 1.0][len(told) - 1]
+        (tile,) = table.tiles.values()
+        return (10.0 if tile.warps == 4 else 1.0) * tile.waves
+
+    table, rows = tuning.tune(tuning.products_of([own]), WHERE, torch.float16, clock, lambda *_: None)
+    assert [(row.kind, row.batch, row.after.waves, row.after.warps) for row in rows] == [(kind, 8, 1, 2), (kind, 16, 1, 2)]
+    assert all(row.seconds_after == 1.0 < row.seconds_before and not row.left_out for row in rows)
+    assert table.fused_up_to == {kind: 8} and set(table.tiles) == {f"{kind}, batch 8", f"{kind}, batch 16"}
+    assert tiles.table_of(WHERE) == Table(), "what was tried is not in use any more"
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
+def test_tiles_that_cannot_run_or_err_are_left_out_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "BATCHES", (8,))
+    monkeypatch.setattr(tuning, "TRIED", {"warps": (4, 8)})
+    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 256), "tensor")),), None).to(WHERE).stored())
+    plain = tuning.products.product
+
+    def product(x: Tensor, *rest: object) -> Tensor:
+        (tile,) = (t for t in tiles.table_of(WHERE).tiles.values())
+        if tile.warps == 4:
+            raise RuntimeError("out of resource: shared memory")
+        return plain(x, *rest) * (1.5 if tile.warps == 8 else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning.products, "product", product)
+    monkeypatch.setattr(tuning, "_crossing", lambda *_: 8)
+    _, [row] = tuning.tune(tuning.products_of([own]), WHERE, torch.float16, lambda _: 1.0, lambda *_: None)
+    assert row.before == row.after and [words.partition(": ")[2] for words in row.left_out] == [
+        "out of resource: shared memory",
+        "gives another result",
+    ]
+
+
+def test_without_a_card_tuning_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimlm.evaluate.gpu_tiles import tune_kernels
+
+    monkeypatch.setattr(device, "refuses", lambda where: "there is no card")
+    with pytest.raises(KernelError, match="there are no GPU kernels to tune: there is no card"):
+        tune_kernels("nowhere", report=lambda *_: None, tell=lambda _: None)
+
+
+def test_layers_that_the_kernels_do_not_take_leave_nothing_to_tune() -> None:
+    with pytest.raises(KernelError, match="there is nothing to tune"):
+        tuning.products_of([])
+
+
+def test_only_tiles_of_a_layers_own_rows_and_of_few_enough_tokens_are_tried() -> None:
+    first = Tile(64, 8, 2, 3, 4)
+    tried = list(tuning._neighbours([first], 64, 8))
+    assert tried and first not in tried and all(t.rows == 64 and t.tokens <= 16 for t in tried)
+    assert {f.name for f in dataclasses.fields(Tile)} == set(tuning.TRIED)

@@ -3,13 +3,15 @@
 The decoder is the `nn.ModuleList` that holds the most parameters. Inside its blocks every `nn.Linear` and every
 `Conv1D` (GPT-2's linear layer, whose weight is stored `[in, out]`) is compressed by a recipe's steps; everything outside the
 blocks (embeddings, final norm, lm_head, projections around the stack) is not. Of that, slimlm.embedding may shorten the bits of
-the token embedding and the head.
+the token embedding and the head. Experts whose weights a class fuses into one tensor are linear layers once
+`models.experts` has taken them apart; what picks experts is never compressed.
 """
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.core.errors import ModelError
+from slimlm.models.experts import routers_of
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
 
@@ -25,8 +27,9 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a block, by their name within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_KINDS)}
+    """The linear layers inside a block, by their name within it, without those that pick experts."""
+    routers = routers_of(block)
+    return {name: m for name, m in block.named_modules() if isinstance(m, LINEAR_KINDS) and name not in routers}
 
 
 def weight_of(linear: nn.Module) -> Tensor:

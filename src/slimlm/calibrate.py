@@ -75,8 +75,8 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
             hidden, rest = _split(args, kwargs)
             if hidden.ndim != 3 or hidden.shape[:2] != batch.shape:
                 raise ModelError(
-                    f"{name} of {type(model).__name__} is given activations {list(hidden.shape)} for {list(batch.shape)} tokens; "
-                    "slimlm knows blocks that are given [windows, length, width]"
+                    f"{name} of {type(model).__name__} is given activations {list(hidden.shape)} for {list(batch.shape)} "
+                    "tokens; slimlm follows blocks that are given [windows, length, width]"
                 )
             if last and not torch.equal(last[0][1], hidden):
                 raise ModelError(

@@ -423,8 +423,9 @@ def tell_of_starved(layers: list[str], tell: Tell) -> None:
         return
     more = f" and {len(layers) - _NAMED} more, which slimlm.json names" if len(layers) > _NAMED else ""
     tell(
-        f"{len(layers)} of the experts' layers were given fewer calibration tokens than they have inputs, and were compressed by "
-        f"the inputs of all experts of their block: {', '.join(layers[:_NAMED])}{more}. More text or --samples lets them be measured by themselves"
+        f"{len(layers)} of the experts' layers were given fewer calibration tokens than they have inputs, and were compressed "
+        f"by what all experts of their block were given: {', '.join(layers[:_NAMED])}{more}. More text or --samples lets them "
+        "be measured by themselves"
     )
 
 

@@ -1,9 +1,9 @@
 """Mixtures of experts: fused weights taken apart into linear layers, and routers told from other layers.
 
 Transformers keeps the weights of all experts of a block in two tensors `[experts, out, in]`. The classes that do so say of
-themselves how theirs are laid out (attributes that `use_experts_implementation` sets), so they are known by structure. `Experts`
-takes the place of such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an `nn.Linear` of its
-own, and computes what the class computes, with the class's own gate.
+themselves how theirs are laid out (attributes that `use_experts_implementation` sets), so they are known by structure.
+`Experts` takes the place of such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an
+`nn.Linear` of its own, and computes what the class computes, with the class's own gate.
 
 A router is what stands beside experts and gives a number for each of them, or a single one.
 """
@@ -80,7 +80,7 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 class Experts(nn.ModuleList):
-    """Experts with a linear layer per projection: `self[i].gate_proj`, `.up_proj` and `.down_proj`, in the place of a fused module.
+    """In the place of a fused module: a linear layer per expert and projection, `self[i]["gate_proj"]` and so on.
 
     Called as transformers calls the fused one: tokens `[tokens, width]`, the experts picked for each `[tokens, picked]` and
     their weights `[tokens, picked]`; gives `[tokens, width]`.

@@ -59,7 +59,8 @@ def others_of(block: nn.Module) -> dict[str, str]:
     for name, parameter in block.named_parameters():
         if parameter.ndim > 1 and name not in weights:
             owner = name.rpartition(".")[0]
-            unknown = f"{tuple(parameter.shape)} of a {type(block.get_submodule(owner)).__name__}, no linear layer that slimlm knows"
+            kind = type(block.get_submodule(owner)).__name__
+            unknown = f"{tuple(parameter.shape)} of a {kind}, not a linear layer that slimlm knows"
             found[name] = ROUTER if owner in routers else unknown
     return found
 

@@ -205,7 +205,7 @@ def _skeleton(
 def _placeholders(stored: dict[str, Tensor], stacks: dict[str, Stack]) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address."""
     stacked = {name for stack in stacks.values() for name in stack.names()}
-    like = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items() if name not in stacked}
+    like = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items() if name not in stacked}
     for name, stack in stacks.items():
         like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
     given = {

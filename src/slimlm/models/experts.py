@@ -10,6 +10,7 @@ A router is what stands beside experts and gives a number for each of them, or a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
     Gives, by the full name of each new weight and bias, which share of the model's former tensors it is. Raises ModelError for
     a module that `fused_in` does not name.
     """
-    fused = model.get_submodule(name)
+    fused: Any = model.get_submodule(name)
     layout = layout_of(fused)
     if layout is None:
         raise ModelError(f"{name} is a {type(fused).__name__}, which holds no fused experts that slimlm could take apart")

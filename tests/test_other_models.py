@@ -58,7 +58,10 @@ WORK: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-bigcode": ("GPTBigCode", {**GPT, **ENDS}),
     "gpt-j": ("GPTJ", {**GPT, **ENDS, "rotary_dim": 8}),
     "gpt-neo": ("GPTNeo", {**NEO, **ENDS, "attention_types": [[["global", "local"], 1]], "window_size": 16}),
-    "granite": ("Granite", {**LLAMA_LIKE, **ENDS}),
+    "granite": (
+        "Granite",
+        {**LLAMA_LIKE, **ENDS, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
     "granite-moe": ("GraniteMoe", {**LLAMA_LIKE, **ENDS, **LOCAL}),
     "lfm2": ("Lfm2", {**LLAMA_LIKE, **ENDS, "layer_types": ["conv", "full_attention"]}),
     "mamba2": (
@@ -160,7 +163,14 @@ def llama4() -> PreTrainedModel:
     return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**config))
 
 
+def bart() -> PreTrainedModel:
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_layers": 1}
+    config = {"vocab_size": VOCABULARY, "d_model": 48, "encoder_attention_heads": 4, "max_position_embeddings": 64}
+    return transformers.BartForCausalLM(transformers.BartConfig(**config, **sizes))
+
+
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "bart": (bart, r"BartForCausalLM gives model\.decoder\.layers\.0 a cache of keys and values"),
     "mamba": (made("Mamba", MAMBA), r"layers\.0\.mixer\.dt_proj saw no input.*\*\.mixer\.dt_proj"),
     "jetmoe": (made("JetMoe", JET), r"JetMoeForCausalLM are in no linear layer.*JetMoeParallelExperts"),
     "rwkv": (made("Rwkv", RWKV), r"RwkvForCausalLM fails where its blocks are read one at a time"),

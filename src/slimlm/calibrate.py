@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Need, Stats
@@ -78,11 +77,6 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
                 raise ModelError(
                     f"{name} of {type(model).__name__} is given activations {list(hidden.shape)} for {list(batch.shape)} "
                     "tokens; slimlm follows blocks that are given [windows, length, width]"
-                )
-            if any(isinstance(value, Cache) for value in (*rest[0], *rest[1].values())):
-                raise ModelError(
-                    f"{type(model).__name__} gives {name} a cache of keys and values although none was asked for; slimlm runs a "
-                    "block several times and cannot follow that"
                 )
             if last and not torch.equal(last[0][1], hidden):
                 raise ModelError(

@@ -11,20 +11,38 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from slimlm.runtime import native
@@ -69,6 +87,71 @@ FAMILIES = {
         GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     ),
 }
+MIXTURES = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**LLAMA_LIKE, **ENDS, num_local_experts=3, num_experts_per_tok=2)),
+    # Its first block is dense.
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **LLAMA_LIKE,
+            **ENDS,
+            head_dim=16,
+            moe_intermediate_size=40,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+        )
+    ),
+    # Experts transposed, with biases, and the rows of gate and up in turn.
+    "gpt-oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **LLAMA_LIKE,
+            **ENDS,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+}
+MORE_FAMILIES = {
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**LLAMA_LIKE, **ENDS, head_dim=16, query_pre_attn_scalar=16, sliding_window=16)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **LLAMA_LIKE,
+            **ENDS,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**LLAMA_LIKE, **ENDS)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**WIDE, **ENDS, intermediate_size=96, max_position_embeddings=64, rotary_pct=0.5)
+    ),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**WIDE, **ENDS, new_decoder_architecture=False, multi_query=True)),
+    "falcon-alibi": lambda: FalconForCausalLM(
+        FalconConfig(
+            **WIDE,
+            **ENDS,
+            new_decoder_architecture=False,
+            multi_query=False,
+            parallel_attn=False,
+            alibi=True,
+            bias=True,
+        )
+    ),
+    "falcon-new": lambda: FalconForCausalLM(FalconConfig(**WIDE, **ENDS, new_decoder_architecture=True, num_kv_heads=2)),
+    "stablelm": lambda: StableLmForCausalLM(
+        StableLmConfig(**LLAMA_LIKE, **ENDS, use_parallel_residual=True, qk_layernorm=True, partial_rotary_factor=0.5)
+    ),
+    **MIXTURES,
+}
+ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,12 +166,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose logits are far from constant."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = {**ALL_FAMILIES, **FAMILIES}[family]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-            elif parameter.ndim == 2:
+            elif parameter.ndim > 1:
                 parameter.normal_(std=0.15)
     return model.to(dtype)
 
@@ -111,9 +194,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=[*sorted(FAMILIES), "gemma2", "mixtral"])
 def family(request: pytest.FixtureRequest) -> str:
-    """Every family's name in turn."""
+    """Families in turn, of those with an unusual embedding or head and of mixtures one."""
     return str(request.param)
 
 

@@ -42,7 +42,7 @@ from .conftest import ENDS, LLAMA_LIKE, needs_kernels, random_model, save
 from .storage.test_mapping import MIB, needs_smaps, resident
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
-TIED = {"llama-tied", "opt", "opt-projected", "gpt2"}
+TIED = {"llama-tied", "opt", "opt-projected", "gpt2", "gemma2"}
 
 
 def squeezed(model: PreTrainedModel, folder: Path, text_file: Path, bits: int = 8, **options: Any) -> slimlm.Result:

@@ -23,7 +23,7 @@ import slimlm
 from slimlm.cli import main
 from slimlm.generation import Pieces, end_tokens, generate, room_for
 
-from .conftest import ENDS, FAMILIES, LLAMA_LIKE, byte_tokenizer, random_model, save
+from .conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
 
 MORE: dict[str, Any] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, **ENDS, sliding_window=None)),
@@ -35,7 +35,7 @@ LEAN = {"llama", "llama-tied", "mistral", "qwen2", "qwen2-tied", "qwen3"}
 
 
 def model_of(family: str, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    monkeypatch.setattr("tests.conftest.FAMILIES", {**FAMILIES, **MORE})
+    monkeypatch.setattr("tests.conftest.FAMILIES", {**ALL_FAMILIES, **MORE})
     return random_model(family)
 
 
@@ -51,7 +51,7 @@ def reference(model: PreTrainedModel, prompt: Tensor, count: int, **options: Any
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", sorted({*FAMILIES, *MORE}))
+@pytest.mark.parametrize("name", sorted({*ALL_FAMILIES, *MORE}))
 def test_greedy_tokens_are_those_of_transformers(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name, monkeypatch)
     prompt = prompt_of(batch)

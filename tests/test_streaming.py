@@ -18,7 +18,7 @@ from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.streaming import StreamedModel, ahead, open_streamed
 
-from .conftest import FAMILIES, random_model, save
+from .conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"recipe": "slim", "samples": 6, "length": 32}
@@ -28,7 +28,7 @@ def opened(folder: Path) -> StreamedModel:
     return open_streamed(str(folder), folder / "converted", pytest.fail)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_streamed_model_has_the_weights_names_and_inputs_of_an_open_one(
     family: str, dtype: torch.dtype, tmp_path: Path
@@ -104,6 +104,49 @@ def test_what_needs_the_whole_model_is_refused_over_the_limit(tmp_path: Path, te
     with pytest.raises(ModelError, match=r"whole model has to be in memory, .* more than --memory 97\.7 KiB"):
         slimlm.compress(folder, tmp_path / "o", **{**OPTIONS, "data": str(text_file), **asked}, memory=100_000)
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_expert_s_weight_is_a_view_of_the_files(family: str, tmp_path: Path) -> None:
+    streamed = opened(save(random_model(family, torch.bfloat16), tmp_path / "m"))
+    inside = [tensor for name, tensor in streamed.weights.items() if ".experts." in name and name.endswith("weight")]
+    assert streamed.experts and len(inside) == 3 * sum(len(streamed.model.get_submodule(name)) for name in streamed.experts)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in inside}
+    assert sum(sizes.values()) == sum(tensor.numel() * 2 for tensor in inside)
+    assert streamed.bytes == sum(t.numel() * 2 for t in load_file(tmp_path / "m" / "model.safetensors").values())
+
+
+def test_experts_that_the_files_hold_in_one_tensor_are_the_same(tmp_path: Path) -> None:
+    apart = save(random_model("qwen3-moe"), tmp_path / "apart")
+    joined = save(random_model("qwen3-moe"), tmp_path / "joined")
+    state = {name: tensor.contiguous() for name, tensor in random_model("qwen3-moe").state_dict().items()}
+    assert "model.layers.1.mlp.experts.gate_up_proj" in state
+    save_file(state, joined / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = opened(joined), opened(apart)
+    assert list(ours.weights) == list(theirs.weights) and ours.experts == theirs.experts == ["model.layers.1.mlp.experts"]
+    assert all(torch.equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
+
+
+def test_files_that_lack_an_expert_are_refused(tmp_path: Path) -> None:
+    folder = save(random_model("qwen3-moe"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        open_streamed(str(folder), folder / "converted", lambda _: None)
+
+
+def test_a_model_whose_files_are_joined_in_an_unknown_way_is_opened_whole_which_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(random_model("mixtral"), tmp_path / "m")
+    expected = opened(folder)
+    monkeypatch.setattr("slimlm.models.joining._stacks", lambda converter: False)
+    told: list[str] = []
+    found = open_streamed(str(folder), folder / "converted", told.append)
+    assert len(told) == 1 and "opened whole" in told[0]
+    assert list(found.weights) == list(expected.weights) and found.dtypes == expected.dtypes
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
 
 
 def test_several_shards_and_files_beside_them(tmp_path: Path, text_file: Path) -> None:

@@ -151,6 +151,8 @@ def compress_block(
         for name, linear in own.items():
             full = f"{block_name}.{name}"
             layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
+            if (note := stats[name].note) is not None:
+                layer = layer.note(note)
             try:
                 for named in recipe.steps_for(full):
                     layer = named.step(layer, stats[name])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Need, Stats
+from slimlm.models.opening import words_of
+from slimlm.models.structure import weight_of
 
 _TOKENS_AT_ONCE = 8192
 
@@ -71,6 +73,11 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, rest = _split(args, kwargs)
+            if hidden.ndim != 3 or hidden.shape[:2] != batch.shape:
+                raise ModelError(
+                    f"{name} of {type(model).__name__} is given activations {list(hidden.shape)} for {list(batch.shape)} "
+                    "tokens; slimlm follows blocks that are given [windows, length, width]"
+                )
             if last and not torch.equal(last[0][1], hidden):
                 raise ModelError(
                     f"{type(model).__name__} changes the activations between {last[0][0]} and {name}; slimlm goes from "
@@ -94,6 +101,10 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
     try:
         with suppress(_StopHereError), torch.no_grad():
             model(batch, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"{type(model).__name__} fails where its blocks are read one at a time, on plain text: {words_of(error)}"
+        ) from error
     finally:
         for handle in hooks:
             handle.remove()
@@ -122,14 +133,17 @@ def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    if args:
+    if args and isinstance(args[0], Tensor):
         return args[0], ((None, *args[1:]), dict(kwargs))
-    return kwargs["hidden_states"], ((), {**kwargs, "hidden_states": None})
+    if not args and isinstance(kwargs.get("hidden_states"), Tensor):
+        return kwargs["hidden_states"], ((), {**kwargs, "hidden_states": None})
+    raise ModelError("a block is not given its activations first or by the name hidden_states; slimlm cannot follow that")
 
 
 def _hidden_of(output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, Tensor):
+        raise ModelError(f"a block gives a {type(hidden).__name__} where activations were expected; slimlm cannot follow that")
     return hidden
 
 
@@ -218,8 +232,9 @@ def measure(
     """Statistics of the inputs of these linear layers of a block, by the layer's name within it.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one measurement. `original` is needed for
-    `Need.CROSS`; a layer that is routed other tokens there than here (an expert) gets no cross statistic. Raises
-    NumericsError where an input holds NaN or infinity.
+    `Need.CROSS`; a layer that is routed other tokens there than here (an expert) gets no cross statistic. An expert that is
+    given fewer tokens than it has inputs gets the statistics of all experts of the block together, of the same layer, and a
+    note of it. Raises NumericsError where an input holds NaN or infinity.
     """
     sums: dict[str, _Sums] = {}
     owner: dict[str, str] = {}
@@ -240,12 +255,50 @@ def measure(
                 sums.setdefault(layer, _Sums(needs, length, f"{name}.{layer}")).add(
                     x, were.get(layer), whole=len(hidden) * length
                 )
-    unused = [layer for layer in linears if layer not in owner or sums[owner[layer]].tokens == 0]
-    if unused:
-        raise ModelError(f"{name}.{unused[0]} saw no input during calibration; leave it out of the recipe (leave = [...])")
+    whole = sum(len(hidden) for hidden in flow.hidden) * length
     place = _resting_place(sums.values(), device)
-    stats = {layer: s.stats(place) for layer, s in sums.items()}
-    return {layer: stats[owner[layer]] for layer in linears}
+    pooled = _pooled(block, linears, {layer: sums[own] for layer, own in owner.items()}, whole, place)
+    stats = {own: s.stats(place) for own, s in sums.items() if s.tokens}
+    found = {}
+    for layer in linears:
+        if layer not in pooled and owner.get(layer) not in stats:
+            raise ModelError(
+                f"{name}.{layer} saw no input during calibration: the model reads its weight in another way, or has no use for "
+                f'it on plain text. Leave it out of the recipe (leave = ["*.{layer}"])'
+            )
+        found[layer] = pooled[layer] if layer in pooled else stats[owner[layer]]
+    return found
+
+
+POOLED = "measured on the inputs of all experts together, because it was given fewer tokens than it has inputs"
+"""The note of an expert that could not be measured by itself."""
+
+
+def _pooled(
+    block: nn.Module, linears: dict[str, nn.Module], sums: dict[str, "_Sums"], whole: int, place: torch.device
+) -> dict[str, Stats]:
+    """Statistics for the layers of experts with fewer tokens than inputs, of which there are `whole`: all experts' together.
+
+    sums: those of each layer, which layers that share an input share; none for a layer that was given nothing.
+    """
+    kinds: dict[str, list[str]] = {}
+    for layer in linears:
+        kinds.setdefault(_kind(block, layer), []).append(layer)
+    found: dict[str, Stats] = {}
+    pools: dict[tuple[int, ...], Stats] = {}
+    for kind, layers in kinds.items():
+        given = {id(sums[layer]): sums[layer] for layer in layers if layer in sums and sums[layer].tokens}
+        for layer in layers:
+            own = sums.get(layer)
+            tokens = 0 if own is None else own.tokens
+            others = len(given) - (tokens > 0)
+            if kind == layer or others == 0 or tokens == whole or tokens >= weight_of(linears[layer]).shape[1]:
+                continue
+            pool = tuple(given)
+            if pool not in pools:
+                pools[pool] = replace(_Sums.together(list(given.values())).stats(place), note=POOLED)
+            found[layer] = pools[pool]
+    return found
 
 
 _SHARE_OF_CARD = 0.25
@@ -405,6 +458,20 @@ class _Sums:
             self.peak_abs = peak_abs if self.peak_abs is None else torch.maximum(self.peak_abs, peak_abs)
         if self.needs & Need.MEAN_WINDOW:
             self.window = self.window + rows.view(-1, self.length, rows.shape[1]).sum(dim=0, dtype=torch.float64)
+
+    @classmethod
+    def together(cls, parts: list["_Sums"]) -> "_Sums":
+        """The sums over the tokens of all of these; inputs in the original model are not paired."""
+        total = cls(parts[0].needs, parts[0].length, parts[0].name)
+        total.cross = None
+        for part in parts:
+            total.tokens += part.tokens
+            total.abs = part.abs + total.abs
+            total.square = part.square + total.square
+            total.gram = part.gram + total.gram
+            if part.peak_abs is not None:
+                total.peak_abs = part.peak_abs if total.peak_abs is None else torch.maximum(total.peak_abs, part.peak_abs)
+        return total
 
     def bytes(self) -> int:
         """What the means will take, in float32."""

@@ -101,7 +101,7 @@ def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, Compre
 def write(folder: Path, dense: StreamedModel, contents: Contents) -> None:
     """Write weights, config and tokenizer."""
     checkpoint.write_weights(folder, contents.tensors, contents.release)
-    checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings)
+    checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
     if dense.tokenizer is not None:
         try:
             dense.tokenizer.save_pretrained(folder)

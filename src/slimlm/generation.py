@@ -184,6 +184,9 @@ def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
     """A cache of fixed size where transformers has one for this model, else one that grows; and its name."""
+    if getattr(model.config, "alibi", False):
+        # Falcon adds distances for the tokens there are to a mask for all of a static cache.
+        return DynamicCache(config=model.config), "a growing cache, as its alibi does not fit a static one"
     if getattr(model, "_can_compile_fullgraph", False):
         return StaticCache(config=model.config, max_cache_len=length), "a static cache"
     return DynamicCache(config=model.config), "a growing cache, as transformers has no static one for it"
@@ -192,8 +195,19 @@ def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
     """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(tokens, past_key_values=cache, use_cache=True, **last).logits[:, -1]
+    known = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    # A cache under another name than the model's own would be passed over in silence.
+    name = next((name for name in _CACHES if name in known), None)
+    if name is None:
+        raise SlimlmError(
+            f"{type(model).__name__} takes no cache by the name of {' or '.join(_CACHES)}; slimlm cannot write with it"
+        )
+    return model(tokens, **{name: cache}, use_cache=True, **last).logits[:, -1]
+
+
+_CACHES = ("past_key_values", "cache_params")
+"""What transformers' classes call the cache that they are given."""
 
 
 def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:

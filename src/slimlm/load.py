@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimlm.core.errors import CheckpointError
+from slimlm.models.experts import take_apart
 from slimlm.models.opening import fetch, read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
@@ -242,12 +243,14 @@ class SlimlmConfig(QuantizationConfigMixin):
         format: int = checkpoint.FORMAT,
         layers: dict[str, Any] | None = None,
         embeddings: dict[str, Any] | None = None,
+        experts: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = checkpoint.METHOD
         self.format = format
         self.layers = layers or {}
         self.embeddings = embeddings or {}
+        self.experts = experts or []
         checkpoint.check_format(format, "the checkpoint")
 
 
@@ -264,6 +267,8 @@ class SlimlmQuantizer(HfQuantizer):
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
                 checkpoint.check_files(Path(file).parent)
+        for name in self.quantization_config.experts:
+            take_apart(model, name)
         for name, about in self.quantization_config.embeddings.items():
             swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
         for name, about in self.quantization_config.layers.items():

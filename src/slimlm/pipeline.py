@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.blockwise import Progress, activations_bytes, compress_blocks
-from slimlm.calibrate import Flow
+from slimlm.calibrate import POOLED, Flow
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
@@ -43,7 +43,7 @@ from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, layer_from
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense, words_of
-from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
+from slimlm.models.structure import blocks_of, context_length, linears_of, others_of, weight_of
 from slimlm.plan.options import Budget, Objective
 from slimlm.plan.plan import (
     Plan,
@@ -153,6 +153,7 @@ def compress(
         flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
         record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
         journal.remove()
+    tell_of_starved([layer.name for layer in record.layers if POOLED in layer.notes], tell)
     spent = record.bits_per_weight
     if found is not None and found["objective"] == "size" and spent > found["asked_bits"]:
         tell(
@@ -438,6 +439,21 @@ def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Te
         )
 
 
+_NAMED = 8
+
+
+def tell_of_starved(layers: list[str], tell: Tell) -> None:
+    """Name the experts' layers that were given too few tokens to be measured by themselves."""
+    if not layers:
+        return
+    more = f" and {len(layers) - _NAMED} more, which slimlm.json names" if len(layers) > _NAMED else ""
+    tell(
+        f"{len(layers)} of the experts' layers were given fewer calibration tokens than they have inputs, and were compressed "
+        f"by what all experts of their block were given: {', '.join(layers[:_NAMED])}{more}. More text or --samples lets them "
+        "be measured by themselves"
+    )
+
+
 def planned(ready: Ready, progress: Progress) -> Plan:
     """The plan for what was prepared with a budget."""
     assert ready.budget is not None and ready.whole is not None
@@ -477,11 +493,7 @@ def refuse_early(
         for name, module in linears_of(model).items()
         if not any(name.startswith(block + ".") for block in blocks)
     }
-    if not any(linears_of(block) for block in blocks.values()):
-        raise ModelError(
-            f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
-            "compress; slimlm knows nn.Linear and transformers' Conv1D"
-        )
+    refuse_unknown(model, blocks)
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.leave:
         if not fnmatch.filter(known, pattern):
@@ -491,6 +503,7 @@ def refuse_early(
             raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.leaves, known)):
         raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
+    refuse_windows_of_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
             full = f"{block_name}.{name}"
@@ -500,10 +513,7 @@ def refuse_early(
             out, width = weight_of(linear).shape
             if not planning and (reason := recipe.refuses(full, (out, width))):
                 raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
-        linear_weights = {f"{name}.weight" for name in linears_of(block)}
-        for name, parameter in block.named_parameters():
-            if parameter.ndim > 1 and name not in linear_weights:
-                left[f"{block_name}.{name}"] = f"{tuple(parameter.shape)}, not a linear layer that slimlm knows"
+        left |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
     return left
 
 
@@ -522,6 +532,34 @@ def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
         sums[block].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         dense.release([tensor])
     return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
+
+
+def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Raise ModelError where most of the blocks' matrices lie in no linear layer, so that compression would do little."""
+    sizes = {f"{block}.{name}": p.numel() for block, m in blocks.items() for name, p in m.named_parameters() if p.ndim > 1}
+    others = {f"{block}.{name}": reason for block, m in blocks.items() for name, reason in others_of(m).items()}
+    whole, unknown = sum(sizes.values()), sum(sizes[name] for name in others)
+    if not any(linears_of(block) for block in blocks.values()):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
+            "compress; slimlm knows nn.Linear, transformers' Conv1D and fused experts"
+        )
+    if unknown > whole / 2:
+        largest = max(others, key=lambda name: sizes[name])
+        raise ModelError(
+            f"{unknown / whole:.0%} of the matrix weights in the blocks of {type(model).__name__} are in no linear layer that "
+            f"slimlm knows, such as {largest}: {others[largest]}. Compressing the rest would do little"
+        )
+
+
+def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
+    """Raise ModelError where a step needs whole windows and a layer to compress is an expert's, which is given some tokens."""
+    inside = tuple(f"{name}." for name in experts)
+    if recipe.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and (own := [n for n in layers if n.startswith(inside)]):
+        raise ModelError(
+            f"{own[0]} is an expert's, which is given some of the tokens; a step of the recipe (l2qer, jsq) needs whole "
+            'windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
+        )
 
 
 def kept_windows(

@@ -1,8 +1,9 @@
 """A dense model whose weights stay in their files: a skeleton, and blocks that are filled when their turn comes.
 
 Transformers fills the skeleton with placeholders (tensors of the right shape that take no memory), so what a file's tensor is
-called in the model, which are tied, and what a model computes for itself (rotary tables) is up to transformers. Where a
-model's files need more than other names (experts that transformers joins into one tensor), it is opened whole, which is told.
+called in the model, which are tied, and what a model computes for itself (rotary tables) is up to transformers. Experts that
+transformers would stack into one tensor stay the tensors of the files that they are (models/joining.py). Where a model's files
+need more than that, it is opened whole, which is told.
 
 Old .bin files are converted to safetensors first, one at a time, and only read as tensors (weights_only).
 """
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError
+from slimlm.models.experts import Share, fused_in, take_apart
+from slimlm.models.joining import Stack, stacks_in
 from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
@@ -60,6 +63,8 @@ class StreamedModel:
     release: Release
     """drops the pages of those of these tensors that are views of a file"""
     config: dict[str, Any]
+    experts: list[str]
+    """the names of the modules that hold experts, where these were taken apart"""
 
     @property
     def bytes(self) -> int:
@@ -189,14 +194,13 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     tokenizer, own = open_tokenizer(source), _own_config(folder)
     if found is None:
         tell(
-            f"{source} is opened whole: transformers makes its weights of several tensors of the files, so they cannot be read "
-            "block by block"
+            f"{source} is opened whole: transformers makes some of its weights of several tensors of the files, in a way that "
+            "slimlm does not know, so they cannot be read block by block"
         )
         return _streamed_from_whole(source, tokenizer)
-    model, keys = found
-    weights = {name: stored[keys[tensor.data_ptr()]] for name, tensor in model.state_dict().items()}
+    model, weights, experts = found
     dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, _release_of(files), own)
+    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, _release_of(files), own, experts)
 
 
 def _release_of(files: list[MappedFile]) -> Release:
@@ -207,16 +211,16 @@ def _release_of(files: list[MappedFile]) -> Release:
     return release
 
 
-def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[int, str]] | None:
-    """The model with placeholders, and the name in the files by a placeholder's address; None where there is more to it."""
-    given = {
-        name: _placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in stored.items()
-    }
+def _skeleton(
+    source: str, folder: Path, stored: dict[str, Tensor]
+) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]] | None:
+    """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it."""
     try:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with without_bars(), torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+        stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
+        given, keys = _placeholders(stored, stacks)
         with without_bars():
             model, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
@@ -224,10 +228,36 @@ def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[Pre
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{source} cannot be opened as a causal language model: {words_of(error)}") from error
     refuse_missing(info, source, type(model).__name__)
-    keys = {tensor.data_ptr(): name for name, tensor in given.items()}
-    if any(tensor.data_ptr() not in keys for tensor in model.state_dict().values()):
-        return None
-    return model.eval().requires_grad_(False), keys
+    weights = {name: keys.get(tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+    experts = fused_in(model)
+    shares = {name: share for fused in experts for name, share in take_apart(model, fused).items()}
+    found = {}
+    for name in model.state_dict():
+        key = weights[shares[name].fused] if name in shares else weights[name]
+        tensor = None if key is None else _tensor_of(key, shares.get(name), stored, stacks)
+        if tensor is None:
+            return None
+        found[name] = tensor
+    return model.eval().requires_grad_(False), found, experts
+
+
+def _placeholders(stored: dict[str, Tensor], stacks: dict[str, Stack]) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address."""
+    stacked = {name for stack in stacks.values() for name in stack.names()}
+    like = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items() if name not in stacked}
+    for name, stack in stacks.items():
+        like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
+    given = {
+        name: _placeholder(shape, torch.float32 if dtype.is_floating_point else dtype) for name, (shape, dtype) in like.items()
+    }
+    return given, {tensor.data_ptr(): name for name, tensor in given.items()}
+
+
+def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks: dict[str, Stack]) -> Tensor | None:
+    """A tensor of the model, or its share of one: a view of the files; None where it is a view of none."""
+    if key not in stacks:
+        return stored[key] if share is None else share.view(stored[key][share.expert])
+    return None if share is None else stacks[key].share(share, stored)
 
 
 def _placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
@@ -253,7 +283,9 @@ def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None)
     dense = open_dense(source)
     weights = {name: tensor.detach() for name, tensor in dense.model.state_dict().items()}
     _take(dense.model.state_dict(keep_vars=True).values())
-    return StreamedModel(source, dense.folder, dense.model, tokenizer, weights, dense.dtypes, lambda _: 0, dense.config)
+    return StreamedModel(
+        source, dense.folder, dense.model, tokenizer, weights, dense.dtypes, lambda _: 0, dense.config, dense.experts
+    )
 
 
 def _own_config(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Stats:
     """`[in]`, the largest |x_j|"""
     mean_window: Tensor | None = None
     """`[length, in]`, mean of x over the calibration windows at each of their positions"""
+    note: str | None = None
+    """what the user should know of whose inputs these are"""
     known: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
     """what a step computed of these statistics, for the next layer that is given the same inputs; `replace` begins anew"""
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError
+from slimlm.models.experts import fused_in, take_apart
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +42,8 @@ class DenseModel:
     bytes: int
     """size of its tensors as stored; tied tensors count once"""
     config: dict[str, Any]
+    experts: list[str]
+    """the names of the modules that hold experts, where these were taken apart"""
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -141,9 +144,13 @@ def open_dense(source: str) -> DenseModel:
     refuse_missing(info, source, type(model).__name__)
     size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
     model = model.eval().requires_grad_(False)
+    experts = fused_in(model)
+    for name in experts:
+        dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}
+    dtypes = {name: dtypes[name] for name in model.state_dict()}
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored.pop("_name_or_path", None)
-    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored)
+    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored, experts)
 
 
 def refuse_quantized(config: dict[str, Any], source: str) -> None:

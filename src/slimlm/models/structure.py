@@ -3,13 +3,20 @@
 The decoder is the `nn.ModuleList` that holds the most parameters. Inside its blocks every `nn.Linear` and every
 `Conv1D` (GPT-2's linear layer, whose weight is stored `[in, out]`) is compressed by a recipe's steps; everything outside the
 blocks (embeddings, final norm, lm_head, projections around the stack) is not. Of that, slimlm.embedding may shorten the bits of
-the token embedding and the head.
+the token embedding and the head. Experts whose weights a class fuses into one tensor are linear layers once
+`models.experts` has taken them apart; what picks experts is never compressed.
 """
 
+import copy
+from contextlib import suppress
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.core.errors import ModelError
+from slimlm.models.experts import ROUTER, routers_of
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
 
@@ -25,8 +32,37 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a block, by their name within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_KINDS)}
+    """The linear layers inside a block, by their name within it, without those that pick experts."""
+    routers = routers_of(block)
+    return {name: module for name, module in block.named_modules() if _is_linear(module) and name not in routers}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is x W^T + b; of a class with a forward of its own, small numbers in its place tell."""
+    kind = next((kind for kind in LINEAR_KINDS if isinstance(module, kind)), None)
+    if kind is None or type(module).forward is kind.forward:
+        return kind is not None
+    probe = copy.copy(module)
+    weight, bias = torch.arange(15.0).view(3, 5).sin(), torch.arange(3.0).cos() if module.bias is not None else None
+    probe._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    x = torch.arange(10.0).view(2, 5).cos()
+    # What such a class does is not known, and so is not how it fails.
+    with suppress(Exception), torch.no_grad():
+        return torch.allclose(probe(x), F.linear(x, weight, bias), atol=1e-5)
+    return False
+
+
+def others_of(block: nn.Module) -> dict[str, str]:
+    """The matrices of a block that are no linear layer's weight, by name, and what they are, in words."""
+    weights, routers = {f"{name}.weight" for name in linears_of(block)}, routers_of(block)
+    found = {}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim > 1 and name not in weights:
+            owner = name.rpartition(".")[0]
+            kind = type(block.get_submodule(owner)).__name__
+            unknown = f"{tuple(parameter.shape)} of a {kind}, not a linear layer that slimlm knows"
+            found[name] = ROUTER if owner in routers else unknown
+    return found
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -51,4 +87,4 @@ def context_length(model: nn.Module) -> int | None:
     """The longest input the model was made for, in tokens, where its config says so."""
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None

@@ -191,11 +191,17 @@ def write_config(
     config: dict[str, Any],
     layers: dict[str, dict[str, Any]],
     embeddings: dict[str, dict[str, Any]] | None = None,
+    experts: list[str] | None = None,
 ) -> None:
-    """Write config.json: the model's own, with the compressed layers and embeddings described."""
+    """Write config.json: the model's own, with the compressed layers and embeddings described, and experts named.
+
+    experts: modules whose experts are stored one by one, where the model's class has them in one tensor.
+    """
     about = {"quant_method": METHOD, "format": FORMAT, "layers": layers}
     if embeddings:
         about["embeddings"] = embeddings
+    if experts:
+        about["experts"] = experts
     stored = {
         **config,
         "model_type": MODEL_TYPE,

@@ -1,0 +1,186 @@
+"""Mixtures of experts: fused weights taken apart into linear layers, and routers told from other layers.
+
+Transformers keeps the weights of all experts of a block in two tensors `[experts, out, in]`. The classes that do so say of
+themselves how theirs are laid out (attributes that `use_experts_implementation` sets), so they are known by structure.
+`Experts` takes the place of such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an
+`nn.Linear` of its own, and computes what the class computes, with the class's own gate.
+
+A router is what stands beside experts and gives a number for each of them, or a single one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.core.errors import ModelError
+
+ROUTER = "a router, which picks experts; routers stay as they are"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a fused class lays out its weights."""
+
+    count: int
+    """experts"""
+    gated: bool
+    """whether gate and up are in one tensor"""
+    interleaved: bool
+    """whether the rows of gate and up take turns, rather than the halves"""
+    transposed: bool
+    """whether weights are `[experts, in, out]`"""
+    biased: bool
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear layers of one expert."""
+        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the fused tensors."""
+        weights = {"gate_up_proj" if self.gated else "up_proj", "down_proj"}
+        return frozenset(weights | {f"{name}_bias" for name in weights} if self.biased else weights)
+
+    def fused(self, projection: str) -> str:
+        """The fused tensor in which a projection's weight is."""
+        return "gate_up_proj" if self.gated and projection != "down_proj" else projection
+
+    def weight(self, fused: Tensor, projection: str) -> Tensor:
+        """A projection's weight `[out, in]`, a view of one expert's share of the fused tensor."""
+        return self.rows(fused.T if self.transposed else fused, projection)
+
+    def rows(self, stacked: Tensor, projection: str) -> Tensor:
+        """A projection's rows, or its bias, a view of one expert's `[out, ...]`, gate and up together."""
+        if not self.gated or projection == "down_proj":
+            return stacked
+        second = projection == "up_proj"
+        return stacked[second::2] if self.interleaved else stacked.chunk(2)[second]
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What gate and up give `[tokens, inner]` as the fused layer gives it, `[tokens, 2 inner]`."""
+        return torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a fused module; None where it is none, or holds more than is understood."""
+    flags = [getattr(module, name, None) for name in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
+    if not all(isinstance(flag, bool) for flag in flags) or getattr(module, "has_post_expert_norm", False):
+        return None
+    gated, concatenated, transposed, biased = map(bool, flags)
+    found = Layout(int(getattr(module, "num_experts", 0)), gated, not concatenated, transposed, biased)
+    own = dict(module.named_parameters())
+    if own.keys() != found.parameters or list(module.buffers()):
+        return None
+    sizes = {own[found.fused("up_proj")].shape[0], own["down_proj"].shape[0]}
+    three = own[found.fused("up_proj")].ndim == own["down_proj"].ndim == 3
+    return found if three and sizes == {found.count} else None
+
+
+class Experts(nn.ModuleList):
+    """In the place of a fused module: a linear layer per expert and projection, `self[i]["gate_proj"]` and so on.
+
+    Called as transformers calls the fused one: tokens `[tokens, width]`, the experts picked for each `[tokens, picked]` and
+    their weights `[tokens, picked]`; gives `[tokens, width]`.
+    """
+
+    def __init__(self, experts: list[nn.ModuleDict], layout: Layout, activate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(experts)
+        self.layout = layout
+        self.activate = activate
+        """the class's own: from what gate and up give, joined, to the inputs of the down projection"""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of what the picked experts give."""
+        total = torch.zeros_like(hidden_states)
+        for i in top_k_index.unique().tolist():
+            token, place = torch.where(top_k_index == i)
+            own = self.expert(self[i], hidden_states[token]) * top_k_weights[token, place, None]
+            total.index_add_(0, token, own.to(total.dtype))
+        return total
+
+    def expert(self, layers: nn.ModuleDict, x: Tensor) -> Tensor:
+        """What one expert gives for tokens `[tokens, width]`, before it is weighted."""
+        inner = layers["up_proj"](x)
+        if self.layout.gated:
+            inner = self.layout.joined(layers["gate_proj"](x), inner)
+        return layers["down_proj"](self.activate(inner))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which share of a fused tensor a linear layer's weight or bias is."""
+
+    fused: str
+    """full name of the fused tensor"""
+    expert: int
+    view: Callable[[Tensor], Tensor]
+    """from the expert's share of the fused tensor to the weight or bias"""
+    half: int | None
+    """0 and 1: the upper and the lower half of the expert's rows; None: it is not that simple"""
+
+
+def fused_in(model: nn.Module) -> list[str]:
+    """The names of the fused modules that can be taken apart."""
+    return [name for name, module in model.named_modules() if layout_of(module) is not None]
+
+
+def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
+    """Put `Experts` in the place of a fused module, whose weights are views of the fused tensors.
+
+    Gives, by the full name of each new weight and bias, which share of the model's former tensors it is. Raises ModelError for
+    a module that `fused_in` does not name.
+    """
+    fused: Any = model.get_submodule(name)
+    layout = layout_of(fused)
+    if layout is None:
+        raise ModelError(f"{name} is a {type(fused).__name__}, which holds no fused experts that slimlm could take apart")
+    tensors = {key: parameter for key, parameter in fused.named_parameters() if key in layout.parameters}
+    experts, shares = [], {}
+    for i in range(layout.count):
+        layers = nn.ModuleDict()
+        for projection in layout.projections:
+            layer = layers[projection] = _linear()
+            for key, share in _shares(layout, name, i, projection):
+                tensor = tensors[share.fused.rpartition(".")[2]]
+                setattr(layer, key, nn.Parameter(share.view(tensor.detach()[i]), requires_grad=tensor.requires_grad))
+                shares[f"{name}.{i}.{projection}.{key}"] = share
+            layer.out_features, layer.in_features = layer.weight.shape
+        experts.append(layers)
+    for key in tensors:
+        delattr(fused, key)
+    # Bound to the old module, which has no tensors any more: the gate may look at its settings.
+    activate = fused._apply_gate if layout.gated else fused.act_fn.forward
+    model.set_submodule(name, Experts(experts, layout, activate).train(fused.training))
+    return shares
+
+
+def _linear() -> nn.Linear:
+    """A linear layer without a weight yet."""
+    with torch.device("meta"):
+        return nn.Linear(1, 1, bias=False)
+
+
+def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator[tuple[str, Share]]:
+    """Weight and bias of a projection of one expert."""
+    fused = f"{name}.{layout.fused(projection)}"
+    halves = {"gate_proj": 0, "up_proj": 1} if layout.gated and not (layout.interleaved or layout.transposed) else {}
+    half = halves.get(projection)
+    yield "weight", Share(fused, expert, lambda tensor: layout.weight(tensor, projection), half)
+    if layout.biased:
+        yield "bias", Share(f"{fused}_bias", expert, lambda tensor: layout.rows(tensor, projection), half)
+
+
+def routers_of(block: nn.Module) -> set[str]:
+    """The names of modules that pick experts: beside experts, with a weight that has a row for each of them or a single one."""
+    found = set()
+    for name, parent in block.named_modules():
+        counts = {len(child) for child in parent.children() if isinstance(child, Experts)}
+        for child_name, child in parent.named_children():
+            weight = dict(child.named_parameters(recurse=False)).get("weight")
+            if counts and weight is not None and weight.ndim == 2 and weight.shape[0] in {*counts, 1}:
+                found.add(f"{name}.{child_name}" if name else child_name)
+    return found

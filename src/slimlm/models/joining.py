@@ -1,0 +1,83 @@
+"""Which tensors of a model's files transformers stacks into one: the weights of single experts.
+
+A model's files mostly hold a tensor per expert and projection, its class one for all experts. Transformers says by a conversion
+mapping how it gets from one to the other. Where that is stacking experts, gate above up, every expert's share of the class's
+tensor is a tensor of the files, or half of it is, so that nothing has to be put together.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from slimlm.models.experts import Share
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor of a model, `[experts, out, ...]`, and the tensors of the files that it is made of."""
+
+    pieces: tuple[tuple[str, ...], ...]
+    """names in the files, an expert after the other: of the upper half of their rows, then of the lower; or of all rows"""
+
+    def names(self) -> list[str]:
+        """All names in the files."""
+        return [name for half in self.pieces for name in half]
+
+    def shape(self, stored: dict[str, Tensor]) -> tuple[int, ...] | None:
+        """The shape of the whole; None where the pieces do not fit together."""
+        shapes = {stored[name].shape for name in self.names()}
+        if len(shapes) > 1 or len({len(half) for half in self.pieces}) > 1:
+            return None
+        (one,) = shapes
+        return len(self.pieces[0]), len(self.pieces) * one[0], *one[1:]
+
+    def share(self, share: Share, stored: dict[str, Tensor]) -> Tensor | None:
+        """A layer's weight or bias, a view of a tensor of the files; None where it is a view of none."""
+        if len(self.pieces) == 1:
+            return share.view(stored[self.pieces[0][share.expert]])
+        return None if share.half is None else stored[self.pieces[share.half][share.expert]]
+
+
+def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]:
+    """By its name in the model, each tensor that transformers stacks of several of these tensors of the files.
+
+    Names are matched as transformers does when it loads; what it makes in other ways is left out.
+    """
+    mapping = get_model_conversion_mapping(empty)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = empty.state_dict()
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
+        if pattern is not None and renamed in state:
+            found.setdefault(renamed, {}).setdefault(pattern, []).append(name)
+    stacks = {}
+    for target, sorts in found.items():
+        converter = by_pattern[next(iter(sorts))]
+        if _stacks(converter) and sorts.keys() == set(converter.source_patterns):
+            stacks[target] = Stack(tuple(tuple(sorts[pattern]) for pattern in converter.source_patterns))
+    return stacks
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether this stacks experts and puts one sort of their weights above the other, and nothing else."""
+    first, *rest = converter.operations
+    if not isinstance(first, MergeModulelist) or first.dim != 0:
+        return False
+    sorts = len(converter.source_patterns)
+    if not rest:
+        return sorts == 1
+    return sorts == 2 and len(rest) == 1 and isinstance(rest[0], Concatenate) and rest[0].dim == 1

@@ -162,6 +162,8 @@ class Packed:
 
     def __call__(self, x: Tensor, precision: Precision) -> list[Tensor]:
         """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
+        if not x.is_cpu:
+            raise KernelError(f"the layer is packed for the CPU, and the activations are on {x.device}; move both to one place")
         kind = _ACTIVATIONS.get(x.dtype)
         if kind is None:
             return [y.to(x.dtype) for y in self(x.float(), precision)]

@@ -356,7 +356,8 @@ def _structure(model: nn.Module) -> str | None:
 def _children(module: nn.Module, name: str, expected: set[str]) -> str | None:
     found = {child for child, _ in module.named_children()}
     if found == expected:
-        return None
+        own = [own for own, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        return f"{name} has tensors of its own, which Llama's has not: {', '.join(own)}" if own else None
     return f"it is not built like Llama: {name} holds {', '.join(sorted(found))} in place of {', '.join(sorted(expected))}"
 
 

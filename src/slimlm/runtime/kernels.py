@@ -195,6 +195,11 @@ def product(packed: Packed) -> Product:
     return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
 
 
+def found(error: int) -> str:
+    """What an error code of the kernels stands for, in words."""
+    return _ERRORS.get(error, f"error {error} of csrc/kernels.h")
+
+
 def _check(error: int) -> None:
     if error:
-        raise CheckpointError(f"the CPU kernels found {_ERRORS.get(error, f'error {error}')}")
+        raise CheckpointError(f"the CPU kernels found {found(error)}")

@@ -246,6 +246,9 @@ def _packed_refuses(model: Any) -> str | None:
         norms += [getattr(block.self_attn, name) for name in _HEAD_NORMS if hasattr(block.self_attn, name)]
     if len({float(norm.variance_epsilon) for norm in norms}) > 1:
         return "its norms differ in their epsilon"
+    sizes = {tuple((layer.in_features, layer.out_features) for layer in _linears(block)) for block in model.model.layers}
+    if len(sizes) > 1:
+        return "its blocks differ in the sizes of their layers"
     return packed.refuses([*(layer for block in model.model.layers for layer in _linears(block)), model.lm_head])
 
 

@@ -94,7 +94,7 @@ def generate(
     count = min(max_new_tokens, room)
     stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)
     choose = _chooser(temperature, seed, prompt.device)
-    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model, length + count - 1)
+    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model)
     written: list[Tensor] = []
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 

@@ -25,6 +25,8 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 2}
 PRECISIONS = {"fast": 0, "precise": 1}
 """The numbers that the library knows them by."""
+BEYOND_HALF = 7
+"""What the kernels answer where a float16 cache does not hold a key or a value (csrc/kernels.h)."""
 _ERRORS = {
     1: "an argument that the kernels do not take",
     2: "a packed layer that is damaged, or of another layout",
@@ -32,6 +34,7 @@ _ERRORS = {
     4: "a mask that keeps more than two of four",
     5: "stored tensors of other sizes than the layer's shape asks for",
     6: "not enough memory",
+    BEYOND_HALF: "keys or values that float16 does not hold",
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import ref
 
 import torch
@@ -125,7 +125,7 @@ class CompressedLinear(Multiplier):
         kinds = " + ".join(d["kind"] for d in self.descriptions)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, choice, blob = self.packed(), self._choice, self._blob
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
@@ -182,7 +182,7 @@ class Shared(Multiplier):
             self.forget()
             self._made_of = tuple(_Source.of(tensor) for tensor in now)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Shared":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
         # The bias may be another; what became of the stored tensors is seen at the next use.
         self._prepared = None

@@ -5,6 +5,8 @@
 #ifndef SLIMLM_DECODER_H
 #define SLIMLM_DECODER_H
 
+#include <atomic>
+
 #include "product.h"
 
 namespace slimlm {
@@ -80,10 +82,11 @@ private:
         if (const int error = multiply(layers, 3, x, rows_, about_->width)) return error;
         if (block.query_norm) norm(queries, nullptr, block.query_norm, rows_ * query_width_ / about_->dim, about_->dim, queries);
         if (block.key_norm) norm(keys, nullptr, block.key_norm, rows_ * key_width_ / about_->dim, about_->dim, keys);
-        if (about_->cache_type == SLIMLM_F16)
-            attend<uint16_t>(block, queries, keys, values, mixed);
-        else
+        if (about_->cache_type == SLIMLM_F16) {
+            if (!attend<uint16_t>(block, queries, keys, values, mixed)) return SLIMLM_BEYOND_HALF;
+        } else {
             attend<float>(block, queries, keys, values, mixed);
+        }
         SlimlmProduct last = block.attention_out;
         last.y = out;
         return multiply(&last, 1, mixed, rows_, query_width_);
@@ -115,11 +118,23 @@ private:
     static SLIMLM_INLINE F load(const uint16_t* p) { return V::load_half(p); }
     static SLIMLM_INLINE float number(float x) { return x; }
     static SLIMLM_INLINE float number(uint16_t x) { return half_to_float(x); }
-    static void keep(const float* from, int64_t count, float* to) { std::memcpy(to, from, size_t(count) * sizeof(float)); }
-    static void keep(const float* from, int64_t count, uint16_t* to) {
+    // Store the numbers of one head; whether the cache can hold them.
+    static bool keep(const float* from, int64_t count, float* to) {
+        std::memcpy(to, from, size_t(count) * sizeof(float));
+        return true;
+    }
+    static bool keep(const float* from, int64_t count, uint16_t* to) {
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes) V::store_half(to + i, V::load_float(from + i));
         for (; i < count; ++i) to[i] = float_to_half(from[i]);
+        int32_t largest = 0;  // as bits: magnitudes of floats are ordered as integers, NaN above all
+        for (int64_t j = 0; j < count; ++j) {
+            int32_t bits;
+            std::memcpy(&bits, from + j, sizeof bits);
+            largest = std::max(largest, bits & 0x7fffffff);
+        }
+        // Below 65520, which rounds to infinity; and from 2^-16 on, where even the largest keeps the 8 bits of a fast activation.
+        return largest < 0x477ff000 && (largest >= 0x37800000 || largest == 0);
     }
 
     template <class T>
@@ -198,13 +213,14 @@ private:
         for (int64_t i = half; i < dim; ++i) y[i] = x[i] * cosine[i] + x[i - half] * sine[i];
     }
 
-    // The new tokens' keys, turned, and values into the cache of T; then every query over what it sees.
+    // The new tokens' keys, turned, and values into the cache of T; then every query over what it sees. Whether T holds them.
     template <class T>
-    void attend(const SlimlmBlock& block, const float* queries, const float* keys, const float* values, float* mixed) {
+    bool attend(const SlimlmBlock& block, const float* queries, const float* keys, const float* values, float* mixed) {
         const SlimlmDecoder& d = *about_;
         const int64_t heads = d.batch * d.key_heads, per_head = tokens_ * d.group, sets = (per_head + kQueries - 1) / kQueries;
         // Below about ten microseconds of work another thread costs more than it brings.
         const int threads = heads * per_head * (position_ + tokens_) * d.dim < 65536 ? 1 : threads_;
+        std::atomic<bool> held{true};
         auto store = [&](int64_t head) {
             static thread_local Scratch scratch;
             float* turned = scratch.get<float>(d.dim);
@@ -212,11 +228,13 @@ private:
                 const int64_t from = ((head / d.key_heads * tokens_ + t) * d.key_heads + head % d.key_heads) * d.dim;
                 const int64_t to = (head * d.length + position_ + t) * d.dim, angle = (position_ + t) * d.dim;
                 turn(keys + from, d.key_cos + angle, d.key_sin + angle, d.dim, turned);
-                keep(turned, d.dim, static_cast<T*>(block.key_cache) + to);
-                keep(values + from, d.dim, static_cast<T*>(block.value_cache) + to);
+                const bool key = keep(turned, d.dim, static_cast<T*>(block.key_cache) + to);
+                const bool value = keep(values + from, d.dim, static_cast<T*>(block.value_cache) + to);
+                if (!key || !value) held.store(false, std::memory_order_relaxed);
             }
         };
         share(tokens_ > 1 ? threads : 1, heads, store);
+        if (!held.load(std::memory_order_relaxed)) return false;
         auto look = [&](int64_t job) {
             const int64_t head = job / sets, first = job % sets * kQueries;
             const int64_t count = std::min<int64_t>(kQueries, per_head - first);
@@ -224,6 +242,7 @@ private:
             for (int64_t i = 0; i < count; ++i) set<1, T>(block, queries, head, first + i, mixed);
         };
         share(threads, heads * sets, look);
+        return true;
     }
 
     // Queries `first` to `first` + kSet - 1 of a key head, counted token by token: each mixes the values that it sees by

@@ -29,6 +29,7 @@ enum SlimlmError {
     SLIMLM_NOT_TWO_OF_FOUR = 4,   // more than two kept in four inputs
     SLIMLM_WRONG_SIZE = 5,        // stored tensors do not have the sizes that the shape asks for
     SLIMLM_NO_MEMORY = 6,
+    SLIMLM_BEYOND_HALF = 7,       // a key or value that a float16 cache does not hold: too large, or a head's all too small
 };
 
 enum SlimlmType { SLIMLM_F32 = 0, SLIMLM_F16 = 1, SLIMLM_BF16 = 2 };
@@ -110,7 +111,8 @@ typedef struct SlimlmDecoder {
 
 // Takes `tokens` more tokens of each text through all blocks. x [batch, tokens, width] are their embeddings and become the
 // hidden states after the last block; `position` tokens of each text are in the caches already, and these join them. logits
-// [batch, vocabulary] are those after each text's last token; NULL where nobody asks.
+// [batch, vocabulary] are those after each text's last token; NULL where nobody asks. After SLIMLM_BEYOND_HALF x and what the
+// caches hold from `position` on are lost; what they hold before it is not.
 SLIMLM_API int slimlm_decode(const SlimlmDecoder* decoder, float* x, int64_t tokens, int64_t position, float* logits,
                              int32_t precision, int32_t threads);
 

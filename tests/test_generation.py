@@ -138,11 +138,13 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another() -> None:
     assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers must be left alone"
 
 
-def test_logits_that_are_not_finite_cannot_be_drawn_from() -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_from_logits_that_are_not_finite_no_token_comes(value: str, temperature: float) -> None:
     model = random_model("llama")
-    model.get_submodule("model.norm").weight.data[0] = float("nan")
+    model.get_submodule("model.norm").weight.data[0] = float(value)
     with pytest.raises(slimlm.SlimlmError, match="not finite"):
-        generate(model, prompt_of(1), max_new_tokens=3, temperature=1.0)
+        generate(model, prompt_of(1), max_new_tokens=3, temperature=temperature)
 
 
 def test_a_model_whose_lean_step_disagrees_is_run_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ def generate(
     Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
     written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
     model writes for the first time, the way through it is compared with its own forward on 8 tokens.
-    Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context.
+    Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context, NumericsError for
+    logits that are not finite.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError(f"at least 1 new token and a temperature of 0 or more; got {max_new_tokens} and {temperature}")
@@ -94,7 +95,7 @@ def generate(
     count = min(max_new_tokens, room)
     stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)
     choose = _chooser(temperature, seed, prompt.device)
-    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model, length + count - 1)
+    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model)
     written: list[Tensor] = []
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 
@@ -120,7 +121,7 @@ def generate(
     finished = time.perf_counter()
     stopped: Literal["end", "length", "context"] = "end" if done else "length" if count == max_new_tokens else "context"
     tokens = torch.stack(written, dim=1).cpu()
-    return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way)
+    return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way())
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -171,15 +172,16 @@ class Pieces:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None) -> tuple[Tensor, Step, str]:
-    """The logits `[batch, vocabulary]` after the prompt, what goes on from there, and its name."""
+def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None) -> tuple[Tensor, Step, Callable[[], str]]:
+    """The logits `[batch, vocabulary]` after the prompt, what goes on from there, and what its name is by then."""
     length = prompt.shape[1] + count - 1
     if reason is None:
         step = lean.stepper(model, batch=prompt.shape[0], length=length)
-        return step.read(prompt), step, step.way
+        return step.read(prompt), step, lambda: step.way
     cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
-    return logits, lambda tokens: _forward(model, tokens[:, None], cache), f"the model's forward with {kind} ({reason})"
+    way = f"the model's forward with {kind} ({reason})"
+    return logits, lambda tokens: _forward(model, tokens[:, None], cache), lambda: way
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
@@ -213,7 +215,7 @@ _CACHES = ("past_key_values", "cache_params")
 def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """From logits `[batch, vocabulary]` to tokens `[batch]`: the likeliest, or drawn with a generator of its own."""
     if temperature == 0:
-        return lambda logits: logits.argmax(dim=-1)
+        return _likeliest
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(logits: Tensor) -> Tensor:
@@ -223,3 +225,11 @@ def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[T
         return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
     return draw
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    chosen = logits.argmax(dim=-1)
+    # NaN counts as the largest, so that it is enough to look at what was chosen.
+    if not bool(logits.gather(-1, chosen[:, None]).isfinite().all()):
+        raise NumericsError("there is no likeliest token: the model's logits are not finite")
+    return chosen

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from slimlm.core.errors import KernelError
 from slimlm.core.parts import Plain
+from slimlm.generation import generate
 from slimlm.models.structure import linears_of
 from slimlm.runtime import kernels, native
 from slimlm.runtime.decoder import PackedDecoder
@@ -119,6 +120,59 @@ def test_keys_and_values_in_half_precision_round_once() -> None:
     assert 1e-6 < far(found, expected(model, tokens, 25)) < 2e-3
 
 
+def scaled(model: PreTrainedModel, up: str, down: str, power: int, blocks: list[int]) -> PreTrainedModel:
+    """The same function: of these blocks one projection times 2^power, another by it."""
+    with torch.no_grad():
+        for block in blocks:
+            model.get_submodule(f"model.layers.{block}.self_attn.{up}").weight.mul_(2.0**power)
+            model.get_submodule(f"model.layers.{block}.self_attn.{down}").weight.mul_(2.0**-power)
+    return model
+
+
+BEYOND = [("k_proj", "q_proj", 20), ("k_proj", "q_proj", -30), ("v_proj", "o_proj", 20), ("v_proj", "o_proj", -30)]
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize(("up", "down", "power"), BEYOND)
+def test_keys_and_values_that_float16_does_not_hold_are_kept_in_float32(up: str, down: str, power: int) -> None:
+    model, tokens = llama(), tokens_of(2, 30)
+    right = expected(model, tokens, 20)
+    # The first block has kept its own in float16 when the second finds that they do not fit.
+    beyond = packed(scaled(model, up, down, power, [1]), "fast")
+    assert far(logits(beyond, tokens, 20), right) < 1e-5
+    made = generate(beyond, tokens, max_new_tokens=5, ends=[])
+    assert made.way.endswith("with keys and values in float32, as float16 does not hold them")
+    assert disagrees(beyond) is None
+
+
+def test_a_token_that_float16_does_not_hold_leaves_those_before_it() -> None:
+    model, tokens = llama(), tokens_of(1, 12)
+    tokens[tokens == 255] = 3
+    tokens[0, 9] = 255
+    # The first coordinate is this token's alone, and the first block's values hear nothing louder.
+    with torch.no_grad():
+        first = model.get_submodule("model.layers.0")
+        model.get_input_embeddings().weight[:, 0] = 0
+        model.get_input_embeddings().weight[255, 0] = 1e3
+        first.self_attn.v_proj.weight[:, 0] *= 2.0**20
+    own = packed(model, "fast")
+    step = stepper(own, batch=1, length=12)
+    assert isinstance(step, PackedDecoder)
+    found = torch.stack([step.read(tokens[:, :8]), *(step(column) for column in tokens[:, 8:9].unbind(1))], dim=1)
+    assert step.keys.dtype == torch.float16
+    found = torch.cat((found, *(step(column)[:, None] for column in tokens[:, 9:].unbind(1))), dim=1)
+    assert step.values.dtype == torch.float32
+    assert far(found, expected(model, tokens, 8)) < 2e-3  # what was kept before was rounded to float16
+
+
+def test_heads_of_zeros_are_kept_in_half_precision() -> None:
+    model, tokens = llama(), tokens_of(1, 10)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.v_proj").weight.zero_()
+    made = generate(packed(model, "fast"), tokens, max_new_tokens=3, ends=[])
+    assert made.way == "the CPU kernels, all blocks in one call"
+
+
 def test_gates_far_out_do_not_overflow() -> None:
     model, tokens = llama(), tokens_of(1, 8)
     with torch.no_grad():
@@ -181,7 +235,7 @@ def test_a_batch_of_another_size_is_refused() -> None:
 def test_it_agrees_with_the_model_s_own_forward_on_the_probe() -> None:
     model = packed(llama(), "fast")
     assert refuses(model, 30) is None
-    assert disagrees(model, 30) is None
+    assert disagrees(model) is None
 
 
 def in_two_precisions(model: PreTrainedModel) -> None:
@@ -196,10 +250,37 @@ def with_another_epsilon(model: PreTrainedModel) -> None:
     model.get_submodule("model.layers.1.input_layernorm").variance_epsilon = 1e-3
 
 
-@pytest.mark.parametrize("change", [in_two_precisions, with_a_dense_layer, with_another_epsilon])
+def with_a_narrower_mlp(model: PreTrainedModel) -> None:
+    """And nothing else of another size."""
+    mlp: Any = model.get_submodule("model.layers.1.mlp")
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, CompressedLinear.from_parts((Plain(0.1 * torch.randn(40, 48)),), None))
+    mlp.down_proj = CompressedLinear.from_parts((Plain(0.1 * torch.randn(48, 40)),), None)
+    use_kernels(mlp, "precise")
+
+
+@pytest.mark.parametrize("change", [in_two_precisions, with_a_dense_layer, with_another_epsilon, with_a_narrower_mlp])
 def test_models_that_do_not_fit_into_one_call_are_stepped_through_with_torch(change: Any) -> None:
     model = packed(llama(intermediate_size=96))
     change(model)
     assert refuses(model, 30) is None
     assert isinstance(stepper(model, batch=1, length=30), LeanStep)
-    assert disagrees(model, 30) is None
+    assert disagrees(model) is None
+    assert generate(model, tokens_of(1, 20), max_new_tokens=2, ends=[]).way == "the lean step"
+
+
+def test_the_way_that_is_probed_is_the_way_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(llama(intermediate_size=96))
+    in_two_precisions(model)
+    # Wrong where torch steps, and not in the one call of the kernels that the probe's precise layers would allow.
+    monkeypatch.setattr("slimlm.runtime.lean.attend", lambda queries, keys, values: queries)
+    assert "differ by" in str(disagrees(model))
+    use_kernels(model, "precise")
+    assert disagrees(model) is None
+
+
+def test_a_refusal_of_the_kernels_is_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = stepper(packed(llama()), batch=1, length=5)
+    monkeypatch.setattr(step, "_call", lambda *_: 5)
+    with pytest.raises(KernelError, match="refused to decode: stored tensors of other sizes"):
+        step.read(tokens_of(1, 3))

@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimlm.core import grid
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import Plain, Uniform
+from slimlm.runtime import native
+from slimlm.runtime.choose import Kernels
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 
 TOKENS = 50
 
@@ -88,3 +92,62 @@ def test_parts_without_rows_of_their_own_are_refused_in_words() -> None:
         CompressedEmbedding.from_part(part(8, group="tensor"), torch.float32)
     with pytest.raises(CheckpointError, match="one uniform part, not plain"):
         CompressedEmbedding((2, 3), [Plain(torch.zeros(2, 3)).describe()], {}, torch.float32)
+
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="there are no CPU kernels")
+WIDTH = 80
+
+
+def ends(order: tuple[str, str]) -> nn.ModuleDict:
+    """An embedding and the head that is tied to it, to be visited in this order."""
+    embedding = CompressedEmbedding.from_part(part(8), torch.float32)
+    modules = {"embed": embedding, "head": TiedLinear(embedding, None)}
+    return nn.ModuleDict({name: modules[name] for name in order})
+
+
+def on_a_gpu(tensor: Tensor) -> Tensor:
+    """A tensor without numbers that says it is on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("order", [("embed", "head"), ("head", "embed")], ids=lambda order: f"{order[0]} first")
+def test_a_tied_head_that_moved_to_another_device_chooses_anew(order: tuple[str, str]) -> None:
+    model = ends(order)
+    head = model["head"]
+    head.use_kernels("auto")
+    head(torch.ones(2, WIDTH))
+    assert head.choice().backend.name == "cpu" and head.stored().blob is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model._apply(on_a_gpu)
+        assert head.weight.device.type == "cuda"
+        assert head.choice().backend.name != "cpu"
+        assert head.stored().blob is None
+        head.kernels = "precise"
+        head.forget()
+        with pytest.raises(KernelError, match="the layer is on cuda"):
+            head.prepare()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernels", ["precise", "reference"])
+def test_a_tied_head_follows_whatever_happens_to_its_embedding_alone(kernels: Kernels) -> None:
+    model, x = ends(("embed", "head")), torch.ones(2, WIDTH)
+    head, embedding = model["head"], model["embed"]
+    head.use_kernels(kernels)
+    before = head(x)
+    embedding.weight_scale.mul_(2)
+    torch.testing.assert_close(head(x), 2 * before)
+    embedding.load_state_dict({**embedding.state_dict(), "weight_scale": embedding.weight_scale * 2})
+    torch.testing.assert_close(head(x), 4 * before)
+    embedding.weight_scale = embedding.weight_scale / 4
+    torch.testing.assert_close(head(x), before)
+
+
+@needs_kernels
+def test_a_layer_packed_for_the_cpu_refuses_activations_from_elsewhere() -> None:
+    head = ends(("embed", "head"))["head"]
+    head.use_kernels("precise")
+    with pytest.raises(KernelError, match="packed for the CPU, and the activations are on meta"):
+        head(torch.ones(2, WIDTH, device="meta"))

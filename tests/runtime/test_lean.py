@@ -16,11 +16,14 @@ from transformers import (
     HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
 )
 
+from slimlm.generation import generate
 from slimlm.runtime import lean
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.lean import LeanStep, StaticStep, attend, captured, disagrees, refuses
@@ -82,7 +85,7 @@ def test_the_logits_are_those_of_the_model_s_own_forward(rope: dict[str, Any], b
 def test_in_half_precision_it_agrees_within_the_rounding(dtype: torch.dtype, family: str) -> None:
     model = random_model(family, dtype)
     assert refuses(model, 30) is None
-    assert disagrees(model, 30) is None
+    assert disagrees(model) is None
 
 
 def test_embeddings_and_norms_of_two_dtypes_give_activations_of_the_wider() -> None:
@@ -115,7 +118,7 @@ def test_what_is_not_understood_is_refused_in_words(family: str, words: str) -> 
 def test_a_window_that_holds_every_position_changes_nothing(family: str) -> None:
     model = random_model(family)
     assert refuses(model, 16) is None
-    assert disagrees(model, 16) is None
+    assert disagrees(model) is None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,45 @@ def test_a_model_of_the_same_structure_that_computes_something_else_does_not_agr
             if parameter.ndim == 2:
                 parameter.normal_(std=0.15)
     assert refuses(other, 20) is None
-    assert "differ by" in str(disagrees(other, 20))
+    assert "differ by" in str(disagrees(other))
+
+
+def test_the_probe_is_as_long_whatever_is_generated_first() -> None:
+    torch.manual_seed(0)
+    model = HeliumForCausalLM(HeliumConfig(**TINY, head_dim=12)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    prompt = torch.randint(1, 256, (1, 12), generator=torch.Generator().manual_seed(1))
+    generate(model, prompt[:, :1], max_new_tokens=1, ends=[])
+    made = generate(model, prompt, max_new_tokens=12, ends=[])
+    right = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert "its logits differ by" in made.way
+    assert torch.equal(made.tokens, right[:, 12:])
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_probe_stays_within_what_the_blocks_see(window: int) -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**TINY, sliding_window=window)).eval()
+    assert refuses(model, window) is None
+    assert disagrees(model) is None
+
+
+@pytest.mark.parametrize("owner", ["model", "model.layers.1.self_attn", "model.layers.0.mlp"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_tensors_that_llama_has_not_are_refused(owner: str, kind: str) -> None:
+    """Such as the sinks that GPT-OSS's attention adds to its softmax."""
+    model = llama()
+    module = model.get_submodule(owner)
+    if kind == "parameter":
+        module.sinks = nn.Parameter(torch.zeros(4))
+    else:
+        module.register_buffer("sinks", torch.zeros(4))
+    assert "has tensors of its own, which Llama's has not: sinks" in str(refuses(model, 8))
 
 
 def test_attention_of_one_query_is_the_formula() -> None:

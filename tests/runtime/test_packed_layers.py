@@ -277,3 +277,22 @@ def test_a_model_cast_afterwards_computes_in_the_new_dtype() -> None:
     widen_activations(model)
     model.to(torch.float16)
     assert model["head"](model["norm"](model["embed"](torch.arange(3)))).dtype == torch.float16
+
+
+def test_a_dense_head_whose_weight_is_an_embedding_s_follows_it() -> None:
+    model, x = small(torch.bfloat16, tied=True), draw(1, WIDTH)
+    widen_activations(model)
+    embed, head = model["embed"], model["head"]
+    head.use_kernels("auto")
+    assert head.choice().backend.name == "cpu"
+
+    def product() -> Tensor:
+        return x @ head.weight.float().T + head.bias.float()
+
+    with torch.no_grad():
+        for change in (lambda: embed.weight.mul_(1.01), lambda: embed.to(torch.float16), lambda: model.to(torch.bfloat16)):
+            head(x)
+            blob = head.prepare().blob
+            change()
+            torch.testing.assert_close(head(x), product(), rtol=1e-5, atol=1e-5)  # float32 sums
+            assert head.prepare().blob is not blob

@@ -3,7 +3,8 @@
 Every linear layer must be in the kernels' layout, in one precision, and activations are float32. csrc/decoder.h has the
 arithmetic: RMS norms, rotary embedding, attention over a cache of fixed size and SwiGLU lie between the packed products, so
 that a token costs one call in place of several hundred operations, and a prompt makes no tensor larger than a few of its rows.
-Keys and values are kept in float16 for fast kernels, in float32 for precise ones.
+Keys and values are kept in float32 for precise kernels. For fast ones they are kept in float16 as long as that holds them: from
+the first one on that is too large, or whose head's numbers are all below 2^-16, in float32.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from slimlm.core.errors import KernelError
 from slimlm.runtime import native
 from slimlm.runtime.backends import cpu
-from slimlm.runtime.kernels import PRECISIONS, Product, float_type, product
+from slimlm.runtime.kernels import BEYOND_HALF, PRECISIONS, Product, float_type, found, product
 from slimlm.runtime.linear import Multiplier
 
 PRODUCTS = ("queries", "keys", "values", "attention_out", "gate", "up", "down")
@@ -99,8 +100,6 @@ class PackedDecoder:
     It holds the model's weights as they are now, and takes the calls of one thread at a time.
     """
 
-    way = "the CPU kernels, all blocks in one call"
-
     def __init__(self, parts: Parts, *, batch: int, length: int) -> None:
         self.embed, self.batch, self.length, self.position = parts.embed, batch, length, 0
         first = parts.products[0]
@@ -109,6 +108,7 @@ class PackedDecoder:
         self.width, self.vocabulary = width, parts.head.out_features
         backend = parts.head.choice().backend
         assert isinstance(backend, cpu.Cpu), "refuses() says so"
+        self.way = "the CPU kernels, all blocks in one call"
         self._precision = PRECISIONS[backend.precision]
         kept = torch.float16 if backend.precision == "fast" else torch.float32
         self.keys = torch.zeros(len(parts.products), batch * key_heads, length, dim, dtype=kept)
@@ -120,12 +120,11 @@ class PackedDecoder:
         # The library knows addresses only; this list keeps alive what lies there.
         self._alive: list[object] = [parts]
         blocks = (_Block * len(parts.products))()
-        for block, norms, layers, keys, values in zip(blocks, parts.norms, parts.products, self.keys, self.values, strict=True):
+        for block, norms, layers in zip(blocks, parts.norms, parts.products, strict=True):
             block.attention_norm, block.mlp_norm = self._at(norms.attention), self._at(norms.mlp)
             block.query_norm, block.key_norm = self._at(norms.query), self._at(norms.key)
             for name, layer in zip(PRODUCTS, layers, strict=True):
                 setattr(block, name, self._product(layer))
-            block.key_cache, block.value_cache = keys.data_ptr(), values.data_ptr()
         self._blocks = blocks
         self._decoder = _Decoder(
             blocks=ctypes.addressof(blocks),
@@ -145,8 +144,8 @@ class PackedDecoder:
             length=length,
             vocabulary=self.vocabulary,
             epsilon=parts.epsilon,
-            cache_type=float_type(kept),
         )
+        self._keep_in(kept)
         library = native.library()
         assert library is not None, "refuses() says whether there is one"
         self._call = library.slimlm_decode
@@ -171,16 +170,34 @@ class PackedDecoder:
 
     def _pass(self, tokens: Tensor, logits: Tensor | None) -> None:
         """Take tokens `[batch, count]` through the blocks; the logits after them go into `logits`, if that is asked for."""
+        count = tokens.shape[1]
+        if count > self.length - self.position:
+            raise KernelError(f"{count} tokens after position {self.position} are more than a cache of {self.length} holds")
+        error = self._try(tokens, logits)
+        if error == BEYOND_HALF:
+            # What was kept before this pass is within float16, and stays as it is.
+            self._keep_in(torch.float32)
+            self.way += ", with keys and values in float32, as float16 does not hold them"
+            error = self._try(tokens, logits)
+        if error:
+            raise KernelError(f"the CPU kernels refused to decode: {found(error)}")
+        self.position += count
+
+    def _try(self, tokens: Tensor, logits: Tensor | None) -> int:
+        """One call of the kernels; gives their error code."""
         x, count = self.embed(tokens).contiguous(), tokens.shape[1]
         if x.dtype != torch.float32 or x.shape != (self.batch, count, self.width):
             raise KernelError(f"embeddings of {self.batch} x {count} tokens are {x.dtype} {list(x.shape)}")
-        if count > self.length - self.position:
-            raise KernelError(f"{count} tokens after position {self.position} are more than a cache of {self.length} holds")
         to = None if logits is None else logits.data_ptr()
         arguments = x.data_ptr(), count, self.position, to, self._precision, torch.get_num_threads()
-        if error := self._call(ctypes.addressof(self._decoder), *arguments):
-            raise KernelError(f"the CPU kernels refused to decode: error {error} of csrc/kernels.h")
-        self.position += count
+        return int(self._call(ctypes.addressof(self._decoder), *arguments))
+
+    def _keep_in(self, dtype: torch.dtype) -> None:
+        """Keep keys and values in this dtype from now on, those that there are among them."""
+        self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
+        for block, keys, values in zip(self._blocks, self.keys, self.values, strict=True):
+            block.key_cache, block.value_cache = keys.data_ptr(), values.data_ptr()
+        self._decoder.cache_type = float_type(dtype)
 
     def _at(self, tensor: Tensor | None) -> int | None:
         """Where this tensor's float32 numbers lie, for as long as the decoder lives."""

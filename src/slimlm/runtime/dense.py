@@ -6,7 +6,7 @@ activation. Here weights stay as they are stored and activations are float32: an
 linear layer multiplies few rows by the kernels, and for many widens a slice of its weight at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from slimlm.core.parts import Plain, pack_parts
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.embedding import CompressedEmbedding
-from slimlm.runtime.linear import Multiplier
+from slimlm.runtime.linear import Multiplier, Shared
 
 NARROW = (torch.bfloat16, torch.float16)
 _FEW = 32
@@ -24,7 +24,7 @@ _SLICE = 2**22
 """Weights that are widened at a time."""
 
 
-class DenseLinear(Multiplier, nn.Linear):
+class DenseLinear(Shared, nn.Linear):
     """A linear layer whose activations may be of another dtype than its weight."""
 
     @classmethod
@@ -35,8 +35,13 @@ class DenseLinear(Multiplier, nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
+    def sources(self) -> Sequence[Tensor]:
+        """The weight, which may be an embedding's, too."""
+        return (self.weight,)
+
     def stored(self) -> Stored:
         """The weight as the one part that it is."""
+        self._follow()
         part = Plain(self.weight.detach())
         return Stored(part.shape, [part.describe()], pack_parts((part,)), self.bias, self._blob)
 
@@ -52,18 +57,6 @@ class DenseLinear(Multiplier, nn.Linear):
         slices = self.weight.split(max(1, _SLICE // self.in_features))
         y = torch.cat([F.linear(x, part.to(x.dtype)) for part in slices], dim=-1)
         return y if bias is None else y + bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseLinear":
-        dtype, device, address = self.weight.dtype, self.weight.device, self.weight.data_ptr()
-        choice, blob = self._choice, self._blob
-        super()._apply(fn, recurse)
-        self.forget()
-        now = self.weight
-        widened = now.dtype != dtype and torch.promote_types(now.dtype, dtype) == now.dtype
-        if now.device == device and (widened or now.data_ptr() == address):
-            # No value changed: the kernels' bytes still stand for the weight.
-            self._choice, self._blob = choice, blob
-        return self
 
 
 class WideEmbedding(nn.Embedding):

@@ -10,7 +10,7 @@ from slimlm.core import bits as bitstream
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts import Description, Part, Uniform, pack_parts, unpack_parts
-from slimlm.runtime.linear import CompressedLinear, about_tensors, empty_tensors, keep_dtypes
+from slimlm.runtime.linear import CompressedLinear, Shared, about_tensors, empty_tensors, keep_dtypes
 
 
 class CompressedEmbedding(nn.Module):
@@ -95,7 +95,7 @@ class CompressedEmbedding(nn.Module):
         return self
 
 
-class TiedLinear(CompressedLinear):
+class TiedLinear(Shared, CompressedLinear):
     """A linear layer whose weight is the matrix of a packed embedding, which holds and stores it: here is the bias at most.
 
     Other tensors in the embedding, and another place, are this layer's, too.
@@ -120,15 +120,14 @@ class TiedLinear(CompressedLinear):
         """The stored tensors by name."""
         return self.embedding.packed()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TiedLinear":
-        choice, blob = self._choice, self._blob
-        nn.Module._apply(self, fn, recurse)
-        self.forget()
-        # The embedding may have its turn before or after this layer, so whether it moves is asked of the function.
-        here = torch.empty(0, dtype=torch.uint8, device=self.weight.device)
-        if self.weight.device.type != "meta" and fn(here).device == here.device:
-            self._choice, self._blob = choice, blob
-        return self
+    def sources(self) -> Sequence[Tensor]:
+        """The tensors that are packed for kernels."""
+        return list(self.packed().values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias for x `[..., in]`, in the dtype of x."""
+        self._follow()
+        return super().forward(x)
 
 
 def unfit(descriptions: Sequence[Description]) -> str | None:

@@ -25,6 +25,8 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 2}
 PRECISIONS = {"fast": 0, "precise": 1}
 """The numbers that the library knows them by."""
+BEYOND_HALF = 7
+"""What the kernels answer where a float16 cache does not hold a key or a value (csrc/kernels.h)."""
 _ERRORS = {
     1: "an argument that the kernels do not take",
     2: "a packed layer that is damaged, or of another layout",
@@ -32,6 +34,7 @@ _ERRORS = {
     4: "a mask that keeps more than two of four",
     5: "stored tensors of other sizes than the layer's shape asks for",
     6: "not enough memory",
+    BEYOND_HALF: "keys or values that float16 does not hold",
 }
 
 
@@ -162,6 +165,8 @@ class Packed:
 
     def __call__(self, x: Tensor, precision: Precision) -> list[Tensor]:
         """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
+        if not x.is_cpu:
+            raise KernelError(f"the layer is packed for the CPU, and the activations are on {x.device}; move both to one place")
         kind = _ACTIVATIONS.get(x.dtype)
         if kind is None:
             return [y.to(x.dtype) for y in self(x.float(), precision)]
@@ -193,6 +198,11 @@ def product(packed: Packed) -> Product:
     return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
 
 
+def found(error: int) -> str:
+    """What an error code of the kernels stands for, in words."""
+    return _ERRORS.get(error, f"error {error} of csrc/kernels.h")
+
+
 def _check(error: int) -> None:
     if error:
-        raise CheckpointError(f"the CPU kernels found {_ERRORS.get(error, f'error {error}')}")
+        raise CheckpointError(f"the CPU kernels found {found(error)}")

@@ -62,21 +62,18 @@ def refuses(model: nn.Module, length: int) -> str | None:
     return _window(model, length)
 
 
-def disagrees(model: PreTrainedModel, length: int) -> str | None:
+def disagrees(model: PreTrainedModel) -> str | None:
     """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
 
-    The probe is a prompt of at most 7 different tokens and one token after it; the logits after both are compared. Fast
-    kernels give way to precise ones meanwhile: where activations have 255 levels, an order of addition can move one by a
-    level, and that grows from block to block. A model is asked once for each way to step through it. `length` is as in
-    `refuses`.
+    The probe is a prompt of 7 different tokens and one token after it, or of as many as the model sees at once; the logits
+    after both are compared. Fast kernels give way to precise ones meanwhile: where activations have 255 levels, an order of
+    addition can move one by a level, and that grows from block to block. A model is asked once for each way to step through it.
     """
-    kind: type = packed.PackedDecoder if _packed_refuses(model) is None else LeanStep
-    if _device(model).type == "cuda":
-        kind = StaticStep
+    kind = _kind(model)
     key = kind.__name__, _activations(model)
     verdicts = _VERDICTS.setdefault(model, {})
     if key not in verdicts:
-        verdicts[key] = _disagrees(model, length)
+        verdicts[key] = _disagrees(model, kind)
     return verdicts[key]
 
 
@@ -84,16 +81,19 @@ _VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype], str 
 """what `disagrees` found"""
 
 
-def _disagrees(model: PreTrainedModel, length: int) -> str | None:
+def _disagrees(model: PreTrainedModel, kind: "type[packed.PackedDecoder | LeanStep]") -> str | None:
     device = _device(model)
-    ids = (17 + 7 * torch.arange(min(_PROBE, length), device=device)).remainder(model.config.vocab_size)[None]
-    before = max(1, ids.shape[1] - 1)
+    # However long the text is to be: one token turns no key and mixes no values, so that on it wrong ways agree, too.
+    count = min(_PROBE, _sees(model) or _PROBE, getattr(model.config, "max_position_embeddings", None) or _PROBE)
+    ids = (17 + 7 * torch.arange(count, device=device)).remainder(model.config.vocab_size)[None]
+    before = max(1, count - 1)
     with torch.no_grad(), precisely(model):
         cache = DynamicCache()
         expected = model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]
-        step = stepper(model, batch=1, length=ids.shape[1])
+        # The kind is settled: among layers that are all precise now, `stepper` could choose another.
+        step = _build(kind, model, batch=1, length=count)
         found = step.read(ids[:, :before])
-        if before < ids.shape[1]:
+        if before < count:
             # Both multiply one token here, so that both use the same products.
             expected = torch.cat((expected, model(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, -1]))
             found = torch.cat((found, step(ids[:, -1])))
@@ -108,11 +108,21 @@ def _disagrees(model: PreTrainedModel, length: int) -> str | None:
 
 def stepper(model: PreTrainedModel, *, batch: int, length: int) -> "packed.PackedDecoder | LeanStep":
     """The quickest way through a model that `refuses` accepts, with room for `length` positions of `batch` texts."""
+    return _build(_kind(model), model, batch=batch, length=length)
+
+
+def _kind(model: PreTrainedModel) -> "type[packed.PackedDecoder | LeanStep]":
     if _device(model).type == "cuda":
-        return StaticStep(model, batch=batch, length=length)
-    if _packed_refuses(model) is not None:
-        return LeanStep(model, batch=batch, length=length)
-    return packed.PackedDecoder(_parts(model), batch=batch, length=length)
+        return StaticStep
+    return packed.PackedDecoder if _packed_refuses(model) is None else LeanStep
+
+
+def _build(
+    kind: "type[packed.PackedDecoder | LeanStep]", model: PreTrainedModel, *, batch: int, length: int
+) -> "packed.PackedDecoder | LeanStep":
+    if issubclass(kind, packed.PackedDecoder):
+        return kind(_parts(model), batch=batch, length=length)
+    return kind(model, batch=batch, length=length)
 
 
 @dataclass(frozen=True)
@@ -344,6 +354,9 @@ def _packed_refuses(model: Any) -> str | None:
         norms += [getattr(block.self_attn, name) for name in _HEAD_NORMS if hasattr(block.self_attn, name)]
     if len({float(norm.variance_epsilon) for norm in norms}) > 1:
         return "its norms differ in their epsilon"
+    sizes = {tuple((layer.in_features, layer.out_features) for layer in _linears(block)) for block in model.model.layers}
+    if len(sizes) > 1:
+        return "its blocks differ in the sizes of their layers"
     return packed.refuses([*(layer for block in model.model.layers for layer in _linears(block)), model.lm_head])
 
 
@@ -454,7 +467,8 @@ def _structure(model: nn.Module) -> str | None:
 def _children(module: nn.Module, name: str, expected: set[str]) -> str | None:
     found = {child for child, _ in module.named_children()}
     if found == expected:
-        return None
+        own = [own for own, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        return f"{name} has tensors of its own, which Llama's has not: {', '.join(own)}" if own else None
     return f"it is not built like Llama: {name} holds {', '.join(sorted(found))} in place of {', '.join(sorted(expected))}"
 
 
@@ -521,11 +535,20 @@ def _is_rms_norm(module: Any) -> bool:
 
 def _window(model: nn.Module, length: int) -> str | None:
     """Whether some block sees fewer than all the positions."""
-    config: Any = model.config
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
+    if unknown := _attention_types(model) - {"full_attention", "sliding_attention"}:
         return f"its config names layers of type {', '.join(sorted(unknown))}"
-    if window and "sliding_attention" in kinds and length > window:
+    if (window := _sees(model)) is not None and length > window:
         return f"its attention sees a window of {window} positions, and {length} are needed"
     return None
+
+
+def _sees(model: nn.Module) -> int | None:
+    """The positions that the blocks with the narrowest view see; None: all of them see every position."""
+    window: int | None = getattr(model.config, "sliding_window", None)
+    return window if window and "sliding_attention" in _attention_types(model) else None
+
+
+def _attention_types(model: nn.Module) -> set[str]:
+    config: Any = model.config
+    window = getattr(config, "sliding_window", None)
+    return set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])

@@ -1,7 +1,9 @@
 """`nn.Linear` goes in, `CompressedLinear` comes out."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +140,7 @@ class CompressedLinear(Multiplier):
         kinds = " + ".join(d["kind"] for d in self.descriptions)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, choice, blob = self.packed(), self._choice, self._blob
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
@@ -159,6 +161,87 @@ class CompressedLinear(Multiplier):
             # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
             self._choice, self._blob = choice, blob
         return self
+
+
+class Shared(Multiplier):
+    """A layer whose stored tensors are another module's, too, which may move, cast, replace or write to them.
+
+    The layer is not told of that, so it looks at every use whether they are still what it was chosen and packed for. (A
+    compiled graph does not look.)
+    """
+
+    _made_of: "tuple[_Source, ...]" = ()
+    """what the choice and the kernels' bytes are of"""
+
+    def sources(self) -> Sequence[Tensor]:
+        """The tensors that are packed for kernels."""
+        raise NotImplementedError
+
+    def choice(self) -> Choice:
+        """Who multiplies."""
+        self._follow()
+        return super().choice()
+
+    def prepare(self) -> Any:
+        """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
+        self._follow()
+        return super().prepare()
+
+    def stored(self) -> Stored:
+        """The parts as they are stored, for a backend to prepare."""
+        self._follow()
+        return super().stored()
+
+    def adopt(self, blob: Tensor) -> None:
+        """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
+        self._follow()
+        super().adopt(blob)
+
+    def _follow(self) -> None:
+        """Forget what was made of tensors that are others now."""
+        if torch.compiler.is_compiling():
+            return
+        now = self.sources()
+        if len(now) != len(self._made_of) or not all(old.stands_for(t) for old, t in zip(self._made_of, now, strict=True)):
+            self.forget()
+            self._made_of = tuple(_Source.of(tensor) for tensor in now)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        nn.Module._apply(self, fn, recurse)
+        # The bias may be another; what became of the stored tensors is seen at the next use.
+        self._prepared = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_made_of": ()}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor as it was when something was made of it."""
+
+    tensor: ref[Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    address: int
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Source":
+        return cls(ref(tensor), tensor.dtype, tensor.device, tensor.data_ptr(), _writes(tensor))
+
+    def stands_for(self, now: Tensor) -> bool:
+        """Whether a tensor holds what this one held: nothing was written, and it lies where it lay or was only widened."""
+        if self.tensor() is not now or self.device != now.device or self.writes != _writes(now):
+            return False
+        if self.dtype == now.dtype:
+            return self.address == now.data_ptr()
+        return torch.promote_types(now.dtype, self.dtype) == now.dtype
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written to; one that was made in inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def about_tensors(packed: dict[str, Tensor]) -> dict[str, list[Any]]:

@@ -48,6 +48,20 @@ def test_a_group_as_long_as_a_row_is_a_row() -> None:
     assert layout.unfit(stored(pruned(codes((24, 44), 50))).descriptions, (24, 44)) is None
 
 
+def test_ranks_that_fill_up_have_a_scale_of_zero() -> None:
+    right = table((5, 48), "tensor")
+    made = layout.lay_out(stored(codes(SHAPE, 8), LowRank(codes((5, 24), 8), right))).right
+    assert isinstance(made, layout.Packed)
+    assert made.scale.tolist() == [float(right.scale)] * 5 + [0.0] * 59
+
+
+@pytest.mark.parametrize(("height", "sparse", "dense"), [(2**20 - 64, True, True), (2**20, True, False), (2**21, False, False)])
+def test_addresses_are_counted_by_the_bits_that_a_weight_takes(height: int, sparse: bool, dense: bool) -> None:
+    for fits, part in ((sparse, pruned(codes(SHAPE, "row"))), (dense, codes(SHAPE, "row"))):
+        reason = layout.unfit(stored(part).descriptions, (height, 2**14))
+        assert (reason is None) == fits
+
+
 def test_a_2_4_weight_of_one_scale_takes_three_bits_a_weight() -> None:
     made = layout.lay_out(stored(pruned(codes((128, 1024), "tensor"))))
     assert 8 * made.bytes() / (128 * 1024) == pytest.approx(3, abs=1e-3)

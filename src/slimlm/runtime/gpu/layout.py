@@ -19,7 +19,7 @@ then is a piece of it, and nothing lies in memory twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
@@ -148,7 +148,7 @@ def unfit(descriptions: Sequence[Description], shape: tuple[int, int]) -> str | 
                     return f"its adapter is {factor['dtype']}; the GPU kernels take float16, bfloat16 and float32"
             elif (reason := _unfit(factor, along, shape[1])) is not None:
                 return f"its adapter: {reason}"
-    words = (_up(shape[1], SPARSE_BLOCK) * _up(shape[0], ROWS)) * 3 // 32
+    words = _up(shape[1], SPARSE_BLOCK) * _up(shape[0], ROWS) * (3 if sparse else 4) // 32
     if words >= 2**31:
         return f"{shape[0]} x {shape[1]} weights are more than the kernels' 32-bit addresses reach"
     return None
@@ -285,6 +285,9 @@ def _right(part: Elementwise) -> Packed | Tensor:
     rank = _up(part.shape[0], ROWS)
     if isinstance(part, Plain):
         return _filled(part.values, rank, part.shape[1])
+    if part.group == "tensor":
+        # Rows that fill up would have that scale, too, and a table's first level is not zero.
+        part = replace(part, scale=part.scale.expand(part.shape[0], 1), group="row")
     return _dense(part, rows=rank)
 
 

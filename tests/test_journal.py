@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import slimlm
+from slimlm.events import Event
 from slimlm.storage.journal import open_journal
 
 from .conftest import random_model, save
@@ -118,16 +119,18 @@ def test_a_run_that_died_goes_on_and_gives_the_same_bytes(
     kept = len(json.loads((journal / "journal.json").read_text())["content"]["blocks"])
     assert kept >= 1
     told: list[str] = []
-    measured: list[tuple[str, int, int]] = []
+    events: list[Event] = []
     slimlm.compress(
         model,
         tmp_path / "o",
         **options(text_file, recipe),
         tell=told.append,
-        progress=lambda *at: measured.append(at),
+        progress=events.append,
     )
     assert any(f"going on after block {kept} of 2" in text for text in told)
-    assert ("compress", kept, 2) in measured and ("compress", kept - 1, 2) not in measured
+    compressing = [event for event in events if event.stage == "compress"]
+    assert {(event.done, event.total) for event in compressing} == {(done, 2) for done in range(kept, 3)}
+    assert [block.number for block in compressing[0].blocks] == list(range(1, kept + 1))
     same(undisturbed[recipe], tmp_path / "o")
     assert not journal.exists()
 

@@ -6,11 +6,9 @@ import io
 import json
 import re
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +16,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
 from slimlm import doctor as diagnosis
-from slimlm.blockwise import Progress as Reporter
 from slimlm.core import registry
 from slimlm.core.errors import DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -34,6 +29,7 @@ from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluate.model_speed import QUICK, Settings, model_speed, write_json
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
+from slimlm.events import Event, Observer
 from slimlm.generation import Pieces, end_tokens, room_for
 from slimlm.generation import generate as generate_tokens
 from slimlm.models.opening import read_config
@@ -43,6 +39,7 @@ from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
 from slimlm.recipe import AS_STORED, shipped, to_toml
+from slimlm.report.live import shown
 from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 from slimlm.report.tables import (
     choices_table,
@@ -70,6 +67,7 @@ app = typer.Typer(
 output = Console(width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True)
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; notes and errors are shown all the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -132,13 +130,14 @@ def compress(
     device: Device = "auto",
     memory: Memory = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run kept, and begin anew.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and write it packed; with --bits, plan first what each layer becomes.
 
     A run that was stopped goes on where it was when the same line is typed again.
     """
-    with _progress() as report, _stoppable():
+    with shown(notes, silent=quiet) as observer, _stoppable():
         result = compress_model(
             model,
             out,
@@ -154,7 +153,7 @@ def compress(
             device=device,
             memory=_bytes(memory),
             restart=restart,
-            progress=report,
+            progress=observer,
         )
     kernels = _prospect(result.path)
     if as_json:
@@ -178,11 +177,12 @@ def plan_(
     seed: Seed = 0,
     device: Device = "auto",
     memory: Memory = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what each layer could become, what that would cost and lose, and what a budget chooses; compresses nothing."""
     refuse_file(save)
-    with _progress() as report:
+    with shown(notes, silent=quiet) as observer:
         found, planned = make_plan(
             model,
             recipe=recipe,
@@ -195,7 +195,7 @@ def plan_(
             seed=seed,
             device=device,
             memory=_bytes(memory),
-            progress=report,
+            progress=observer,
             tell=_tell,
         )
     if save is not None:
@@ -301,18 +301,18 @@ def evaluate(
     windows = windows_of(tokens, window, source=text)
     if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(windows[0])):
         raise DataError(f"{model} and {against} cut text into different tokens; their perplexities cannot be compared")
-    with _progress() as report:
-        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, report) for opened in models]
+    with shown(notes) as observer:
+        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, observer) for opened in models]
     predicted = windows[:, 1:].numel()
     if as_json:
         _print_json({"text": text, "tokens": predicted, "length": window, "models": rows})
         return
     title = f"{predicted} tokens of {text}, windows of {window}"
     columns = ("model", "activations", "bits/weight", "size", "perplexity")
-    shown = [
+    table = [
         (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", size(r["bytes"]), f"{r['perplexity']:.4f}") for r in rows
     ]
-    output.print(plain_table(title, columns, shown, left=2))
+    output.print(plain_table(title, columns, table, left=2))
 
 
 @app.command()
@@ -399,8 +399,8 @@ def bench(
         prompt=prompt_tokens or usual.prompt,
         new=new_tokens or usual.new,
     )
-    with _progress() as report:
-        result = model_speed(str(out), settings, against=against, report=report)
+    with shown(notes) as observer:
+        result = model_speed(str(out), settings, against=against, report=lambda *at: observer(Event(*at)))
     told = speed_notes(result)
     if save is not None:
         write_json(save, result)
@@ -457,14 +457,14 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress the bundled model in several ways and show the figures beside the original's; offline."""
-    with _progress() as report:
-        shown = demonstration.run(out, report)
+    with shown(notes) as observer:
+        found = demonstration.run(out, observer)
     if as_json:
-        _print_json(shown.to_dict())
+        _print_json(found.to_dict())
         return
-    output.print(demonstration.table(shown))
-    output.print(f"\n{shown.prompt}[...]", markup=False, highlight=False, style="bold")
-    for name, continuation in shown.continuations.items():
+    output.print(demonstration.table(found))
+    output.print(f"\n{found.prompt}[...]", markup=False, highlight=False, style="bold")
+    for name, continuation in found.continuations.items():
         output.print(f"\n-- {name}", style="bold", markup=False, highlight=False)
         output.print(continuation, markup=False, highlight=False)
     if out is not None:
@@ -497,11 +497,13 @@ def _method(kind: str, name: str) -> dict[str, Any]:
 
 
 def _evaluated(
-    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, report: Reporter
+    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, observer: Observer
 ) -> dict[str, Any]:
-    stage = f"evaluate {opened.source}"
+    def told(done: int, total: int) -> None:
+        observer(Event(f"evaluate {opened.source}", done, total))
+
     with rounded_activations(opened.model, activations):
-        measured = perplexity(opened.model, windows, progress=partial(report, stage))
+        measured = perplexity(opened.model, windows, progress=told)
     return {
         "model": opened.source,
         "kernels": kernel_words(opened.model),
@@ -514,42 +516,6 @@ def _evaluated(
 
 def _print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
-
-
-@contextmanager
-def _progress() -> Iterator[Reporter]:
-    """A live bar with the time left on a terminal; one line per stage elsewhere. Both on standard error."""
-    if not notes.is_terminal:
-        yield _Lines()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-class _Lines:
-    """Progress as lines: where each stage begins and ends, and between, at most every ten seconds, the time left."""
-
-    def __init__(self) -> None:
-        self.began: dict[str, float] = {}
-        self.spoke = 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began = self.began.setdefault(stage, now)
-        if 0 < done < total and now - self.spoke < 10:
-            return
-        self.spoke = now
-        left = f", {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
-        sys.stderr.write(f"{stage} {done}/{total}{left}\n")
-        sys.stderr.flush()
 
 
 def main() -> None:

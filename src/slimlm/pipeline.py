@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import Progress, activations_bytes, compress_blocks
+from slimlm.blockwise import activations_bytes, compress_blocks
 from slimlm.calibrate import Flow
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
@@ -40,6 +40,7 @@ from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, layer_from
+from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
@@ -54,6 +55,7 @@ from slimlm.plan.plan import (
     refuse_few_windows,
 )
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
+from slimlm.run_log import end_of, open_log
 from slimlm.runtime.memory import total_and_free
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, TEXT, Journal, identity_of, open_journal
@@ -99,11 +101,6 @@ def silent(text: str) -> None:
     """Keeps what it is told to itself."""
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    """Progress that says nothing."""
-    del stage, done, total
-
-
 def compress(
     model: str | Path,
     out: str | Path,
@@ -119,7 +116,7 @@ def compress(
     device: str = "auto",
     memory: int | None = None,
     restart: bool = False,
-    progress: Progress = quiet,
+    progress: Observer = quiet,
     tell: Tell = silent,
 ) -> Result:
     """Compress a causal language model and write it to the folder `out`.
@@ -133,7 +130,8 @@ def compress(
 
     Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
     stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
-    Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
+    A log with the figures of every layer grows beside `out`, too, and stays there (slimlm.run_log). Raises a SlimlmError in
+    words for anything that would not work, before the work begins wherever that can be known.
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
@@ -144,8 +142,11 @@ def compress(
         ready = dataclasses.replace(ready, whole=None)
         if journal.blocks:
             tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
-        flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
-        record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
+        with open_log(Path(out), log_header(asked, ready, recipe, journal)) as log:
+            told = both(progress, log)
+            flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
+            record = finished(Path(out), asked, ready, recipe, found, flow, journal, told)
+            log.add(end_of(record))
         journal.remove()
     spent = record.bits_per_weight
     if found is not None and found["objective"] == "size" and spent > found["asked_bits"]:
@@ -186,24 +187,17 @@ def finished(
     found: dict[str, Any] | None,
     flow: Flow,
     journal: Journal,
-    progress: Progress,
+    progress: Observer,
 ) -> Record:
     """Write the checkpoint of a journal whose blocks are all done, and verify it; gives its record."""
-    progress("write and verify", 0, 1)
+    progress(Event("write", 0, 1))
     dense, layers = ready.dense, [layer_from(row) for block in journal.blocks for row in block.records]
     contents = contents_of(dense, ready.blocks, ready.ends, journal)
     inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
     record = Record(
         model=_own_name(asked.model),
         recipe=recipe.to_dict(),
-        calibration={
-            **dataclasses.asdict(asked.calibration),
-            "data": _own_name(asked.calibration.data),
-            "asked": asked.calibration.samples,
-            "samples": ready.windows.shape[0],
-            "length": ready.windows.shape[1],
-            "tokens": ready.windows.numel(),
-        },
+        calibration=calibrated_on(asked, ready),
         layers=tuple(layers),
         ends=tuple(contents.ends),
         left=ready.left,
@@ -220,11 +214,38 @@ def finished(
         write(folder, dense, contents)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict())
+        progress(Event("verify", 0, 1))
         verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
         record = dataclasses.replace(record, seconds=journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict())
-    progress("write and verify", 1, 1)
+    progress(Event("verify", 1, 1))
     return record
+
+
+def calibrated_on(asked: "Asked", ready: "Ready") -> dict[str, Any]:
+    """What a record says of the calibration text."""
+    return {
+        **dataclasses.asdict(asked.calibration),
+        "data": _own_name(asked.calibration.data),
+        "asked": asked.calibration.samples,
+        "samples": ready.windows.shape[0],
+        "length": ready.windows.shape[1],
+        "tokens": ready.windows.numel(),
+    }
+
+
+def log_header(asked: "Asked", ready: "Ready", recipe: Recipe, journal: Journal) -> dict[str, Any]:
+    """What the run's log begins with."""
+    return {
+        "model": _own_name(asked.model),
+        "recipe": recipe.to_dict(),
+        "calibration": calibrated_on(asked, ready),
+        "device": str(ready.device),
+        "blocks": len(ready.blocks),
+        "after": len(journal.blocks),
+        "left": ready.left,
+        "versions": _versions(),
+    }
 
 
 def plan(
@@ -240,7 +261,7 @@ def plan(
     seed: int = 0,
     device: str = "auto",
     memory: int | None = None,
-    progress: Progress = quiet,
+    progress: Observer = quiet,
     tell: Tell = silent,
 ) -> tuple[Plan, Recipe]:
     """Choose what each layer becomes within a budget; gives the plan and the recipe that carries it out.
@@ -313,7 +334,7 @@ def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
     return dataclasses.replace(found, embedding_bits=check_embedding_bits(embedding_bits, "embedding_bits"))
 
 
-def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> Ready:
+def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> Ready:
     """Open the model and check everything that can be checked; raises in words. What the journal keeps is not made again."""
     recipe, bits, objective = asked.recipe, asked.bits, asked.objective
     where = pick_device(asked.device)
@@ -325,7 +346,7 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         alternation_of(recipe)
     elif objective != "size":
         raise RecipeError(f"--objective {objective} says what a budget counts, and there is none; give --bits")
-    progress("open the model", 0, 1)
+    progress(Event("open the model", 0, 1))
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
     journal.meet(asked.identity(weight_files(dense.folder), where))
@@ -333,7 +354,7 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
     left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
-    progress("open the model", 1, 1)
+    progress(Event("open the model", 1, 1))
     shapes = compressible(blocks, recipe)
     if planning and budget is None:
         budget = auto_budget(recipe, list(shapes.values()), objective)
@@ -413,7 +434,7 @@ def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Te
         )
 
 
-def planned(ready: Ready, progress: Progress) -> Plan:
+def planned(ready: Ready, progress: Observer) -> Plan:
     """The plan for what was prepared with a budget."""
     assert ready.budget is not None and ready.whole is not None
     model = ready.whole.model
@@ -428,7 +449,7 @@ def planned(ready: Ready, progress: Progress) -> Plan:
     )
 
 
-def plan_of(ready: Ready, journal: Journal, progress: Progress) -> tuple[Recipe, dict[str, Any] | None]:
+def plan_of(ready: Ready, journal: Journal, progress: Observer) -> tuple[Recipe, dict[str, Any] | None]:
     """The recipe to carry out and, where it was planned, the plan; one that the journal keeps is not made again."""
     if ready.budget is None:
         return ready.recipe, None
@@ -487,7 +508,7 @@ def refuse_early(
 
 
 def kept_windows(
-    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Progress
+    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
 ) -> Tensor:
     """The calibration windows `[count, length]`, kept in the journal.
 
@@ -512,14 +533,14 @@ def kept_windows(
     return windows
 
 
-def own_text(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
+def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tensor:
     """Windows `[count, length]` that the model writes itself."""
     start = None if dense.tokenizer is None else dense.tokenizer.bos_token_id
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     pieces = []
     for piece in sample_from_model(dense.model, samples=wanted.samples, length=length, seed=wanted.seed, start=start):
         pieces.append(piece)
-        progress("sample text", sum(map(len, pieces)), wanted.samples)
+        progress(Event("sample text", sum(map(len, pieces)), wanted.samples))
     return torch.cat(pieces)
 
 

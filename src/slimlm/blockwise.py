@@ -97,12 +97,6 @@ def follows(recipe: Recipe) -> bool:
     return bool(recipe.needs & Need.CROSS) or (recipe.matching is not None and recipe.matching.inputs != "compressed")
 
 
-def activations_bytes(windows: Tensor, width: int, recipe: Recipe) -> int:
-    """What the activations take in memory, in bytes, for windows `[count, length]` and this many features per token."""
-    matched = 0 if recipe.matching is None else 1
-    return windows.numel() * width * 4 * (1 + follows(recipe) + matched)
-
-
 def _begin(
     dense: StreamedModel, blocks: dict[str, nn.Module], windows: Tensor, journal: Journal
 ) -> tuple[dict[tuple[str, int], Arguments], dict[str, Sequence[Tensor]]]:

@@ -34,11 +34,12 @@ from slimlm.generation import Pieces, end_tokens, room_for
 from slimlm.generation import generate as generate_tokens
 from slimlm.models.opening import read_config
 from slimlm.models.structure import context_length
-from slimlm.pipeline import DEFAULT_RECIPE, pick_device
+from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
-from slimlm.recipe import AS_STORED, shipped, to_toml
+from slimlm.recipe import AS_STORED, open_recipe, shipped, to_toml
+from slimlm.report.estimate import estimate_table
 from slimlm.report.live import shown
 from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 from slimlm.report.tables import (
@@ -170,6 +171,7 @@ def plan_(
     objective: Counted = "size",
     embedding_bits: EmbeddingBits = None,
     save: Annotated[Path | None, typer.Option(help="Write the recipe that carries the plan out here (.toml).")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where it would be written: its disk is looked at.")] = None,
     recipe: RecipeName = DEFAULT_RECIPE,
     data: Data = None,
     samples: Samples = 128,
@@ -180,38 +182,43 @@ def plan_(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what each layer could become, what that would cost and lose, and what a budget chooses; compresses nothing."""
+    """What a run would find, need and take, before it; with --bits also what each layer could become and what is chosen.
+
+    Without --bits (and without rank = "auto" in the recipe) no weight is read, and it takes seconds.
+    """
     refuse_file(save)
+    opened = open_recipe(recipe)
+    asked: dict[str, Any] = {"bits": bits, "objective": objective, "embedding_bits": embedding_bits}
+    asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "tell": _tell}
+    planning = bits is not None or has_auto_rank(opened)
+    if save is not None and not planning:
+        raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with shown(notes, silent=quiet) as observer:
-        found, planned = make_plan(
-            model,
-            recipe=recipe,
-            bits=bits,
-            objective=objective,
-            embedding_bits=embedding_bits,
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            device=device,
-            memory=_bytes(memory),
-            progress=observer,
-            tell=_tell,
-        )
-    if save is not None:
-        save.write_text(to_toml(planned), encoding="utf-8")
+        expected = estimate(model, out, recipe=opened, **asked)
+        planned = make_plan(model, recipe=opened, data=data, seed=seed, progress=observer, **asked) if planning else None
+    if save is not None and planned is not None:
+        save.write_text(to_toml(planned[1]), encoding="utf-8")
     if as_json:
-        _print_json({**found.to_dict(), "embedding_bits": planned.embedding_bits})
+        found = {} if planned is None else {**planned[0].to_dict(), "embedding_bits": planned[1].embedding_bits}
+        _print_json({"estimate": expected.to_dict(), **found})
         return
-    data_ = found.to_dict()
-    output.print(options_table(data_))
-    output.print()
-    output.print(choices_table(data_))
-    output.print(f"\n{plan_words(data_)}", markup=False, highlight=False)
-    own = "as they are stored" if planned.embedding_bits == AS_STORED else f"at {planned.embedding_bits} bits"
-    output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
+    output.print(estimate_table(expected))
+    for words in expected.problems:
+        output.print(f"\n{words}", markup=False, highlight=False, soft_wrap=True)
+    if planned is not None:
+        _show_plan(planned[0].to_dict(), planned[1].embedding_bits)
     if save is not None:
         output.print(f"written: {save}   next: slimlm compress MODEL --out OUT --recipe {save}", markup=False, highlight=False)
+
+
+def _show_plan(data: dict[str, Any], embedding_bits: int) -> None:
+    output.print()
+    output.print(options_table(data))
+    output.print()
+    output.print(choices_table(data))
+    output.print(f"\n{plan_words(data)}", markup=False, highlight=False)
+    own = "as they are stored" if embedding_bits == AS_STORED else f"at {embedding_bits} bits"
+    output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
 
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}

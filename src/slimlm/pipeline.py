@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import activations_bytes, compress_blocks
+from slimlm.blockwise import compress_blocks
 from slimlm.calibrate import Flow
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
@@ -54,9 +54,12 @@ from slimlm.plan.plan import (
     refuse_budget,
     refuse_few_windows,
 )
+from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
+from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
+from slimlm.preflight.job import Job
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.run_log import end_of, open_log
-from slimlm.runtime.memory import total_and_free
+from slimlm.runtime.memory import in_words
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, TEXT, Journal, identity_of, open_journal
 from slimlm.streaming import StreamedModel, open_streamed, weight_files
@@ -134,7 +137,7 @@ def compress(
     words for anything that would not work, before the work begins wherever that can be known.
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
+    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
     checkpoint.refuse_occupied(Path(out))
     with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
         ready = prepare(asked, journal, progress, tell)
@@ -281,6 +284,52 @@ def plan(
     return found, found.recipe(ready.recipe)
 
 
+def estimate(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: float | None = None,
+    objective: Objective = "size",
+    embedding_bits: int | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    device: str = "auto",
+    memory: int | None = None,
+    tell: Tell = silent,
+) -> Estimate:
+    """What `compress` would need with the same arguments: layers, bits, tokens, memory, disk, and time by stages.
+
+    No weight and no text is read: calibration is taken to have as many windows as are asked for. The rates behind the times are
+    measured on this machine, which takes some seconds. out: where it would be written, so that its disk is looked at. Raises
+    what `compress` would raise for a recipe that does not suit the model; what does not fit is in `Estimate.problems`.
+    """
+    asked = Asked(
+        str(model),
+        asked_recipe(recipe, embedding_bits),
+        bits,
+        objective,
+        Calibration(samples=samples, length=length),
+        device,
+        memory,
+    )
+    where, planning = pick_device(device), budget_asked(asked) is not None or has_auto_rank(asked.recipe)
+    with TemporaryDirectory() as scratch:
+        dense = open_streamed(asked.model, Path(scratch), tell)
+        blocks, ends = blocks_of(dense.model), ends_of(dense.model, asked.recipe.embedding_bits)
+        left = without_ends(refuse_early(dense, blocks, asked.recipe, planning=planning), ends)
+        job = Job(dense, blocks, asked.recipe, ends, left, samples, min(length, context_length(dense.model) or length), bits)
+        folder = None if out is None else existing(Path(out))
+        return estimate_of(
+            job,
+            name=_own_name(asked.model),
+            memory=memory_of(job, memory),
+            disk_free=None if folder is None else free_on_disk(folder),
+            seconds=timed(job, folder, where),
+            problems=problems_of(job, where, None if out is None else Path(out), memory),
+        )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a run was asked for."""
@@ -293,6 +342,8 @@ class Asked:
     device: str
     memory: int | None
     """bytes; see `compress`"""
+    out: Path | None = None
+    """None: nothing is to be written"""
 
     def identity(self, files: list[Path], device: torch.device) -> dict[str, Any]:
         """What the result depends on, but for the calibration text, whose windows the journal keeps."""
@@ -337,15 +388,8 @@ def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
 def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> Ready:
     """Open the model and check everything that can be checked; raises in words. What the journal keeps is not made again."""
     recipe, bits, objective = asked.recipe, asked.bits, asked.objective
-    where = pick_device(asked.device)
+    where, budget = pick_device(asked.device), budget_asked(asked)
     planning = bits is not None or has_auto_rank(recipe)
-    budget = None
-    if bits is not None:
-        budget = asked_budget(recipe, bits, objective)
-    elif planning:
-        alternation_of(recipe)
-    elif objective != "size":
-        raise RecipeError(f"--objective {objective} says what a budget counts, and there is none; give --bits")
     progress(Event("open the model", 0, 1))
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
@@ -353,7 +397,8 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     with dense.ends_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
-    left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+    refuse_weights(dense)
+    left = without_ends(left, ends)
     progress(Event("open the model", 1, 1))
     shapes = compressible(blocks, recipe)
     if planning and budget is None:
@@ -368,8 +413,21 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
         raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
     if recipe.needs & Need.GRAM:
         tell_of_few_tokens(shapes, windows.numel(), tell)
-    choose_place(asked, dense, windows, shapes, journal, tell)
+    job = Job(dense, blocks, recipe, ends, left, len(windows), windows.shape[1], bits)
+    refuse_unfit(job, asked, journal, where, tell)
+    choose_place(asked, job, journal, tell)
     return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
+
+
+def budget_asked(asked: Asked) -> Budget | None:
+    """The budget where bits were asked for; raises RecipeError where that makes no sense, whatever the model."""
+    if asked.bits is not None:
+        return asked_budget(asked.recipe, asked.bits, asked.objective)
+    if has_auto_rank(asked.recipe):
+        alternation_of(asked.recipe)
+    elif asked.objective != "size":
+        raise RecipeError(f"--objective {asked.objective} says what a budget counts, and there is none; give --bits")
+    return None
 
 
 def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
@@ -381,6 +439,7 @@ def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
 def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tell) -> DenseModel:
     """The model in float32; raises ModelError where that is more than the memory that may be used."""
     what, size = " and ".join(reasons), dense.whole_bytes
+    check_whole(size, asked.memory)
     if asked.memory is not None and size > asked.memory:
         raise ModelError(
             f"for {what} the whole model has to be in memory, {in_words(size)} in float32, more than --memory "
@@ -390,25 +449,25 @@ def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tel
     return open_dense(asked.model)
 
 
-def choose_place(
-    asked: Asked, dense: StreamedModel, windows: Tensor, shapes: dict[str, tuple[int, int]], journal: Journal, tell: Tell
-) -> None:
+def refuse_unfit(job: Job, asked: Asked, journal: Journal, device: torch.device, tell: Tell) -> None:
+    """Raise DoesNotFitError where memory or disk surely do not suffice; tells where they are tight."""
+    check_device(job, device)
+    warnings = [check_memory(memory_of(job, asked.memory), asked.memory)]
+    if asked.out is not None:
+        warnings.append(check_disk(job, asked.out, journal.folder))
+    for text in filter(None, warnings):
+        tell(text)
+
+
+def choose_place(asked: Asked, job: Job, journal: Journal, tell: Tell) -> None:
     """Decide whether activations stay in memory; they are written after every block in any case."""
-    width = getattr(dense.model.config, "hidden_size", None) or max(width for _, width in shapes.values())
-    needed, free = activations_bytes(windows, width, asked.recipe), total_and_free()[1]
-    limit = asked.memory if asked.memory is not None else None if free is None else free // 2
-    journal.in_memory = limit is None or needed <= limit
-    if limit is not None and not journal.in_memory:
+    found = memory_of(job, asked.memory)
+    journal.in_memory = not found.on_disk
+    if found.on_disk:
         why = "--memory allows" if asked.memory is not None else "half of the free memory"
-        tell(f"activations ({in_words(needed)}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
-
-
-def in_words(size: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
+        limit = asked.memory if asked.memory is not None else (found.free or 0) // 2
+        size = in_words(found.activations)
+        tell(f"activations ({size}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
 
 
 def has_auto_rank(recipe: Recipe) -> bool:
@@ -460,10 +519,23 @@ def plan_of(ready: Ready, journal: Journal, progress: Observer) -> tuple[Recipe,
     return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
 
 
+def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
+    """What stays as it is, when some of embedding and head does not."""
+    return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+
+
+def refuse_weights(dense: StreamedModel) -> None:
+    """Read all weights once, and raise NumericsError for the first that holds NaN or infinity."""
+    for name, tensor in dense.weights.items():
+        if tensor.is_floating_point():
+            refuse_not_finite(name, tensor)
+            dense.release([tensor])
+
+
 def refuse_early(
     dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
 ) -> dict[str, str]:
-    """Check every layer against the recipe before any work; gives the layers that stay as they are, and why.
+    """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
     """
@@ -478,10 +550,6 @@ def refuse_early(
             f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
             "compress; slimlm knows nn.Linear and transformers' Conv1D"
         )
-    for name, tensor in dense.weights.items():
-        if tensor.is_floating_point():
-            refuse_not_finite(name, tensor)
-            dense.release([tensor])
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.leave:
         if not fnmatch.filter(known, pattern):

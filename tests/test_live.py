@@ -147,7 +147,8 @@ def test_elsewhere_lines_go_to_standard_error_and_silence_is_silent(capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (187, "3:07 min"), (3599, "59:59 min"), (7500, "2:05 h"), (90000, "25:00 h")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99, "99 s"), (187, "3:07 min"), (3599, "59:59 min"), (7500, "2:05 h"), (90000, "25:00 h")],
 )
 def test_times_are_said_in_a_unit_that_suits_them(seconds: float, words: str) -> None:
     assert duration(seconds) == words

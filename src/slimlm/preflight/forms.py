@@ -1,7 +1,6 @@
 """What steps make of a layer: found by applying them to a small random one, so that no method has to say it twice."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +20,8 @@ from slimlm.recipe import NamedStep
 Steps = tuple[NamedStep, ...]
 
 _SMALL = 32
+_TRIED_RANK = 0.25
+"""In place of the recipe's own, which may be none at all for so small a layer."""
 _TOKENS_PER_INPUT = 4
 
 
@@ -40,11 +41,26 @@ class Form:
 @lru_cache(maxsize=256)
 def form_of(steps: Steps, dtype: torch.dtype) -> Form:
     """How these steps store a weight of this dtype."""
-    rank = share_of(steps)
-    smallest = max(_SMALL, math.ceil(1 / rank) if rank else 0)
-    made = apply_steps(steps, *drawn_layer(fitting((smallest, smallest), steps), needs_of(steps), dtype=dtype, length=8))
+    tried = tuple(_changed(named, {"rank": _TRIED_RANK} if getattr(named.step, "rank", 0) else {}) for named in brief(steps))
+    shape = fitting((_SMALL, _SMALL), steps)
+    made = apply_steps(tried, *drawn_layer(shape, needs_of(steps), dtype=dtype, length=8))
     maybe = any(getattr(named.step, "levels", None) == "auto" for named in steps)
-    return Form(tuple(_with_table(part.describe()) if maybe else part.describe() for part in made.parts()), rank)
+    return Form(tuple(_with_table(part.describe()) if maybe else part.describe() for part in made.parts()), share_of(steps))
+
+
+def brief(steps: Steps) -> Steps:
+    """The steps with few rounds, where they go in rounds."""
+    fewer = {"rounds": 2, "polish": 1}
+    return tuple(
+        _changed(
+            named, {name: min(getattr(named.step, name), most) for name, most in fewer.items() if hasattr(named.step, name)}
+        )
+        for named in steps
+    )
+
+
+def _changed(named: NamedStep, options: dict[str, Any]) -> NamedStep:
+    return dataclasses.replace(named, step=dataclasses.replace(named.step, **options))  # type: ignore[type-var]
 
 
 def _with_table(about: Description) -> Description:
@@ -58,12 +74,7 @@ def _with_table(about: Description) -> Description:
 
 def resolved(steps: Steps) -> Steps:
     """The steps with the rank whose bits a plan may spend where they leave it to one."""
-    return tuple(
-        dataclasses.replace(named, step=dataclasses.replace(named.step, rank=AUTO_SHARE))  # type: ignore[type-var]
-        if getattr(named.step, "rank", None) == "auto"
-        else named
-        for named in steps
-    )
+    return tuple(_changed(n, {"rank": AUTO_SHARE}) if getattr(n.step, "rank", None) == "auto" else n for n in steps)
 
 
 def share_of(steps: Steps) -> float:

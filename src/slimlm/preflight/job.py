@@ -110,24 +110,29 @@ class Job:
 
     @cached_property
     def stages(self) -> list[list[str]]:
-        """The first block's layers (names within it) by the inputs they share, in the order in which these come about.
+        """The layers of one block (names within it) by the inputs they share, in the order in which these come about.
 
-        Found by running the empty block on a few tokens. Raises ModelError where the model cannot be followed.
+        Found by running the empty block on a few tokens: the first that has layers to be compressed. Raises ModelError where the
+        model cannot be followed.
         """
-        name, block = next(iter(self.blocks.items()))
-        linears = {own: linear for own, linear in linears_of(block).items() if f"{name}.{own}" in self.shapes}
-        if not linears:
-            return []
-        first = {name: block}
+        name, linears = self._first
+        first = {name: self.blocks[name]}
         windows = torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
         arguments = arguments_of(self.dense.model, first, windows)
         flow = Flow(list(first_inputs(self.dense.model, first, windows)), arguments)
-        return stages_of(block, name, linears, flow, torch.device("cpu"))
+        return stages_of(first[name], name, linears, flow, torch.device("cpu"))
+
+    @property
+    def _first(self) -> tuple[str, dict[str, nn.Module]]:
+        """The first block with layers to be compressed, and these."""
+        name = next(block for block in self.blocks if any(layer.startswith(f"{block}.") for layer in self.shapes))
+        linears = linears_of(self.blocks[name])
+        return name, {own: linear for own, linear in linears.items() if f"{name}.{own}" in self.shapes}
 
     @cached_property
     def inputs(self) -> list[list[int]]:
         """Widths of the distinct inputs of each stage: layers of one name in several experts have one each."""
-        first = next(iter(self.blocks))
+        first, _ = self._first
         found = []
         for stage in self.stages:
             widths = [self.shapes[f"{first}.{name}"][1] for name in stage]

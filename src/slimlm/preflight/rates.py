@@ -1,6 +1,5 @@
 """How fast this machine is at what a run does, measured within seconds: products, passes over memory, writing, the steps."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimlm.preflight.forms import Steps, apply_steps, drawn_layer, fitting, needs_of
-from slimlm.recipe import NamedStep
+from slimlm.preflight.forms import Steps, apply_steps, brief, drawn_layer, fitting, needs_of
 from slimlm.storage.streams import sha256_of, write_tensors
 
 Clock = Callable[[], float]
@@ -25,7 +23,6 @@ _SIDES = (64, 128, 256, 512)
 _WORTH = 3.0
 """Seconds that a trial of the steps may take; a larger one that promises to take more is left out."""
 _FULL = 64
-_QUICK = {"rounds": 2, "polish": 1}
 
 
 @dataclass(frozen=True)
@@ -98,24 +95,18 @@ def measured_steps(
     Solvers that go in rounds are tried in full at the smallest size only; the larger trials take fewer, and the ratio of the
     two at the smallest carries over. length: tokens per window.
     """
-    brief = tuple(_brief(named) for named in steps)
+    short = brief(steps)
     trial = _Trial(length, device, clock)
-    trial.seconds(brief, min(_FULL, largest))  # what comes with the first call of anything is not counted
-    shortest = trial.seconds(brief, min(_FULL, largest))
-    factor = 1.0 if brief == steps else trial.seconds(steps, min(_FULL, largest)) / shortest
+    trial.seconds(short, min(_FULL, largest))  # what comes with the first call of anything is not counted
+    shortest = trial.seconds(short, min(_FULL, largest))
+    factor = 1.0 if short == steps else trial.seconds(steps, min(_FULL, largest)) / shortest
     found = [(min(_FULL, largest), shortest)]
     for side in _SIDES[1:]:
         grown = found[-1][1] * (side / found[-1][0]) ** 2
         if side > largest or grown > _WORTH:
             break
-        found.append((side, trial.seconds(brief, side)))
+        found.append((side, trial.seconds(short, side)))
     return fitted_cost([(side, factor * seconds) for side, seconds in found])
-
-
-def _brief(named: NamedStep) -> NamedStep:
-    """The step with few rounds, where it goes in rounds."""
-    fewer = {name: min(getattr(named.step, name), most) for name, most in _QUICK.items() if hasattr(named.step, name)}
-    return dataclasses.replace(named, step=dataclasses.replace(named.step, **fewer))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

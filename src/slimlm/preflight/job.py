@@ -112,8 +112,8 @@ class Job:
     def stages(self) -> list[list[str]]:
         """The layers of one block (names within it) by the inputs they share, in the order in which these come about.
 
-        Found by running the empty block on a few tokens: the first that has layers to be compressed. Raises ModelError where the
-        model cannot be followed.
+        Found by running the first block that has any, empty, on a few tokens. Raises ModelError where the model cannot be
+        followed.
         """
         name, linears = self._first
         first = {name: self.blocks[name]}

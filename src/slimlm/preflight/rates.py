@@ -22,7 +22,8 @@ _ENOUGH = 0.15
 _SIDES = (64, 128, 256, 512)
 _WORTH = 3.0
 """Seconds that a trial of the steps may take; a larger one that promises to take more is left out."""
-_FULL = 64
+_FULL = 128
+"""Side of the layer on which steps are tried in full; on smaller ones they take fewer rounds than on those that matter."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,19 @@ def measured_steps(
 ) -> StepCost:
     """Measure the steps on square random layers of a few sizes, up to `largest`, and fit what they cost.
 
-    Solvers that go in rounds are tried in full at the smallest size only; the larger trials take fewer, and the ratio of the
-    two at the smallest carries over. length: tokens per window.
+    Solvers that go in rounds are tried in full on one small layer only; the other trials take fewer, and the ratio of the two on
+    that one carries over. length: tokens per window.
     """
-    short = brief(steps)
-    trial = _Trial(length, device, clock)
-    trial.seconds(short, min(_FULL, largest))  # what comes with the first call of anything is not counted
-    shortest = trial.seconds(short, min(_FULL, largest))
-    factor = 1.0 if short == steps else trial.seconds(steps, min(_FULL, largest)) / shortest
-    found = [(min(_FULL, largest), shortest)]
-    for side in _SIDES[1:]:
-        grown = found[-1][1] * (side / found[-1][0]) ** 2
-        if side > largest or grown > _WORTH:
+    short, trial = brief(steps), _Trial(length, device, clock)
+    sides = sorted({min(side, largest) for side in _SIDES})
+    trial.seconds(short, sides[0])  # what comes with the first call of anything is not counted
+    found: list[tuple[int, float]] = []
+    for side in sides:
+        if found and found[-1][1] * (side / found[-1][0]) ** 2 > _WORTH:
             break
         found.append((side, trial.seconds(short, side)))
+    full = min(_FULL, found[-1][0])
+    factor = 1.0 if short == steps else trial.seconds(steps, full) / dict(found)[full]
     return fitted_cost([(side, factor * seconds) for side, seconds in found])
 
 

@@ -300,8 +300,9 @@ def estimate(
 ) -> Estimate:
     """What `compress` would need with the same arguments: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read: calibration is taken to have as many windows as are asked for. The rates behind the times are
-    measured on this machine, which takes some seconds. out: where it would be written, so that its disk is looked at. Raises
+    No weight and no text is read (but for old .bin files, which are converted first, and models that have to be opened whole):
+    calibration is taken to have as many windows as are asked for. The rates behind the times are measured on this machine,
+    which takes some seconds. out: where it would be written, so that its disk is looked at. Raises
     what `compress` would raise for a recipe that does not suit the model; what does not fit is in `Estimate.problems`.
     """
     asked = Asked(

@@ -37,7 +37,7 @@ def check_memory(memory: Memory, allowed: int | None) -> str | None:
     if memory.total is None:
         return None
     there = max(memory.total, allowed or 0)
-    needed = memory.process + memory.least
+    needed = memory.least
     if needed > there:
         raise DoesNotFitError(
             f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "

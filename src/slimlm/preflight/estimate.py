@@ -38,7 +38,7 @@ class Memory:
     on_disk: bool
     """whether they are on the disk instead"""
     least: int
-    """what cannot be done with less, the process left out"""
+    """what is surely held at one time, of the process not even what it holds already"""
     total: int | None
     free: int | None
 

@@ -169,7 +169,7 @@ def nothing(*_: Any, **__: Any) -> Work:
 
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("open", pipeline, "open_streamed", nothing),
-    ("check the model", pipeline, "refuse_early", nothing),
+    ("check the model", pipeline, "refuse_weights", nothing),
     ("read text", pipeline, "documents", nothing),
     ("calibration forward", blockwise, "enter", nothing),
     ("calibration forward", calibrate, "_forward", of_forward),

@@ -10,9 +10,9 @@ from importlib.metadata import version
 
 from slimlm.core.errors import SlimlmError
 from slimlm.load import load
-from slimlm.pipeline import Result, compress
+from slimlm.pipeline import Result, compress, estimate
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.use import use_kernels
 
 __version__ = version("slimlm")
-__all__ = ["Recipe", "Result", "SlimlmError", "compress", "load", "open_recipe", "use_kernels"]
+__all__ = ["Recipe", "Result", "SlimlmError", "compress", "estimate", "load", "open_recipe", "use_kernels"]

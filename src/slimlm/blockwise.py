@@ -7,7 +7,8 @@ committed to the journal, with the inputs of the next, when it is done; a journa
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,14 @@ from slimlm.calibrate import (
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer, Need, measured
 from slimlm.core.parts import dense_of
-from slimlm.evaluate.results import LayerRecord, record_of, relative_error
+from slimlm.evaluate.results import LayerRecord, layer_from, record_of, relative_error
+from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import Journal
 from slimlm.streaming import StreamedModel
 from slimlm.tune.match import Matching, match_block
-
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total) as work goes on."""
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
 """The names of the two kinds of activations in the journal."""
@@ -48,7 +47,7 @@ def compress_blocks(
     recipe: Recipe,
     windows: Tensor,
     device: torch.device,
-    progress: Progress,
+    progress: Observer,
     journal: Journal,
 ) -> Flow:
     """Compress the model's blocks into the journal, each on the outputs of those before it; those it holds are done.
@@ -56,41 +55,47 @@ def compress_blocks(
     Gives the outputs of the last compressed block.
     """
     names = list(blocks)
-    progress("compress", len(journal.blocks), len(names))
+    progress(Event("compress", len(journal.blocks), len(names), blocks=kept_blocks(journal)))
     arguments, held = _begin(dense, blocks, windows, journal)
     coming = dense.coming(names[len(journal.blocks) :], device)
-    for done, name in list(enumerate(names, 1))[len(journal.blocks) :]:
+    for done, name in list(enumerate(names))[len(journal.blocks) :]:
+        watch, began = BlockWatch(progress, name, done, len(names)), time.monotonic()
+        watch.doing("read")
         flow = Flow(held[_COMPRESSED], arguments)
         original_flow = Flow(held.get(_ORIGINAL, list(flow.hidden)), arguments) if follows(recipe) else None
         block = next(coming)
         twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
         original = None if twin is None or original_flow is None else (twin, original_flow)
-        records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original)
+        records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original, watch)
         if recipe.matching is not None and twin is not None:
+            watch.doing("match")
             teacher = flow if original_flow is None or recipe.matching.inputs == "compressed" else original_flow
             targets = journal.spill("targets", run(twin, name, teacher, device), len(windows))
             matched = match(block, name, flow, original_flow, targets, recipe.matching, dense.dtypes, device)
             records = [rerecorded(record, block, name, energies[record.name], twin, matched) for record in records]
             del targets
+        watch.doing("propagate")
         streams = {_COMPRESSED: run_through(block, name, flow, device)}
         if original is not None:
             streams[_ORIGINAL] = run_through(original[0], name, original[1], device)
         tensors, about = stored_tensors(block, name, dense.dtypes)
         rows = [dataclasses.asdict(record) for record in records]
         held = journal.commit(name, tensors, about, rows, streams, len(windows))
-        progress("compress", done, len(names))
+        watch.finished(tuple(records), time.monotonic() - began)
     return Flow(held[_COMPRESSED], arguments)
+
+
+def kept_blocks(journal: Journal) -> tuple[BlockDone, ...]:
+    """The blocks that an earlier run finished."""
+    return tuple(
+        BlockDone(number, block.name, tuple(map(layer_from, block.records)), None)
+        for number, block in enumerate(journal.blocks, 1)
+    )
 
 
 def follows(recipe: Recipe) -> bool:
     """Whether the recipe needs the original model's activations beside those of the compressed blocks."""
     return bool(recipe.needs & Need.CROSS) or (recipe.matching is not None and recipe.matching.inputs != "compressed")
-
-
-def activations_bytes(windows: Tensor, width: int, recipe: Recipe) -> int:
-    """What the activations take in memory, in bytes, for windows `[count, length]` and this many features per token."""
-    matched = 0 if recipe.matching is None else 1
-    return windows.numel() * width * 4 * (1 + follows(recipe) + matched)
 
 
 def _begin(
@@ -130,6 +135,7 @@ def compress_block(
     dtypes: dict[str, torch.dtype],
     device: torch.device,
     original: Original | None = None,
+    watch: BlockWatch = UNWATCHED,
 ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
     """Compress one block in place; `original` is the block before and its inputs, for steps that follow them.
 
@@ -142,6 +148,7 @@ def compress_block(
     stages = stages_of(block, block_name, linears, flow, device) if recipe.sequential else [list(linears)]
     records = []
     for stage in stages:
+        watch.doing("measure", *stage)
         own = {name: linears[name] for name in stage}
         stats = measure(block, block_name, own, flow, recipe.needs | Need.MEAN_SQUARE, device, original)
         if recipe.needs & Need.DRIFT and len(own) == 1 and original is not None:
@@ -149,7 +156,8 @@ def compress_block(
             drift = measure_drift(block, block_name, name, linear, flow, device, original)
             stats = {name: dataclasses.replace(stats[name], drift=drift)}
         for name, linear in own.items():
-            full = f"{block_name}.{name}"
+            full, began = f"{block_name}.{name}", time.monotonic()
+            watch.doing("steps", name)
             layer = Layer.of(full, weight_of(linear), dtypes[f"{full}.weight"])
             if (note := stats[name].note) is not None:
                 layer = layer.note(note)
@@ -161,6 +169,7 @@ def compress_block(
             swap(block, name, CompressedLinear.from_parts(layer.parts(), dict(linear.named_parameters()).get("bias")))
             energies[full] = measured(stats[name].mean_square)
             records.append(record_of(layer, energies[full]))
+            watch.finished_layer(LayerDone(records[-1], stats[name].tokens, time.monotonic() - began))
     return records, energies
 
 

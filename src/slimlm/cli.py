@@ -7,11 +7,9 @@ import json
 import re
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +17,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from slimlm import demo as demonstration
 from slimlm import doctor as diagnosis
-from slimlm.blockwise import Progress as Reporter
 from slimlm.core import registry
 from slimlm.core.errors import DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -36,15 +31,18 @@ from slimlm.evaluate.gpu_tiles import tune_kernels
 from slimlm.evaluate.model_speed import QUICK, Settings, model_speed, write_json
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Record
+from slimlm.events import Event, Observer
 from slimlm.generation import Pieces, end_tokens, room_for
 from slimlm.generation import generate as generate_tokens
 from slimlm.models.opening import read_config
 from slimlm.models.structure import context_length
-from slimlm.pipeline import DEFAULT_RECIPE, pick_device
+from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
-from slimlm.recipe import AS_STORED, shipped, to_toml
+from slimlm.recipe import AS_STORED, open_recipe, shipped, to_toml
+from slimlm.report.estimate import estimate_table
+from slimlm.report.live import shown
 from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture, tiles_table
 from slimlm.report.tables import (
     choices_table,
@@ -72,6 +70,7 @@ app = typer.Typer(
 output = Console(width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True)
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; notes and errors are shown all the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -134,13 +133,14 @@ def compress(
     device: Device = "auto",
     memory: Memory = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run kept, and begin anew.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and write it packed; with --bits, plan first what each layer becomes.
 
     A run that was stopped goes on where it was when the same line is typed again.
     """
-    with _stoppable(), _progress() as report:
+    with _stoppable(), shown(notes, silent=quiet) as observer:
         result = compress_model(
             model,
             out,
@@ -156,7 +156,7 @@ def compress(
             device=device,
             memory=_bytes(memory),
             restart=restart,
-            progress=report,
+            progress=observer,
         )
     kernels = _prospect(result.path)
     if as_json:
@@ -173,6 +173,7 @@ def plan_(
     objective: Counted = "size",
     embedding_bits: EmbeddingBits = None,
     save: Annotated[Path | None, typer.Option(help="Write the recipe that carries the plan out here (.toml).")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where it would be written: its disk is looked at.")] = None,
     recipe: RecipeName = DEFAULT_RECIPE,
     data: Data = None,
     samples: Samples = 128,
@@ -180,40 +181,46 @@ def plan_(
     seed: Seed = 0,
     device: Device = "auto",
     memory: Memory = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what each layer could become, what that would cost and lose, and what a budget chooses; compresses nothing."""
+    """What a run would find, need and take, before it; with --bits also what each layer could become and what is chosen.
+
+    Without --bits (and without rank = "auto" in the recipe) no weight is read, and it takes seconds.
+    """
     refuse_file(save)
-    with _progress() as report:
-        found, planned = make_plan(
-            model,
-            recipe=recipe,
-            bits=bits,
-            objective=objective,
-            embedding_bits=embedding_bits,
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            device=device,
-            memory=_bytes(memory),
-            progress=report,
-            tell=_tell,
-        )
-    if save is not None:
-        save.write_text(to_toml(planned), encoding="utf-8")
+    opened = open_recipe(recipe)
+    asked: dict[str, Any] = {"bits": bits, "objective": objective, "embedding_bits": embedding_bits}
+    asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "tell": _tell}
+    planning = bits is not None or has_auto_rank(opened)
+    if save is not None and not planning:
+        raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
+    with shown(notes, silent=quiet) as observer:
+        expected = estimate(model, out, recipe=opened, **asked)
+        planned = make_plan(model, recipe=opened, data=data, seed=seed, progress=observer, **asked) if planning else None
+    if save is not None and planned is not None:
+        save.write_text(to_toml(planned[1]), encoding="utf-8")
     if as_json:
-        _print_json({**found.to_dict(), "embedding_bits": planned.embedding_bits})
+        found = {} if planned is None else {**planned[0].to_dict(), "embedding_bits": planned[1].embedding_bits}
+        _print_json({"estimate": expected.to_dict(), **found})
         return
-    data_ = found.to_dict()
-    output.print(options_table(data_))
-    output.print()
-    output.print(choices_table(data_))
-    output.print(f"\n{plan_words(data_)}", markup=False, highlight=False)
-    own = "as they are stored" if planned.embedding_bits == AS_STORED else f"at {planned.embedding_bits} bits"
-    output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
+    output.print(estimate_table(expected))
+    for words in expected.problems:
+        output.print(f"\n{words}", markup=False, highlight=False, soft_wrap=True)
+    if planned is not None:
+        _show_plan(planned[0].to_dict(), planned[1].embedding_bits)
     if save is not None:
         output.print(f"written: {save}   next: slimlm compress MODEL --out OUT --recipe {save}", markup=False, highlight=False)
+
+
+def _show_plan(data: dict[str, Any], embedding_bits: int) -> None:
+    output.print()
+    output.print(options_table(data))
+    output.print()
+    output.print(choices_table(data))
+    output.print(f"\n{plan_words(data)}", markup=False, highlight=False)
+    own = "as they are stored" if embedding_bits == AS_STORED else f"at {embedding_bits} bits"
+    output.print(f"beside the budget: embedding and head {own}", markup=False, highlight=False)
 
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
@@ -316,18 +323,18 @@ def evaluate(
     windows = windows_of(tokens, window, source=text)
     if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(windows[0])):
         raise DataError(f"{model} and {against} cut text into different tokens; their perplexities cannot be compared")
-    with _progress() as report:
-        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, report) for opened in models]
+    with shown(notes) as observer:
+        rows = [_evaluated(opened, windows, activations if opened is models[0] else None, observer) for opened in models]
     predicted = windows[:, 1:].numel()
     if as_json:
         _print_json({"text": text, "tokens": predicted, "length": window, "models": rows})
         return
     title = f"{predicted} tokens of {text}, windows of {window}"
     columns = ("model", "activations", "bits/weight", "size", "perplexity")
-    shown = [
+    table = [
         (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", size(r["bytes"]), f"{r['perplexity']:.4f}") for r in rows
     ]
-    output.print(plain_table(title, columns, shown, left=2))
+    output.print(plain_table(title, columns, table, left=2))
 
 
 @app.command()
@@ -433,8 +440,8 @@ def bench(
         prompt=prompt_tokens or usual.prompt,
         new=new_tokens or usual.new,
     )
-    with _progress() as report:
-        result = model_speed(str(out), settings, against=against, report=report)
+    with shown(notes) as observer:
+        result = model_speed(str(out), settings, against=against, report=lambda *at: observer(Event(*at)))
     told = speed_notes(result)
     if save is not None:
         write_json(save, result)
@@ -450,8 +457,8 @@ def bench(
 
 
 def _tune(source: str, as_json: bool) -> None:
-    with _progress() as report:
-        found = tune_kernels(source, report=report, tell=_tell)
+    with shown(notes) as observer:
+        found = tune_kernels(source, report=lambda *at: observer(Event(*at)), tell=_tell)
     if as_json:
         _print_json(found)
         return
@@ -501,14 +508,14 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Compress the bundled model in several ways and show the figures beside the original's; offline."""
-    with _progress() as report:
-        shown = demonstration.run(out, report)
+    with shown(notes) as observer:
+        found = demonstration.run(out, observer)
     if as_json:
-        _print_json(shown.to_dict())
+        _print_json(found.to_dict())
         return
-    output.print(demonstration.table(shown))
-    output.print(f"\n{shown.prompt}[...]", markup=False, highlight=False, style="bold")
-    for name, continuation in shown.continuations.items():
+    output.print(demonstration.table(found))
+    output.print(f"\n{found.prompt}[...]", markup=False, highlight=False, style="bold")
+    for name, continuation in found.continuations.items():
         output.print(f"\n-- {name}", style="bold", markup=False, highlight=False)
         output.print(continuation, markup=False, highlight=False)
     if out is not None:
@@ -541,11 +548,13 @@ def _method(kind: str, name: str) -> dict[str, Any]:
 
 
 def _evaluated(
-    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, report: Reporter
+    opened: OpenModel, windows: torch.Tensor, activations: ActivationFormat | None, observer: Observer
 ) -> dict[str, Any]:
-    stage = f"evaluate {opened.source}"
+    def told(done: int, total: int) -> None:
+        observer(Event(f"evaluate {opened.source}", done, total))
+
     with rounded_activations(opened.model, activations):
-        measured = perplexity(opened.model, windows, progress=partial(report, stage))
+        measured = perplexity(opened.model, windows, progress=told)
     return {
         "model": opened.source,
         "kernels": kernel_words(opened.model),
@@ -558,42 +567,6 @@ def _evaluated(
 
 def _print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
-
-
-@contextmanager
-def _progress() -> Iterator[Reporter]:
-    """A live bar with the time left on a terminal; one line per stage elsewhere. Both on standard error."""
-    if not notes.is_terminal:
-        yield _Lines()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-class _Lines:
-    """Progress as lines: where each stage begins and ends, and between, at most every ten seconds, the time left."""
-
-    def __init__(self) -> None:
-        self.began: dict[str, float] = {}
-        self.spoke = 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began = self.began.setdefault(stage, now)
-        if 0 < done < total and now - self.spoke < 10:
-            return
-        self.spoke = now
-        left = f", {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
-        sys.stderr.write(f"{stage} {done}/{total}{left}\n")
-        sys.stderr.flush()
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from slimlm.blockwise import Progress
 from slimlm.core.errors import ModelError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.compare import OpenModel, open_any
 from slimlm.evaluate.perplexity import perplexity
+from slimlm.events import Event, Observer
 from slimlm.pipeline import compress
 from slimlm.report.tables import plain_table, size
 from slimlm.storage.checkpoint import refuse_occupied
@@ -66,7 +66,7 @@ def bundled_model() -> Path:
     raise ModelError(f"the bundled model {NAME} is not part of this installation; install slimlm from its source tree or wheel")
 
 
-def run(out: Path | None, progress: Progress) -> Demo:
+def run(out: Path | None, progress: Observer) -> Demo:
     """Compress the bundled model by each recipe; the last one's checkpoint is kept in `out` where that is given."""
     if out is not None:
         refuse_occupied(out)
@@ -76,7 +76,10 @@ def run(out: Path | None, progress: Progress) -> Demo:
     windows = windows_of(tokens, LENGTH, source="stdlib")
 
     def measure(opened: OpenModel, name: str, seconds: float) -> Row:
-        value = perplexity(opened.model, windows, progress=lambda done, total: progress(f"{name}: evaluate", done, total))
+        def told(done: int, total: int) -> None:
+            progress(Event(f"{name}: evaluate", done, total))
+
+        value = perplexity(opened.model, windows, progress=told)
         return Row(name, opened.bits_per_weight, opened.bytes, value.value, seconds)
 
     rows = [measure(original, "original", 0.0)]
@@ -101,8 +104,8 @@ def run(out: Path | None, progress: Progress) -> Demo:
     return Demo(tuple(rows), windows[:, 1:].numel(), PROMPT, continuations)
 
 
-def _under(name: str, progress: Progress) -> Progress:
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+def _under(name: str, progress: Observer) -> Observer:
+    return lambda event: progress(dataclasses.replace(event, stage=f"{name}: {event.stage}"))
 
 
 def table(shown: Demo) -> Table:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import Progress, activations_bytes, compress_blocks
+from slimlm.blockwise import compress_blocks
 from slimlm.calibrate import POOLED, Flow
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
@@ -41,6 +41,7 @@ from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, layer_from
+from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense, words_of
 from slimlm.models.structure import blocks_of, context_length, linears_of, others_of, weight_of
@@ -54,8 +55,12 @@ from slimlm.plan.plan import (
     refuse_budget,
     refuse_few_windows,
 )
+from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
+from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
+from slimlm.preflight.job import Job
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
-from slimlm.runtime.memory import total_and_free
+from slimlm.run_log import end_of, open_log
+from slimlm.runtime.memory import in_words
 from slimlm.storage import checkpoint
 from slimlm.storage.handles import make_room
 from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, TEXT, Journal, identity_of, open_journal
@@ -103,11 +108,6 @@ def silent(text: str) -> None:
     """Keeps what it is told to itself."""
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    """Progress that says nothing."""
-    del stage, done, total
-
-
 def compress(
     model: str | Path,
     out: str | Path,
@@ -123,7 +123,7 @@ def compress(
     device: str = "auto",
     memory: int | None = None,
     restart: bool = False,
-    progress: Progress = quiet,
+    progress: Observer = quiet,
     tell: Tell = silent,
 ) -> Result:
     """Compress a causal language model and write it to the folder `out`.
@@ -137,10 +137,11 @@ def compress(
 
     Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
     stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
-    Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
+    A log with the figures of every layer grows beside `out`, too, and stays there (slimlm.run_log). Raises a SlimlmError in
+    words for anything that would not work, before the work begins wherever that can be known.
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
+    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
     checkpoint.refuse_occupied(Path(out), restart=restart)
     with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
         # Once more under the lock: the process that held it may have finished meanwhile.
@@ -150,8 +151,11 @@ def compress(
         ready = dataclasses.replace(ready, whole=None)
         if journal.blocks:
             tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
-        flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
-        record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
+        with open_log(Path(out), log_header(asked, ready, recipe, journal)) as log:
+            told = both(progress, log)
+            flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
+            record = finished(Path(out), asked, ready, recipe, found, flow, journal, told)
+            log.add(end_of(record))
         journal.remove()
     tell_of_starved([layer.name for layer in record.layers if POOLED in layer.notes], tell)
     spent = record.bits_per_weight
@@ -203,24 +207,17 @@ def finished(
     found: dict[str, Any] | None,
     flow: Flow,
     journal: Journal,
-    progress: Progress,
+    progress: Observer,
 ) -> Record:
     """Write the checkpoint of a journal whose blocks are all done, and verify it; gives its record."""
-    progress("write and verify", 0, 1)
+    progress(Event("write", 0, 1))
     dense, layers = ready.dense, [layer_from(row) for block in journal.blocks for row in block.records]
     contents = contents_of(dense, ready.blocks, ready.ends, journal)
     inside = sum(p.numel() for block in ready.blocks.values() for p in block.parameters() if p.ndim > 1)
     record = Record(
         model=_own_name(asked.model),
         recipe=recipe.to_dict(),
-        calibration={
-            **dataclasses.asdict(asked.calibration),
-            "data": _own_name(asked.calibration.data),
-            "asked": asked.calibration.samples,
-            "samples": ready.windows.shape[0],
-            "length": ready.windows.shape[1],
-            "tokens": ready.windows.numel(),
-        },
+        calibration=calibrated_on(asked, ready),
         layers=tuple(layers),
         ends=tuple(contents.ends),
         left=ready.left,
@@ -237,11 +234,38 @@ def finished(
         write(folder, dense, contents)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict())
+        progress(Event("verify", 0, 1))
         verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
         record = dataclasses.replace(record, seconds=journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict())
-    progress("write and verify", 1, 1)
+    progress(Event("verify", 1, 1))
     return record
+
+
+def calibrated_on(asked: "Asked", ready: "Ready") -> dict[str, Any]:
+    """What a record says of the calibration text."""
+    return {
+        **dataclasses.asdict(asked.calibration),
+        "data": _own_name(asked.calibration.data),
+        "asked": asked.calibration.samples,
+        "samples": ready.windows.shape[0],
+        "length": ready.windows.shape[1],
+        "tokens": ready.windows.numel(),
+    }
+
+
+def log_header(asked: "Asked", ready: "Ready", recipe: Recipe, journal: Journal) -> dict[str, Any]:
+    """What the run's log begins with."""
+    return {
+        "model": _own_name(asked.model),
+        "recipe": recipe.to_dict(),
+        "calibration": calibrated_on(asked, ready),
+        "device": str(ready.device),
+        "blocks": len(ready.blocks),
+        "after": len(journal.blocks),
+        "left": ready.left,
+        "versions": _versions(),
+    }
 
 
 def plan(
@@ -257,7 +281,7 @@ def plan(
     seed: int = 0,
     device: str = "auto",
     memory: int | None = None,
-    progress: Progress = quiet,
+    progress: Observer = quiet,
     tell: Tell = silent,
 ) -> tuple[Plan, Recipe]:
     """Choose what each layer becomes within a budget; gives the plan and the recipe that carries it out.
@@ -277,6 +301,53 @@ def plan(
     return found, found.recipe(ready.recipe)
 
 
+def estimate(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: float | None = None,
+    objective: Objective = "size",
+    embedding_bits: int | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    device: str = "auto",
+    memory: int | None = None,
+    tell: Tell = silent,
+) -> Estimate:
+    """What `compress` would need with the same arguments: layers, bits, tokens, memory, disk, and time by stages.
+
+    No weight and no text is read (but for old .bin files, which are converted first, and models that have to be opened whole):
+    calibration is taken to have as many windows as are asked for. The rates behind the times are measured on this machine,
+    which takes some seconds. out: where it would be written, so that its disk is looked at. Raises
+    what `compress` would raise for a recipe that does not suit the model; what does not fit is in `Estimate.problems`.
+    """
+    asked = Asked(
+        str(model),
+        asked_recipe(recipe, embedding_bits),
+        bits,
+        objective,
+        Calibration(samples=samples, length=length),
+        device,
+        memory,
+    )
+    where, planning = pick_device(device), budget_asked(asked) is not None or has_auto_rank(asked.recipe)
+    with TemporaryDirectory() as scratch:
+        dense = open_streamed(asked.model, Path(scratch), tell)
+        blocks, ends = blocks_of(dense.model), ends_of(dense.model, asked.recipe.embedding_bits)
+        left = without_ends(refuse_early(dense, blocks, asked.recipe, planning=planning), ends)
+        job = Job(dense, blocks, asked.recipe, ends, left, samples, min(length, context_length(dense.model) or length), bits)
+        folder = None if out is None else existing(Path(out))
+        return estimate_of(
+            job,
+            name=_own_name(asked.model),
+            memory=memory_of(job, memory),
+            disk_free=None if folder is None else free_on_disk(folder),
+            seconds=timed(job, folder, where),
+            problems=problems_of(job, where, None if out is None else Path(out), memory),
+        )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a run was asked for."""
@@ -289,6 +360,8 @@ class Asked:
     device: str
     memory: int | None
     """bytes; see `compress`"""
+    out: Path | None = None
+    """None: nothing is to be written"""
 
     def identity(self, files: list[Path], config: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """What the result depends on, but for weights and calibration text, which the journal compares when they are read."""
@@ -331,19 +404,12 @@ def asked_recipe(recipe: str | Recipe, embedding_bits: int | None) -> Recipe:
     return dataclasses.replace(found, embedding_bits=check_embedding_bits(embedding_bits, "embedding_bits"))
 
 
-def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> Ready:
+def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> Ready:
     """Open the model and check everything that can be checked; raises in words. What the journal keeps is not made again."""
     recipe, bits, objective = asked.recipe, asked.bits, asked.objective
-    where = pick_device(asked.device)
+    where, budget = pick_device(asked.device), budget_asked(asked)
     planning = bits is not None or has_auto_rank(recipe)
-    budget = None
-    if bits is not None:
-        budget = asked_budget(recipe, bits, objective)
-    elif planning:
-        alternation_of(recipe)
-    elif objective != "size":
-        raise RecipeError(f"--objective {objective} says what a budget counts, and there is none; give --bits")
-    progress("open the model", 0, 1)
+    progress(Event("open the model", 0, 1))
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
     files = weight_files(dense.folder)
@@ -353,8 +419,8 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
     journal.meet_weights(read_once(dense, blocks))
-    left = {name: reason for name, reason in left.items() if name != ends.head} | ends.left
-    progress("open the model", 1, 1)
+    left = without_ends(left, ends)
+    progress(Event("open the model", 1, 1))
     shapes = compressible(blocks, recipe)
     if planning and budget is None:
         budget = auto_budget(recipe, list(shapes.values()), objective)
@@ -368,13 +434,26 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
     if recipe.needs & Need.GRAM:
         tell_of_few_tokens(shapes, windows.numel(), tell)
-    choose_place(asked, dense, windows, shapes, journal, tell)
+    job = Job(dense, blocks, recipe, ends, left, len(windows), windows.shape[1], bits)
+    refuse_unfit(job, asked, journal, where, tell)
+    choose_place(asked, job, journal, tell)
     return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
 
 
 def most_files(dense: StreamedModel, files: int, blocks: int) -> int:
     """How many more files are open at once at the end of a run: the journal's, the original's again, and the new shards."""
     return blocks + files + dense.bytes // checkpoint.SHARD_BYTES + _FILES_BESIDE
+
+
+def budget_asked(asked: Asked) -> Budget | None:
+    """The budget where bits were asked for; raises RecipeError where that makes no sense, whatever the model."""
+    if asked.bits is not None:
+        return asked_budget(asked.recipe, asked.bits, asked.objective)
+    if has_auto_rank(asked.recipe):
+        alternation_of(asked.recipe)
+    elif asked.objective != "size":
+        raise RecipeError(f"--objective {asked.objective} says what a budget counts, and there is none; give --bits")
+    return None
 
 
 def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
@@ -386,6 +465,7 @@ def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
 def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tell) -> DenseModel:
     """The model in float32; raises ModelError where that is more than the memory that may be used."""
     what, size = " and ".join(reasons), dense.whole_bytes
+    check_whole(size, asked.memory)
     if asked.memory is not None and size > asked.memory:
         raise ModelError(
             f"for {what} the whole model has to be in memory, {in_words(size)} in float32, more than --memory "
@@ -395,25 +475,25 @@ def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tel
     return open_dense(asked.model)
 
 
-def choose_place(
-    asked: Asked, dense: StreamedModel, windows: Tensor, shapes: dict[str, tuple[int, int]], journal: Journal, tell: Tell
-) -> None:
+def refuse_unfit(job: Job, asked: Asked, journal: Journal, device: torch.device, tell: Tell) -> None:
+    """Raise DoesNotFitError where memory or disk surely do not suffice; tells where they are tight."""
+    check_device(job, device)
+    warnings = [check_memory(memory_of(job, asked.memory), asked.memory)]
+    if asked.out is not None:
+        warnings.append(check_disk(job, asked.out, journal.folder))
+    for text in filter(None, warnings):
+        tell(text)
+
+
+def choose_place(asked: Asked, job: Job, journal: Journal, tell: Tell) -> None:
     """Decide whether activations stay in memory; they are written after every block in any case."""
-    width = getattr(dense.model.config, "hidden_size", None) or max(width for _, width in shapes.values())
-    needed, free = activations_bytes(windows, width, asked.recipe), total_and_free()[1]
-    limit = asked.memory if asked.memory is not None else None if free is None else free // 2
-    journal.in_memory = limit is None or needed <= limit
-    if limit is not None and not journal.in_memory:
+    found = memory_of(job, asked.memory)
+    journal.in_memory = not found.on_disk
+    if found.on_disk:
         why = "--memory allows" if asked.memory is not None else "half of the free memory"
-        tell(f"activations ({in_words(needed)}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
-
-
-def in_words(size: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
+        limit = asked.memory if asked.memory is not None else (found.free or 0) // 2
+        size = in_words(found.activations)
+        tell(f"activations ({size}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
 
 
 def has_auto_rank(recipe: Recipe) -> bool:
@@ -454,7 +534,7 @@ def tell_of_starved(layers: list[str], tell: Tell) -> None:
     )
 
 
-def planned(ready: Ready, progress: Progress) -> Plan:
+def planned(ready: Ready, progress: Observer) -> Plan:
     """The plan for what was prepared with a budget."""
     assert ready.budget is not None and ready.whole is not None
     model = ready.whole.model
@@ -469,7 +549,7 @@ def planned(ready: Ready, progress: Progress) -> Plan:
     )
 
 
-def plan_of(ready: Ready, journal: Journal, progress: Progress) -> tuple[Recipe, dict[str, Any] | None]:
+def plan_of(ready: Ready, journal: Journal, progress: Observer) -> tuple[Recipe, dict[str, Any] | None]:
     """The recipe to carry out and, where it was planned, the plan; one that the journal keeps is not made again."""
     if ready.budget is None:
         return ready.recipe, None
@@ -480,10 +560,15 @@ def plan_of(ready: Ready, journal: Journal, progress: Progress) -> tuple[Recipe,
     return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
 
 
+def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
+    """What stays as it is, when some of embedding and head does not."""
+    return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+
+
 def refuse_early(
     dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
 ) -> dict[str, str]:
-    """Check every layer against the recipe before any work; gives the layers that stay as they are, and why.
+    """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
     """
@@ -563,7 +648,7 @@ def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Rec
 
 
 def kept_windows(
-    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Progress
+    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
 ) -> Tensor:
     """The calibration windows `[count, length]`, kept in the journal.
 
@@ -588,14 +673,14 @@ def kept_windows(
     return windows
 
 
-def own_text(dense: DenseModel, wanted: Calibration, progress: Progress) -> Tensor:
+def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tensor:
     """Windows `[count, length]` that the model writes itself."""
     start = None if dense.tokenizer is None else dense.tokenizer.bos_token_id
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     pieces = []
     for piece in sample_from_model(dense.model, samples=wanted.samples, length=length, seed=wanted.seed, start=start):
         pieces.append(piece)
-        progress("sample text", sum(map(len, pieces)), wanted.samples)
+        progress(Event("sample text", sum(map(len, pieces)), wanted.samples))
     return torch.cat(pieces)
 
 

@@ -284,7 +284,7 @@ def open_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
-        content, source = path.read_bytes(), name
+        content, source, own = path.read_bytes(), name, path.stem
     else:
         names = _shipped_names()
         if name not in names:
@@ -292,7 +292,9 @@ def open_recipe(name: str) -> Recipe:
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
             raise RecipeError(f"no recipe is called {name!r}; {hint} (a file of your own ends in .toml)")
         content, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes(), f"recipe {name}"
+        own = name
     try:
-        return recipe_from_dict(tomllib.loads(content.decode()), source=source)
+        # A file's folders are nobody's business, and would stand in every record.
+        return recipe_from_dict({"name": own, **tomllib.loads(content.decode())}, source=source)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} is not TOML: {error}") from error

@@ -130,15 +130,19 @@ class StreamedModel:
         inside = tuple(f"{block}." for block in blocks)
         return [name for name in self.weights if not name.startswith(inside)]
 
-    @contextmanager
-    def ends_filled(self, blocks: Iterable[str]) -> Iterator[None]:
-        """Meanwhile what is outside the blocks has its values, but for an output head that is tied to nothing."""
+    def ends(self, blocks: Iterable[str]) -> dict[str, Tensor]:
+        """The skeleton's tensors outside the blocks, by name, but for an output head that is tied to nothing."""
         state = self.model.state_dict(keep_vars=True)
         head = self.model.get_output_embeddings()
         own = set() if head is None else {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
         uses = Counter(id(tensor) for tensor in state.values())
         outside = {name: state[name] for name in self.outside(blocks)}
-        needed = {name: tensor for name, tensor in outside.items() if id(tensor) not in own or uses[id(tensor)] > 1}
+        return {name: tensor for name, tensor in outside.items() if id(tensor) not in own or uses[id(tensor)] > 1}
+
+    @contextmanager
+    def ends_filled(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Meanwhile those have their values."""
+        needed = self.ends(blocks)
         try:
             self._put(needed, "")
             yield

@@ -13,6 +13,7 @@ import slimlm
 from slimlm import pipeline
 from slimlm.cli import app
 from slimlm.core.errors import DataError, RecipeError
+from slimlm.events import quiet
 from slimlm.models.structure import blocks_of
 from slimlm.plan.options import Budget, Option
 from slimlm.plan.plan import _Divergence, make_plan
@@ -40,7 +41,7 @@ BUDGETS = [3.0, 4.7, 5.9]
 def planned(bits: float, model: torch.nn.Module, options: list[Option], leave: list[str] | None = None) -> pipeline.Plan:
     budget = Budget(tuple(options), bits, "size")
     recipe = quick_recipe(leave)
-    return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=pipeline.quiet)
+    return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
 
 
 @cache
@@ -94,7 +95,7 @@ def test_too_few_windows_are_refused() -> None:
             WINDOWS[:2],
             budget=Budget((Option(4, 32, "", 0.0),), 5.0, "size"),
             device=CPU,
-            progress=pipeline.quiet,
+            progress=quiet,
         )
 
 

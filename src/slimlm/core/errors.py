@@ -30,3 +30,7 @@ class NumericsError(SlimlmError):
 
 class KernelError(SlimlmError):
     """Kernels that were asked for and cannot be had."""
+
+
+class DoesNotFitError(SlimlmError):
+    """Memory or disk surely do not suffice for what was asked."""

@@ -36,6 +36,10 @@ class Pattern:
             return f"{self} needs in_features to be a multiple of {self.of}; {name} has {width}"
         return None
 
+    def kept_of(self, width: int) -> int:
+        """How many weights of a row of this width stay; 1e-9 keeps 0.29 x 100 from becoming 28."""
+        return width * self.kept // self.of if self.of else width - int(width * self.dropped + 1e-9)
+
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}" if self.of else f"{self.dropped:g} of each row"
 
@@ -43,8 +47,7 @@ class Pattern:
 def choose(score: Tensor, pattern: Pattern) -> Tensor:
     """Keep the highest scores: bool `[out, in]` for scores `[out, in]`. Equal scores: the earlier input stays."""
     out, width = score.shape
-    # 1e-9 keeps 0.29 x 100 from becoming 28.
-    size, kept = (pattern.of, pattern.kept) if pattern.of else (width, width - int(width * pattern.dropped + 1e-9))
+    size, kept = (pattern.of, pattern.kept) if pattern.of else (width, pattern.kept_of(width))
     if pattern.of and size <= _COMPARED:
         return _choose_by_comparing(score, size, kept)
     groups = score.reshape(-1, size)

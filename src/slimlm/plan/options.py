@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from slimlm.core import grid
-from slimlm.core.bits import packed_bytes
 from slimlm.core.grid import LARGEST_TABLE
 from slimlm.core.lowrank import rank_of
 from slimlm.core.masks import Pattern
+from slimlm.core.parts import Description
+from slimlm.core.stored import stored_bits
 
 Objective = Literal["size", "speed"]
 
@@ -55,25 +56,26 @@ class Option:
         The table's few bits are saved where an even grid serves as well; more are stored where some scale is too small for
         float16, and all of the layer's take 32 bits.
         """
-        out, width = shape
-        kept = width
-        bits = 0
+        return sum(stored_bits(part, shape) for part in self.parts(shape))
+
+    def parts(self, shape: tuple[int, int]) -> list[Description]:
+        """The parts of a layer of this shape, as they describe themselves."""
+        table = self.table and self.bits <= LARGEST_TABLE
+        base: Description = (
+            {"kind": "codebook", "bits": self.bits, "group": self.group} if table else self._even(self.bits, self.group)
+        )
         if self.pattern != "":
-            pattern = Pattern.parse(self.pattern)
-            kept = width * pattern.kept // pattern.of if pattern.of else width - int(width * pattern.dropped + 1e-9)
-            bits += 8 * out * packed_bytes(width, 1)
-        rows, groups = grid.scale_shape(shape, self.group)
-        bits += 8 * out * packed_bytes(kept, self.bits) + (32 if rows * groups == 1 else 16 * rows * groups)
-        if self.table and self.bits <= LARGEST_TABLE:
-            bits += 16 * 2**self.bits
+            base = {"kind": "pruned", "pattern": str(self.pattern), "inner": base}
         rank = rank_of(self.rank, shape)
-        for side in shape if rank else ():
-            scales = rank * -(-side // self.adapter_group)
-            if self.adapter_bits == 16:
-                bits += 16 * rank * side
-            else:
-                bits += 8 * rank * packed_bytes(side, self.adapter_bits) + (32 if scales == 1 else 16 * scales)
-        return bits
+        if not rank:
+            return [base]
+        even = self._even(self.adapter_bits, self.adapter_group)
+        factor = {"kind": "plain", "dtype": "float16"} if self.adapter_bits == 16 else even
+        return [base, {"kind": "low_rank", "rank": rank, "left": factor, "right": factor}]
+
+    @staticmethod
+    def _even(bits: int, group: grid.Group) -> Description:
+        return {"kind": "uniform", "bits": bits, "group": group, "input_scale": False}
 
     def operations(self, shape: tuple[int, int]) -> int:
         """Multiplications and additions per token; what n:m drops is not multiplied."""

@@ -21,6 +21,7 @@ from slimlm.calibrate import Flow, enter, measure, run, stages_of
 from slimlm.core.errors import DataError, NumericsError, RecipeError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.parts import dense_of
+from slimlm.events import Event, Observer
 from slimlm.models.structure import linears_of, put_weight, weight_of
 from slimlm.plan.budget import choose_options
 from slimlm.plan.options import Budget, Objective, Option, budget_of, options_for
@@ -35,8 +36,6 @@ _LEAST_BITS, _MOST_BITS = 1.5, 8.5
 AUTO_SHARE = 0.1
 """The rank, as a share, whose bits `rank = "auto"` may spend."""
 _AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def make_plan(
     *,
     budget: Budget,
     device: torch.device,
-    progress: Progress,
+    progress: Observer,
 ) -> Plan:
     """Measure every option for every group, choose, and check the choice; the model comes out as it went in.
 
@@ -208,7 +207,7 @@ def make_plan(
     losses: list[list[float]] = []
     total = len(blocks) + 2
     for done, (stages, stats) in enumerate(_walk(model, blocks, recipe.leaves, statistics, device)):
-        progress("plan", done, total)
+        progress(Event("plan", done, total))
         for stage in stages:
             groups.append(_Group.of(model, stage))
             losses.append([_loss(model, groups[-1], option, quick, stats, divergence, device) for option in options])
@@ -230,11 +229,11 @@ def make_plan(
         picked = {name: options[i] for group, i in zip(groups, numbers, strict=True) for name in group.layers}
         return _loss_of_all(model, blocks, picked, quick, statistics, check, device)
 
-    progress("plan", len(blocks), total)
+    progress(Event("plan", len(blocks), total))
     planned_loss = at_once(chosen)
-    progress("plan", len(blocks) + 1, total)
+    progress(Event("plan", len(blocks) + 1, total))
     uniform_loss = float("inf") if uniform is None else at_once([uniform] * len(groups))
-    progress("plan", total, total)
+    progress(Event("plan", total, total))
     fallback = uniform is not None and uniform_loss < planned_loss
     final = [uniform] * len(groups) if fallback and uniform is not None else chosen
     choices = tuple(

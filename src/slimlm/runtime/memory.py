@@ -23,6 +23,20 @@ def total_and_free() -> tuple[int | None, int | None]:
     return total, free
 
 
+def in_words(size: int) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def resident() -> int | None:
+    """Bytes that this process holds at the moment; None where the system does not tell."""
+    found = next(iter(_lines(Path("/proc/self/statm"))), "").split()
+    return int(found[1]) * os.sysconf("SC_PAGE_SIZE") if len(found) > 1 else None
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()

@@ -36,6 +36,8 @@ from slimlm.storage.streams import NEW, check_sum, sha256_of, sync_folder, write
 FORMAT = 1
 INSIDE = "slimlm.partial"
 """The journal's name where the output folder is there already."""
+INSIDE_LOG = "slimlm.log.jsonl"
+"""The log's name there; see slimlm.run_log."""
 PLAN, OWN_TEXT, TEXT = "plan", "own_text", "text"
 """Notes: what was planned; the calibration windows, written by the model itself or drawn from a text."""
 WEIGHTS = "weights"
@@ -406,15 +408,15 @@ def _is_journal(folder: Path) -> bool:
 
 
 def moved_already(out: Path) -> set[str]:
-    """Names in the folder `out` that belong to an unfinished run: its journal, and what it was killed while moving there."""
+    """Names in the folder `out` that belong to an unfinished run: journal, log, and what it was killed while moving there."""
     path = journal_folder(out) / _JOURNAL
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))["content"]["notes"]
     except (OSError, ValueError, KeyError, TypeError):
         # The run itself says what is wrong with its journal.
-        return {INSIDE}
+        return {INSIDE, INSIDE_LOG}
     names = notes.get(MOVING, [])
-    return {INSIDE, *names, *(name + NEW for name in names)}
+    return {INSIDE, INSIDE_LOG, *names, *(name + NEW for name in names)}
 
 
 def _sum_of(content: Any) -> str:

@@ -1,0 +1,114 @@
+"""Whether what a run needs is there: refused where it surely is not, told where it is tight."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from slimlm.core.errors import DoesNotFitError
+from slimlm.preflight.estimate import Memory, memory_of
+from slimlm.preflight.job import Job, folder_bytes
+from slimlm.runtime.memory import in_words, total_and_free
+from slimlm.storage.journal import journal_folder
+
+_TIGHT = 0.9
+"""Share of what is free from which on a need is told."""
+
+
+def existing(out: Path) -> Path:
+    """The folder that is there already, of those in which `out` will be."""
+    folder = out.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def free_on_disk(folder: Path) -> int:
+    """Bytes free on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def check_memory(memory: Memory, allowed: int | None) -> str | None:
+    """A warning where memory is tight; raises DoesNotFitError where even the least is more than there is.
+
+    allowed: `--memory`, by which one who knows of more (swap) can say so.
+    """
+    if memory.total is None:
+        return None
+    there = max(memory.total, allowed or 0)
+    needed = memory.least
+    if needed > there:
+        raise DoesNotFitError(
+            f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
+            f"{in_words(needed)}, and there are {in_words(there)}. A recipe that does not follow the original model holds the "
+            "block once (gptq), one without covariances needs less still (slim, absmax); or use a machine with more. If "
+            "there is more than slimlm sees (swap), say so: --memory SIZE"
+        )
+    if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
+        return (
+            f"memory is tight: about {in_words(memory.peak)} at the fullest moment, of which "
+            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. Fewer --samples, a smaller "
+            "--memory (activations go to the disk then) or a recipe without covariances take less"
+        )
+    return None
+
+
+def check_device(job: Job, device: torch.device) -> str | None:
+    """Raise DoesNotFitError where a block and what goes with it is more than the whole memory of the GPU."""
+    if device.type != "cuda":
+        return None
+    _, total = torch.cuda.mem_get_info(device)
+    if job.least_bytes > total:
+        raise DoesNotFitError(
+            f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
+            f"{in_words(job.least_bytes)}; use --device cpu, or a recipe that does not follow the original model"
+        )
+    return None
+
+
+def check_disk(job: Job, out: Path, journal: Path) -> str | None:
+    """A warning where the disk is nearly full with it; raises DoesNotFitError where it surely does not suffice.
+
+    journal: its folder; what an unfinished run has in it already counts.
+    """
+    free = free_on_disk(existing(out)) + folder_bytes(journal)
+    needed = job.disk_bytes
+    if needed > free:
+        raise DoesNotFitError(
+            f"the disk does not suffice: writing {out} takes {in_words(needed)} at the fullest moment "
+            f"({in_words(job.stored_bytes)} for the output; finished blocks and {in_words(job.activations_bytes)} of "
+            f"activations in the journal beside it), and {in_words(free)} are free. Give an --out on another disk, or fewer "
+            "--samples"
+        )
+    if needed > _TIGHT * free:
+        return f"the disk will be nearly full: {in_words(needed)} at the fullest moment, of {in_words(free)} that are free"
+    return None
+
+
+def check_whole(size: int, allowed: int | None) -> str | None:
+    """Raise DoesNotFitError where the whole model in float32 is more than all memory of the machine."""
+    total, _ = total_and_free()
+    if total is not None and size > max(total, allowed or 0):
+        raise DoesNotFitError(
+            f"a plan or text of the model's own needs the whole model in memory, {in_words(size)} in float32, and there are "
+            f"{in_words(total)}; give a recipe without a plan (no --bits), and calibration text from a file"
+        )
+    return None
+
+
+def problems_of(job: Job, device: torch.device, out: Path | None, allowed: int | None) -> tuple[str, ...]:
+    """What the checks before a run would refuse or warn of, in words."""
+    checks: list[Callable[[], str | None]] = [
+        lambda: check_device(job, device),
+        lambda: check_memory(memory_of(job, allowed), allowed),
+        lambda: check_whole(job.dense.whole_bytes, allowed) if job.planned else None,
+        lambda: None if out is None else check_disk(job, out, journal_folder(out)),
+    ]
+    found = []
+    for check in checks:
+        try:
+            found.append(check())
+        except DoesNotFitError as error:
+            found.append(str(error))
+    return tuple(text for text in found if text is not None)

@@ -1,0 +1,103 @@
+"""How long a run will take, stage by stage: its operations at the rates of this machine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slimlm.core.layer import Need
+from slimlm.models.structure import linears_of, weight_of
+from slimlm.preflight.job import Job
+from slimlm.preflight.rates import Rates, StepCost
+
+_TOKENIZED = 100_000
+"""Tokens per second of a fast tokenizer, text read included; about eight times as many are read as are used."""
+_READ_AHEAD = 8
+_UNPACKING = 12
+"""Passes over a layer's float32 weight that a packed one takes to become dense."""
+_ELEMENTS = 6
+"""Passes over the outputs of a block's layers by what is between them: norms, activations, sums, positions."""
+_TUNING = 60
+"""Passes over a block's weights in one step of matching: rounding both ways, Adam."""
+_BEFORE = (0.35, 0.5)
+"""Share of a block that runs before a stage's inputs are there: on average over several stages; where there is only one."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What running one block takes, in seconds per token; with packed layers a batch takes `unpacking` besides."""
+
+    per_token: float
+    unpacking: float
+
+    def seconds(self, tokens: float, batches: float = 0.0) -> float:
+        """For so many tokens, in so many batches where the layers are packed."""
+        return self.per_token * tokens + self.unpacking * batches
+
+
+def forward_of(job: Job, rates: Rates) -> Forward:
+    """The cost of the first block."""
+    block = next(iter(job.blocks.values()))
+    shapes = [weight_of(linear).shape for linear in linears_of(block).values()]
+    weights, outputs = sum(out * width for out, width in shapes), sum(out for out, _ in shapes)
+    operations = 2 * weights * _active(job) + 4 * job.length * job.width
+    per_token = operations / rates.products + 8 * _ELEMENTS * outputs / rates.passes
+    return Forward(per_token, 8 * _UNPACKING * weights / rates.passes)
+
+
+def _active(job: Job) -> float:
+    """Share of the block's weights that a token meets: of experts only those that it is routed to."""
+    config = job.dense.model.config
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    experts, each = next((count for count in counts if count), None), getattr(config, "num_experts_per_tok", None)
+    if not experts or not each:
+        return 1.0
+    sizes = {name: out * width for name, (out, width) in job.shapes.items()}
+    inside = sum(size for name, size in sizes.items() if ".experts." in name)
+    return 1 - inside / sum(sizes.values()) * (1 - each / experts)
+
+
+Cost = Callable[[str], StepCost]
+"""Of the steps for a layer, by its full name."""
+
+
+def seconds_of(job: Job, rates: Rates, cost: Cost) -> dict[str, float]:
+    """Seconds of each stage of a run, by its name."""
+    forward, blocks, needs = forward_of(job, rates), len(job.blocks), job.recipe.needs
+    batches = job.tokens / job.tokens_at_once
+    whole = forward.seconds(job.tokens)
+    opening = 3 * job.dense.bytes / rates.passes + job.tokens * _READ_AHEAD / _TOKENIZED
+    first = blocks * forward.seconds(job.tokens_at_once)
+    count = len(job.inputs) if job.recipe.sequential else 1
+    runs = count * (_BEFORE[0] if count > 1 else 1.0) * job.streams
+    if needs & Need.DRIFT:
+        runs += 2 + 4 / batches
+    measure = blocks * (runs * whole + _sums(job, rates))
+    steps = sum(cost(name).seconds(shape) for name, shape in job.shapes.items())
+    passed = blocks * (forward.seconds(job.tokens, batches) + (job.streams - 1) * whole)
+    kept = (job.blocks_bytes + (blocks + 1) * job.activations_bytes) / rates.written
+    written = (2 * job.stored_bytes) / rates.written
+    checked = first + blocks * forward.seconds(0, 1) + 2 * job.stored_bytes / rates.written
+    times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
+    if job.recipe.matching is not None:
+        times["match"] = blocks * _matching(job, forward, rates)
+    return {**times, "propagate": passed, "keep": kept, "write": written, "verify": checked}
+
+
+def _sums(job: Job, rates: Rates) -> float:
+    """Of one block: the products that make its statistics."""
+    squares = sum(width**2 for widths in job.inputs for width in widths)
+    operations = 0.0
+    if job.recipe.needs & Need.GRAM:
+        operations += 1.5 * squares * job.tokens
+    if job.recipe.needs & Need.CROSS:
+        operations += 2 * squares * job.tokens
+    return operations / rates.products
+
+
+def _matching(job: Job, forward: Forward, rates: Rates) -> float:
+    """Of one block: there and back on each window, and the weights rounded anew in every step."""
+    options = job.recipe.matching
+    assert options is not None
+    steps = options.passes * job.windows / options.batch
+    weights = job.block_bytes / 4
+    runs = options.passes * (3 + options.held_back) + 1
+    return runs * forward.seconds(job.tokens) + steps * 8 * _TUNING * weights / rates.passes

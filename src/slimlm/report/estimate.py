@@ -1,0 +1,89 @@
+"""What `slimlm plan` shows of a run that is yet to be."""
+
+from collections import Counter
+
+from rich.table import Table
+
+from slimlm.preflight.estimate import Estimate, Memory
+from slimlm.report.live import duration
+from slimlm.report.tables import pairs_table, size
+from slimlm.runtime.memory import in_words
+
+_NAMED = 6
+
+
+def estimate_table(found: Estimate) -> Table:
+    """Everything in a row each: layers, bits, sizes, tokens, memory, disk, time."""
+    weights = sum(out * width for out, width in found.layers.values())
+    planned = ", as asked for: what each layer becomes is yet to be planned" if found.planned else ", everything counted"
+    rows = [
+        ("recipe", f"{found.recipe}: {found.summary}"),
+        ("layers", f"{len(found.layers)} in {found.blocks} blocks, {weights / 1e6:.1f} million weights ({_shapes(found)})"),
+        *[("left as they are" if i == 0 else "", text) for i, text in enumerate(_left(found.left))],
+        ("bits per weight", f"{found.bits_per_weight:.3f}{planned}"),
+        ("size", f"{size(found.original_bytes)} -> {size(found.stored_bytes)} ({_share(found)})"),
+        ("calibration", _tokens(found)),
+        ("memory", _memory(found.memory)),
+        *_whole(found),
+        ("disk", f"{in_words(found.disk)} for output and journal at the fullest moment{_free(found.disk_free)}"),
+        *_times(found),
+    ]
+    return pairs_table(rows)
+
+
+def _shapes(found: Estimate) -> str:
+    counted = Counter(found.layers.values()).most_common()
+    words = [f"{count} of {out} x {width}" for (out, width), count in counted[:_NAMED]]
+    return ", ".join(words) + (" and others" if len(counted) > _NAMED else "")
+
+
+def _left(left: dict[str, str]) -> list[str]:
+    """The layers that stay, by their reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}: {reason}"
+        for reason, names in reasons.items()
+    ]
+
+
+def _share(found: Estimate) -> str:
+    return f"{found.stored_bytes / found.original_bytes:.1%} of the original"
+
+
+def _tokens(found: Estimate) -> str:
+    given = f"{found.tokens} tokens, where the text has as many"
+    if found.tokens_needed is None:
+        return f"{given}; the recipe needs no covariance"
+    enough = "enough" if found.tokens >= found.tokens_needed else "too few: give more --samples"
+    return f"{given}; the covariance of the widest layer needs {found.tokens_needed}: {enough}"
+
+
+def _memory(memory: Memory) -> str:
+    where = "on the disk" if memory.on_disk else "in memory"
+    there = "" if memory.free is None or memory.total is None else f"; {in_words(memory.free)} of {in_words(memory.total)} free"
+    return (
+        f"about {in_words(memory.peak)} at the fullest moment (the program {in_words(memory.process)}, a block at work "
+        f"{in_words(memory.block)}, activations {in_words(memory.activations)}, {where}){there}"
+    )
+
+
+def _whole(found: Estimate) -> list[tuple[str, str]]:
+    if found.whole_bytes is None:
+        return []
+    return [("", f"and the whole model in float32 while it is planned: {in_words(found.whole_bytes)}")]
+
+
+def _free(free: int | None) -> str:
+    return "" if free is None else f"; {in_words(free)} free"
+
+
+def _times(found: Estimate) -> list[tuple[str, str]]:
+    if found.seconds is None or found.total_seconds is None:
+        return []
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
+    beside = ", the planning besides" if found.planned else ""
+    return [
+        ("time", f"about {duration(found.total_seconds)} at this machine's rates{beside}" + (f" ({parts})" if parts else ""))
+    ]

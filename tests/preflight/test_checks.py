@@ -1,0 +1,132 @@
+"""What cannot fit is refused before the work, and what might fit is not."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import slimlm
+from slimlm.cli import app
+from slimlm.core.errors import DoesNotFitError
+from slimlm.pipeline import estimate
+from slimlm.preflight.checks import check_disk, check_memory, check_whole
+from slimlm.preflight.estimate import Memory
+
+from ..test_refusals import Line, line  # noqa: F401, a fixture
+from .test_job import job_of
+
+OPTIONS: dict[str, Any] = {"recipe": "absmax", "samples": 4, "length": 32}
+MEMORY = Memory(process=100, begin=0, block=60, end=0, activations=30, on_disk=False, least=50, total=1000, free=500)
+Usage = namedtuple("Usage", "total used free")
+
+
+def with_memory(**changes: object) -> Memory:
+    return Memory(**{**vars(MEMORY), **changes})
+
+
+def test_memory_is_refused_only_where_the_least_is_more_than_all_there_is() -> None:
+    assert check_memory(MEMORY, None) is None
+    assert check_memory(with_memory(total=None, free=None, least=10**9), None) is None
+    assert check_memory(with_memory(total=50), None) is None
+    with pytest.raises(DoesNotFitError, match=r"at least 50 bytes, and there are 49 bytes.*--memory SIZE"):
+        check_memory(with_memory(total=49), None)
+    assert check_memory(with_memory(total=49), 50) is None, "one who says that there is more is believed"
+
+
+def test_memory_that_is_tight_is_told_with_what_would_help() -> None:
+    assert "about 190 bytes" in str(check_memory(with_memory(free=99), None))
+    assert check_memory(with_memory(free=101), None) is None
+    assert check_memory(with_memory(free=99, on_disk=True), None) is None
+
+
+def test_the_disk_is_refused_where_output_and_journal_do_not_fit(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, journal = job_of(llama_folder, "absmax"), tmp_path / "o.partial"
+    needed = job.disk_bytes
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, size))
+
+    free(2 * needed)
+    assert check_disk(job, tmp_path / "deep" / "o", journal) is None
+    free(needed)
+    assert "nearly full" in str(check_disk(job, tmp_path / "o", journal))
+    free(needed - 1)
+    with pytest.raises(DoesNotFitError, match="another disk, or fewer --samples"):
+        check_disk(job, tmp_path / "o", journal)
+    journal.mkdir()
+    (journal / "block-0001.safetensors").write_bytes(b"x")
+    assert check_disk(job, tmp_path / "o", journal) is not None, "what an unfinished run has written already counts"
+
+
+def test_a_run_takes_no_more_disk_than_was_said(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    write = slimlm.pipeline.checkpoint.write_record
+
+    def counted(folder: Path, record: dict[str, Any]) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
+        write(folder, record)
+
+    monkeypatch.setattr(slimlm.pipeline.checkpoint, "write_record", counted)
+    slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **OPTIONS)
+    job = job_of(llama_folder, "absmax", samples=4)
+    headers = 3 * 200 * len(job.dense.weights)
+    assert job.disk_bytes <= most + job.activations_bytes and most <= job.disk_bytes + headers
+
+
+def test_compress_refuses_what_cannot_fit_and_leaves_nothing(
+    line: Line,  # noqa: F811
+    llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = ["compress", llama_folder, "-o", tmp_path / "o", "--recipe", "absmax", "--data", text_file, "--samples", "4"]
+    with monkeypatch.context() as small:
+        small.setattr("slimlm.preflight.estimate.total_and_free", lambda: (2**12, 2**11))
+        assert "the memory does not suffice" in line.refused(*typed)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100))
+        assert "the disk does not suffice" in line.refused(*typed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_more_than_all_memory_is_refused_before_the_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.preflight.checks.total_and_free", lambda: (100, 50))
+    assert check_whole(100, None) is None
+    assert check_whole(101, 101) is None
+    with pytest.raises(DoesNotFitError, match="the whole model in memory, 101 bytes"):
+        check_whole(101, None)
+
+
+def test_an_estimate_says_what_would_be_refused(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.pipeline.timed", lambda *_: None)
+    assert estimate(llama_folder, tmp_path / "o", **OPTIONS).problems == ()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100))
+    found = estimate(llama_folder, tmp_path / "o", **OPTIONS)
+    assert found.disk_free == 100 and ["the disk does not suffice" in text for text in found.problems] == [True]
+
+
+def test_the_command_shows_it_as_a_table_and_as_json(llama_folder: Path) -> None:
+    typed = ["plan", str(llama_folder), "--recipe", "gptq", "--samples", "2", "--length", "16"]
+    shown = CliRunner().invoke(app, typed)
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.stdout.split())
+    for words in ("14 in 2 blocks", "lm_head", "outside the blocks", "bits per weight", "too few: give more --samples"):
+        assert words in said
+    data = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)
+    assert data.keys() == {"estimate"}
+    assert data["estimate"]["memory"]["peak"] > data["estimate"]["memory"]["block"] > 0
+    assert data["estimate"]["total_seconds"] == pytest.approx(sum(data["estimate"]["seconds"].values()))
+
+
+def test_there_is_nothing_to_save_without_a_plan(line: Line, llama_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert "no plan to save" in line.refused("plan", llama_folder, "--save", tmp_path / "r.toml")

@@ -1,0 +1,84 @@
+"""What a run will store follows from shapes alone, and equals what it stores."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slimlm
+from slimlm.core.parts import Codebook, Pruned
+from slimlm.core.stored import table_bits
+from slimlm.embedding import ends_of
+from slimlm.models.structure import blocks_of
+from slimlm.pipeline import Asked, Calibration, estimate
+from slimlm.preflight.forms import apply_steps, brief, drawn_layer, fitting, form_of, needs_of, resolved
+from slimlm.preflight.job import Job
+from slimlm.recipe import open_recipe, shipped
+from slimlm.streaming import StreamedModel, open_streamed
+
+from ..conftest import FAMILIES, random_model, save
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name != "best-matched"])
+@pytest.mark.parametrize("shape", [(40, 72), (64, 36)])
+def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape: tuple[int, int]) -> None:
+    steps = brief(resolved(open_recipe(recipe).steps))
+    assert fitting(shape, steps) == shape
+    parts = apply_steps(steps, *drawn_layer(shape, needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
+    base = parts[0].inner if isinstance(parts[0], Pruned) else parts[0]
+    levels = {getattr(named.step, "levels", "even") for named in steps}
+    spared = table_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
+    assert form_of(steps, torch.bfloat16).bits(shape) == sum(part.storage_bits() for part in parts) + spared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("recipe", "embedding_bits"), [("slim", None), ("gptq", 8), ("sparsegpt-gptq", 5)])
+def test_the_estimate_of_what_is_stored_is_what_is_stored(
+    family: str, recipe: str, embedding_bits: int | None, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimlm.pipeline.timed", lambda *_: None)
+    folder = save(random_model(family, torch.bfloat16), tmp_path / "m")
+    asked = {"recipe": recipe, "embedding_bits": embedding_bits, "samples": 6, "length": 32}
+    expected = estimate(folder, **asked)  # type: ignore[arg-type]
+    record = slimlm.compress(folder, tmp_path / "o", data=str(text_file), **asked).record  # type: ignore[arg-type]
+    stored = [tensor for file in (tmp_path / "o").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert expected.stored_bytes == sum(tensor.nbytes for tensor in stored)
+    assert expected.layer_bits == {layer.name: layer.bits for layer in record.layers}
+    assert expected.layers == {layer.name: layer.shape for layer in record.layers}
+    assert (expected.bits_per_weight, expected.original_bytes) == (record.bits_per_weight, record.original_bytes)
+    assert expected.left == record.left
+
+
+def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (("slimlm.pipeline", "refuse_weights"), ("slimlm.pipeline", "calibration_windows")):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
+    monkeypatch.setattr(StreamedModel, "_put", lambda *_: pytest.fail("a weight was read"))
+    found = estimate(llama_folder, recipe="absmax", samples=3, length=32)
+    assert found.tokens == 96 and found.total_seconds is not None and found.total_seconds > 0
+
+
+def test_stages_and_inputs_are_those_of_the_model(llama_folder: Path) -> None:
+    job = job_of(llama_folder, "best")
+    names = [[name.rpartition(".")[2] for name in stage] for stage in job.stages]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    first = next(iter(job.blocks))
+    assert job.inputs == [[job.shapes[f"{first}.{stage[0]}"][1]] for stage in job.stages]
+
+
+def job_of(folder: Path, recipe: str, samples: int = 8, length: int = 32) -> Job:
+    dense = open_streamed(str(folder), folder / "none", pytest.fail)
+    asked = Asked(str(folder), open_recipe(recipe), None, "size", Calibration(samples=samples, length=length), "cpu", None)
+    ends = ends_of(dense.model, asked.recipe.embedding_bits)
+    return Job(dense, blocks_of(dense.model), asked.recipe, ends, {}, samples, length)
+
+
+def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
+    slim, best = job_of(llama_folder, "slim"), job_of(llama_folder, "best")
+    assert best.copies == best.streams == 2 and slim.copies == slim.streams == 1
+    assert best.held_bytes == 2 * slim.held_bytes == 2 * 8 * 32 * best.width * 4
+    assert job_of(llama_folder, "best-matched").held_bytes == 3 * slim.held_bytes
+    assert best.least_bytes > 2 * best.block_bytes > slim.least_bytes == slim.block_bytes
+    more = job_of(llama_folder, "slim", samples=80)
+    assert more.disk_bytes >= slim.disk_bytes + 72 * 32 * slim.width * 4
+    assert more.block_bytes == slim.block_bytes

@@ -26,6 +26,7 @@ from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
     read_config,
+    refuse_foreign_code,
     refuse_missing,
     refuse_quantized,
     weights_folder,
@@ -33,7 +34,7 @@ from slimlm.models.opening import (
     words_of,
 )
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import write_tensors
+from slimlm.storage.streams import is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
 Tell = Callable[[str], None]
@@ -140,6 +141,7 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     """
     config = read_config(source)
     refuse_quantized(config, source)
+    refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
         files = [map_file(path) for path in safetensors_of(folder, scratch)]
@@ -171,7 +173,7 @@ def _release_of(files: list[MappedFile]) -> Release:
 def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[int, str]] | None:
     """The model with placeholders, and the name in the files by a placeholder's address; None where there is more to it."""
     given = {
-        name: _placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        name: placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in stored.items()
     }
     try:
@@ -191,7 +193,8 @@ def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[Pre
     return model.eval().requires_grad_(False), keys
 
 
-def _placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape that takes no memory."""
     return torch.zeros(1, dtype=dtype).expand(tuple(shape))
 
 
@@ -199,7 +202,7 @@ def skeleton_copy(module: nn.Module) -> nn.Module:
     """A copy of a part of a skeleton, as empty as it is: deepcopy alone would give every parameter memory of its own."""
     memo: dict[int, Any] = {}
     for tensor in module.state_dict(keep_vars=True).values():
-        empty = _placeholder(tensor.shape, tensor.dtype)
+        empty = placeholder(tensor.shape, tensor.dtype)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
 
@@ -207,7 +210,7 @@ def skeleton_copy(module: nn.Module) -> nn.Module:
 def _take(tensors: Iterable[Tensor]) -> None:
     """Leave these their shapes and nothing else."""
     for tensor in tensors:
-        tensor.data = _placeholder(tensor.shape, tensor.dtype)
+        tensor.data = placeholder(tensor.shape, tensor.dtype)
 
 
 def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None) -> StreamedModel:
@@ -244,10 +247,10 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged ({error}); download it again") from error
     for name in names:
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise ModelError(f"{index} names a weight file outside the folder: {name!r}")
         if not (index.parent / name).is_file():
             raise ModelError(f"{index.parent / name} is missing, which the index names; download the model again")

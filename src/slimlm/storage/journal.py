@@ -30,7 +30,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import NEW, check_sum, sha256_of, write_stream, write_tensors, written
+from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, write_stream, write_tensors, written
 
 FORMAT = 1
 INSIDE = "slimlm.partial"
@@ -249,7 +249,7 @@ class Journal:
             self._check(about)
 
     def _check(self, about: dict[str, str]) -> None:
-        if Path(about["file"]).name != about["file"]:
+        if not is_plain_name(about["file"]):
             raise self._damaged(f"it names a file outside its folder: {about['file']!r}")
         try:
             check_sum(self.folder / about["file"], about["sha256"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibrate import Flow
+from slimlm.calibrate import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.embedding import Ends, compress_ends
 from slimlm.evaluate.perplexity import few_of, perplexity, perplexity_of
@@ -148,15 +148,18 @@ def verify(
     few = few_of(windows[: len(flow.hidden[0])], dense.model.get_input_embeddings().num_embeddings)
     reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
     here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
-    outputs, logits = _outputs(reloaded.assembled(device), list(blocks)[-1], few)
+    original = StoredModel(dense.model, dense.weights, dense.release).assembled(device)
+    # The blocks were compressed on what the original embedding gives them.
+    places = {name: original.get_submodule(name) for name in blocks}
+    first = next(first_inputs(original, places, few)) if contents.embeddings else None
+    outputs, logits = _outputs(reloaded.assembled(device, first=first), list(blocks)[-1], few)
     given = flow.hidden[0][: len(few), : few.shape[1]]
     _refuse_different("the outputs of the blocks that were", outputs[0] if isinstance(outputs, tuple) else outputs, given)
-    in_memory = here.assembled(last=given, in_tuple=isinstance(outputs, tuple))
+    in_memory = here.behind((given,) if isinstance(outputs, tuple) else given)
     with torch.no_grad():
         _refuse_different("the logits of the model that was", logits, in_memory(few, use_cache=False).logits)
-    after = perplexity_of(logits, few)
-    before = perplexity(StoredModel(dense.model, dense.weights, dense.release).assembled(device), few)
-    return Compared(before.value, after.value, after.tokens)
+    after = perplexity_of(logits, few) if first is None else perplexity(reloaded.assembled(device), few)
+    return Compared(perplexity(original, few).value, after.value, after.tokens)
 
 
 def _outputs(model: nn.Module, last: str, ids: Tensor) -> tuple[Any, Tensor]:

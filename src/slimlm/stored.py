@@ -22,6 +22,8 @@ from slimlm.runtime.linear import CompressedLinear
 from slimlm.streaming import skeleton_copy
 
 _CPU = torch.device("cpu")
+_Way = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""From a block's arguments to its output."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,32 @@ class StoredModel:
         self.release(tensor for full, tensor in self.tensors.items() if full.startswith(f"{name}."))
         return sent_to(output, _CPU)
 
-    def assembled(self, device: torch.device = _CPU, last: Tensor | None = None, *, in_tuple: bool = False) -> PreTrainedModel:
+    def assembled(self, device: torch.device = _CPU, *, first: Tensor | None = None) -> PreTrainedModel:
         """A model that makes each block, on the device, when its turn comes, and computes in float32.
 
-        last: in place of what the last block would give `[windows, length, width]`, to run nothing but what is behind it;
-        in_tuple: whether this model's blocks give their outputs in a tuple.
+        first: in place of what the first block would be given `[windows, length, width]`.
         """
+
+        def run_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return self._run(name, device, (first, *args[1:]), kwargs)
+            return self._run(name, device, args, {**kwargs, "hidden_states": first})
+
+        names = list(blocks_of(self.skeleton))
+        ways: dict[str, _Way] = {name: partial(self._run, name, device) for name in names}
+        if first is not None:
+            ways[names[0]] = partial(run_first, names[0])
+        return self._around(ways)
+
+    def behind(self, output: Any) -> PreTrainedModel:
+        """A model whose blocks do nothing, and whose last gives this output: what follows it is computed in float32."""
+        return self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: output))
+
+    def _around(self, ways: dict[str, _Way]) -> PreTrainedModel:
         model = skeleton_copy(self.skeleton)
         assert isinstance(model, PreTrainedModel)
-        for name, shown in blocks_of(self.skeleton).items():
-            if last is None:
-                swap(model, name, _InPlace(shown, partial(self._run, name, device)))
-            else:
-                swap(model, name, _InPlace(shown, lambda *_: (last,) if in_tuple else last))
+        for name, way in ways.items():
+            swap(model, name, _InPlace(self.skeleton.get_submodule(name), way))
         self._put_compressed(model, "")
         self._put_others(model, "")
         widen_activations(model)
@@ -122,7 +137,7 @@ class StoredModel:
 class _InPlace(nn.Module):
     """Stands where a block was. What a decoder asks of its blocks beside running them, the skeleton's block answers."""
 
-    def __init__(self, shown: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def __init__(self, shown: nn.Module, run: _Way) -> None:
         super().__init__()
         # In a tuple, so that the block does not become a part of this module.
         self._shown, self._run = (shown,), run

@@ -1,14 +1,15 @@
 """Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`.
 
 Each takes one of a few small checkpoints, spoils a file (bytes, or values and keys of its JSON; of weight files the header, the
-length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and goes
-through load, a forward pass, inspect and verify. Allowed are success and errors of slimlm's own tree. Not allowed: other errors,
-over ten seconds of processor time, memory beyond a multiple of the files' size, a dead process. The same seed gives the same
-damage.
+length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and
+goes through load, a forward pass, inspect and verify. Allowed are success and errors of slimlm's own tree. Not allowed: other
+errors, over ten seconds of processor time, memory beyond a multiple of the files' size, a dead process. The same seed gives
+the same damage.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -50,7 +51,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 32,
@@ -89,7 +90,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
         with (
             mock.patch.object(checkpoint, "_SHARD_SIZE", shard),
             # The tokenizer knows 256 tokens, the model 64.
-            mock.patch("slimlm.pipeline.calibration_windows", lambda *_: windows),
+            mock.patch("slimlm.pipeline.calibration_windows", mock.Mock(return_value=windows)),
         ):
             slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -103,10 +104,11 @@ def make_bases(folder: Path) -> dict[str, Path]:
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 5, 7, 255, 2**16, 2**31, 2**40, 2**63, -(2**63), 10**30, 0.5, 1e308, -0.0, float("nan"),
-    "", "x", "x" * 300, "../../elsewhere", "/etc/passwd", "float16", "float64", "uint8", "int64", "complex64", "U8", "F64", "2:4",
-    "4:2", "0:0", "1:1", "0.9", "row", "tensor", "uniform", "pruned", "low_rank", "plain", "codebook", "slimlm", "gpt2", "llama",
-    "mixtral", "model.embed_tokens", "lm_head", "weight", [], [0], [1, 1], [2**40, 2**40], [-1, 4], [16, 16], {}, {"a": 1}, [[]],
+    None, True, False, -1, 0, 1, 2, 3, 5, 7, 255, 2**16, 2**31, 2**40, 2**63, -(2**63), 10**30, 0.5, 1e308, -0.0,
+    float("nan"), "", "x", "x" * 300, "../../elsewhere", "/etc/passwd", "float16", "float64", "uint8", "int64",
+    "complex64", "U8", "F64", "2:4", "4:2", "0:0", "1:1", "0.9", "row", "tensor", "uniform", "pruned", "low_rank",
+    "plain", "codebook", "slimlm", "gpt2", "llama", "mixtral", "model.embed_tokens", "lm_head", "weight",
+    [], [0], [1, 1], [2**40, 2**40], [-1, 4], [16, 16], {}, {"a": 1}, [[]],
 ]  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def damage_json(data: Any, draw: random.Random) -> Any:
         elif way == 2 and isinstance(value, str):
             owner[key] = value[: len(value) // 2] + draw.choice(["", "x", "/", "..", ".", "\0", "é"]) + value[len(value) // 2 :]
         elif way == 3:
-            owner[key] = draw.choice(places)[1]
+            owner[key] = copy.deepcopy(draw.choice(places)[1])
         elif way == 4 and isinstance(owner, dict):
             owner[draw.choice([*(str(step[-1]) for step, _ in places), "x", "", "attn_implementation", "auto_map"])] = value
         elif way == 5 and isinstance(owner, list):
@@ -264,7 +266,7 @@ VERBS: dict[str, Callable[[Path], None]] = {"load": load, "inspect": inspect, "v
 
 
 def outcome(verb: Callable[[Path], None], folder: Path) -> tuple[str, str]:
-    """"fine", "refused" or what went wrong, and the traceback of that."""
+    """ "fine", "refused" or what went wrong, and the traceback of that."""
     try:
         verb(folder)
     except SlimlmError as error:
@@ -314,7 +316,9 @@ def run(bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> 
                 # Whatever libraries load at the first use of all.
                 before += grown // 1024
             elif grown > GROWTH:
-                failures.append({"number": number, "verb": "all", "damage": what, "found": "too much memory", "told": str(grown)})
+                failures.append(
+                    {"number": number, "verb": "all", "damage": what, "found": "too much memory", "told": str(grown)}
+                )
                 before += grown // 1024
     return {"tried": count, "counts": dict(sorted(counts.items())), "failures": failures, "grown_bytes": grown}
 

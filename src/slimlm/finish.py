@@ -121,10 +121,10 @@ def verify(
     windows: Tensor,
     device: torch.device,
 ) -> Compared:
-    """The folder is sound and opens as a user would open it, and the model read back from it gives the logits of that in memory.
+    """The folder is sound and opens as a user would open it, and the model read back gives the logits of that in memory.
 
-    flow: the outputs of the last block in memory. Logits are those of a few of the `windows`, which the blocks that are read back
-    go through one after another; so do the dense ones, for the perplexity before and after, which is returned. Raises
+    flow: the outputs of the last block in memory. Logits are those of a few of the `windows`, which go through the blocks that
+    are read back one after another, and through the dense ones, for the perplexity before and after, which is returned. Raises
     CheckpointError where anything differs, NumericsError where logits hold NaN.
     """
     check_folder(folder).raise_if_unsound()

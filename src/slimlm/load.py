@@ -86,7 +86,7 @@ def load(
         stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
         packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
         empty = empty_model(folder, {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored)
-        if wrong := next(misfits(empty, about, stored, ()), None):
+        if wrong := next(misfits(empty, about, stored), None):
             raise CheckpointError(f"{source} does not fit its own description: {wrong}")
         model, info = _filled(folder, empty, packed, _widened(stored, dtype, release), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -10,6 +10,8 @@ Old .bin files are converted to safetensors first, one at a time, and only read 
 import copy
 import json
 import pickle
+import pickletools
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.models.opening import (
@@ -33,6 +35,7 @@ from slimlm.models.opening import (
     without_bars,
     words_of,
 )
+from slimlm.models.skeleton import empty_model
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import is_plain_name, write_tensors
 
@@ -177,9 +180,7 @@ def _skeleton(source: str, folder: Path, stored: dict[str, Tensor]) -> tuple[Pre
         for name, tensor in stored.items()
     }
     try:
-        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with without_bars(), torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+        empty = empty_model(folder, stored)
         with without_bars():
             model, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
@@ -272,7 +273,32 @@ def safetensors_of(folder: Path, scratch: Path) -> list[Path]:
     return files
 
 
+def _refuse_larger_inside(path: Path) -> None:
+    """Raise ModelError where a .bin file speaks of more bytes than it has, before torch makes room for them.
+
+    Torch stores what its archives hold as it is; files of torch before 1.6 begin with pickles, the fourth of which gives sizes.
+    """
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                odd = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.file_size > size]
+                odd += [name for name in archive.namelist() if name.startswith("/") or ".." in name.split("/")]
+        else:
+            with path.open("rb") as file:
+                pickles = [list(pickletools.genops(file)) for _ in range(4)]
+            odd = [str(number) for _, number, _ in pickles[-1] if isinstance(number, int) and number > size]
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise ModelError(f"{path} is damaged, or no file of torch's ({words_of(error)}); download it again") from error
+    if odd:
+        raise ModelError(
+            f"{path} holds what torch does not write ({odd[0]}): more than the file has room for, packed, or outside of it. "
+            "It is not opened; download it again, or convert the model to safetensors"
+        )
+
+
 def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
+    _refuse_larger_inside(path)
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

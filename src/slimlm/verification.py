@@ -1,9 +1,9 @@
 """Is a checkpoint what it says it is? From its folder alone, a tensor and a block at a time.
 
 Every shard and every tensor against its recorded SHA-256, the index against the shards, every packed layer against its
-description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against both;
-and then the model runs, block by block, on a few tokens or on a text. What must match the model in memory while it is compressed
-is compared in slimlm.finish.
+description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against
+both; and then the model runs, block by block, on a few tokens or on a text. What must match the model in memory while it is
+compressed is compared in slimlm.finish.
 """
 
 import dataclasses
@@ -82,9 +82,9 @@ class Verified:
 def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
     """Check everything that can be known of a checkpoint from its folder; see the top of this file.
 
-    windows: token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens. device: where blocks
-    run. Raises CheckpointError where the folder is no checkpoint, or so damaged that there is nothing to go through; all else
-    is told in `problems`.
+    windows: token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens. device: where
+    blocks run. Raises CheckpointError where the folder is no checkpoint, or so damaged that there is nothing to go through; all
+    else is told in `problems`.
     """
     folder = Path(folder)
     record = checkpoint.read_record(folder)
@@ -106,7 +106,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         empty = empty_model(folder, stored)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
-    problems += misfits(empty, about, others, ())
+    problems += misfits(empty, about, others)
     linears = linears_of(empty)
     left = tuple(name for name in linears if name not in about["layers"])
     rows, notes = _rows(record)
@@ -118,7 +118,9 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        found = _run(StoredModel(_skeleton(empty), stored, release, about["layers"], about.get("embeddings", {})), windows, device)
+        found = _run(
+            StoredModel(_skeleton(empty), stored, release, about["layers"], about.get("embeddings", {})), windows, device
+        )
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
     compared = None if rows is None or rows.perplexity is None else dataclasses.asdict(rows.perplexity)
@@ -228,7 +230,9 @@ def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Ite
 def _skeleton(empty: PreTrainedModel) -> PreTrainedModel:
     """The dense model with placeholders, whose tables are computed."""
     config = empty.config
-    given = {name: placeholder(t.shape, torch.float32 if t.is_floating_point() else t.dtype) for name, t in empty.state_dict().items()}
+    given = {}
+    for name, tensor in empty.state_dict().items():
+        given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with without_bars():

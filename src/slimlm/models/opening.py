@@ -176,14 +176,14 @@ def refuse_foreign_code(config: dict[str, Any], source: str) -> None:
         found = ", ".join(f"{k}: {v}" for k, v in named.items()) if isinstance(named, dict) else repr(named)
         raise ModelError(
             f"{source} comes with Python code of its own (auto_map: {found}), and transformers knows no model_type {kind!r}. "
-            "slimlm runs no code that comes with a model. What works: a model whose model_type this transformers knows (a newer "
-            "one may know it), or the same weights converted to such a model, whose config has no auto_map"
+            "slimlm runs no code that comes with a model. What works: a model whose model_type this transformers knows (a "
+            "newer one may know it), or the same weights converted to such a model, whose config has no auto_map"
         )
     for key, value in config.items():
         if key.removeprefix("_") in _IMPLEMENTATIONS and _names_repository(value):
             raise ModelError(
-                f"the config of {source} says {key} = {value!r}, which would fetch code from the hub and run it; slimlm does not. "
-                f"Take {key} out of config.json: transformers then uses its own"
+                f"the config of {source} says {key} = {value!r}, which would fetch code from the hub and run it; slimlm does "
+                f"not. Take {key} out of config.json: transformers then uses its own"
             )
     for inner in config.values():
         if isinstance(inner, dict):

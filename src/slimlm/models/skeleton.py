@@ -3,7 +3,7 @@
 Both come before any tensor is read or made: a config says in a few bytes what would take any amount of memory and time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from slimlm.models.structure import LINEAR_KINDS, weight_of
 _COUNTS = ("num_hidden_layers", "num_layers", "num_local_experts", "num_experts", "n_routed_experts")
 """Of modules that a model of this config has, as configs call them; each has a tensor at least, or a row of one."""
 _SPARE = 2**26
-"""Bytes that tables which a model computes for itself may take, beside sixteen times those of its tensors."""
+"""Bytes that tables which a model computes for itself may take, beside sixteen times those of its tensors; weights that a model
+may have, beside eight for each of those bytes."""
 
 
 def empty_model(folder: Path, stored: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -46,6 +47,9 @@ def empty_model(folder: Path, stored: Mapping[str, Tensor]) -> PreTrainedModel:
     state = set(model.state_dict())
     computed = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in state)
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights > 8 * size + _SPARE:
+        raise ModelError(f"the config in {folder} asks for {weights} weights, and its tensors have {size} bytes")
     if computed > 16 * size + _SPARE:
         raise ModelError(f"the config in {folder} asks for tables of {computed} bytes beside tensors of {size} bytes")
     return model
@@ -56,11 +60,10 @@ def _inner_configs(config: Any) -> list[Any]:
     return [inner for name in names if (inner := getattr(config, name, None)) is not None]
 
 
-def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Tensor], packed: Iterable[str]) -> Iterator[str]:
+def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Iterator[str]:
     """What keeps tensors from being this empty model's, in words: each names the layer or tensor.
 
-    about: layers and embeddings as a checkpoint's `quantization_config` describes them; none for a dense model. packed: the full
-    names of their tensors.
+    about: layers and embeddings as a checkpoint's `quantization_config` describes them. stored: all tensors but theirs.
     """
     layers, embeddings = about.get("layers", {}), about.get("embeddings", {})
     modules = dict(model.named_modules())
@@ -90,7 +93,7 @@ def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Ten
                 yield f"{name} is stored with the shape {list(stored[name].shape)}; the model's is {list(state[name].shape)}"
             elif stored[name].is_floating_point() != state[name].is_floating_point():
                 yield f"{name} is stored as {stored[name].dtype}; the model's is {state[name].dtype}"
-    known = {name for own in names.values() for name in own} | set(packed)
+    known = {name for own in names.values() for name in own}
     for name in stored:
         if name not in known:
             yield f"{name} is left over: it is stored, and nothing in the model or its description takes it"

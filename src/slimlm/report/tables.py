@@ -159,7 +159,10 @@ def verified_table(found: dict[str, Any]) -> Table:
     named = f", {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "") if left else ""
     rows = [
         ("folder", found["folder"]),
-        ("tensors", f"{found['tensors']} in {found['shards']} files, {size(found['bytes'])}; checksums of {found['checksums']}"),
+        (
+            "tensors",
+            f"{found['tensors']} in {found['shards']} files, {size(found['bytes'])}; checksums of {found['checksums']}",
+        ),
         ("linear layers", f"{found['compressed']} compressed, {len(left)} left dense{named}"),
     ]
     if found["embeddings"]:

@@ -132,8 +132,9 @@ def _give_usual_permissions(folder: Path) -> None:
 def write_weights(
     folder: Path, tensors: dict[str, Tensor], release: Callable[[Iterable[Tensor]], Any] = lambda _: None
 ) -> Files:
-    """Write the shards; of tensors that share memory (tied ones) the first is stored. Gives sizes and checksums of what is written.
+    """Write the shards; of tensors that share memory (tied ones) the first is stored.
 
+    Gives sizes and checksums of what was written.
     release: told of each tensor once it is written, so that one that is a view of a file need not stay in memory.
     """
     first: dict[int, str] = {}

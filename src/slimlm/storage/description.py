@@ -37,7 +37,8 @@ class _Expected:
 
 def check_description(about: dict[str, Any], where: object) -> None:
     """Raise CheckpointError where a `quantization_config` does not describe layers and embeddings that can be."""
-    layers, embeddings = about.get("layers"), about.get("embeddings", {})
+    layers: Any = about.get("layers")
+    embeddings: Any = about.get("embeddings", {})
     for kind, entries in (("layers", layers), ("embeddings", embeddings)):
         if not isinstance(entries, dict):
             raise CheckpointError(f"{where} has no {kind} by name in its quantization_config; the checkpoint is damaged")
@@ -46,7 +47,9 @@ def check_description(about: dict[str, Any], where: object) -> None:
                 _check_entry(entry, embeddings if kind == "layers" else None)
                 _refuse_if(not name or "" in name.split("."), "this is no name of a module")
             except _UnsoundError as error:
-                raise CheckpointError(f"{where} does not describe {name!r} soundly: {error}; the checkpoint is damaged") from None
+                raise CheckpointError(
+                    f"{where} does not describe {name!r} soundly: {error}; the checkpoint is damaged"
+                ) from None
     if twice := sorted(set(layers) & set(embeddings)):
         raise CheckpointError(f"{where} describes {twice[0]!r} both as a layer and as an embedding; the checkpoint is damaged")
 
@@ -158,7 +161,7 @@ def _of_elements(about: Any, shape: tuple[int, int], *, masked: bool) -> Iterato
 
 
 def _shape(found: Any) -> tuple[int, int]:
-    fits = isinstance(found, list) and len(found) == 2 and all(_is_count(n) and 1 <= n for n in found)
+    fits = isinstance(found, list) and len(found) == 2 and all(_is_count(n) and n >= 1 for n in found)
     _refuse_if(not fits, f"its shape is {found!r}, not two numbers of at least 1")
     return found[0], found[1]
 

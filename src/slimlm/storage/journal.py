@@ -141,6 +141,7 @@ class Journal:
         about = self.notes.get(key)
         if about is None:
             return None
+        self._check(about)
         return map_file(self.folder / about["file"]).tensors[key].clone()
 
     def put_inputs(self, streams: Mapping[str, Iterable[Tensor]], count: int) -> dict[str, Sequence[Tensor]]:

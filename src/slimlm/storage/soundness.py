@@ -19,7 +19,7 @@ _BYTES_AT_ONCE = 2**22
 
 
 def faults(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with the tensors of one entry of a `quantization_config`, by name `[...]`, in words; nothing: all is well."""
+    """What is wrong with the tensors of one entry of a `quantization_config`, given by name, in words."""
     out, width = entry["shape"]
     for i, about in enumerate(entry["parts"]):
         own = under(prefix := "weight" if i == 0 else f"extra{i}", tensors)
@@ -73,7 +73,7 @@ def _of_padding(where: str, packed: Tensor, used: int) -> Iterator[str]:
 
 
 def _of_mask(where: str, pattern: Pattern, packed: Tensor, width: int) -> Iterator[str]:
-    """n of every m inputs stay, or, where a share of each row was dropped, as many in every row; packed uint8 `[out, bytes]`."""
+    """n of every m inputs stay, or, where a share was dropped, as many in every row; packed uint8 `[out, bytes]`."""
     size, kept = (pattern.of, pattern.kept) if pattern.of else (width, int(bitstream.unpack(packed[:1], 1, width).sum()))
     wrong, first, done = 0, "", 0
     for piece in packed.split(max(1, _BYTES_AT_ONCE // max(1, packed.shape[1]))):

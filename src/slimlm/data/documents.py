@@ -103,7 +103,7 @@ def _of_parquet(path: Path) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 yield _text_of(text, f"{path}, row {number}")
                 number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged at row {number}: {error}") from error
 
 

@@ -20,6 +20,7 @@ from slimlm.embedding import Ends, compress_ends
 from slimlm.evaluate.perplexity import few_of, perplexity, perplexity_of
 from slimlm.evaluate.results import Compared, LayerRecord
 from slimlm.load import load
+from slimlm.models.structure import vocabulary_size
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
@@ -145,7 +146,7 @@ def verify(
             raise CheckpointError(f"verification failed: {name} reads back different from what was written")
         contents.release([tensor])
         release([theirs])
-    few = few_of(windows[: len(flow.hidden[0])], dense.model.get_input_embeddings().num_embeddings)
+    few = few_of(windows[: len(flow.hidden[0])], vocabulary_size(dense.model))
     reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
     here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
     original = StoredModel(dense.model, dense.weights, dense.release).assembled(device)

@@ -24,7 +24,7 @@ from slimlm.evaluate.results import Record, explosion
 from slimlm.load import read_description, refuse_other, take
 from slimlm.models.opening import without_bars, words_of
 from slimlm.models.skeleton import empty_model, misfits
-from slimlm.models.structure import linears_of
+from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.storage import checkpoint
 from slimlm.storage.description import own_entries, packed_names
 from slimlm.storage.mapping import MappedFile, map_file
@@ -247,9 +247,8 @@ def _run(model: StoredModel, windows: Tensor | None, device: torch.device) -> Pe
         assembled = model.assembled(device)
         if windows is not None:
             return perplexity(assembled, windows)
-        vocabulary = model.skeleton.get_input_embeddings().num_embeddings
         with torch.no_grad():
-            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary, use_cache=False).logits
+            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.skeleton), use_cache=False).logits
     except NumericsError as error:
         return str(error)
     return None if bool(logits.isfinite().all()) else "the model's logits hold NaN or infinity"

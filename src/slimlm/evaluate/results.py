@@ -56,7 +56,7 @@ class Compared:
 
 
 _EXPLODED = 2.0
-"""By what factor a perplexity grows that is warned of: 0.69 nats a token. The recipes lose a few hundredths at 4 bits."""
+"""By what factor a perplexity grows that is warned of: 0.69 nats a token."""
 
 
 @dataclass(frozen=True)

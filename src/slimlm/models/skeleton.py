@@ -15,8 +15,10 @@ from slimlm.core.errors import ModelError
 from slimlm.models.opening import read_config, refuse_foreign_code, without_bars, words_of
 from slimlm.models.structure import LINEAR_KINDS, weight_of
 
-_COUNTS = ("num_hidden_layers", "num_layers", "num_local_experts", "num_experts", "n_routed_experts")
-"""Of modules that a model of this config has, as configs call them; each has a tensor at least, or a row of one."""
+_BLOCKS = ("num_hidden_layers", "num_layers")
+"""What configs call the number of blocks, each of which has a tensor at least."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Likewise of experts, each of which has a row of a tensor at least."""
 _SPARE = 2**26
 """Bytes that tables which a model computes for itself may take, beside sixteen times those of its tensors; weights that a model
 may have, beside eight for each of those bytes."""
@@ -33,10 +35,12 @@ def empty_model(folder: Path, stored: Mapping[str, Tensor]) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for own in (config, *_inner_configs(config)):
-            for name in _COUNTS:
+            for name, most in (*dict.fromkeys(_BLOCKS, len(stored)).items(), *dict.fromkeys(_EXPERTS, rows).items()):
                 count = getattr(own, name, None)
-                if isinstance(count, int) and count > rows:
-                    raise ModelError(f"{folder} has tensors of {rows} rows in all, and its config says {name} = {count}")
+                if isinstance(count, int) and count > most:
+                    raise ModelError(
+                        f"{folder} has {len(stored)} tensors of {rows} rows in all, and its config says {name} = {count}"
+                    )
         with without_bars(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ModelError:

@@ -162,6 +162,16 @@ def test_a_description_that_cannot_be_is_refused_by_load_inspect_and_verify(
         slimlm.verify(copy)
 
 
+@pytest.mark.parametrize("kind", ["layers", "embeddings"])
+def test_layers_and_embeddings_that_have_no_names_are_refused(copy: Path, kind: str) -> None:
+    described(copy, tied_to="model.embed_tokens")
+    about = json.loads((copy / "config.json").read_text())["quantization_config"]
+    configure(copy, quantization_config={**about, kind: []})
+    for opening in (slimlm.load, slimlm.verify):
+        with pytest.raises(CheckpointError, match=f"has no {kind} by name"):
+            opening(copy)
+
+
 def as_bin(folder: Path, *, zipped: bool) -> Path:
     torch.save(load_file(folder / "model.safetensors"), folder / "m.bin", _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()

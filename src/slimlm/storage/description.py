@@ -39,9 +39,11 @@ def check_description(about: dict[str, Any], where: object) -> None:
     """Raise CheckpointError where a `quantization_config` does not describe layers and embeddings that can be."""
     layers: Any = about.get("layers")
     embeddings: Any = about.get("embeddings", {})
-    for kind, entries in (("layers", layers), ("embeddings", embeddings)):
+    both = (("layers", layers), ("embeddings", embeddings))
+    for kind, entries in both:
         if not isinstance(entries, dict):
             raise CheckpointError(f"{where} has no {kind} by name in its quantization_config; the checkpoint is damaged")
+    for kind, entries in both:
         for name, entry in entries.items():
             try:
                 _check_entry(entry, embeddings if kind == "layers" else None)

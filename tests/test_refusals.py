@@ -63,7 +63,7 @@ def recipe_file(folder: Path, text: str) -> Path:
     return path
 
 
-VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "methods", "demo", "doctor"]
+VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "demo", "doctor"]
 
 
 def test_the_verbs_are_these() -> None:

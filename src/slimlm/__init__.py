@@ -13,6 +13,18 @@ from slimlm.load import load
 from slimlm.pipeline import Result, compress, estimate
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.use import use_kernels
+from slimlm.verification import Verified, verify
 
 __version__ = version("slimlm")
-__all__ = ["Recipe", "Result", "SlimlmError", "compress", "estimate", "load", "open_recipe", "use_kernels"]
+__all__ = [
+    "Recipe",
+    "Result",
+    "SlimlmError",
+    "Verified",
+    "compress",
+    "estimate",
+    "load",
+    "open_recipe",
+    "use_kernels",
+    "verify",
+]

@@ -165,19 +165,20 @@ def run_through(block: nn.Module, name: str, flow: Flow, device: torch.device) -
 def _forward(block: nn.Module, name: str, flow: Flow, hidden: Tensor, device: torch.device) -> Any:
     args, kwargs = flow.arguments[name, len(hidden)]
     moved = hidden.to(device)
-    args = tuple(_to(a, device) for a in args)
-    kwargs = {key: _to(value, device) for key, value in kwargs.items()}
+    args = tuple(sent_to(a, device) for a in args)
+    kwargs = {key: sent_to(value, device) for key, value in kwargs.items()}
     with torch.no_grad():
         return block(moved, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": moved})
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def sent_to(value: Any, device: torch.device) -> Any:
+    """Arguments or outputs with every tensor in them on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(sent_to(v, device) for v in value)
     if isinstance(value, dict):
-        return {key: _to(v, device) for key, v in value.items()}
+        return {key: sent_to(v, device) for key, v in value.items()}
     return value
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from slimlm import demo as demonstration
 from slimlm import doctor as diagnosis
 from slimlm.core import registry
-from slimlm.core.errors import DataError, KernelError, RecipeError, SlimlmError
+from slimlm.core.errors import CheckpointError, DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
@@ -34,7 +34,8 @@ from slimlm.evaluate.results import Record
 from slimlm.events import Event, Observer
 from slimlm.generation import Pieces, end_tokens, room_for
 from slimlm.generation import generate as generate_tokens
-from slimlm.models.opening import read_config
+from slimlm.load import read_description
+from slimlm.models.opening import open_tokenizer, read_config
 from slimlm.models.structure import context_length
 from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
 from slimlm.pipeline import compress as compress_model
@@ -53,11 +54,13 @@ from slimlm.report.tables import (
     plan_words,
     size,
     summary_table,
+    verified_table,
 )
 from slimlm.runtime.choose import Kernels
 from slimlm.runtime.use import prefer_fast, prospect
 from slimlm.runtime.use import words as kernel_words
 from slimlm.storage import checkpoint
+from slimlm.verification import verify as verify_folder
 
 app = typer.Typer(
     name="slimlm",
@@ -286,7 +289,7 @@ def _tell_kernels(opened: OpenModel) -> None:
 
 def _prospect(folder: Path) -> str:
     """Who would multiply a checkpoint's layers here."""
-    return prospect([about["parts"] for about in read_config(str(folder))["quantization_config"]["layers"].values()])
+    return prospect([about["parts"] for about in read_description(folder)["layers"].values()])
 
 
 @app.command(name="eval")
@@ -479,9 +482,49 @@ def inspect_(
         _print_json({**data, "kernels": kernels})
         return
     record = Record.from_dict(data)
-    output.print(layers_table(record))
+    try:
+        tables = layers_table(record), summary_table(record, kernels)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"the record of {out} is damaged: {error!r}") from error
+    output.print(tables[0])
     output.print()
-    output.print(summary_table(record, kernels))
+    output.print(tables[1])
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Compressed folder.")],
+    text: Annotated[
+        str | None, typer.Option(help="Measure the perplexity, too: .txt, .jsonl, .parquet or folder; hub data set; stdlib.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window of the text.  [default: the model's context, at most 2048]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Stop reading the text after this many tokens.")] = 4096,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check a compressed folder from end to end: checksums, masks, scales, every layer accounted for, and that it runs."""
+    windows = None if text is None else _windows_for(out, text, length, max_tokens)
+    found = verify_folder(out, windows, device=pick_device(device))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        output.print(verified_table(found.to_dict()))
+    found.raise_if_unsound()
+
+
+def _windows_for(out: Path, text: str, length: int | None, max_tokens: int) -> torch.Tensor:
+    """Token windows of a text for a checkpoint that is not opened."""
+    checkpoint.read_record(out)
+    if (tokenizer := open_tokenizer(str(out))) is None:
+        raise DataError(f"{out} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
+    context = read_config(str(out)).get("max_position_embeddings")
+    limit = context if isinstance(context, int) and context > 1 else 2048
+    if length is not None and length > limit:
+        raise DataError(f"--length {length} is more than the model's context of {limit} tokens")
+    tokens = token_stream(tokenizer, documents(text, "evaluation"), at_most=max_tokens)
+    return windows_of(tokens, length or min(limit, 2048, len(tokens)), source=text)
 
 
 @app.command()

@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibrate import Flow, first_inputs, run
+from slimlm.calibrate import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.embedding import Ends, compress_ends
-from slimlm.evaluate.results import LayerRecord
+from slimlm.evaluate.perplexity import few_of, perplexity, perplexity_of
+from slimlm.evaluate.results import Compared, LayerRecord
 from slimlm.load import load
-from slimlm.models.structure import swap
+from slimlm.models.structure import vocabulary_size
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import map_file
+from slimlm.stored import StoredModel
 from slimlm.streaming import StreamedModel, skeleton_copy
+from slimlm.verification import verify as check_folder
 
 _TOLERANCE = 1e-4
-"""By how much of their size the last block's outputs may differ between the blocks in memory and those read back."""
+"""By how much of their size the last block's outputs, and the logits, may differ between the model in memory and the one read
+back."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,9 @@ def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, Compre
     return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 
-def write(folder: Path, dense: StreamedModel, contents: Contents) -> None:
-    """Write weights, config and tokenizer."""
-    checkpoint.write_weights(folder, contents.tensors, contents.release)
+def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
+    """Write weights, config and tokenizer; gives the sizes and checksums of the weights."""
+    files = checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
     if dense.tokenizer is not None:
         try:
@@ -112,6 +116,7 @@ def write(folder: Path, dense: StreamedModel, contents: Contents) -> None:
             raise OSError(f"the tokenizer cannot be written: {error}") from error
     if (dense.folder / "generation_config.json").is_file():
         shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
+    return files
 
 
 def verify(
@@ -122,53 +127,61 @@ def verify(
     flow: Flow,
     windows: Tensor,
     device: torch.device,
-) -> None:
-    """The folder opens as a user would open it, its tensors are those that were to be written, and its blocks do what they did.
+) -> Compared:
+    """The folder is sound and opens as a user would open it, and the model read back gives the logits of that in memory.
 
-    flow: the outputs of the last block in memory. The blocks are read back one after another and run on the first batch of
-    `windows`; what lies behind them is equal because its tensors are.
+    flow: the outputs of the last block in memory. Logits are those of a few of the `windows`, which go through the blocks that
+    are read back one after another, and through the dense ones, for the perplexity before and after, which is returned. Raises
+    CheckpointError where anything differs, NumericsError where logits hold NaN.
     """
-    checkpoint.verify_files(folder)
+    check_folder(folder).raise_if_unsound()
     load(folder, kernels="reference")
     files = [map_file(path) for path in checkpoint.check_files(folder)]
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+    def release(wanted: Iterable[Tensor]) -> None:
+        views = list(wanted)
+        for file in files:
+            file.release(views)
+
     written = {tensor.data_ptr(): name for name, tensor in reversed(contents.tensors.items())}
     for name, tensor in contents.tensors.items():
         theirs = stored.get(name if tensor.numel() == 0 else written[tensor.data_ptr()])
         if theirs is None or theirs.dtype != tensor.dtype or not torch.equal(tensor, theirs):
             raise CheckpointError(f"verification failed: {name} reads back different from what was written")
         contents.release([tensor])
-        for file in files:
-            file.release([theirs])
-    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["layers"]
-    expected = flow.hidden[0]
-    with dense.ends_filled(blocks):
-        hidden = next(first_inputs(dense.model, blocks, windows))
-    for name in blocks:
-        block = _read_back(dense, name, layers, stored).to(device)
-        hidden = next(run(block, name, Flow([hidden], flow.arguments), device))
-        for file in files:
-            file.release(tensor for full, tensor in stored.items() if full.startswith(f"{name}."))
-    difference = float((hidden - expected).abs().max())
+        release([theirs])
+    few = few_of(windows[: len(flow.hidden[0])], vocabulary_size(dense.model))
+    reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
+    here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
+    original = StoredModel(dense.model, dense.weights, dense.release).assembled(device)
+    # The blocks were compressed on what the original embedding gives them.
+    places = {name: original.get_submodule(name) for name in blocks}
+    first = next(first_inputs(original, places, few)) if contents.embeddings else None
+    outputs, logits = _outputs(reloaded.assembled(device, first=first), list(blocks)[-1], few)
+    given = flow.hidden[0][: len(few), : few.shape[1]]
+    _refuse_different("the outputs of the blocks that were", outputs[0] if isinstance(outputs, tuple) else outputs, given)
+    in_memory = here.behind((given,) if isinstance(outputs, tuple) else given)
+    with torch.no_grad():
+        _refuse_different("the logits of the model that was", logits, in_memory(few, use_cache=False).logits)
+    after = perplexity_of(logits, few) if first is None else perplexity(reloaded.assembled(device), few)
+    return Compared(perplexity(original, few).value, after.value, after.tokens)
+
+
+def _outputs(model: nn.Module, last: str, ids: Tensor) -> tuple[Any, Tensor]:
+    """What the block named `last` gives, and the logits."""
+    caught: list[Any] = []
+    handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
+    try:
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return caught[0], logits
+
+
+def _refuse_different(what: str, found: Tensor, expected: Tensor) -> None:
+    difference = float((found - expected).abs().max())
     if not difference < _TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise CheckpointError(
-            f"verification failed: the outputs of the blocks that were read back differ by up to {difference:.3g}"
-        )
-
-
-def _read_back(dense: StreamedModel, block_name: str, layers: dict[str, Any], stored: dict[str, Tensor]) -> nn.Module:
-    """A block in float32, of the tensors of a checkpoint and nothing else."""
-    block = skeleton_copy(dense.model.get_submodule(block_name))
-    packed = set()
-    for full, about in layers.items():
-        if full.startswith(f"{block_name}."):
-            own = {name: stored[f"{full}.{name}"] for name in about["tensors"]}
-            bias = stored[f"{full}.bias"].float() if about["bias"] else None
-            name = full.removeprefix(f"{block_name}.")
-            swap(block, name, CompressedLinear(tuple(about["shape"]), about["parts"], own, bias))
-            packed |= {f"{name}.{key}" for key in (*own, "bias")}
-    for key, tensor in block.state_dict(keep_vars=True).items():
-        if key not in packed:
-            theirs = stored[f"{block_name}.{key}"]
-            tensor.data = theirs.float() if theirs.is_floating_point() else theirs.clone()
-    return block
+        raise CheckpointError(f"verification failed: {what} read back differ by up to {difference:.3g}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -22,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimlm.core.errors import CheckpointError
 from slimlm.models.experts import take_apart
-from slimlm.models.opening import fetch, read_config, without_bars
+from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
+from slimlm.models.skeleton import empty_model, misfits
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.choose import Kernels, available
@@ -32,6 +33,7 @@ from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import multipliers, use_kernels
 from slimlm.storage import checkpoint
+from slimlm.storage.description import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
 from slimlm.storage.mapping import map_file
 
@@ -72,17 +74,10 @@ def load(
     asked for by name do not take some layer.
     """
     source = str(source)
-    about = read_config(source).get("quantization_config") or {}
-    if about.get("quant_method") != checkpoint.METHOD:
-        raise CheckpointError(
-            f"{source} is not a slimlm checkpoint (quant_method: {about.get('quant_method') or 'none'}); compress it first "
-            "with 'slimlm compress', or open a dense model with transformers"
-        )
-    checkpoint.check_format(about.get("format"), source)
+    refuse_other(source)
     try:
         folder = fetch(source)
-        about = read_config(str(folder))["quantization_config"]
-        own = {name: entry for name, entry in about["layers"].items() if "tied_to" not in entry} | about.get("embeddings", {})
+        about = read_description(folder)
         files = [map_file(path) for path in checkpoint.check_files(folder)]
 
         def release(tensors: Iterable[Tensor]) -> int:
@@ -90,8 +85,12 @@ def load(
             return sum(file.release(wanted) for file in files)
 
         stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-        packed = {name: _taken(stored, name, entry["tensors"]) for name, entry in own.items()}
-        model, info = _filled(folder, packed, _widened(stored, dtype, release), dtype)
+        packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
+        all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
+        empty = empty_model(folder, all_of_them, about.get("experts", ()))
+        if wrong := next(misfits(empty, about, stored), None):
+            raise CheckpointError(f"{source} does not fit its own description: {wrong}")
+        model, info = _filled(folder, empty, packed, _widened(stored, dtype, release), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -114,7 +113,25 @@ def load(
     return model
 
 
-def _taken(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
+def refuse_other(source: str) -> None:
+    """Raise CheckpointError where a folder or hub name is no checkpoint of slimlm's, or of a newer slimlm."""
+    about = quantization_of(read_config(source), source)
+    if about.get("quant_method") != checkpoint.METHOD:
+        raise CheckpointError(
+            f"{source} is not a slimlm checkpoint (quant_method: {about.get('quant_method') or 'none'}); compress it first "
+            "with 'slimlm compress', or open a dense model with transformers"
+        )
+    checkpoint.check_format(about.get("format"), source)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint's folder; raises CheckpointError where it does not make sense."""
+    about = quantization_of(read_config(str(folder)), str(folder))
+    check_description(about, folder)
+    return about
+
+
+def take(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
     """Take a layer's or embedding's tensors out of those stored; raises CheckpointError where they are not as described."""
     found = {}
     for name, (dtype, shape) in described.items():
@@ -145,7 +162,11 @@ def _widened(stored: dict[str, Tensor], dtype: torch.dtype | str, release: Relea
 
 
 def _filled(
-    folder: Path, packed: dict[str, dict[str, Tensor]], others: dict[str, Tensor], dtype: torch.dtype | str
+    folder: Path,
+    empty: PreTrainedModel,
+    packed: dict[str, dict[str, Tensor]],
+    others: dict[str, Tensor],
+    dtype: torch.dtype | str,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model that a folder's config describes, made of these tensors, and what transformers says of the others.
 
@@ -153,9 +174,6 @@ def _filled(
     It spends a millisecond on each tensor, of which compressed layers have several: it is given layers with one, `weight`,
     which the initialization of some models looks at.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with without_bars(), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     config, about = empty.config, dict(empty.config.quantization_config)
     layers, embeddings = about["layers"], about.get("embeddings", {})
     config.quantization_config = {**about, "layers": _short(layers), "embeddings": _short(embeddings)}

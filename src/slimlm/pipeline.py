@@ -12,7 +12,7 @@
         inputs = block(inputs)                          # now the compressed block
 
 That is slimlm.blockwise. Embedding and head follow where the recipe asks for it (slimlm.embedding). Then the packed tensors are
-written, read back, and the reloaded model's logits compared with those in memory.
+written and checked (slimlm.verification), and the reloaded model's logits compared with those in memory (slimlm.finish).
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.embedding import Ends, ends_of
-from slimlm.evaluate.results import Record, layer_from
+from slimlm.evaluate.results import Record, explosion, layer_from
 from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense, words_of
@@ -158,6 +158,8 @@ def compress(
             log.add(end_of(record))
         journal.remove()
     tell_of_starved([layer.name for layer in record.layers if POOLED in layer.notes], tell)
+    if (warning := explosion(record)) is not None:
+        tell(warning)
     spent = record.bits_per_weight
     if found is not None and found["objective"] == "size" and spent > found["asked_bits"]:
         tell(
@@ -231,13 +233,13 @@ def finished(
     )
     moving = partial(journal.note, MOVING)
     with checkpoint.written_beside(out, journal.folder / "finished", moving) as folder:
-        write(folder, dense, contents)
+        files = write(folder, dense, contents)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
-        checkpoint.write_record(folder, record.to_dict())
+        checkpoint.write_record(folder, record.to_dict(), files)
         progress(Event("verify", 0, 1))
-        verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
-        record = dataclasses.replace(record, seconds=journal.elapsed, peak_memory=peak_memory())
-        checkpoint.write_record(folder, record.to_dict())
+        compared = verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
+        record = dataclasses.replace(record, perplexity=compared, seconds=journal.elapsed, peak_memory=peak_memory())
+        checkpoint.write_record(folder, record.to_dict(), files)
     progress(Event("verify", 1, 1))
     return record
 

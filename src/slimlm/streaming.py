@@ -11,6 +11,8 @@ Old .bin files are converted to safetensors first, one at a time, and only read 
 import copy
 import json
 import pickle
+import pickletools
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.models.experts import Share, fused_in, take_apart
@@ -30,14 +32,16 @@ from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
     read_config,
+    refuse_foreign_code,
     refuse_missing,
     refuse_quantized,
     weights_folder,
     without_bars,
     words_of,
 )
+from slimlm.models.skeleton import empty_model
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import write_tensors
+from slimlm.storage.streams import is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
 Tell = Callable[[str], None]
@@ -188,6 +192,7 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     """
     config = read_config(source)
     refuse_quantized(config, source)
+    refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
         files = [map_file(path) for path in safetensors_of(folder, scratch)]
@@ -220,9 +225,7 @@ def _skeleton(
 ) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]] | None:
     """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it."""
     try:
-        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with without_bars(), torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+        empty = empty_model(folder, stored)
         stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
         given, keys = _placeholders(stored, stacks)
         with without_bars():
@@ -252,7 +255,7 @@ def _placeholders(stored: dict[str, Tensor], stacks: dict[str, Stack]) -> tuple[
     for name, stack in stacks.items():
         like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
     given = {
-        name: _placeholder(shape, torch.float32 if dtype.is_floating_point else dtype) for name, (shape, dtype) in like.items()
+        name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype) for name, (shape, dtype) in like.items()
     }
     return given, {tensor.data_ptr(): name for name, tensor in given.items()}
 
@@ -264,7 +267,8 @@ def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks:
     return None if share is None else stacks[key].share(share, stored)
 
 
-def _placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape that takes no memory."""
     return torch.zeros(1, dtype=dtype).expand(tuple(shape))
 
 
@@ -272,7 +276,7 @@ def skeleton_copy(module: nn.Module) -> nn.Module:
     """A copy of a part of a skeleton, as empty as it is: deepcopy alone would give every parameter memory of its own."""
     memo: dict[int, Any] = {}
     for tensor in module.state_dict(keep_vars=True).values():
-        empty = _placeholder(tensor.shape, tensor.dtype)
+        empty = placeholder(tensor.shape, tensor.dtype)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
 
@@ -280,7 +284,7 @@ def skeleton_copy(module: nn.Module) -> nn.Module:
 def _take(tensors: Iterable[Tensor]) -> None:
     """Leave these their shapes and nothing else."""
     for tensor in tensors:
-        tensor.data = _placeholder(tensor.shape, tensor.dtype)
+        tensor.data = placeholder(tensor.shape, tensor.dtype)
 
 
 def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None) -> StreamedModel:
@@ -319,10 +323,10 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged ({error}); download it again") from error
     for name in names:
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise ModelError(f"{index} names a weight file outside the folder: {name!r}")
         if not (index.parent / name).is_file():
             raise ModelError(f"{index.parent / name} is missing, which the index names; download the model again")
@@ -344,7 +348,32 @@ def safetensors_of(folder: Path, scratch: Path) -> list[Path]:
     return files
 
 
+def _refuse_larger_inside(path: Path) -> None:
+    """Raise ModelError where a .bin file speaks of more bytes than it has, before torch makes room for them.
+
+    Torch stores what its archives hold as it is; files of torch before 1.6 begin with pickles, the fourth of which gives sizes.
+    """
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                odd = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.file_size > size]
+                odd += [name for name in archive.namelist() if name.startswith("/") or ".." in name.split("/")]
+        else:
+            with path.open("rb") as file:
+                pickles = [list(pickletools.genops(file)) for _ in range(4)]
+            odd = [str(number) for _, number, _ in pickles[-1] if isinstance(number, int) and number > size]
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise ModelError(f"{path} is damaged, or no file of torch's ({words_of(error)}); download it again") from error
+    if odd:
+        raise ModelError(
+            f"{path} holds what torch does not write ({odd[0]}): more than the file has room for, packed, or outside of it. "
+            "It is not opened; download it again, or convert the model to safetensors"
+        )
+
+
 def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
+    _refuse_larger_inside(path)
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -81,7 +81,7 @@ def _of_jsonl(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number} is not JSON: {error}") from error
             yield _text_of(row, f"{path}, line {number}")
 
@@ -92,13 +92,19 @@ def _of_parquet(path: Path) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
     names = [name for name in _FIELDS if name in file.schema_arrow.names]
     if not names:
         raise DataError(f'{path} has no column "text" or "content"; it has {", ".join(file.schema_arrow.names)}')
-    for batch in file.iter_batches(columns=names[:1]):
-        yield from batch.column(0).to_pylist()
+    number = 0
+    try:
+        for batch in file.iter_batches(columns=names[:1]):
+            for text in batch.column(0).to_pylist():
+                yield _text_of(text, f"{path}, row {number}")
+                number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged at row {number}: {error}") from error
 
 
 def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:

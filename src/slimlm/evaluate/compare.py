@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
 from slimlm.load import Tell, load
-from slimlm.models.opening import folder_of, open_dense, open_tokenizer, read_config
+from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.gpu import device as gpu
@@ -40,7 +40,7 @@ def open_any(
 
     kernels and tell: for a checkpoint, as in `slimlm.load`.
     """
-    method = (read_config(source).get("quantization_config") or {}).get("quant_method")
+    method = quantization_of(read_config(source), source).get("quant_method")
     if method == checkpoint.METHOD:
         # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
         ready = available(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None

@@ -38,10 +38,30 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
         ids = batch.to(device)
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits[:, :-1].float()
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        total += _loss(logits, ids)
         predicted += batch[:, 1:].numel()
         if progress:
             progress(done, len(batches))
+    return _perplexity(total, predicted, windows.shape[1])
+
+
+def few_of(windows: Tensor, vocabulary: int) -> Tensor:
+    """So many of these windows `[count, length]`, or as much of the first, as `perplexity` runs at once."""
+    tokens = max(2, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary))
+    return windows[: max(1, tokens // windows.shape[1]), :tokens]
+
+
+def perplexity_of(logits: Tensor, windows: Tensor) -> Perplexity:
+    """Perplexity of logits `[count, length, vocabulary]` on their windows `[count, length]`."""
+    return _perplexity(_loss(logits[:, :-1].float(), windows), windows[:, 1:].numel(), windows.shape[1])
+
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    """Summed negative log-likelihood in nats of all tokens but each window's first."""
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+
+
+def _perplexity(total: float, predicted: int, length: int) -> Perplexity:
     if math.isnan(total):
         raise NumericsError("the model's logits hold NaN, so it has no perplexity; evaluate it in float32")
-    return Perplexity(math.exp(min(total / predicted, 700.0)), predicted, windows.shape[1])
+    return Perplexity(math.exp(min(total / predicted, 700.0)), predicted, length)

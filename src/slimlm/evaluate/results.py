@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
@@ -40,6 +41,25 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Perplexity before and after, on the same tokens."""
+
+    dense: float
+    compressed: float
+    tokens: int
+    """that were predicted"""
+
+    @property
+    def exploded(self) -> bool:
+        """Whether so much was lost that something is likely to be wrong."""
+        return not self.compressed <= _EXPLODED * self.dense
+
+
+_EXPLODED = 2.0
+"""By what factor a perplexity grows that is warned of: 0.69 nats a token."""
+
+
+@dataclass(frozen=True)
 class Record:
     """A finished compression."""
 
@@ -65,6 +85,8 @@ class Record:
     those of the weights themselves. No part of bits per weight and of coverage, which are about the blocks"""
     plan: dict[str, Any] | None = None
     """where bits or ranks were planned: the options, what was measured and what was chosen"""
+    perplexity: Compared | None = None
+    """on a few of the calibration windows, as a check; None in records of before it was measured"""
 
     @property
     def bits_per_weight(self) -> float:
@@ -80,15 +102,35 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Record":
-        """The inverse of `to_dict`; other keys are ignored. Raises CheckpointError where one is missing."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        kept = {key: value for key, value in data.items() if key in names}
+        """The inverse of `to_dict`; other keys are ignored. Raises CheckpointError where one is missing or makes no sense."""
         try:
-            kept["layers"] = tuple(layer_from(row) for row in data["layers"])
-            kept["ends"] = tuple(layer_from(row) for row in data.get("ends", ()))
-            return cls(**kept)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the record of the checkpoint is incomplete: {error}") from error
+            record = TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"the record of the checkpoint is incomplete: {where}: {first['msg']}") from error
+        lost = [f"calibration.{key}" for key in ("data", "samples", "length") if key not in record.calibration]
+        lost += [f"recipe.{key}" for key in ("name", "summary") if not isinstance(record.recipe.get(key), str)]
+        if lost or not record.layers or record.original_bytes < 1:
+            missing = lost[0] if lost else "layers" if not record.layers else "original_bytes"
+            raise CheckpointError(f"the record of the checkpoint is incomplete: {missing}")
+        if small := [row.name for row in (*record.layers, *record.ends) if min(row.shape) < 1]:
+            raise CheckpointError(f"the record of the checkpoint is damaged: {small[0]} has no size")
+        return record
+
+
+def explosion(record: Record) -> str | None:
+    """A warning in words where the perplexity exploded, with the layers whose outputs err most; None: it did not."""
+    found = record.perplexity
+    if found is None or not found.exploded:
+        return None
+    worst = sorted(record.layers, key=lambda row: row.error, reverse=True)[:3]
+    named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
+    return (
+        f"the perplexity exploded: {found.dense:.4g} before, {found.compressed:.4g} after, on {found.tokens} tokens of the "
+        f"calibration text. The layers with the largest relative output errors: {named}. Give them more bits with a rule, "
+        "or leave them out (leave = [...] in the recipe), or calibrate on more text"
+    )
 
 
 def record_of(layer: Layer, energy: Tensor) -> LayerRecord:

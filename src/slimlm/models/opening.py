@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError
@@ -54,8 +55,8 @@ def read_config(source: str) -> dict[str, Any]:
         if not path.is_file():
             raise ModelError(f"{source} is a folder without config.json; give a model folder or a hub name")
         try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{path} is not JSON ({error}); the download may be damaged") from error
         if not isinstance(config, dict):
             raise ModelError(f"{path} holds no JSON object; the download may be damaged")
@@ -63,7 +64,8 @@ def read_config(source: str) -> dict[str, Any]:
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False).to_dict()
+        # As it is in the file: whether its class is one that transformers has is asked later, in words.
+        config, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
             f"{source!r} is neither a folder here nor a model that the hub gave ({words_of(error)}). "
@@ -129,7 +131,9 @@ def open_dense(source: str) -> DenseModel:
 
     Raises ModelError for a missing, damaged, incomplete or already quantized model.
     """
-    refuse_quantized(read_config(source), source)
+    config = read_config(source)
+    refuse_quantized(config, source)
+    refuse_foreign_code(config, source)
     try:
         with without_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -153,11 +157,57 @@ def open_dense(source: str) -> DenseModel:
     return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored, experts)
 
 
+def quantization_of(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a config says of how the weights are quantized, empty where it says nothing; raises ModelError for a riddle."""
+    about = config.get("quantization_config") or {}
+    if not isinstance(about, dict):
+        raise ModelError(f"the config of {source} has a quantization_config that is no object ({type(about).__name__})")
+    return about
+
+
 def refuse_quantized(config: dict[str, Any], source: str) -> None:
     """Raise ModelError where a config says that the weights are quantized already."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if about := quantization_of(config, source):
+        method = about.get("quant_method", "unknown")
         raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
+
+
+def refuse_foreign_code(config: dict[str, Any], source: str) -> None:
+    """Raise ModelError where opening a model would take code that comes with it, or that it names on the hub.
+
+    A model with code of its own opens all the same where transformers has a class for its `model_type`; that one is used.
+    """
+    named = config.get("auto_map")
+    kind = config.get("slimlm_model_type") or config.get("model_type")
+    if named and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        found = ", ".join(f"{k}: {v}" for k, v in named.items()) if isinstance(named, dict) else repr(named)
+        raise ModelError(
+            f"{source} comes with Python code of its own (auto_map: {found}), and transformers knows no model_type {kind!r}. "
+            "slimlm runs no code that comes with a model. What works: a model whose model_type this transformers knows (a "
+            "newer one may know it), or the same weights converted to such a model, whose config has no auto_map"
+        )
+    for key, value in config.items():
+        if key.removeprefix("_") in _IMPLEMENTATIONS and _names_repository(value):
+            raise ModelError(
+                f"the config of {source} says {key} = {value!r}, which would fetch code from the hub and run it; slimlm does "
+                f"not. Take {key} out of config.json: transformers then uses its own"
+            )
+    for inner in config.values():
+        if isinstance(inner, dict):
+            refuse_foreign_code({key: inner[key] for key in inner if key.removeprefix("_") in _IMPLEMENTATIONS}, source)
+
+
+_IMPLEMENTATIONS = (
+    "attn_implementation",
+    "attn_implementation_internal",
+    "experts_implementation",
+    "experts_implementation_internal",
+)
+
+
+def _names_repository(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(own, str) and "/" in own for own in values)
 
 
 def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.core.errors import ModelError
@@ -81,6 +82,11 @@ def swap(block: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the block has the layer `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(block.get_submodule(parent), leaf, new)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens a model's logits are of, as its config says; 1 where it does not."""
+    return int(getattr(model.config.get_text_config(), "vocab_size", None) or 1)
 
 
 def context_length(model: nn.Module) -> int | None:

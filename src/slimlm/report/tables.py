@@ -134,6 +134,7 @@ def summary_table(record: Record, kernels: str) -> Table:
         ),
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
+        *_perplexity_row(record),
         *_matched_row(record),
         *_plan_row(record),
         *_ends_rows(record),
@@ -143,6 +144,37 @@ def summary_table(record: Record, kernels: str) -> Table:
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
     return pairs_table(rows)
+
+
+def _perplexity_row(record: Record) -> list[tuple[str, str]]:
+    found = record.perplexity
+    if found is None:
+        return []
+    return [("perplexity", f"{found.dense:.3f} -> {found.compressed:.3f} on {found.tokens} tokens of the calibration text")]
+
+
+def verified_table(found: dict[str, Any]) -> Table:
+    """What was found in a checkpoint's folder."""
+    recorded, measured, left = found["recorded"], found["measured"], found["left"]
+    named = f", {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "") if left else ""
+    rows = [
+        ("folder", found["folder"]),
+        (
+            "tensors",
+            f"{found['tensors']} in {found['shards']} files, {size(found['bytes'])}; checksums of {found['checksums']}",
+        ),
+        ("linear layers", f"{found['compressed']} compressed, {len(left)} left dense{named}"),
+    ]
+    if found["embeddings"]:
+        rows.append(("embeddings", f"{found['embeddings']} compressed"))
+    if recorded is not None:
+        after = f"{recorded['dense']:.3f} -> {recorded['compressed']:.3f} on {recorded['tokens']} tokens"
+        rows.append(("perplexity", f"{after}, as the run recorded it"))
+    if measured is not None:
+        rows.append(("perplexity", f"{measured['value']:.4f} on {measured['tokens']} tokens of the text"))
+    rows += [("note", words) for words in found["notes"]]
+    rows += [("wrong", words) for words in found["problems"]]
+    return pairs_table([*rows, ("verdict", "sound" if found["sound"] else f"{len(found['problems'])} things are wrong")])
 
 
 def _ends_rows(record: Record) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@
                           shape, its parts and the name, dtype and shape of each stored tensor
     *.safetensors         tensors; with several shards, model.safetensors.index.json says which is where
     slimlm.json           the record: recipe, calibration, figures per layer, versions, and size and SHA-256 of each shard
+                          and of each tensor
     tokenizer files       as the tokenizer writes them
 
 `docs/checkpoint-format.md` describes the fields and the order of bits. Two guards make transformers refuse the folder in
@@ -31,7 +32,17 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.journal import INSIDE, moved_already
-from slimlm.storage.streams import described, in_file_order, sha256_of, sync_folder, write_stream, written
+from slimlm.storage.mapping import map_file
+from slimlm.storage.streams import (
+    described,
+    in_file_order,
+    is_plain_name,
+    sha256_of,
+    sync_folder,
+    tensor_sum,
+    write_stream,
+    written,
+)
 
 FORMAT = 1
 METHOD = "slimlm"
@@ -39,6 +50,10 @@ MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before ope
 RECORD = "slimlm.json"
 SHARD_BYTES = 4 * 10**9
 """The most that one file of weights holds, unless one tensor is larger."""
+INDEX = "model.safetensors.index.json"
+
+Files = dict[str, dict[str, Any]]
+"""of each shard by its name: "bytes", "sha256", and "tensors", the SHA-256 of each tensor's bytes"""
 
 
 def refuse_occupied(out: Path, *, restart: bool = False) -> None:
@@ -162,28 +177,33 @@ def _give_usual_permissions(folder: Path) -> None:
 
 def write_weights(
     folder: Path, tensors: dict[str, Tensor], release: Callable[[Iterable[Tensor]], Any] = lambda _: None
-) -> None:
+) -> Files:
     """Write the shards; of tensors that share memory (tied ones) the first is stored.
 
+    Gives sizes and checksums of what was written.
     release: told of each tensor once it is written, so that one that is a view of a file need not stay in memory.
     """
     first: dict[int, str] = {}
     kept = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
     split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD_BYTES)
 
-    def one_by_one(names: list[str]) -> Iterator[Tensor]:
+    def one_by_one(names: list[str], sums: dict[str, str]) -> Iterator[Tensor]:
         for name in names:
             yield kept[name]
+            sums[name] = tensor_sum(kept[name])
             release([kept[name]])
 
-    for file, names in split.filename_to_tensors.items():
+    files: Files = {}
+    for file, names in sorted(split.filename_to_tensors.items()):
         about = described({name: kept[name] for name in names})
-        order = in_file_order(about)
+        order, sums = in_file_order(about), dict[str, str]()
         metadata = {"format": "pt", "slimlm_format": str(FORMAT)}
-        write_stream(folder / file, {name: about[name] for name in order}, one_by_one(order), metadata)
+        whole = write_stream(folder / file, {name: about[name] for name in order}, one_by_one(order, sums), metadata)
+        files[file] = {"bytes": (folder / file).stat().st_size, "sha256": whole, "tensors": sums}
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return files
 
 
 def write_config(
@@ -211,11 +231,21 @@ def write_config(
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write slimlm.json, with the size and checksum of each shard."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.glob("*.safetensors"))}
+def write_record(folder: Path, record: dict[str, Any], files: Files | None = None) -> None:
+    """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are taken from the files there."""
+    if files is None:
+        files = {path.name: _summed(path) for path in sorted(folder.glob("*.safetensors"))}
     data = {"format": FORMAT, "files": files, **record}
     (folder / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _summed(path: Path) -> dict[str, Any]:
+    mapped = map_file(path)
+    sums = {}
+    for name, tensor in mapped.tensors.items():
+        sums[name] = tensor_sum(tensor)
+        mapped.release([tensor])
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tensors": sums}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -227,7 +257,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a slimlm checkpoint: it has no {RECORD}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
         raise CheckpointError(f"{path} is damaged: it holds no record")
@@ -237,7 +267,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def check_format(found: object, where: object) -> None:
     """Raise CheckpointError for a format that this version cannot read."""
-    if not isinstance(found, int) or found < 1:
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise CheckpointError(f"{where} names no format version (found {found!r}); the checkpoint is damaged")
     if found > FORMAT:
         raise CheckpointError(
@@ -251,7 +281,7 @@ def check_files(folder: Path) -> list[Path]:
     Reads the headers only, so it costs milliseconds whatever the size; `verify_files` reads everything.
     """
     shards = []
-    for name, expected in _recorded_files(folder).items():
+    for name, expected in recorded_files(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the checkpoint again")
@@ -273,7 +303,7 @@ def verify_files(folder: Path) -> None:
     SHA-256 takes one to three seconds per GB, so opening a checkpoint does not do this.
     """
     shards = check_files(folder)
-    files = _recorded_files(folder)
+    files = recorded_files(folder)
     for path in shards:
         if sha256_of(path) != files[path.name]["sha256"]:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the recorded one; copy the checkpoint again")
@@ -281,20 +311,22 @@ def verify_files(folder: Path) -> None:
 
 def fingerprint(folder: Path) -> str:
     """One value for the names and recorded checksums of all shards: other weights have another."""
-    sums = sorted((name, str(about["sha256"])) for name, about in _recorded_files(folder).items())
+    sums = sorted((name, str(about["sha256"])) for name, about in recorded_files(folder).items())
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def _recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
+def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each shard by its name, as recorded; raises CheckpointError where that makes no sense."""
     files = read_record(folder).get("files", {})
     if not files:
         raise CheckpointError(f"{folder / RECORD} lists no weight files; the checkpoint is damaged")
     for name, expected in files.items():
-        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+        if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int) or "sha256" not in expected:
             raise CheckpointError(f"{folder / RECORD} gives no size and checksum for {name}; the checkpoint is damaged")
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise CheckpointError(f"{folder / RECORD} names a weight file outside the folder: {name!r}")
+        if not isinstance(expected.get("tensors", {}), dict):
+            raise CheckpointError(f"{folder / RECORD} gives no checksums of the tensors in {name}; the checkpoint is damaged")
     return dict(files)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import NEW, check_sum, sha256_of, sync_folder, write_stream, write_tensors, written
+from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, sync_folder, write_stream, write_tensors, written
 
 FORMAT = 1
 INSIDE = "slimlm.partial"
@@ -163,6 +163,7 @@ class Journal:
         about = self.notes.get(key)
         if about is None:
             return None
+        self._check(about)
         return map_file(self.folder / about["file"]).tensors[key].clone()
 
     def put_inputs(self, streams: Mapping[str, Iterable[Tensor]], count: int) -> dict[str, Sequence[Tensor]]:
@@ -271,7 +272,7 @@ class Journal:
             self._check(about)
 
     def _check(self, about: dict[str, str]) -> None:
-        if Path(about["file"]).name != about["file"]:
+        if not is_plain_name(about["file"]):
             raise self._damaged(f"it names a file outside its folder: {about['file']!r}")
         try:
             check_sum(self.folder / about["file"], about["sha256"])

@@ -31,6 +31,8 @@ class MappedFile:
     memory: mmap.mmap = field(repr=False)
     start: int
     """address of the first byte of the file"""
+    header: bytes = field(repr=False)
+    """all that lies before the tensors, which follow it without gaps"""
 
     def release(self, tensors: Iterable[Tensor]) -> int:
         """Drop the pages that hold nothing but these tensors; gives the bytes dropped, 0 where the system cannot.
@@ -66,7 +68,7 @@ def map_file(path: Path) -> MappedFile:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {name: _view(path, memory, name, entry, data) for name, entry in about.items()}
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return MappedFile(tensors, metadata, memory, start)
+    return MappedFile(tensors, metadata, memory, start, memory[:data])
 
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
@@ -82,7 +84,7 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
         raise OSError(str(error)) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(length))
+        about = json.loads(file.read(length).decode("utf-8"))
     metadata = about.pop("__metadata__", None) or {}
     in_order = sorted(about.items(), key=lambda entry: entry[1]["data_offsets"])
     return dict(in_order), metadata, 8 + length

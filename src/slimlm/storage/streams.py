@@ -68,9 +68,9 @@ def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadat
             file.write(data)
             sum_of.update(data)
         for piece in pieces:
-            raw = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(raw.data)
-            sum_of.update(raw.data)
+            raw = _bytes_of(piece)
+            file.write(raw)
+            sum_of.update(raw)
         assert file.tell() == 8 + len(head) + end, f"{path.name}: the pieces are not the tensors that were described"
     return sum_of.hexdigest()
 
@@ -107,6 +107,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def tensor_sum(tensor: Tensor, whole: Any = None) -> str:
+    """SHA-256 of a tensor's bytes as they are stored; `whole`, a sum of the file that holds it, is told of them, too."""
+    raw = _bytes_of(tensor)
+    if whole is not None:
+        whole.update(raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this names a file in a folder, and not one elsewhere: no path, no drive, nothing that ends a C string."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,109 @@
+"""The model that a folder's config describes, without values, and whether tensors are those that it needs.
+
+Both come before any tensor is read or made: a config says in a few bytes what would take any amount of memory and time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from slimlm.core.errors import ModelError
+from slimlm.models.experts import take_apart
+from slimlm.models.opening import read_config, refuse_foreign_code, without_bars, words_of
+from slimlm.models.structure import LINEAR_KINDS, weight_of
+
+_BLOCKS = ("num_hidden_layers", "num_layers")
+"""What configs call the number of blocks, each of which has a tensor at least."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Likewise of experts, each of which has a row of a tensor at least."""
+_SPARE = 2**26
+"""Bytes that tables which a model computes for itself may take, beside sixteen times those of its tensors; weights that a model
+may have, beside eight for each of those bytes."""
+
+
+def empty_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str] = ()) -> PreTrainedModel:
+    """The model of a folder's config on the meta device, of the class that transformers has for it.
+
+    stored: the tensors that it is to be made of. experts: modules that the folder has taken apart (models.experts). Raises
+    ModelError where transformers makes nothing of the config, or where the config describes a model out of all proportion to
+    its tensors.
+    """
+    refuse_foreign_code(read_config(str(folder)), str(folder))
+    rows = sum(len(tensor) if tensor.ndim else 1 for tensor in stored.values())
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for own in (config, *_inner_configs(config)):
+            for name, most in (*dict.fromkeys(_BLOCKS, len(stored)).items(), *dict.fromkeys(_EXPERTS, rows).items()):
+                count = getattr(own, name, None)
+                if isinstance(count, int) and count > most:
+                    raise ModelError(
+                        f"{folder} has {len(stored)} tensors of {rows} rows in all, and its config says {name} = {count}"
+                    )
+        with without_bars(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:
+        # Whatever transformers' own code meets in a config that makes no sense.
+        raise ModelError(f"transformers makes no causal language model of the config in {folder}: {words_of(error)}") from error
+    state = set(model.state_dict())
+    computed = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in state)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights > 8 * size + _SPARE:
+        raise ModelError(f"the config in {folder} asks for {weights} weights, and its tensors have {size} bytes")
+    if computed > 16 * size + _SPARE:
+        raise ModelError(f"the config in {folder} asks for tables of {computed} bytes beside tensors of {size} bytes")
+    for name in experts:
+        if name not in dict(model.named_modules()):
+            raise ModelError(f"{folder} speaks of experts in {name}, which {type(model).__name__} does not have")
+        take_apart(model, name)
+    return model
+
+
+def _inner_configs(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", None) or {}
+    return [inner for name in names if (inner := getattr(config, name, None)) is not None]
+
+
+def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Iterator[str]:
+    """What keeps tensors from being this empty model's, in words: each names the layer or tensor.
+
+    about: layers and embeddings as a checkpoint's `quantization_config` describes them. stored: all tensors but theirs.
+    """
+    layers, embeddings = about.get("layers", {}), about.get("embeddings", {})
+    modules = dict(model.named_modules())
+    for name, entry in (layers | embeddings).items():
+        kinds, what = (LINEAR_KINDS, "linear layer") if name in layers else ((nn.Embedding,), "embedding")
+        module = modules.get(name)
+        if not isinstance(module, kinds):
+            yield f"{name} is described as a compressed {what}, and {type(model).__name__} has no {what} of that name"
+            continue
+        if list(shape := weight_of(module).shape) != entry["shape"]:
+            yield f"{name} is described with the shape {entry['shape']}; the model's is {list(shape)}"
+        has_bias = getattr(module, "bias", None) is not None
+        if name in layers and has_bias != entry["bias"]:
+            yield f"{name} is described {'with' if entry['bias'] else 'without'} a bias; the model's is the other way"
+    state = model.state_dict(keep_vars=True)
+    compressed = {f"{name}.weight" for name in (*layers, *embeddings)}
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        if name not in compressed:
+            names.setdefault(id(tensor), []).append(name)
+    for own in names.values():
+        held = [name for name in own if name in stored]
+        if not held:
+            yield f"{own[0]} is missing: nothing is stored under that name"
+        for name in held:
+            if stored[name].shape != state[name].shape:
+                yield f"{name} is stored with the shape {list(stored[name].shape)}; the model's is {list(state[name].shape)}"
+            elif stored[name].is_floating_point() != state[name].is_floating_point():
+                yield f"{name} is stored as {stored[name].dtype}; the model's is {state[name].dtype}"
+    known = {name for own in names.values() for name in own}
+    for name in stored:
+        if name not in known:
+            yield f"{name} is left over: it is stored, and nothing in the model or its description takes it"

@@ -1,0 +1,351 @@
+"""Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`.
+
+Each takes one of a few small checkpoints, spoils a file (bytes, or values and keys of its JSON; of weight files the header, the
+length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and
+goes through load, a forward pass, inspect and verify. Allowed are success and errors of slimlm's own tree. Not allowed: other
+errors, over ten seconds of processor time, memory beyond a multiple of the files' size, a dead process. The same seed gives
+the same damage.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import slimlm
+from slimlm.cli import inspect_
+from slimlm.core.errors import SlimlmError
+from slimlm.storage import checkpoint
+from slimlm.storage.streams import sha256_of
+
+from .conftest import ENDS, save
+
+SECONDS = 10
+"""of processor time for one damaged checkpoint"""
+ROOM = 2**30
+"""bytes of address space beyond what the process has when the run begins"""
+GROWTH = 2**27
+"""bytes by which the most memory ever held may grow, whatever is met; the checkpoints take under 2**18"""
+IDS = torch.arange(6)[None]
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+
+
+def small_llama(**options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **ENDS, **options)).half()
+
+
+def small_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+BASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "plain": (lambda: small_llama(attention_bias=True), {"recipe": "slim"}),
+    "tied": (lambda: small_llama(tie_word_embeddings=True), {"recipe": "slim", "embedding_bits": 8}),
+    "embedding": (small_llama, {"recipe": "gptq", "embedding_bits": 4}),
+    "tables": (small_llama, {"recipe": "best"}),
+    "sharded": (small_gpt2, {"recipe": "slim"}),
+}
+
+
+def make_bases(folder: Path) -> dict[str, Path]:
+    """The checkpoints that are damaged, with the kernels' file where there are kernels."""
+    text = folder / "text.txt"
+    text.write_text("alpha beta gamma river stone tree " * 60)
+    found = {}
+    for name, (make, options) in BASES.items():
+        dense = save(make(), folder / f"{name}-dense")
+        shard = "20KB" if name == "sharded" else "4GB"
+        windows = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
+        with (
+            mock.patch.object(checkpoint, "_SHARD_SIZE", shard),
+            # The tokenizer knows 256 tokens, the model 64.
+            mock.patch("slimlm.pipeline.calibration_windows", mock.Mock(return_value=windows)),
+        ):
+            slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name / file).unlink(missing_ok=True)
+        slimlm.load(folder / name)
+        shutil.rmtree(dense)
+        found[name] = folder / name
+    return found
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 2, 3, 5, 7, 255, 2**16, 2**31, 2**40, 2**63, -(2**63), 10**30, 0.5, 1e308, -0.0,
+    float("nan"), "", "x", "x" * 300, "../../elsewhere", "/etc/passwd", "float16", "float64", "uint8", "int64",
+    "complex64", "U8", "F64", "2:4", "4:2", "0:0", "1:1", "0.9", "row", "tensor", "uniform", "pruned", "low_rank",
+    "plain", "codebook", "slimlm", "gpt2", "llama", "mixtral", "model.embed_tokens", "lm_head", "weight",
+    [], [0], [1, 1], [2**40, 2**40], [-1, 4], [16, 16], {}, {"a": 1}, [[]],
+]  # fmt: skip
+
+
+def nested(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every place in plain data, and what is there."""
+    if path:
+        yield path, value
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from nested(inner, (*path, key))
+
+
+def damage_json(data: Any, draw: random.Random) -> Any:
+    """Plain data with one to three places changed."""
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        places = list(nested(data))
+        if not places:
+            return draw.choice(VALUES)
+        (*above, key), value = draw.choice(places)
+        owner = data
+        for step in above:
+            owner = owner[step]
+        way = draw.randrange(7)
+        if way == 0:
+            del owner[key]
+        elif way == 1 and isinstance(value, int) and not isinstance(value, bool):
+            owner[key] = value + draw.choice([-8, -1, 1, 2, 8, 2**20, -value, -2 * value, value, 9 * value])
+        elif way == 2 and isinstance(value, str):
+            owner[key] = value[: len(value) // 2] + draw.choice(["", "x", "/", "..", ".", "\0", "é"]) + value[len(value) // 2 :]
+        elif way == 3:
+            owner[key] = copy.deepcopy(draw.choice(places)[1])
+        elif way == 4 and isinstance(owner, dict):
+            owner[draw.choice([*(str(step[-1]) for step, _ in places), "x", "", "attn_implementation", "auto_map"])] = value
+        elif way == 5 and isinstance(owner, list):
+            owner.insert(draw.randrange(len(owner) + 1), draw.choice(VALUES))
+        else:
+            owner[key] = draw.choice(VALUES)
+        data = json.loads(json.dumps(data))
+    return data
+
+
+def damage_bytes(raw: bytes, draw: random.Random) -> bytes:
+    """Bytes with some flipped, cut, added, cleared or moved."""
+    out, way = bytearray(raw), draw.randrange(6)
+    at = draw.randrange(len(out) + 1)
+    if way == 0:
+        for _ in range(draw.choice([1, 1, 4, 64])):
+            if out:
+                out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
+    elif way == 1:
+        del out[at:]
+    elif way == 2:
+        out[at:at] = draw.randbytes(draw.choice([1, 8, 1000]))
+    elif way == 3:
+        del out[at : at + draw.choice([1, 8, 100])]
+    elif way == 4:
+        out[at : at + 64] = bytes([draw.choice([0, 255, 0x7C, 0xFE])]) * len(out[at : at + 64])
+    else:
+        out[at : at + 32] = draw.randbytes(len(out[at : at + 32]))
+    return bytes(out)
+
+
+def damage_weights(raw: bytes, draw: random.Random) -> bytes:
+    """A safetensors file with its length, header or data spoiled."""
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length], raw[8 + length :]
+    way = draw.randrange(8)
+    if way == 0:
+        other = draw.choice([0, 1, 7, length - 1, length + 1, len(raw), 2**31, 2**63, 2**64 - 1])
+        return other.to_bytes(8, "little") + raw[8:]
+    if way in (1, 2, 3):
+        header = json.dumps(damage_json(json.loads(header), draw)).encode()
+    elif way == 4:
+        header = damage_bytes(header, draw)
+    elif way == 5:
+        # Two tensors' entries change places: a sound file of other tensors.
+        about = json.loads(header)
+        one, other = draw.choices([name for name in about if name != "__metadata__"], k=2)
+        about[one], about[other] = about[other], about[one]
+        header = json.dumps(about).encode()
+    else:
+        data = damage_bytes(data, draw)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def repair_record(folder: Path) -> None:
+    """Let the record give the sizes and checksums that the shards have now."""
+    path = folder / checkpoint.RECORD
+    record = json.loads(path.read_text())
+    for name, entry in record["files"].items():
+        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        entry.pop("tensors", None)
+    path.write_text(json.dumps(record))
+
+
+def damaged(base: Path, folder: Path, draw: random.Random) -> str:
+    """Put a damaged copy of a checkpoint into `folder`; says what was spoiled."""
+    shutil.copytree(base, folder, copy_function=os.link)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    weights = [path for path in files if path.suffix == ".safetensors" and path.parent == folder]
+    kernels = [path for path in files if path.suffix == ".safetensors" and path.parent != folder]
+    plain = [path for path in files if path.suffix == ".json" and path.name != "config.json"]
+    kind = draw.choices(["config", "weights", "plain", "kernels"], [8, 8, 3, 1])[0]
+    choice = {"config": [folder / "config.json"], "weights": weights, "plain": plain, "kernels": kernels or weights}[kind]
+    path = draw.choice(choice)
+    raw = path.read_bytes()
+    if path.suffix == ".safetensors":
+        new = damage_weights(raw, draw)
+    elif draw.random() < 0.1:
+        new = damage_bytes(raw, draw)
+    else:
+        new = json.dumps(damage_json(json.loads(raw), draw)).encode()
+    path.unlink()
+    path.write_bytes(new)
+    if path in weights and draw.random() < 0.8:
+        record = folder / checkpoint.RECORD
+        content = record.read_bytes()
+        record.unlink()
+        record.write_bytes(content)
+        repair_record(folder)
+        return f"{path.name}, and the record repaired"
+    return str(path.relative_to(folder)) + (" as it was" if new == raw else "")
+
+
+# --- what is asked of each -------------------------------------------------------------------------------------------
+
+
+class TooLong(BaseException):
+    """Raised in the middle of what takes too much time; no `except Exception` keeps it."""
+
+
+def _alarm(*_: Any) -> None:
+    raise TooLong
+
+
+def load(folder: Path) -> None:
+    model = slimlm.load(folder, tell=lambda _: None)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        logits = model(IDS.clamp(max=vocabulary - 1), use_cache=False).logits
+    assert logits.shape == (*IDS.shape, vocabulary), f"logits of the shape {list(logits.shape)}"
+
+
+def inspect(folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        inspect_(folder, as_json=False)
+        inspect_(folder, as_json=True)
+
+
+def verify(folder: Path) -> None:
+    slimlm.verify(folder).raise_if_unsound()
+
+
+VERBS: dict[str, Callable[[Path], None]] = {"load": load, "inspect": inspect, "verify": verify}
+
+
+def outcome(verb: Callable[[Path], None], folder: Path) -> tuple[str, str]:
+    """ "fine", "refused" or what went wrong, and the traceback of that."""
+    try:
+        verb(folder)
+    except SlimlmError as error:
+        chain = list(_chain(error))
+        short = [own for own in chain if isinstance(own, MemoryError) or "allocate" in str(own)]
+        return ("too much memory", "".join(traceback.format_exception(error))) if short else ("refused", "")
+    except TooLong as error:
+        return "too long", "".join(traceback.format_exception(error))
+    except BaseException as error:
+        return type(error).__name__, "".join(traceback.format_exception(error))
+    return "fine", ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def run(bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> dict[str, Any]:
+    """Damage and try; gives counts of outcomes and the failures. The number that is being tried is written to `at`."""
+    signal.signal(signal.SIGPROF, _alarm)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    counts: Counter[str] = Counter()
+    failures: list[dict[str, Any]] = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory(dir=at.parent) as place:
+        for number in range(first, first + count):
+            at.write_text(str(number))
+            draw = random.Random(f"{seed} {number}")
+            folder = Path(place) / "damaged"
+            what = damaged(bases[draw.choice(sorted(bases))], folder, draw)
+            spoiled = "repaired" not in what and "as it was" not in what and what.endswith(".safetensors") and "/" not in what
+            for name, verb in VERBS.items():
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                found, told = outcome(verb, folder)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                if name == "verify" and spoiled and found == "fine":
+                    found, told = "not noticed", what
+                counts[f"{name}: {found}"] += 1
+                if found not in ("fine", "refused"):
+                    failures.append({"number": number, "verb": name, "damage": what, "found": found, "told": told})
+            shutil.rmtree(folder)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+            if number == first:
+                # Whatever libraries load at the first use of all.
+                before += grown // 1024
+            elif grown > GROWTH:
+                failures.append(
+                    {"number": number, "verb": "all", "damage": what, "found": "too much memory", "told": str(grown)}
+                )
+                before += grown // 1024
+    return {"tried": count, "counts": dict(sorted(counts.items())), "failures": failures, "grown_bytes": grown}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--count", type=int, default=10_000)
+    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--work", type=Path, help="a folder to keep the checkpoints in, for the next run")
+    asked = options.parse_args()
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = asked.work or Path(scratch)
+        if not (work / "sharded").is_dir():
+            work.mkdir(parents=True, exist_ok=True)
+            make_bases(work)
+        began = time.monotonic()
+        found = run({name: work / name for name in BASES}, asked.first, asked.count, asked.seed, work / f"at-{asked.first}")
+    found["seconds"] = round(time.monotonic() - began, 1)
+    json.dump(found, sys.stdout, indent=1)
+    print()
+    sys.exit(1 if found["failures"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ compressed is compared in slimlm.finish.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from slimlm.core.errors import CheckpointError, ModelError, NumericsError
 from slimlm.evaluate.perplexity import Perplexity, perplexity
 from slimlm.evaluate.results import Record, explosion
 from slimlm.load import read_description, refuse_other, take
+from slimlm.models.experts import take_apart
 from slimlm.models.opening import without_bars, words_of
 from slimlm.models.skeleton import empty_model, misfits
 from slimlm.models.structure import linears_of, vocabulary_size
@@ -118,9 +119,8 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        found = _run(
-            StoredModel(_skeleton(empty), stored, release, about["layers"], about.get("embeddings", {})), windows, device
-        )
+        skeleton = _skeleton(empty_model(folder, stored), about.get("experts", ()))
+        found = _run(StoredModel(skeleton, stored, release, about["layers"], about.get("embeddings", {})), windows, device)
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
     compared = None if rows is None or rows.perplexity is None else dataclasses.asdict(rows.perplexity)
@@ -227,8 +227,8 @@ def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Ite
                 yield f"{name}: {what} {ours}, and the record says {theirs}"
 
 
-def _skeleton(empty: PreTrainedModel) -> PreTrainedModel:
-    """The dense model with placeholders, whose tables are computed."""
+def _skeleton(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
+    """The dense model with placeholders, whose tables are computed, and whose experts in these modules are taken apart."""
     config = empty.config
     given = {}
     for name, tensor in empty.state_dict().items():
@@ -238,6 +238,8 @@ def _skeleton(empty: PreTrainedModel) -> PreTrainedModel:
     with without_bars():
         model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
+    for name in experts:
+        take_apart(model, name)
     return model.eval().requires_grad_(False)
 
 

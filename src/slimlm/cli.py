@@ -42,6 +42,7 @@ from slimlm.pipeline import DEFAULT_RECIPE, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
+from slimlm.ranks.join import own_rank, speaks, started
 from slimlm.recipe import AS_STORED, shipped, to_toml
 from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 from slimlm.report.tables import (
@@ -108,6 +109,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -115,6 +117,10 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
+    if started() > 1 and context.invoked_subcommand != "compress":
+        raise SlimlmError(
+            f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
+        )
 
 
 @app.command()
@@ -156,6 +162,8 @@ def compress(
             restart=restart,
             progress=report,
         )
+    if own_rank() > 0:
+        return
     kernels = _prospect(result.path)
     if as_json:
         _print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
@@ -562,5 +570,6 @@ def main() -> None:
     except SlimlmError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"slimlm: {error}\n")
+        if speaks(error):
+            sys.stderr.write(f"slimlm: {error}\n")
         sys.exit(2)

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import Progress, activations_bytes, compress_blocks
-from slimlm.calibrate import Flow
-from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
+from slimlm.blockwise import Progress, activations_bytes, compress_blocks, own_windows
+from slimlm.calibrate import Flow, shares_of
+from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -53,6 +53,7 @@ from slimlm.plan.plan import (
     refuse_budget,
     refuse_few_windows,
 )
+from slimlm.ranks.join import joined, local_rank, started
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.runtime.memory import total_and_free
 from slimlm.storage import checkpoint
@@ -134,19 +135,27 @@ def compress(
     Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
     stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
     Raises a SlimlmError in words for anything that would not work, before the work begins wherever that can be known.
+
+    Started as several processes (torchrun) it divides the work among them; only the first writes, tells and shows progress, and
+    all return the record (see docs/scaling.md).
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
-    asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
-    checkpoint.refuse_occupied(Path(out))
-    with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
-        ready = prepare(asked, journal, progress, tell)
-        recipe, found = plan_of(ready, journal, progress)
-        ready = dataclasses.replace(ready, whole=None)
-        if journal.blocks:
-            tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
-        flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
-        record = finished(Path(out), asked, ready, recipe, found, flow, journal, progress)
-        journal.remove()
+    with joined() as group:
+        if group.first:
+            checkpoint.refuse_occupied(Path(out))
+        else:
+            progress, tell = quiet, silent
+        asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory)
+        with open_journal(Path(out), restart=restart, group=group) as journal, gone_on_with(journal, tell):
+            ready = prepare(asked, journal, progress, tell)
+            recipe, found = plan_of(ready, journal, progress)
+            ready = dataclasses.replace(ready, whole=None)
+            if journal.blocks:
+                tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
+            flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, progress, journal)
+            finish = partial(finished, Path(out), asked, ready, recipe, found, flow, journal, progress)
+            record = Record.from_dict(group.told(lambda: finish().to_dict()))
+            journal.remove()
     spent = record.bits_per_weight
     if found is not None and found["objective"] == "size" and spent > found["asked_bits"]:
         tell(
@@ -170,6 +179,8 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     except KeyboardInterrupt:
         tell(f"stopped: {words()}")
         raise
+    except RanksError as error:
+        raise RanksError(f"{error}; {words()}", speaks=error.speaks) from error
     except OSError as error:
         raise CheckpointError(f"writing failed: {error}; {words()}") from error
     except CheckpointError as error:
@@ -220,7 +231,7 @@ def finished(
         write(folder, dense, contents)
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict())
-        verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
+        verify(folder, dense, ready.blocks, contents, flow, own_windows(ready.windows, journal), ready.device)
         record = dataclasses.replace(record, seconds=journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict())
     progress("write and verify", 1, 1)
@@ -328,7 +339,7 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
     progress("open the model", 0, 1)
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
-    journal.meet(asked.identity(weight_files(dense.folder), where))
+    journal.meet(asked.identity(weight_files(dense.folder), where), alike=("model", "recipe", "budget", "device", "versions"))
     with dense.ends_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
@@ -339,8 +350,10 @@ def prepare(asked: Asked, journal: Journal, progress: Progress, tell: Tell) -> R
         budget = auto_budget(recipe, list(shapes.values()), objective)
     if budget is not None:
         refuse_budget(shapes, budget)
-    whole = open_whole(asked, dense, reasons, tell) if (reasons := needs_whole(asked, journal, planning=planning)) else None
-    windows = kept_windows(dense, whole, asked.calibration, journal, progress)
+    reasons = needs_whole(asked, journal, planning=planning) if journal.group.first else []
+    whole = open_whole(asked, dense, reasons, tell) if reasons else None
+    windows = journal.group.tensor_told(lambda: kept_windows(dense, whole, asked.calibration, journal, progress))
+    journal.shares = shares_of(windows, journal.group.size)
     if budget is not None:
         refuse_few_windows(len(windows))
     if recipe.matching is not None and len(windows) < 2:
@@ -374,8 +387,8 @@ def choose_place(
 ) -> None:
     """Decide whether activations stay in memory; they are written after every block in any case."""
     width = getattr(dense.model.config, "hidden_size", None) or max(width for _, width in shapes.values())
-    needed, free = activations_bytes(windows, width, asked.recipe), total_and_free()[1]
-    limit = asked.memory if asked.memory is not None else None if free is None else free // 2
+    needed, free = activations_bytes(windows, width, asked.recipe, journal), total_and_free()[1]
+    limit = asked.memory if asked.memory is not None else None if free is None else free // 2 // journal.group.here
     journal.in_memory = limit is None or needed <= limit
     if limit is not None and not journal.in_memory:
         why = "--memory allows" if asked.memory is not None else "half of the free memory"
@@ -433,8 +446,12 @@ def plan_of(ready: Ready, journal: Journal, progress: Progress) -> tuple[Recipe,
     if ready.budget is None:
         return ready.recipe, None
     if PLAN not in journal.notes:
-        found = planned(ready, progress)
-        journal.note(PLAN, {"plan": found.to_dict(), "recipe": found.recipe(ready.recipe).to_dict()})
+
+        def make() -> dict[str, Any]:
+            found = planned(ready, progress)
+            return {"plan": found.to_dict(), "recipe": found.recipe(ready.recipe).to_dict()}
+
+        journal.note(PLAN, journal.group.told(make))
     kept = journal.notes[PLAN]
     return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
 
@@ -534,9 +551,9 @@ def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to compress on; "auto" is cuda where there is one, else the CPU."""
+    """The device to compress on; "auto" is cuda where there is one, else the CPU. Several ranks take a GPU each."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -545,6 +562,14 @@ def pick_device(name: str) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"') from error
+    if found.type == "cuda" and started() > 1:
+        if found.index is not None or local_rank() >= torch.cuda.device_count():
+            raise SlimlmError(
+                f"device = {name!r}, and this is process {local_rank() + 1} of several on its machine: each takes a GPU of "
+                f"its own, and torch finds {torch.cuda.device_count()}. Start as many processes as GPUs, with --device cuda, or "
+                "use --device cpu"
+            )
+        return torch.device("cuda", local_rank())
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise SlimlmError(f"device = {name!r}: torch finds {torch.cuda.device_count()} CUDA devices, counted from 0")
     return found

@@ -30,3 +30,12 @@ class NumericsError(SlimlmError):
 
 class KernelError(SlimlmError):
     """Kernels that were asked for and cannot be had."""
+
+
+class RanksError(SlimlmError):
+    """One of several processes that work together has ended, so the others end too."""
+
+    def __init__(self, words: str, *, speaks: bool = False) -> None:
+        super().__init__(words)
+        self.speaks = speaks
+        """whether this process is to tell the user, although it is not the first"""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
@@ -107,8 +108,9 @@ class Watch:
         return f"beat/{rank}"
 
     def _run(self) -> None:
-        store, count = self._store.clone(), 0
+        store: Any = self._store.clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=SILENCE))
+        count = 0
         while not self._over.wait(_BEAT):
             count += 1
             try:

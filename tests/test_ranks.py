@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import slimlm
-from slimlm import blockwise
 from slimlm.calibrate import shares_of
 from slimlm.core.errors import DataError
 from slimlm.ranks.group import Group, dealt
@@ -71,15 +70,15 @@ def run_ranks(count: int, out: Path, wrap: Callable[[int], list[str]] = lambda r
     for rank in range(count):
         own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
         typed = [*wrap(rank), sys.executable, "-c", CHILD, json.dumps(told)]
-        processes.append(subprocess.Popen(typed, env=own, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        with (out.with_name(f"{out.name}-{rank}.txt")).open("w") as said:
+            processes.append(subprocess.Popen(typed, env=own, stdout=said, stderr=said))
     try:
-        return [(process.wait(timeout=500), process.stdout.read() if process.stdout else "") for process in processes]
+        statuses = [process.wait(timeout=500) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-            if process.stdout:
-                process.stdout.close()
+    return [(status, out.with_name(f"{out.name}-{rank}.txt").read_text()) for rank, status in enumerate(statuses)]
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +153,17 @@ def test_two_ranks_give_the_bytes_of_one_process(
 ) -> None:
     recipes = ["slim", "gptq", "best"]
     ended = run_ranks(2, tmp_path / "two", recipes=recipes, models=[str(model)], options=options(text_file))
-    assert ended == [(0, ""), (0, "")]
+    assert [status for status, _ in ended] == [0, 0], ended
     alone(model, text_file, tmp_path / "one", recipes, monkeypatch)
     for recipe in recipes:
         same(tmp_path / "one" / recipe, tmp_path / "two" / recipe)
 
 
 @pytest.mark.slow
-def test_four_ranks_matching_a_plan_and_activations_on_the_disk_give_the_bytes_of_one_process(
+def test_four_ranks_matching_and_activations_on_the_disk_give_the_bytes_of_one_process(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Slow: 28 starts of Python with torch on two cores.
+    # Slow: eleven processes and six recipes each, on two cores.
     recipes = ["slim", "gptq", "best", "best-matched", "l2qer", "jsq"]
     asked: dict[str, Any] = {"models": [str(model)], "options": options(text_file)}
     for count in (2, 4):
@@ -191,14 +190,15 @@ def test_batches_that_are_divided_give_the_same_but_for_rounding(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Slow: six starts of Python with torch on two cores.
-    recipes = ["slim", "gptq", "best"]
+    recipes = ["slim", "gptq"]
     asked: dict[str, Any] = {"models": [str(model)], "options": options(text_file), "tokens": 8192, "recipes": recipes}
     assert all(status == 0 for status, _ in run_ranks(4, tmp_path / "four", **asked))
     alone(model, text_file, tmp_path / "one", recipes, monkeypatch, tokens=8192)
     for recipe in recipes:
         logits, errors = far_apart(tmp_path / "one" / recipe, tmp_path / "four" / recipe)
-        # Sums of other pieces differ in the last bit of float32, which can move a weight that lies between two codes.
-        assert logits < 0.05 and errors < 0.02, recipe
+        # Sums of other pieces differ in the last bit of float32, which can move a weight that lies between two codes. `best`
+        # decides mask and codes in turn and goes other ways from there, so it is compared where batches are whole.
+        assert logits < 0.01 and errors < 0.001, recipe
 
 
 # Who dies
@@ -218,7 +218,8 @@ def test_a_killed_rank_ends_the_other_in_words_and_any_number_goes_on(
         assert len(kept["content"]["blocks"]) == 1
     alone(model, text_file, tmp_path / "undisturbed", ["slim"], monkeypatch)
     alone(model, text_file, tmp_path / "by one", ["slim"], monkeypatch)
-    assert run_ranks(2, tmp_path / "by two", **asked) == [(0, ""), (0, "")]
+    ended = run_ranks(2, tmp_path / "by two", **asked)
+    assert [status for status, _ in ended] == [0, 0], ended
     for folder in ("by one", "by two"):
         same(tmp_path / "undisturbed" / "slim", tmp_path / folder / "slim")
         assert not (tmp_path / folder / "slim.partial").exists()
@@ -231,7 +232,7 @@ def test_an_error_on_a_rank_is_said_by_the_first(model: Path, text_file: Path, t
     (first, said), (other, own) = run_ranks(2, tmp_path / "o", where=1, trouble="error", **asked)
     assert (first, other) == (2, 2)
     assert "rank 1 of 2" in said and "this is wrong here; 1 finished blocks are kept" in said
-    assert own == "refused: this is wrong here\n"
+    assert "refused: this is wrong here\n" in own
     asked["models"].append(str(save(random_model("llama-tied"), tmp_path / "another")))
     (first, said), (other, own) = run_ranks(2, tmp_path / "p", **asked)
     assert (first, other) == (2, 2)
@@ -288,6 +289,6 @@ def test_ranks_in_two_network_namespaces_give_the_bytes_of_one_process(
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    assert ended == [(0, ""), (0, "")]
+    assert [status for status, _ in ended] == [0, 0], ended
     alone(model, text_file, tmp_path / "one", ["slim"], monkeypatch)
     same(tmp_path / "one" / "slim", tmp_path / "two" / "slim")

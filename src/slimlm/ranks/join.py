@@ -6,12 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from slimlm.core.errors import RanksError, SlimlmError
@@ -59,7 +60,7 @@ def joined() -> Iterator[Group]:
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "cpu:gloo,cuda:nccl" if here <= torch.cuda.device_count() else "gloo"
-    store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
+    store, rank, size = _met()
     run = f"slimlm-{next(_RUNS)}"
     watch = Watch(PrefixStore(run, store), rank, size)
     with _terminated() as told_to_end:
@@ -87,6 +88,16 @@ def joined() -> Iterator[Group]:
             watch.end()
             if group is not None:
                 group.leave()
+
+
+@cache
+def _met() -> tuple[Store, int, int]:
+    """The launcher's store, this rank and the number of ranks; one store serves all runs of a process."""
+    try:
+        return next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RanksError(f"the {started()} processes did not find one another at {place}: {error}", speaks=True) from error
 
 
 @contextmanager

@@ -565,8 +565,8 @@ def pick_device(name: str) -> torch.device:
     if found.type == "cuda" and started() > 1:
         if found.index is not None or local_rank() >= torch.cuda.device_count():
             raise SlimlmError(
-                f"device = {name!r}: each process on a machine takes a GPU of its own, this is number {local_rank() + 1}, and "
-                f"torch finds {torch.cuda.device_count()}. Start one process for each GPU, with --device cuda; or give --device cpu"
+                f"device = {name!r}: each process on a machine takes a GPU of its own; this is number {local_rank() + 1}, and "
+                f"torch finds {torch.cuda.device_count()}. Start one for each GPU with --device cuda, or give --device cpu"
             )
         return torch.device("cuda", local_rank())
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

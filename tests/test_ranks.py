@@ -6,17 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 import slimlm
 from slimlm.calibrate import shares_of
-from slimlm.core.errors import DataError
+from slimlm.core.errors import DataError, RanksError
 from slimlm.ranks.group import Group, dealt
+from slimlm.ranks.watch import Watch
 
 from .conftest import random_model, save
 from .test_journal import same
@@ -152,8 +158,8 @@ def test_two_ranks_give_the_bytes_of_one_process(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes = ["slim", "gptq", "best"]
-    ended = run_ranks(2, tmp_path / "two", recipes=recipes, models=[str(model)], options=options(text_file))
-    assert [status for status, _ in ended] == [0, 0], ended
+    done = run_ranks(2, tmp_path / "two", recipes=recipes, models=[str(model)], options=options(text_file))
+    assert [status for status, _ in done] == [0, 0], done
     alone(model, text_file, tmp_path / "one", recipes, monkeypatch)
     for recipe in recipes:
         same(tmp_path / "one" / recipe, tmp_path / "two" / recipe)
@@ -204,6 +210,54 @@ def test_batches_that_are_divided_give_the_same_but_for_rounding(
 # Who dies
 
 
+@contextmanager
+def two_watches() -> Iterator[tuple[Watch, Watch]]:
+    """Two ranks' views of each other, in one process."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watches = [Watch(PrefixStore("run", server.clone()), rank, 2) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Watch.begin, watches))
+    try:
+        yield watches[0], watches[1]
+    finally:
+        for watch in watches:
+            watch.end()
+
+
+def ended(watch: Watch) -> BaseException:
+    """What a rank raises once it knows that another has ended."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            watch.look()
+        except (RanksError, KeyboardInterrupt) as error:
+            return error
+        time.sleep(0.05)
+    return pytest.fail("nobody ended")
+
+
+def test_a_rank_without_signs_of_life_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.ranks.watch.SILENCE", 3.0)
+    with two_watches() as (first, second):
+        first.look()
+        second.end()
+        error = ended(first)
+        assert isinstance(error, RanksError) and error.speaks
+        assert "rank 1 of 2" in str(error) and "no sign of life" in str(error)
+
+
+def test_words_are_passed_on_and_a_stop_is_a_stop() -> None:
+    with two_watches() as (first, second):
+        second.record("the model is damaged")
+        error = ended(first)
+        assert isinstance(error, RanksError) and not error.speaks
+        assert str(error).startswith("rank 1 of 2 (on ") and str(error).endswith("): the model is damaged")
+        second.look()
+    with two_watches() as (first, second):
+        first.record("stopped", stopped=True)
+        assert isinstance(ended(second), KeyboardInterrupt)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_other_in_words_and_any_number_goes_on(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -218,8 +272,8 @@ def test_a_killed_rank_ends_the_other_in_words_and_any_number_goes_on(
         assert len(kept["content"]["blocks"]) == 1
     alone(model, text_file, tmp_path / "undisturbed", ["slim"], monkeypatch)
     alone(model, text_file, tmp_path / "by one", ["slim"], monkeypatch)
-    ended = run_ranks(2, tmp_path / "by two", **asked)
-    assert [status for status, _ in ended] == [0, 0], ended
+    done = run_ranks(2, tmp_path / "by two", **asked)
+    assert [status for status, _ in done] == [0, 0], done
     for folder in ("by one", "by two"):
         same(tmp_path / "undisturbed" / "slim", tmp_path / folder / "slim")
         assert not (tmp_path / folder / "slim.partial").exists()
@@ -276,7 +330,7 @@ def test_ranks_in_two_network_namespaces_give_the_bytes_of_one_process(
             ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        ended = run_ranks(
+        done = run_ranks(
             2,
             tmp_path / "two",
             # Gloo takes the interface that it is told; a host's own name leads nowhere in a bare namespace.
@@ -289,6 +343,6 @@ def test_ranks_in_two_network_namespaces_give_the_bytes_of_one_process(
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    assert [status for status, _ in ended] == [0, 0], ended
+    assert [status for status, _ in done] == [0, 0], done
     alone(model, text_file, tmp_path / "one", ["slim"], monkeypatch)
     same(tmp_path / "one" / "slim", tmp_path / "two" / "slim")

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimlm.core.errors import ModelError, NumericsError
+from slimlm.core.errors import DataError, ModelError, NumericsError
 from slimlm.core.layer import Need, Stats
 from slimlm.models.opening import words_of
 from slimlm.models.structure import weight_of
+from slimlm.ranks.group import ALONE, Group
 
 _TOKENS_AT_ONCE = 8192
 
@@ -24,9 +26,11 @@ class Flow:
     """The activations on their way through the blocks, and what each block is called with beside them."""
 
     hidden: Sequence[Tensor]
-    """one tensor `[windows, length, width]` per batch: the inputs of the next block"""
+    """one tensor `[windows, length, width]` per batch: the inputs of the next block, of this rank's windows"""
     arguments: dict[tuple[str, int], Arguments]
     """by block name and number of windows in the batch"""
+    group: Group = ALONE
+    """the ranks that have the other windows"""
 
 
 class _StopHereError(Exception):
@@ -42,6 +46,24 @@ def enter(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Fl
 def batches_of(windows: Tensor) -> tuple[Tensor, ...]:
     """The windows as they run together."""
     return windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
+
+
+def shares_of(windows: Tensor, ranks: int) -> tuple[int, ...]:
+    """How many of the windows `[count, length]` each rank gets, consecutive ones.
+
+    Whole batches where there are enough, because a batch runs to the same bits wherever it runs; else a batch is divided.
+    Raises DataError where there are more ranks than windows.
+    """
+    if len(windows) < ranks:
+        raise DataError(
+            f"{ranks} processes share {len(windows)} calibration windows, and each needs one; give more text or --samples, or "
+            "start fewer processes"
+        )
+    sizes = [len(batch) for batch in batches_of(windows)]
+    if len(sizes) < ranks:
+        sizes = [1] * len(windows)
+    ends = [rank * len(sizes) // ranks for rank in range(ranks + 1)]
+    return tuple(sum(sizes[begin:end]) for begin, end in pairwise(ends))
 
 
 def first_inputs(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> Iterator[Tensor]:
@@ -191,8 +213,12 @@ def stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: 
 
     A stage shares an input (q, k and v; gate and up), or holds the same layer of every expert. When the stages are
     compressed one after another, each is measured on what the compressed ones before it hand over. Found by running one
-    batch; layers that it leaves out come last.
+    batch of the first rank's; layers that it leaves out come last.
     """
+    return flow.group.told(lambda: _stages_of(block, name, linears, flow, device))
+
+
+def _stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, device: torch.device) -> list[list[str]]:
     seen = next(_inputs(block, name, linears, Flow(flow.hidden[:1], flow.arguments), device))
     stages: list[list[str]] = []
     for layer, x in seen.items():
@@ -232,10 +258,11 @@ def measure(
 ) -> dict[str, Stats]:
     """Statistics of the inputs of these linear layers of a block, by the layer's name within it.
 
-    Layers that are given the same tensor (q, k and v; gate and up) share one measurement. `original` is needed for
-    `Need.CROSS`; a layer that is routed other tokens there than here (an expert) gets no cross statistic. An expert that is
-    given fewer tokens than it has inputs gets the statistics of all experts of the block together, of the same layer, and a
-    note of it. Raises NumericsError where an input holds NaN or infinity.
+    Layers that are given the same tensor (q, k and v; gate and up) share one measurement. Every rank measures its windows, and
+    all get the statistics of all windows. `original` is needed for `Need.CROSS`; a layer that is routed other tokens there than
+    here (an expert) gets no cross statistic. An expert that is given fewer tokens than it has inputs gets the statistics of all
+    experts of the block together, of the same layer, and a note of it. Raises NumericsError where an input holds NaN or
+    infinity.
     """
     sums: dict[str, _Sums] = {}
     owner: dict[str, str] = {}
@@ -256,7 +283,9 @@ def measure(
                 sums.setdefault(layer, _Sums(needs, length, f"{name}.{layer}")).add(
                     x, were.get(layer), whole=len(hidden) * length
                 )
-    whole = sum(len(hidden) for hidden in flow.hidden) * length
+    if flow.group.size > 1:
+        owner, sums = _of_all_ranks(owner, sums, flow.group, device)
+    whole = sum(flow.group.exchanged(sum(len(hidden) for hidden in flow.hidden))) * length
     place = _resting_place(sums.values(), device)
     pooled = _pooled(block, linears, {layer: sums[own] for layer, own in owner.items()}, whole, place)
     stats = {own: s.stats(place) for own, s in sums.items() if s.tokens}
@@ -316,6 +345,20 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def _of_all_ranks(
+    owner: dict[str, str], sums: "dict[str, _Sums]", group: Group, device: torch.device
+) -> "tuple[dict[str, str], dict[str, _Sums]]":
+    """Who shares a measurement with whom, and the sums, over all ranks; a rank may not have met every layer (an expert)."""
+    reports = group.exchanged([owner, {layer: own.report() for layer, own in sums.items()}])
+    owners = {layer: first for owned, _ in reversed(reports) for layer, first in owned.items()}
+    found = {}
+    for layer in dict.fromkeys(layer for _, reported in reports for layer in reported):
+        parts = [reported[layer] for _, reported in reports if layer in reported]
+        found[layer] = sums[layer] if layer in sums else _Sums.like(parts[0])
+        found[layer].of_all_ranks(parts, group, device)
+    return owners, found
+
+
 def _inputs(
     block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
@@ -349,7 +392,7 @@ def measure_drift(
     None where the layer's output is not added to the block's output as it is (an inner layer, a norm after it, an expert),
     which one batch tells: a small change of the layer's output must appear unchanged in the block's.
     """
-    if not _adds_to_output(block, name, linear, Flow(flow.hidden[:1], flow.arguments), device):
+    if not flow.group.told(lambda: _adds_to_output(block, name, linear, Flow(flow.hidden[:1], flow.arguments), device)):
         return None
     total: Tensor | float = 0.0
     tokens = 0
@@ -363,6 +406,7 @@ def measure_drift(
     finally:
         handle.remove()
     assert isinstance(total, Tensor)
+    total, tokens = flow.group.total(total), sum(flow.group.exchanged(tokens))
     if not bool(total.isfinite().all()):
         raise NumericsError(f"the outputs of {name} hold NaN or infinity; the model overflows on the calibration text")
     return (total / tokens).float().cpu()
@@ -414,6 +458,9 @@ def _square_of(rows: Tensor) -> Tensor:
 class _Sums:
     """Running sums over tokens, in float64: one batch of N and many batches give the same."""
 
+    _SUMMED = ("abs", "square", "window", "gram", "cross")
+    _LARGEST = ("peak", "peak_abs")
+
     def __init__(self, needs: Need, length: int, name: str) -> None:
         self.needs = needs
         self.name = name
@@ -426,6 +473,36 @@ class _Sums:
         self.window: Tensor | float = 0.0
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float | None = 0.0
+
+    @classmethod
+    def like(cls, report: dict[str, Any]) -> "_Sums":
+        """Sums of nothing yet, for what another rank has reported."""
+        return cls(Need(report["needs"]), report["length"], report["name"])
+
+    def report(self) -> dict[str, Any]:
+        """What other ranks need to know before they add their sums, as plain data."""
+        shapes = {key: list(getattr(self, key).shape) for key in self._SUMMED if isinstance(getattr(self, key), Tensor)}
+        largest = {key: list(getattr(self, key).shape) for key in self._LARGEST if getattr(self, key) is not None}
+        own = {"needs": self.needs.value, "length": self.length, "name": self.name, "tokens": self.tokens}
+        return {**own, "paired": self.cross is not None, "shapes": {**shapes, **largest}}
+
+    def of_all_ranks(self, reports: list[dict[str, Any]], group: Group, device: torch.device) -> None:
+        """Add those of the other ranks, of which these are the reports of all that have any."""
+        shapes = {key: shape for report in reports for key, shape in report["shapes"].items()}
+        self.tokens = sum(report["tokens"] for report in reports)
+        if not all(report["paired"] for report in reports):
+            self.cross = None
+            shapes.pop("cross", None)
+        for key in self._SUMMED:
+            if key in shapes:
+                own = getattr(self, key)
+                own = own if isinstance(own, Tensor) else torch.zeros(shapes[key], dtype=torch.float64, device=device)
+                setattr(self, key, group.total(own.contiguous()))
+        for key in self._LARGEST:
+            if key in shapes:
+                own = getattr(self, key)
+                # Magnitudes, so that zero says nothing.
+                setattr(self, key, group.most(torch.zeros(shapes[key], device=device) if own is None else own))
 
     def add(self, x: Tensor, original: Tensor | None = None, *, whole: int = 0) -> None:
         """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it.

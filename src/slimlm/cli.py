@@ -41,6 +41,7 @@ from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
 from slimlm.plan.options import Objective
+from slimlm.ranks.join import own_rank, speaks, started
 from slimlm.recipe import AS_STORED, open_recipe, shipped, to_toml
 from slimlm.report.estimate import estimate_table
 from slimlm.report.live import shown
@@ -112,6 +113,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -119,6 +121,10 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
+    if started() > 1 and context.invoked_subcommand != "compress":
+        raise SlimlmError(
+            f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
+        )
 
 
 @app.command()
@@ -161,6 +167,8 @@ def compress(
             restart=restart,
             progress=observer,
         )
+    if own_rank() > 0:
+        return
     kernels = _prospect(result.path)
     if as_json:
         _print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
@@ -622,7 +630,8 @@ def main() -> None:
     except SlimlmError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"slimlm: {error}\n")
+        if speaks(error):
+            sys.stderr.write(f"slimlm: {error}\n")
         sys.exit(2)
     except MemoryError:
         sys.stderr.write("slimlm: memory ran out\n")

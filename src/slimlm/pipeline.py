@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import compress_blocks
-from slimlm.calibrate import POOLED, Flow
-from slimlm.core.errors import CheckpointError, DataError, ModelError, RecipeError, SlimlmError
+from slimlm.blockwise import compress_blocks, own_windows
+from slimlm.calibrate import POOLED, Flow, shares_of
+from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
 from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.sweep import tokens_needed
 from slimlm.data.documents import DEFAULT_DATA, documents
@@ -56,10 +56,11 @@ from slimlm.plan.plan import (
     refuse_few_windows,
 )
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
-from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
+from slimlm.preflight.estimate import Estimate, Memory, estimate_of, memory_of, timed
 from slimlm.preflight.job import Job
+from slimlm.ranks.join import joined, local_rank, started
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
-from slimlm.run_log import end_of, open_log
+from slimlm.run_log import RunLog, end_of, open_log
 from slimlm.runtime.memory import in_words
 from slimlm.storage import checkpoint
 from slimlm.storage.handles import make_room
@@ -139,24 +140,34 @@ def compress(
     stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
     A log with the figures of every layer grows beside `out`, too, and stays there (slimlm.run_log). Raises a SlimlmError in
     words for anything that would not work, before the work begins wherever that can be known.
+
+    Started as several processes (torchrun) it divides the work among them; only the first writes, tells and shows progress, and
+    all return the record (see docs/scaling.md).
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
-    checkpoint.refuse_occupied(Path(out), restart=restart)
-    with open_journal(Path(out), restart=restart) as journal, gone_on_with(journal, tell):
-        # Once more under the lock: the process that held it may have finished meanwhile.
-        checkpoint.refuse_occupied(Path(out), restart=restart)
-        ready = prepare(asked, journal, progress, tell)
-        recipe, found = plan_of(ready, journal, progress)
-        ready = dataclasses.replace(ready, whole=None)
-        if journal.blocks:
-            tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
-        with open_log(Path(out), log_header(asked, ready, recipe, journal)) as log:
-            told = both(progress, log)
-            flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
-            record = finished(Path(out), asked, ready, recipe, found, flow, journal, told)
-            log.add(end_of(record))
-        journal.remove()
+    with joined() as group:
+        if group.first:
+            checkpoint.refuse_occupied(Path(out), restart=restart)
+        else:
+            progress, tell = quiet, silent
+        with open_journal(Path(out), restart=restart, group=group) as journal, gone_on_with(journal, tell):
+            if group.first:
+                # Once more under the lock: the process that held it may have finished meanwhile.
+                checkpoint.refuse_occupied(Path(out), restart=restart)
+            ready = prepare(asked, journal, progress, tell)
+            recipe, found = plan_of(ready, journal, progress)
+            ready = dataclasses.replace(ready, whole=None)
+            if journal.blocks:
+                tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
+            with logged(Path(out), asked, ready, recipe, journal) as log:
+                told = progress if log is None else both(progress, log)
+                flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
+                finish = partial(finished, Path(out), asked, ready, recipe, found, flow, journal, told)
+                record = Record.from_dict(group.told(lambda: finish().to_dict()))
+                if log is not None:
+                    log.add(end_of(record))
+            journal.remove()
     tell_of_starved([layer.name for layer in record.layers if POOLED in layer.notes], tell)
     if (warning := explosion(record)) is not None:
         tell(warning)
@@ -167,6 +178,16 @@ def compress(
             "for float16, and their layers' take 32 bits. Ask for a little less"
         )
     return Result(Path(out), record)
+
+
+@contextmanager
+def logged(out: Path, asked: "Asked", ready: "Ready", recipe: Recipe, journal: Journal) -> Iterator[RunLog | None]:
+    """The log of the run; only the first of several ranks keeps one."""
+    if not journal.group.first:
+        yield None
+        return
+    with open_log(out, log_header(asked, ready, recipe, journal)) as log:
+        yield log
 
 
 @contextmanager
@@ -183,6 +204,8 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     except KeyboardInterrupt:
         tell(f"stopped: {words()}")
         raise
+    except RanksError as error:
+        raise RanksError(f"{error}; {words()}", speaks=error.speaks) from error
     except OSError as error:
         raise CheckpointError(f"writing failed: {error}; {words()}") from error
     except (MemoryError, RuntimeError) as error:
@@ -237,7 +260,7 @@ def finished(
         record = dataclasses.replace(record, stored_bytes=checkpoint.stored_bytes(folder))
         checkpoint.write_record(folder, record.to_dict(), files)
         progress(Event("verify", 0, 1))
-        compared = verify(folder, dense, ready.blocks, contents, flow, ready.windows, ready.device)
+        compared = verify(folder, dense, ready.blocks, contents, flow, own_windows(ready.windows, journal), ready.device)
         record = dataclasses.replace(record, perplexity=compared, seconds=journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict(), files)
     progress(Event("verify", 1, 1))
@@ -416,11 +439,13 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     blocks = blocks_of(dense.model)
     files = weight_files(dense.folder)
     make_room(most_files(dense, len(files), len(blocks)))
-    journal.meet(asked.identity(files, dense.config, where))
+    alike = ("model", "config", "recipe", "budget", "device", "versions")
+    journal.meet(asked.identity(files, dense.config, where), alike=alike)
     with dense.ends_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
-    journal.meet_weights(read_once(dense, blocks))
+    if journal.group.first:
+        journal.meet_weights(read_once(dense, blocks))
     left = without_ends(left, ends)
     progress(Event("open the model", 1, 1))
     shapes = compressible(blocks, recipe)
@@ -428,8 +453,10 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
         budget = auto_budget(recipe, list(shapes.values()), objective)
     if budget is not None:
         refuse_budget(shapes, budget)
-    whole = open_whole(asked, dense, reasons, tell) if (reasons := needs_whole(asked, journal, planning=planning)) else None
-    windows = kept_windows(dense, whole, asked.calibration, journal, progress)
+    reasons = needs_whole(asked, journal, planning=planning) if journal.group.first else []
+    whole = open_whole(asked, dense, reasons, tell) if reasons else None
+    windows = journal.group.tensor_told(lambda: kept_windows(dense, whole, asked.calibration, journal, progress))
+    journal.shares = shares_of(windows, journal.group.size)
     if budget is not None:
         refuse_few_windows(len(windows))
     if recipe.matching is not None and len(windows) < 2:
@@ -480,16 +507,24 @@ def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tel
 def refuse_unfit(job: Job, asked: Asked, journal: Journal, device: torch.device, tell: Tell) -> None:
     """Raise DoesNotFitError where memory or disk surely do not suffice; tells where they are tight."""
     check_device(job, device)
-    warnings = [check_memory(memory_of(job, asked.memory), asked.memory)]
-    if asked.out is not None:
+    warnings = [check_memory(own_memory(job, asked, journal), asked.memory)]
+    if asked.out is not None and journal.group.first:
         warnings.append(check_disk(job, asked.out, journal.folder))
     for text in filter(None, warnings):
         tell(text)
 
 
+def own_memory(job: Job, asked: Asked, journal: Journal) -> Memory:
+    """What this process holds: of several ranks each has its windows, and the first matches blocks on all of them."""
+    group, share = journal.group, journal.share
+    if group.size > 1 and group.first and asked.recipe.matching is not None:
+        share += job.windows
+    return memory_of(dataclasses.replace(job, windows=share), asked.memory, processes=group.here)
+
+
 def choose_place(asked: Asked, job: Job, journal: Journal, tell: Tell) -> None:
     """Decide whether activations stay in memory; they are written after every block in any case."""
-    found = memory_of(job, asked.memory)
+    found = own_memory(job, asked, journal)
     journal.in_memory = not found.on_disk
     if found.on_disk:
         why = "--memory allows" if asked.memory is not None else "half of the free memory"
@@ -556,8 +591,12 @@ def plan_of(ready: Ready, journal: Journal, progress: Observer) -> tuple[Recipe,
     if ready.budget is None:
         return ready.recipe, None
     if PLAN not in journal.notes:
-        found = planned(ready, progress)
-        journal.note(PLAN, {"plan": found.to_dict(), "recipe": found.recipe(ready.recipe).to_dict()})
+
+        def make() -> dict[str, Any]:
+            found = planned(ready, progress)
+            return {"plan": found.to_dict(), "recipe": found.recipe(ready.recipe).to_dict()}
+
+        journal.note(PLAN, journal.group.told(make))
     kept = journal.notes[PLAN]
     return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
 
@@ -697,9 +736,9 @@ def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to compress on; "auto" is cuda where there is one, else the CPU."""
+    """The device to compress on; "auto" is cuda where there is one, else the CPU. Several ranks take a GPU each."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -708,6 +747,13 @@ def pick_device(name: str) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"') from error
+    if found.type == "cuda" and started() > 1:
+        if found.index is not None or local_rank() >= torch.cuda.device_count():
+            raise SlimlmError(
+                f"device = {name!r}: each process on a machine takes a GPU of its own; this is number {local_rank() + 1}, and "
+                f"torch finds {torch.cuda.device_count()}. Start one for each GPU with --device cuda, or give --device cpu"
+            )
+        return torch.device("cuda", local_rank())
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise SlimlmError(f"device = {name!r}: torch finds {torch.cuda.device_count()} CUDA devices, counted from 0")
     return found

@@ -20,7 +20,7 @@ SHAPE = (64, 256)
 LINE = ["--shapes", "64x256", "--batches", "1", "3", "--threads", "1", "--rounds", "1", "--rotated-mb", "1"]
 
 
-@pytest.fixture(params=["kernel_speed", "generation", "random_checkpoint", "competitors", "results_file"])
+@pytest.fixture(params=["kernel_speed", "generation", "random_checkpoint", "competitors", "results_file", "scaling"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -34,3 +34,12 @@ class KernelError(SlimlmError):
 
 class DoesNotFitError(SlimlmError):
     """Memory or disk surely do not suffice for what was asked."""
+
+
+class RanksError(SlimlmError):
+    """One of several processes that work together has ended, so the others end too."""
+
+    def __init__(self, words: str, *, speaks: bool = False) -> None:
+        super().__init__(words)
+        self.speaks = speaks
+        """whether this process is to tell the user, although it is not the first"""

@@ -91,9 +91,12 @@ class Estimate:
         return {**data, "total_seconds": self.total_seconds}
 
 
-def memory_of(job: Job, allowed: int | None) -> Memory:
-    """What the run holds; `allowed`: bytes that activations may take (None: half of what is free)."""
-    total, free = total_and_free()
+def memory_of(job: Job, allowed: int | None, *, processes: int = 1) -> Memory:
+    """What the run holds; `allowed`: bytes that activations may take (None: half of what is free).
+
+    processes: how many on this machine are to share its memory.
+    """
+    total, free = (None if size is None else size // processes for size in total_and_free())
     limit = allowed if allowed is not None else None if free is None else free // 2
     return Memory(
         process=resident() or 0,

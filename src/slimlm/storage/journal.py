@@ -12,6 +12,9 @@ not name are leftovers. journal.json holds a checksum of itself.
 
 Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are
 compared whole as well: see `meet_weights`.
+
+Of several ranks (slimlm.ranks) the first keeps the journal. The others hold their share of the activations in a folder of their
+own and send it there, so the file of activations is whole, and any number of ranks can go on with it.
 """
 
 import hashlib
@@ -23,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import torch
@@ -30,6 +34,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
+from slimlm.ranks.group import ALONE, Group
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, sync_folder, write_stream, write_tensors, written
 
@@ -52,9 +57,10 @@ _LOCK = "slimlm.lock"
 class Batches(Sequence[Tensor]):
     """Activations in a file, a batch `[windows, length, width]` at a time: each access reads a copy."""
 
-    def __init__(self, file: MappedFile, name: str, windows: int) -> None:
+    def __init__(self, file: MappedFile, name: str, windows: int, share: slice) -> None:
+        """windows: of a batch. share: those windows of the file that count."""
         self._file = file
-        self._batches = file.tensors[name].split(windows)
+        self._batches = file.tensors[name][share].split(windows)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -90,6 +96,10 @@ class Journal:
     """What a run has finished. Use `open_journal`."""
 
     folder: Path
+    group: Group = ALONE
+    """the ranks of the run; only the first one's journal is kept"""
+    shares: tuple[int, ...] = ()
+    """windows of each rank, consecutive ones"""
     in_memory: bool = True
     """whether activations stay in memory beside their file"""
     identity: dict[str, Any] | None = None
@@ -114,12 +124,20 @@ class Journal:
         """Seconds that the run has taken by now, in all processes that worked on it, what was lost not counted."""
         return self.seconds_before + time.monotonic() - self.opened
 
-    def meet(self, identity: dict[str, Any]) -> None:
+    def meet(self, identity: dict[str, Any], alike: Iterable[str] = ()) -> None:
         """Say what this run is: a new journal is begun with it, and one that is there must have the same.
 
-        Raises CheckpointError, with what differs, where another run was begun here.
+        alike: keys in which the ranks must agree. Raises CheckpointError, with what differs, where another run was begun here,
+        and where a rank has another model or another version than the first.
         """
         identity = json.loads(json.dumps(identity))
+        if self.group.first:
+            self._meet(identity)
+        theirs = self.group.told(lambda: identity)
+        if others := [words for key in alike for words in _differences(theirs[key], identity[key], key)]:
+            raise CheckpointError(f"the ranks are not alike; what the first has, and this one: {'; '.join(others[:5])}")
+
+    def _meet(self, identity: dict[str, Any]) -> None:
         if self.identity is None:
             self.identity = identity
             return
@@ -166,9 +184,14 @@ class Journal:
         self._check(about)
         return map_file(self.folder / about["file"]).tensors[key].clone()
 
-    def put_inputs(self, streams: Mapping[str, Iterable[Tensor]], count: int) -> dict[str, Sequence[Tensor]]:
+    def put_inputs(self, streams: Mapping[str, Iterable[Tensor]]) -> dict[str, Sequence[Tensor]]:
         """Keep the activations with which the first block begins; see `commit`."""
-        inputs, held = self._put_inputs("inputs-0000.safetensors", streams, count)
+        if self.group.size > 1:
+            streams = own = self._computed(streams)
+            if not self.group.first:
+                self._send(0, own)
+                return own
+        inputs, held = self._put_inputs("inputs-0000.safetensors", streams)
         self._write(inputs=inputs)
         return held
 
@@ -179,28 +202,44 @@ class Journal:
         layers: dict[str, Any],
         records: list[dict[str, Any]],
         streams: Mapping[str, Iterable[Tensor]],
-        count: int,
     ) -> dict[str, Sequence[Tensor]]:
         """Keep a finished block, and the activations with which the next begins; gives these, in memory or from the file.
 
-        tensors: the block's, by full name. layers, records: see `Finished`. streams: activations by name, in batches
-        `[windows, length, width]`, together `count` windows each. Raises OSError where the disk refuses; the journal is then as
-        before.
+        tensors: the block's, by full name. layers, records: see `Finished`. streams: this rank's activations by name, in
+        batches `[windows, length, width]`. Raises OSError where the disk refuses; the journal is then as before.
         """
+        if self.group.size > 1:
+            streams = own = self._computed(streams)
+            if not self.group.first:
+                self._send(0, own)
+                return own
         name = f"block-{len(self.blocks) + 1:04d}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         block = Finished(block_name, name, write_tensors(self.folder / name, tensors), layers, records)
         before = self.inputs
-        inputs, held = self._put_inputs(f"inputs-{len(self.blocks) + 1:04d}.safetensors", streams, count)
+        inputs, held = self._put_inputs(f"inputs-{len(self.blocks) + 1:04d}.safetensors", streams)
         self._write(blocks=[*self.blocks, block], inputs=inputs, seconds=self.elapsed)
         if before is not None:
             (self.folder / before["file"]).unlink(missing_ok=True)
         return held
 
+    @property
+    def share(self) -> int:
+        """Windows of this rank."""
+        return self.shares[self.group.rank]
+
+    def _computed(self, streams: Mapping[str, Iterable[Tensor]]) -> dict[str, Sequence[Tensor]]:
+        """Activations of this rank, all computed before it waits for another."""
+        return {key: self.spill(key, stream, self.share) for key, stream in streams.items()}
+
+    def _send(self, to: int, streams: Mapping[str, Sequence[Tensor]]) -> None:
+        for batches in streams.values():
+            self.group.send(to, batches)
+
     def _put_inputs(
-        self, name: str, streams: Mapping[str, Iterable[Tensor]], count: int
+        self, name: str, streams: Mapping[str, Iterable[Tensor]]
     ) -> tuple[dict[str, str], dict[str, Sequence[Tensor]]]:
-        """Write activations to a file of their own; gives what the journal says of it, and the activations."""
+        """Write the activations of all ranks to a file of their own; gives what the journal says of it, and this rank's."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sources = {key: iter(stream) for key, stream in streams.items()}
         first = next(sources[next(iter(sources))])
@@ -212,21 +251,31 @@ class Journal:
                     if self.in_memory:
                         held[key].append(piece)
                     yield piece
+                for rank in range(1, self.group.size):
+                    yield from self.group.receive(rank)
 
-        about = dict.fromkeys(sources, (first.dtype, (count, *first.shape[1:])))
-        checksum = write_stream(self.folder / name, about, pieces())
-        inputs = {"file": name, "sha256": checksum, "windows": str(len(first))}
-        return inputs, dict(held) if self.in_memory else self._batches(inputs)
+        about = dict.fromkeys(sources, (first.dtype, (sum(self.shares), *first.shape[1:])))
+        inputs = {"file": name, "sha256": write_stream(self.folder / name, about, pieces())}
+        return inputs, dict(held) if self.in_memory else self._batches(inputs, len(first), 0)
 
-    def held_inputs(self) -> dict[str, Sequence[Tensor]]:
-        """The activations with which to go on, in memory or from their file."""
+    def held_inputs(self, batch: int) -> dict[str, Sequence[Tensor]]:
+        """This rank's activations with which to go on, `batch` windows at a time, in memory or from a file."""
         assert self.inputs is not None
-        found = self._batches(self.inputs)
+        file = self.folder / self.inputs["file"]
+        names = self.group.told(lambda: list(map_file(file).tensors))
+        if not self.group.first:
+            return {key: self.spill(key, self.group.receive(0), self.share) for key in names}
+        for rank in range(1, self.group.size):
+            self._send(rank, self._batches(self.inputs, batch, rank))
+        found = self._batches(self.inputs, batch, 0)
         return {key: list(batches) for key, batches in found.items()} if self.in_memory else found
 
-    def _batches(self, about: dict[str, str]) -> dict[str, Sequence[Tensor]]:
+    def _batches(self, about: dict[str, str], batch: int, rank: int) -> dict[str, Sequence[Tensor]]:
+        """A rank's share of a file of activations."""
         file = map_file(self.folder / about["file"])
-        return {key: Batches(file, key, int(about["windows"])) for key in file.tensors}
+        begin = sum(self.shares[:rank])
+        share = slice(begin, begin + self.shares[rank])
+        return {key: Batches(file, key, batch, share) for key in file.tensors}
 
     def spill(self, key: str, batches: Iterable[Tensor], count: int) -> Sequence[Tensor]:
         """Hold activations until they are dropped: in memory, or in a file that the journal does not name."""
@@ -239,7 +288,17 @@ class Journal:
         file = map_file(path)
         # The mapping keeps the data; the name is not needed any more.
         path.unlink()
-        return Batches(file, key, len(first))
+        return Batches(file, key, len(first), slice(count))
+
+    def gathered(self, key: str, batches: Sequence[Tensor], batch: int) -> Sequence[Tensor]:
+        """The activations of all ranks, `batch` windows at a time, held on the first one as `spill` does; elsewhere none."""
+        if self.group.size == 1:
+            return batches
+        if not self.group.first:
+            self.group.send(0, batches)
+            return []
+        others = (self.group.receive(rank) for rank in range(1, self.group.size))
+        return self.spill(key, _rebatched(chain(batches, *others), batch), sum(self.shares))
 
     def spill_tensors(self, key: str, tensors: dict[str, Tensor]) -> MappedFile:
         """Hold tensors in a file that the journal does not name."""
@@ -319,6 +378,13 @@ class Journal:
             raise self._damaged(f"{path.name} cannot be read ({error})") from error
         self.check()
 
+    def hand_out(self) -> None:
+        """Let all ranks know what the first one's journal holds."""
+        own = {"notes": self.notes, "inputs": self.inputs, "blocks": [vars(block) for block in self.blocks]}
+        held = self.group.told(lambda: own)
+        self.notes, self.inputs = held["notes"], held["inputs"]
+        self.blocks = [Finished(**block) for block in held["blocks"]]
+
     def tidy(self) -> None:
         """Remove what a killed run left and the journal does not name."""
         if self.identity is None:
@@ -338,6 +404,18 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _rebatched(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
+    """The same windows, so many in each batch but the last."""
+    left: Tensor | None = None
+    for piece in pieces:
+        left = piece if left is None or not len(left) else torch.cat([left, piece])
+        while len(left) >= batch:
+            yield left[:batch]
+            left = left[batch:]
+    if left is not None and len(left):
+        yield left
+
+
 def journal_folder(out: Path) -> Path:
     """Where the journal of a run that writes `out` is: beside it, or inside where it is there already."""
     beside = out.absolute().with_name(out.absolute().name + ".partial")
@@ -345,12 +423,27 @@ def journal_folder(out: Path) -> Path:
 
 
 @contextmanager
-def open_journal(out: Path, *, restart: bool) -> Iterator[Journal]:
+def open_journal(out: Path, *, restart: bool, group: Group = ALONE) -> Iterator[Journal]:
     """The journal of the run that writes `out`, locked meanwhile; one that keeps nothing worth keeping is removed at the end.
 
-    restart: drop what is there. Raises CheckpointError where another process writes the same output, where the journal is
+    restart: drop what is there. Ranks other than the first get a journal that knows what the first one's held at the beginning,
+    with a folder for the time being. Raises CheckpointError where another process writes the same output, where the journal is
     damaged, or where the disk refuses.
     """
+    if group.first:
+        with _opened(out, restart=restart) as journal:
+            journal.group = group
+            journal.hand_out()
+            yield journal
+        return
+    with TemporaryDirectory(prefix="slimlm-") as scratch:
+        journal = Journal(Path(scratch), group)
+        journal.hand_out()
+        yield journal
+
+
+@contextmanager
+def _opened(out: Path, *, restart: bool) -> Iterator[Journal]:
     journal = Journal(journal_folder(out))
     try:
         there = journal.folder.is_dir()

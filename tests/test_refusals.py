@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimlm
 from slimlm.cli import app, main
+from slimlm.events import Event
 
 from .conftest import random_model, save
 
@@ -413,3 +414,32 @@ def test_a_plan_that_makes_no_sense_is_refused_before_the_model_is_opened(
     line: Line, tmp_path: Path, more: list[str], words: str
 ) -> None:
     assert words in line.refused("plan", tmp_path / "no-model", *more)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_dtype_that_is_not_read_is_named_and_not_called_damage(
+    line: Line, llama_folder: Path, text_file: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    odd = next(key for key, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[odd] = tensors[odd].to(torch.float8_e4m3fn)
+    (folder / "model.safetensors").unlink()
+    if name.endswith(".bin"):
+        torch.save(tensors, folder / name)
+    else:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    said = line.refused("compress", folder, "-o", tmp_path / "o", "--recipe", "absmax", "--data", text_file)
+    assert odd in said and "the dtype" in said and "F32" in said and "download" not in said
+
+
+def test_a_wrong_model_name_with_restart_drops_nothing(line: Line, llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), progress=stop)
+    kept = sorted(path.name for path in (tmp_path / "o.partial").iterdir())
+    assert "no model folder" in line.refused("compress", tmp_path / "typo", "-o", tmp_path / "o", "--restart")
+    assert sorted(path.name for path in (tmp_path / "o.partial").iterdir()) == kept

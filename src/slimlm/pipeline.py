@@ -43,7 +43,7 @@ from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, explosion, layer_from
 from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
-from slimlm.models.opening import DenseModel, open_dense, words_of
+from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
 from slimlm.models.structure import blocks_of, context_length, linears_of, others_of, weight_of
 from slimlm.plan.options import Budget, Objective
 from slimlm.plan.plan import (
@@ -146,6 +146,8 @@ def compress(
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
+    # What is no model at all is known before --restart drops anything.
+    read_config(str(model))
     with joined() as group:
         if group.first:
             checkpoint.refuse_occupied(Path(out), restart=restart)
@@ -465,7 +467,8 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
         tell_of_few_tokens(shapes, windows.numel(), tell)
     job = Job(dense, blocks, recipe, ends, left, len(windows), windows.shape[1], bits)
     refuse_unfit(job, asked, journal, where, tell)
-    choose_place(asked, job, journal, tell)
+    if asked.out is not None:
+        choose_place(asked, job, journal, tell)
     return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
 
 
@@ -495,9 +498,12 @@ def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tel
     """The model in float32; raises ModelError where that is more than the memory that may be used."""
     what, size = " and ".join(reasons), dense.whole_bytes
     check_whole(size, asked.memory)
-    if asked.memory is not None and size > asked.memory:
+    # A plan holds the activations of all windows in memory beside it.
+    width = getattr(dense.model.config, "hidden_size", None) or 0
+    held = asked.calibration.samples * asked.calibration.length * width * 4 if "a plan" in reasons else 0
+    if asked.memory is not None and size + held > asked.memory:
         raise ModelError(
-            f"for {what} the whole model has to be in memory, {in_words(size)} in float32, more than --memory "
+            f"for {what} the whole model has to be in memory, {in_words(size + held)} with activations, more than --memory "
             f"{in_words(asked.memory)}; give more, or a recipe without a plan and calibration text from a file"
         )
     tell(f"for {what} the whole model is in memory meanwhile: {in_words(size)} in float32")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.core.errors import CheckpointError, ModelError
+from slimlm.core.errors import CheckpointError, ModelError, UnknownDtypeError
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.joining import Stack, stacks_in
 from slimlm.models.opening import (
@@ -41,7 +41,7 @@ from slimlm.models.opening import (
 )
 from slimlm.models.skeleton import empty_model
 from slimlm.storage.mapping import MappedFile, map_file
-from slimlm.storage.streams import is_plain_name, write_tensors
+from slimlm.storage.streams import KINDS, is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
 Tell = Callable[[str], None]
@@ -197,7 +197,8 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     try:
         files = [map_file(path) for path in safetensors_of(folder, scratch)]
     except CheckpointError as error:
-        raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
+        advice = "" if isinstance(error, UnknownDtypeError) else "; if it is damaged or cut short, download it again"
+        raise ModelError(f"a weight file of {source} cannot be used ({error}){advice}") from error
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
     found = _skeleton(source, folder, stored)
     tokenizer, own = open_tokenizer(source), _own_config(folder)
@@ -387,4 +388,8 @@ def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__} where tensors by name were expected")
-    return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    tensors = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in KINDS.values():
+            raise ModelError(f"{name} in {path} has the dtype {tensor.dtype}; slimlm reads {', '.join(KINDS)}")
+    return tensors

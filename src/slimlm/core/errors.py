@@ -32,6 +32,10 @@ class KernelError(SlimlmError):
     """Kernels that were asked for and cannot be had."""
 
 
+class UnknownDtypeError(CheckpointError):
+    """A tensor of a dtype that slimlm does not read."""
+
+
 class DoesNotFitError(SlimlmError):
     """Memory or disk surely do not suffice for what was asked."""
 

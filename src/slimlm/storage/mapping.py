@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, UnknownDtypeError
 from slimlm.storage.streams import KINDS
 
 
@@ -93,7 +93,7 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
 def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data: int) -> Tensor:
     """One tensor as a view of the mapping; a copy where the file does not align it."""
     if entry["dtype"] not in KINDS:
-        raise CheckpointError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(KINDS)}")
+        raise UnknownDtypeError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(KINDS)}")
     dtype, shape, begin = KINDS[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
     if prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)

@@ -173,6 +173,9 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
                 parameter.normal_(std=0.1)
             elif parameter.ndim > 1:
                 parameter.normal_(std=0.15)
+            elif not parameter.any():
+                # Norms that multiply by one more than their weight.
+                parameter.normal_(std=0.1)
     return model.to(dtype)
 
 

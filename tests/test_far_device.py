@@ -98,7 +98,8 @@ def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> 
     for room, place in ((2**40, FAR), (10_000, CPU)):
         monkeypatch.setattr(calibrate, "_free", lambda device, room=room: room)
         with far_device():
-            found = calibrate.measure(send(copy.deepcopy(block)), name, linears_of(block), flow, Need.GRAM, FAR)
+            sent = send(copy.deepcopy(block))
+            found = calibrate.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAR)
             assert {measured(stats.gram).device for stats in found.values()} == {place}
 
 

@@ -1,6 +1,8 @@
 """The log beside the output: every layer once, whatever happens to the run."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,28 @@ from slimlm import pipeline
 from slimlm.run_log import log_path
 
 from .conftest import random_model, save
-from .test_journal import died, options
+from .test_journal import options
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(random_model("llama", torch.float16), tmp_path_factory.mktemp("model") / "llama")
+
+
+CHILD = """
+import os, sys
+import slimlm
+
+model, out, text = sys.argv[1:]
+slimlm.pipeline.write = lambda *_: os._exit(9)
+slimlm.compress(model, out, recipe="slim", data=text, samples=6, length=32)
+"""
+
+
+def died(model: Path, out: Path, text: Path) -> None:
+    """A run that ended without a word, all blocks done, when the checkpoint was to be written."""
+    ended = subprocess.run([sys.executable, "-c", CHILD, str(model), str(out), str(text)], capture_output=True, text=True)
+    assert ended.returncode == 9, ended.stderr
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
@@ -62,7 +80,7 @@ def test_the_log_names_no_folder(model: Path, text_file: Path, tmp_path: Path) -
 def test_a_run_that_goes_on_adds_to_the_log_and_makes_up_for_lost_lines(
     model: Path, text_file: Path, tmp_path: Path, half: str, lost: int
 ) -> None:
-    died(model, tmp_path / "o", text_file, "while the checkpoint is written", 1)
+    died(model, tmp_path / "o", text_file)
     path = tmp_path / "o.log.jsonl"
     left = path.read_text().splitlines(keepends=True)
     assert kinds([json.loads(line) for line in left]) == WHOLE[:-1], "killed, so it says no end"
@@ -77,7 +95,7 @@ def test_a_run_that_goes_on_adds_to_the_log_and_makes_up_for_lost_lines(
 
 
 def test_a_run_that_begins_anew_has_lines_of_its_own(model: Path, text_file: Path, tmp_path: Path) -> None:
-    died(model, tmp_path / "o", text_file, "while the checkpoint is written", 1)
+    died(model, tmp_path / "o", text_file)
     slimlm.compress(model, tmp_path / "o", **options(text_file), restart=True)
     lines = entries(tmp_path / "o.log.jsonl")
     assert kinds(lines) == [*WHOLE[:-1], *WHOLE]

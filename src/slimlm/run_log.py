@@ -11,9 +11,9 @@
     {"event": "stopped", ...} in place of `end`: why (the kind of error, without its words)
 
 Lines are only ever added, so the log outlives kills, goes on with a run, and stays when all is done; a run that begins anew
-adds its own `run` with `after` 0. A block's lines are written when it is in the journal. Where a run was killed between the
-two, the next one adds them, with `seconds` null. The half line that a kill may leave is cut off. Folders' names are nobody's
-business: models, texts and recipes go by their last name.
+adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines are
+written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
+half line that a kill may leave is cut off. Folders' names are nobody's business: models, texts and recipes go by their last name.
 """
 
 import json
@@ -113,6 +113,7 @@ def open_log(out: Path, header: dict[str, Any]) -> Iterator[RunLog]:
     Raises OSError where the disk refuses.
     """
     log = RunLog(log_path(out))
+    new = not log.path.exists()
     _cut_half_line(log.path)
     log.add({"event": "run", "time": datetime.now(UTC).isoformat(timespec="seconds"), **header})
     try:
@@ -120,7 +121,10 @@ def open_log(out: Path, header: dict[str, Any]) -> Iterator[RunLog]:
     except BaseException as error:
         # On a full disk the run's own error is the one to be told.
         with suppress(OSError):
-            log.add({"event": "stopped", "why": type(error).__name__})
+            if new and not blocks_of(log.path):
+                log.path.unlink()
+            else:
+                log.add({"event": "stopped", "why": type(error).__name__})
         raise
 
 

@@ -52,6 +52,8 @@ class Limits:
     """bytes in one file"""
     since: str | None = None
     """a function, as module:name, at whose calls they begin to hold, over what the process has then; None: from the start"""
+    disk_free: int | None = None
+    """what the check before a run is told is free, as where somebody else fills the disk after it"""
 
 
 class Child(Protocol):
@@ -160,6 +162,8 @@ def _child(line: list[str], said: Path, moment: Moment | None, limits: Limits | 
     os.close(handle)
     from slimlm.cli import main
 
+    # Whoever starts the tests in the background has it ignored, and so would their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if moment is not None:
         _arm(moment)
     sys.argv = ["slimlm", *line]
@@ -223,6 +227,8 @@ def _limited(limits: Limits, real: Callable[..., Any]) -> Callable[..., Any]:
 def _limit(limits: Limits) -> None:
     import resource
 
+    if limits.disk_free is not None:
+        _wrap("slimlm.preflight.checks:free_on_disk", lambda _: lambda _: limits.disk_free)
     if limits.file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
     if limits.files is not None:
@@ -235,10 +241,16 @@ def _limit(limits: Limits) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now + limits.memory, now + limits.memory))
 
 
+def checkpoint_files(folder: Path) -> set[str]:
+    """The names in a folder, but for a log."""
+    return {path.name for path in folder.iterdir()} - {"slimlm.log.jsonl"}
+
+
 def same(one: Path, other: Path) -> None:
-    """The same files with the same bytes; of the record all but the times and the memory."""
-    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    for path in one.iterdir():
+    """The same files with the same bytes, but for a log; of the record all but the times and the memory."""
+    assert checkpoint_files(one) == checkpoint_files(other)
+    for name in checkpoint_files(one):
+        path = one / name
         if path.name == "slimlm.json":
             records = [json.loads((folder / path.name).read_text()) for folder in (one, other)]
             first, second = ({k: v for k, v in r.items() if k not in ("seconds", "peak_memory")} for r in records)

@@ -49,7 +49,7 @@ def grown(bench: Bench, disk: Disk, sizes: list[str], needed: str) -> list[int]:
     found: list[int] = []
     for size in [*sizes, needed]:
         disk.mount(size)
-        ended = bench.run(written)
+        ended = bench.run(written, None, Limits(disk_free=2**40))
         if ended.code == 0:
             break
         ended.refused("No space left on device")
@@ -62,6 +62,12 @@ def grown(bench: Bench, disk: Disk, sizes: list[str], needed: str) -> list[int]:
     assert ended.code == 0, ended
     bench.same(out=disk.path / "o")
     return found
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(bench: Bench, disk: Disk) -> None:
+    disk.mount("size=16k")
+    bench.run(bench.lines("matched", disk.path / "o")).refused("the disk does not suffice")
+    assert not list(disk.path.iterdir())
 
 
 def test_a_disk_that_is_full_and_grows(bench: Bench, disk: Disk) -> None:

@@ -70,10 +70,10 @@ def test_a_run_takes_no_more_disk_than_was_said(
     most = 0
     write = slimlm.pipeline.checkpoint.write_record
 
-    def counted(folder: Path, record: dict[str, Any]) -> None:
+    def counted(folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
         nonlocal most
         most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
-        write(folder, record)
+        write(folder, record, files)
 
     monkeypatch.setattr(slimlm.pipeline.checkpoint, "write_record", counted)
     slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **OPTIONS)

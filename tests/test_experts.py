@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import slimlm
+from slimlm.events import Event
 from slimlm.calibrate import POOLED, Flow, enter, measure, run
 from slimlm.core.errors import ModelError
 from slimlm.core.layer import Need
@@ -198,8 +199,8 @@ def test_a_run_that_stopped_after_a_block_gives_the_same_bytes(family: str, tmp_
     folder = save(random_model(family, torch.bfloat16), tmp_path / "m")
     slimlm.compress(folder, tmp_path / "whole", **options(text_file))
 
-    def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("compress", 1):
+    def stop(event: Event) -> None:
+        if (event.stage, event.done) == ("compress", 1) and event.blocks:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import slimlm
-from slimlm.events import Event
 from slimlm.calibrate import POOLED, Flow, enter, measure, run
 from slimlm.core.errors import ModelError
 from slimlm.core.layer import Need
+from slimlm.events import Event
 from slimlm.models.experts import Experts, fused_in, take_apart
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, recipe_from_dict

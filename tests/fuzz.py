@@ -85,10 +85,10 @@ def make_bases(folder: Path) -> dict[str, Path]:
     found = {}
     for name, (make, options) in BASES.items():
         dense = save(make(), folder / f"{name}-dense")
-        shard = "20KB" if name == "sharded" else "4GB"
+        shard = 20_000 if name == "sharded" else checkpoint.SHARD_BYTES
         windows = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
         with (
-            mock.patch.object(checkpoint, "_SHARD_SIZE", shard),
+            mock.patch.object(checkpoint, "SHARD_BYTES", shard),
             # The tokenizer knows 256 tokens, the model 64.
             mock.patch("slimlm.pipeline.calibration_windows", mock.Mock(return_value=windows)),
         ):

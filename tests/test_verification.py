@@ -36,7 +36,7 @@ def packed(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with biases, its embedding and head packed, in several shards, with 2:4 masks and adapters."""
     folder = tmp_path_factory.mktemp("verify")
     save(random_model("llama", torch.float16), folder / "dense")
-    with mock.patch.object(checkpoint, "_SHARD_SIZE", "30KB"):
+    with mock.patch.object(checkpoint, "SHARD_BYTES", 30_000):
         slimlm.compress(folder / "dense", folder / "out", data=str(text_file), embedding_bits=8, **OPTIONS)
     return folder / "out"
 

@@ -14,7 +14,6 @@ from slimlm import pipeline
 from slimlm.run_log import log_path
 
 from .conftest import random_model, save
-from .test_journal import options
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +29,10 @@ model, out, text = sys.argv[1:]
 slimlm.pipeline.write = lambda *_: os._exit(9)
 slimlm.compress(model, out, recipe="slim", data=text, samples=6, length=32)
 """
+
+
+def options(text: Path, recipe: str = "slim") -> dict[str, Any]:
+    return {"recipe": recipe, "data": str(text), "samples": 6, "length": 32}
 
 
 def died(model: Path, out: Path, text: Path) -> None:

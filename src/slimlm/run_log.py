@@ -13,7 +13,8 @@
 Lines are only ever added, so the log outlives kills, goes on with a run, and stays when all is done; a run that begins anew
 adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines are
 written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
-half line that a kill may leave is cut off. Folders' names are nobody's business: models, texts and recipes go by their last name.
+half line that a kill may leave is cut off. Folders' names are nobody's business: models, texts and recipes go by their last
+name.
 """
 
 import json

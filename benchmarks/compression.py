@@ -169,9 +169,10 @@ def nothing(*_: Any, **__: Any) -> Work:
 
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("open", pipeline, "open_streamed", nothing),
-    ("check the model", pipeline, "refuse_weights", nothing),
+    ("check the model", pipeline, "read_once", nothing),
     ("read text", pipeline, "documents", nothing),
-    ("calibration forward", blockwise, "enter", nothing),
+    ("calibration forward", blockwise, "arguments_of", nothing),
+    ("calibration forward", blockwise, "first_inputs", nothing),
     ("calibration forward", calibrate, "_forward", of_forward),
     ("statistics", calibrate._Sums, "add", of_statistics),
     ("statistics", calibrate._Sums, "stats", nothing),

@@ -36,6 +36,11 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str | Path)
     module.main()
 
 
+def test_the_clock_of_compression_watches_functions_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage, owner, name, _ in script("compression", monkeypatch).STAGES:
+        assert callable(getattr(owner, name, None)), f"{stage}: {owner.__name__} has no {name}"
+
+
 # Kernels
 
 

@@ -368,7 +368,7 @@ def add(path: Path, settings: Data, dense: Data, row: Data | None = None) -> Non
 
 @dataclass(frozen=True)
 class Line:
-    """An entry over its seeds: medians, and the least and the largest perplexity."""
+    """An entry over its seeds: medians, the least and the largest perplexity, and the least seconds: other work only adds."""
 
     name: str
     kind: str
@@ -410,7 +410,7 @@ def lines_of(results: Data) -> list[Line]:
                 mid["perplexity_first_100k"] - dense["perplexity_first_100k"],
                 mid["layer_error"],
                 mid["drift"],
-                mid["seconds"],
+                min(row["seconds"] for row in own),
                 max(peaks) if peaks else None,
                 len(own),
             )

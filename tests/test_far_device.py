@@ -72,12 +72,19 @@ def quick(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, steps=tuple(steps), leave=leave)
 
 
-RECIPES = ["best", "hassle-free", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera", "oats"]
+RECIPES = ["best", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
+LONG = ["hassle-free", "oats"]
+"""They alternate for as long as `best`, through the same code."""
 
 
 @pytest.mark.parametrize(
     ("name", "room"),
-    [*((name, 2**40) for name in RECIPES), ("slim", 0), ("gptq-32", 0)],
+    [
+        *((name, 2**40) for name in RECIPES),
+        *(pytest.param(name, 2**40, marks=pytest.mark.slow) for name in LONG),
+        ("slim", 0),
+        ("gptq-32", 0),
+    ],
     ids=lambda value: {0: "statistics on the CPU", 2**40: "statistics on the card"}.get(value, value),
 )
 def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(

@@ -209,7 +209,7 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     except RanksError as error:
         raise RanksError(f"{error}; {words()}", speaks=error.speaks) from error
     except OSError as error:
-        raise CheckpointError(f"writing failed: {error}; {words()}") from error
+        raise CheckpointError(f"reading or writing failed: {error}; {words()}") from error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -89,8 +89,8 @@ def test_a_disk_that_grows_by_a_page_at_a_time(bench: Bench, disk: Disk) -> None
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_from_the_start(bench: Bench, disk: Disk) -> None:
-    """Every size is met by a run that begins, not by one that goes on: some twenty-five starts."""
-    for size in range(8, 400, 16):
+    """Every size is met by a run that begins, not by one that goes on: some forty starts."""
+    for size in range(8, 1000, 24):
         disk.mount(f"size={size}k")
         first = bench.run(bench.lines("matched", disk.path / "o"), None, Limits(disk_free=2**40))
         if first.code == 0:

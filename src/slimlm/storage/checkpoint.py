@@ -66,35 +66,39 @@ def refuse_occupied(out: Path, *, restart: bool = False) -> None:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder that does not exist yet")
     refuse_strangers(out, set() if restart else moved_already(out))
-    try:
-        _partial_for(out).rmdir()
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error.strerror or error}") from error
+    with _writable(out) as where, tempfile.TemporaryFile(dir=where):
+        # Without a name, so that a process that is killed here leaves nothing.
+        pass
 
 
 def refuse_strangers(out: Path, known: set[str]) -> None:
     """Raise CheckpointError where the folder `out` holds anything but these names and a journal."""
     if not out.is_dir():
         return
-    names = {path.name for path in out.iterdir() if not _is_trial(path)} - known - {INSIDE}
+    names = {path.name for path in out.iterdir()} - known - {INSIDE}
     if names:
         held = ", ".join(sorted(names)[:3])
         raise CheckpointError(f"the output folder {out} already holds something ({held}); give another, or empty it yourself")
 
 
-def _is_trial(path: Path) -> bool:
-    """Whether this is the empty folder of a process that was killed while it tried whether it can write."""
-    return path.name.startswith(".") and ".partial-" in path.name and path.is_dir() and not any(path.iterdir())
-
-
 def _partial_for(out: Path) -> Path:
-    """A new folder on the way to `out`: inside it where it exists (it may be a mount point or a link), else beside it."""
+    """A new folder on the way to `out`."""
+    with _writable(out) as where:
+        return Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.partial-", dir=where))
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[Path]:
+    """Where `out` is written first: inside it where it exists (it may be a mount point or a link), else beside it.
+
+    Raises CheckpointError where that, or what is done with it meanwhile, meets a disk that refuses.
+    """
     where = out.absolute()
     try:
         if not where.is_dir():
             where = where.parent
             where.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.partial-", dir=where))
+        yield where
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror or error}; give a folder that can be written") from error
 

@@ -19,7 +19,7 @@ from slimlm.core.layer import Layer, Need, Stats
 from slimlm.evaluate.results import Record
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
-from slimlm.pipeline import tell_of_few_tokens
+from slimlm.preflight.refusals import tell_of_few_tokens
 from slimlm.recipe import recipe_from_dict
 
 from .conftest import random_model

@@ -16,11 +16,9 @@ written and checked (slimlm.verification), and the reloaded model's logits compa
 """
 
 import dataclasses
-import fnmatch
-import hashlib
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +33,7 @@ from torch import Tensor, nn
 from slimlm.blockwise import compress_blocks, own_windows
 from slimlm.calibrate import POOLED, Flow, shares_of
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
-from slimlm.core.layer import Need, refuse_not_finite
-from slimlm.core.sweep import tokens_needed
+from slimlm.core.layer import Need
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
 from slimlm.embedding import Ends, ends_of
@@ -44,7 +41,7 @@ from slimlm.evaluate.results import Record, explosion, layer_from
 from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
-from slimlm.models.structure import blocks_of, context_length, linears_of, others_of, weight_of
+from slimlm.models.structure import blocks_of, context_length
 from slimlm.plan.options import Budget, Objective
 from slimlm.plan.plan import (
     Plan,
@@ -58,6 +55,7 @@ from slimlm.plan.plan import (
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, Memory, estimate_of, memory_of, timed
 from slimlm.preflight.job import Job
+from slimlm.preflight.refusals import compressible, read_once, refuse_early, tell_of_few_tokens, without_ends
 from slimlm.ranks.join import joined, local_rank, started
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.run_log import RunLog, end_of, open_log
@@ -544,24 +542,6 @@ def has_auto_rank(recipe: Recipe) -> bool:
     return any(getattr(named.step, "rank", None) == "auto" for named in recipe.steps)
 
 
-def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Full name and shape (out, in) of every layer that the recipe compresses."""
-    linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
-    shapes = {name: weight_of(linear).shape for name, linear in linears.items() if not recipe.leaves(name)}
-    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
-
-
-def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Tell) -> None:
-    """Say so where the calibration text is too short for the covariance of the widest layer."""
-    name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
-    if tokens < tokens_needed(width):
-        tell(
-            f"calibration has {tokens} tokens, but the covariance of the widest layer ({name}, {width} inputs) needs "
-            f"{tokens_needed(width)}: for layers with too few, what is measured between two inputs is shrunk and the original "
-            "model's outputs are not followed. Give more text or --samples for a better result"
-        )
-
-
 _NAMED = 8
 
 
@@ -605,93 +585,6 @@ def plan_of(ready: Ready, journal: Journal, progress: Observer) -> tuple[Recipe,
         journal.note(PLAN, journal.group.told(make))
     kept = journal.notes[PLAN]
     return recipe_from_dict(kept["recipe"], source=f"the plan in {journal.folder}"), kept["plan"]
-
-
-def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
-    """What stays as it is, when some of embedding and head does not."""
-    return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
-
-
-def refuse_early(
-    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
-) -> dict[str, str]:
-    """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
-
-    When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
-    """
-    model = dense.model
-    left = {
-        name: "outside the blocks"
-        for name, module in linears_of(model).items()
-        if not any(name.startswith(block + ".") for block in blocks)
-    }
-    refuse_unknown(model, blocks)
-    known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
-    for pattern in recipe.leave:
-        if not fnmatch.filter(known, pattern):
-            raise RecipeError(f"leave = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
-    for rule in recipe.rules:
-        if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
-            raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
-    if all(map(recipe.leaves, known)):
-        raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
-    refuse_windows_of_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
-    for block_name, block in blocks.items():
-        for name, linear in linears_of(block).items():
-            full = f"{block_name}.{name}"
-            if recipe.leaves(full):
-                left[full] = "left by the recipe"
-                continue
-            out, width = weight_of(linear).shape
-            if not planning and (reason := recipe.refuses(full, (out, width))):
-                raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
-        left |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
-    return left
-
-
-def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
-    """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
-
-    What lies outside the blocks has one of its own, under the name "the rest".
-    """
-    sums = {name: hashlib.sha256() for name in (*blocks, "the rest")}
-    owner = {f"{block}.": block for block in blocks}
-    for name, tensor in dense.weights.items():
-        if tensor.is_floating_point():
-            refuse_not_finite(name, tensor)
-        block = next((block for prefix, block in owner.items() if name.startswith(prefix)), "the rest")
-        sums[block].update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sums[block].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        dense.release([tensor])
-    return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
-
-
-def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    """Raise ModelError where most of the blocks' matrices lie in no linear layer, so that compression would do little."""
-    sizes = {f"{block}.{name}": p.numel() for block, m in blocks.items() for name, p in m.named_parameters() if p.ndim > 1}
-    others = {f"{block}.{name}": reason for block, m in blocks.items() for name, reason in others_of(m).items()}
-    whole, unknown = sum(sizes.values()), sum(sizes[name] for name in others)
-    if not any(linears_of(block) for block in blocks.values()):
-        raise ModelError(
-            f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
-            "compress; slimlm knows nn.Linear, transformers' Conv1D and fused experts"
-        )
-    if unknown > whole / 2:
-        largest = max(others, key=lambda name: sizes[name])
-        raise ModelError(
-            f"{unknown / whole:.0%} of the matrix weights in the blocks of {type(model).__name__} are in no linear layer that "
-            f"slimlm knows, such as {largest}: {others[largest]}. Compressing the rest would do little"
-        )
-
-
-def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
-    """Raise ModelError where a step needs whole windows and a layer to compress is an expert's, which is given some tokens."""
-    inside = tuple(f"{name}." for name in experts)
-    if recipe.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and (own := [n for n in layers if n.startswith(inside)]):
-        raise ModelError(
-            f"{own[0]} is an expert's, which is given some of the tokens; a step of the recipe (l2qer, jsq) needs whole "
-            'windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
-        )
 
 
 def kept_windows(

@@ -17,6 +17,7 @@ from slimlm.core.stored import stored_bits
 from slimlm.embedding import GROUP, Ends
 from slimlm.models.structure import linears_of, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
+from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
 from slimlm.streaming import StreamedModel
 
@@ -55,13 +56,7 @@ class Job:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name and shape `(out, in)` of every layer that is to be compressed."""
-        found = {}
-        for block, module in self.blocks.items():
-            for name, linear in linears_of(module).items():
-                if not self.recipe.leaves(f"{block}.{name}"):
-                    out, width = weight_of(linear).shape
-                    found[f"{block}.{name}"] = (out, width)
-        return found
+        return compressible(self.blocks, self.recipe)
 
     def steps(self, layer: str) -> Steps:
         """The steps for a layer, by full name."""

@@ -1,0 +1,121 @@
+"""What a model, a recipe and a text are asked before any work; most of it needs shapes alone."""
+
+import fnmatch
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from slimlm.core.errors import ModelError, RecipeError
+from slimlm.core.layer import Need, refuse_not_finite
+from slimlm.core.sweep import tokens_needed
+from slimlm.embedding import Ends
+from slimlm.models.structure import linears_of, others_of, weight_of
+from slimlm.recipe import Recipe
+from slimlm.streaming import StreamedModel, Tell
+
+
+def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Full name and shape (out, in) of every layer that the recipe compresses."""
+    linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
+    shapes = {name: weight_of(linear).shape for name, linear in linears.items() if not recipe.leaves(name)}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
+    """What stays as it is, when some of embedding and head does not."""
+    return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+
+
+def refuse_early(
+    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
+) -> dict[str, str]:
+    """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
+
+    When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
+    """
+    model = dense.model
+    left = {
+        name: "outside the blocks"
+        for name, module in linears_of(model).items()
+        if not any(name.startswith(block + ".") for block in blocks)
+    }
+    refuse_unknown(model, blocks)
+    known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
+    for pattern in recipe.leave:
+        if not fnmatch.filter(known, pattern):
+            raise RecipeError(f"leave = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+    for rule in recipe.rules:
+        if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
+            raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
+    if all(map(recipe.leaves, known)):
+        raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
+    refuse_windows_of_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
+    for block_name, block in blocks.items():
+        for name, linear in linears_of(block).items():
+            full = f"{block_name}.{name}"
+            if recipe.leaves(full):
+                left[full] = "left by the recipe"
+                continue
+            out, width = weight_of(linear).shape
+            if not planning and (reason := recipe.refuses(full, (out, width))):
+                raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
+        left |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
+    return left
+
+
+def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Raise ModelError where most of the blocks' matrices lie in no linear layer, so that compression would do little."""
+    sizes = {f"{block}.{name}": p.numel() for block, m in blocks.items() for name, p in m.named_parameters() if p.ndim > 1}
+    others = {f"{block}.{name}": reason for block, m in blocks.items() for name, reason in others_of(m).items()}
+    whole, unknown = sum(sizes.values()), sum(sizes[name] for name in others)
+    if not any(linears_of(block) for block in blocks.values()):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
+            "compress; slimlm knows nn.Linear, transformers' Conv1D and fused experts"
+        )
+    if unknown > whole / 2:
+        largest = max(others, key=lambda name: sizes[name])
+        raise ModelError(
+            f"{unknown / whole:.0%} of the matrix weights in the blocks of {type(model).__name__} are in no linear layer that "
+            f"slimlm knows, such as {largest}: {others[largest]}. Compressing the rest would do little"
+        )
+
+
+def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
+    """Raise ModelError where a step needs whole windows and a layer to compress is an expert's, which is given some tokens."""
+    inside = tuple(f"{name}." for name in experts)
+    if recipe.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and (own := [n for n in layers if n.startswith(inside)]):
+        raise ModelError(
+            f"{own[0]} is an expert's, which is given some of the tokens; a step of the recipe (l2qer, jsq) needs whole "
+            'windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
+        )
+
+
+def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
+    """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
+
+    What lies outside the blocks has one of its own, under the name "the rest".
+    """
+    sums = {name: hashlib.sha256() for name in (*blocks, "the rest")}
+    owner = {f"{block}.": block for block in blocks}
+    for name, tensor in dense.weights.items():
+        if tensor.is_floating_point():
+            refuse_not_finite(name, tensor)
+        block = next((block for prefix, block in owner.items() if name.startswith(prefix)), "the rest")
+        sums[block].update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sums[block].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        dense.release([tensor])
+    return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
+
+
+def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Tell) -> None:
+    """Say so where the calibration text is too short for the covariance of the widest layer."""
+    name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
+    if tokens < tokens_needed(width):
+        tell(
+            f"calibration has {tokens} tokens, but the covariance of the widest layer ({name}, {width} inputs) needs "
+            f"{tokens_needed(width)}: for layers with too few, what is measured between two inputs is shrunk and the original "
+            "model's outputs are not followed. Give more text or --samples for a better result"
+        )

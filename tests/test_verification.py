@@ -16,12 +16,12 @@ from torch import Tensor
 import slimlm
 import slimlm.verification
 from slimlm import finish
+from slimlm.calibration import Calibration, calibration_windows
 from slimlm.cli import main
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluate.perplexity import perplexity
 from slimlm.evaluate.results import Compared, Record, explosion
 from slimlm.models.opening import open_dense
-from slimlm.pipeline import Calibration, calibration_windows
 from slimlm.storage import checkpoint
 from slimlm.streaming import open_streamed
 

@@ -5,6 +5,7 @@ they read back, one after another.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from slimlm.calibrate import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.embedding import Ends, compress_ends
-from slimlm.evaluate.perplexity import few_of, perplexity, perplexity_of
+from slimlm.evaluate.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.evaluate.results import Compared, LayerRecord
 from slimlm.load import load
 from slimlm.models.structure import vocabulary_size
@@ -155,35 +156,41 @@ def verify(
     few = few_of(windows[: len(flow.hidden[0])], vocabulary_size(dense.model))
     reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
     here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
-    original = StoredModel(dense.model, dense.weights, dense.release).assembled(device)
-    # The blocks were compressed on what the original embedding gives them.
-    places = {name: original.get_submodule(name) for name in blocks}
-    first = next(first_inputs(original, places, few)) if contents.embeddings else None
-    outputs, logits = _outputs(reloaded.assembled(device, first=first), list(blocks)[-1], few)
+    original = StoredModel(dense.model, dense.weights, dense.release)
+    first = None
+    if contents.embeddings:
+        # The blocks were compressed on what the original embedding gives them.
+        model = original.assembled(device)
+        first = next(first_inputs(model, {name: model.get_submodule(name) for name in blocks}, few))
+    outputs = reloaded.outputs(few, device, first=first)
     given = flow.hidden[0][: len(few), : few.shape[1]]
-    _refuse_different("the outputs of the blocks that were", outputs[0] if isinstance(outputs, tuple) else outputs, given)
-    in_memory = here.behind((given,) if isinstance(outputs, tuple) else given)
-    with torch.no_grad():
-        _refuse_different("the logits of the model that was", logits, in_memory(few, use_cache=False).logits)
-    after = perplexity_of(logits, few) if first is None else perplexity(reloaded.assembled(device), few)
-    return Compared(perplexity(original, few).value, after.value, after.tokens)
+    _refuse_different("the outputs of the blocks that were", zip(_hidden(outputs), given, strict=True))
+    in_memory = (given,) if isinstance(outputs, tuple) else given
+    pieces = pieces_of(few, vocabulary_size(dense.model))
+    both = zip(reloaded.logits(outputs, few, pieces), here.logits(in_memory, few, pieces), strict=True)
+    _refuse_different("the logits of the model that was", both)
+    if first is not None:
+        outputs = reloaded.outputs(few, device)
+    after = perplexity_of(reloaded.logits(outputs, few, pieces), few, pieces)
+    before = perplexity_of(original.logits(original.outputs(few, device), few, pieces), few, pieces)
+    return Compared(before.value, after.value, after.tokens)
 
 
-def _outputs(model: nn.Module, last: str, ids: Tensor) -> tuple[Any, Tensor]:
-    """What the block named `last` gives, and the logits."""
-    caught: list[Any] = []
-    handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
-    try:
-        with torch.no_grad():
-            logits = model(ids, use_cache=False).logits
-    finally:
-        handle.remove()
-    return caught[0], logits
+def _hidden(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
 
 
-def _refuse_different(what: str, found: Tensor, expected: Tensor) -> None:
-    # Window by window, because logits are large.
-    pairs = list(zip(found, expected, strict=True))
-    difference = torch.stack([(one - other).abs().max() for one, other in pairs]).max().item()
-    if not difference < _TOLERANCE * max(1.0, *(float(other.abs().max()) for _, other in pairs)):
+def _refuse_different(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise CheckpointError where what was read back, first in each pair, is too far from what it should be."""
+    difference = size = 0.0
+    for found, expected in pairs:
+        # NaN is no less than anything, and must not be lost in a maximum.
+        off = float((found - expected).abs().max())
+        difference = off if math.isnan(off) else max(difference, off)
+        size = max(size, float(expected.abs().max()))
+        if math.isnan(difference):
+            break
+    if not difference < _TOLERANCE * max(1.0, size):
         raise CheckpointError(f"verification failed: {what} read back differ by up to {difference:.3g}")

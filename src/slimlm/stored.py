@@ -4,7 +4,7 @@ What is outside the blocks keeps the 16 bits that it is stored in (slimlm.runtim
 mapped files either.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,6 +72,28 @@ class StoredModel:
         if first is not None:
             ways[names[0]] = partial(run_first, names[0])
         return self._around(ways)
+
+    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
+        """What the last block gives for tokens `[windows, length]`; no logits are made. `first` as for `assembled`."""
+        model = self.assembled(device, first=first)
+        last = list(blocks_of(self.skeleton))[-1]
+        caught: list[Any] = []
+        handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
+        try:
+            with torch.no_grad():
+                model.base_model(ids, use_cache=False)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[int, slice]]) -> Iterator[Tensor]:
+        """Logits `[1, positions, vocabulary]` of each piece of these windows, from what the last block gives for them."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        for place, positions in pieces:
+            here = slice(place, place + 1), positions
+            own = hidden[here]
+            with torch.no_grad():
+                yield self.behind((own,) if isinstance(output, tuple) else own)(ids[here], use_cache=False).logits
 
     def behind(self, output: Any) -> PreTrainedModel:
         """A model whose blocks do nothing, and whose last gives this output: what follows it is computed in float32."""

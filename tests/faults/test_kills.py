@@ -13,8 +13,8 @@ from .harness import Moment, checkpoint_files, kept, same
 SLOW = pytest.mark.slow  # A plan takes several seconds.
 STAGES = {
     "the model is opened": ("matched", Moment(("slimlm.pipeline:open_streamed",)), 0),
-    "windows are drawn": ("matched", Moment(("slimlm.pipeline:calibration_windows",), after=True), 0),
-    "the model writes text": ("own", Moment(("slimlm.pipeline:own_text",), after=True), 0),
+    "windows are drawn": ("matched", Moment(("slimlm.calibration:calibration_windows",), after=True), 0),
+    "the model writes text": ("own", Moment(("slimlm.calibration:own_text",), after=True), 0),
     "the text is noted": ("own", Moment(("slimlm.storage.journal:Journal.note_tensor",), after=True), 0),
     "a plan is made": ("planned", Moment(("slimlm.pipeline:planned",), after=True), 0),
     "the plan is noted": ("planned", Moment(("slimlm.pipeline:plan_of",), after=True), 0),

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import slimlm
+from slimlm.calibration import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
 from slimlm.embedding import ends_of
 from slimlm.models.structure import blocks_of
-from slimlm.pipeline import Asked, Calibration, estimate
+from slimlm.pipeline import Asked, estimate
 from slimlm.preflight.forms import apply_steps, brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
 from slimlm.recipe import open_recipe, shipped
@@ -51,7 +52,7 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
 
 
 def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.pipeline", "calibration_windows")):
+    for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.calibration", "calibration_windows")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
     monkeypatch.setattr(StreamedModel, "_put", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)

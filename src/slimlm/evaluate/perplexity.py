@@ -5,7 +5,7 @@ in the window; windows of the model's context length unless told otherwise; the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from slimlm.core.errors import NumericsError
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**27
+_LOGITS_IN_A_PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
         ids = batch.to(device)
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits[:, :-1].float()
-        total += _loss(logits, ids)
+        total += _loss(logits.flatten(0, 1), ids[:, 1:].flatten())
         predicted += batch[:, 1:].numel()
         if progress:
             progress(done, len(batches))
@@ -51,14 +52,27 @@ def few_of(windows: Tensor, vocabulary: int) -> Tensor:
     return windows[: max(1, tokens // windows.shape[1]), :tokens]
 
 
-def perplexity_of(logits: Tensor, windows: Tensor) -> Perplexity:
-    """Perplexity of logits `[count, length, vocabulary]` on their windows `[count, length]`."""
-    return _perplexity(_loss(logits[:, :-1].float(), windows), windows[:, 1:].numel(), windows.shape[1])
+def pieces_of(windows: Tensor, vocabulary: int) -> list[tuple[int, slice]]:
+    """Windows `[count, length]` cut so that the logits of each piece `[1, positions, vocabulary]` take little memory.
+
+    A piece is the place of its window and the positions in it.
+    """
+    size, length = max(1, _LOGITS_IN_A_PIECE // vocabulary), windows.shape[1]
+    return [(place, slice(low, min(low + size, length))) for place in range(len(windows)) for low in range(0, length, size)]
 
 
-def _loss(logits: Tensor, ids: Tensor) -> float:
-    """Summed negative log-likelihood in nats of all tokens but each window's first."""
-    return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+def perplexity_of(logits: Iterable[Tensor], windows: Tensor, pieces: Iterable[tuple[int, slice]]) -> Perplexity:
+    """Perplexity of logits `[1, positions, vocabulary]`, piece after piece, on the windows `[count, length]` they are of."""
+    total = 0.0
+    for piece, (place, positions) in zip(logits, pieces, strict=True):
+        later = windows[place, positions.start + 1 : positions.stop + 1]
+        total += _loss(piece[0, : len(later)].float(), later)
+    return _perplexity(total, windows[:, 1:].numel(), windows.shape[1])
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> float:
+    """Summed negative log-likelihood in nats of tokens `[count]` under logits `[count, vocabulary]`."""
+    return float(nn.functional.cross_entropy(logits, tokens, reduction="sum"))
 
 
 def _perplexity(total: float, predicted: int, length: int) -> Perplexity:

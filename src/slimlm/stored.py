@@ -86,18 +86,18 @@ class StoredModel:
             handle.remove()
         return caught[0]
 
-    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[int, slice]]) -> Iterator[Tensor]:
-        """Logits `[1, positions, vocabulary]` of each piece of these windows, from what the last block gives for them."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        for place, positions in pieces:
-            here = slice(place, place + 1), positions
-            own = hidden[here]
-            with torch.no_grad():
-                yield self.behind((own,) if isinstance(output, tuple) else own)(ids[here], use_cache=False).logits
+    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
+        """Logits `[windows, positions, vocabulary]` of each piece of these windows, from what the last block gives for them.
 
-    def behind(self, output: Any) -> PreTrainedModel:
-        """A model whose blocks do nothing, and whose last gives this output: what follows it is computed in float32."""
-        return self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: output))
+        The blocks are not run; what follows them is computed in float32.
+        """
+        hidden = output[0] if isinstance(output, tuple) else output
+        given: list[Any] = []
+        model = self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: given[-1]))
+        for piece in pieces:
+            given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
+            with torch.no_grad():
+                yield model(ids[piece], use_cache=False).logits
 
     def _around(self, ways: dict[str, _Way]) -> PreTrainedModel:
         model = skeleton_copy(self.skeleton)

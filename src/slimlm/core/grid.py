@@ -236,17 +236,15 @@ def _cost_of(points: Tensor, mass: Tensor, levels: Levels) -> Cost:
     if len(points) > _MANY:
         return _cost_of_many(points, mass, levels)
     least, most = float(levels.values[0]), float(levels.values[-1])
+    at_once = max(1, _POINTS_OF_CANDIDATES // max(1, points.numel()))
 
     def cost(scales: Tensor) -> Tensor:
-        # One candidate at a time, in place: the passes over the points then stay in the processor's cache.
-        ratio, miss, found = torch.empty_like(points), torch.empty_like(points), torch.empty_like(scales)
-        for scale, total in zip(scales, found, strict=True):
-            torch.div(points, scale, out=ratio)
-            if levels.even:
-                torch.round(ratio, out=miss).clamp_(least, most)
-            else:
-                miss = levels.nearest(ratio)
-            torch.sum(miss.sub_(ratio).square_().mul_(mass), dim=0, out=total)
+        # A few candidates at a time, in place: the passes over the points then stay in the processor's cache.
+        found = torch.empty_like(scales)
+        for some, total in zip(scales.split(at_once), found.split(at_once), strict=True):
+            ratio = points / some[:, None]
+            miss = torch.round(ratio).clamp_(least, most) if levels.even else levels.nearest(ratio)
+            torch.sum(miss.sub_(ratio).square_().mul_(mass), dim=1, out=total)
         return found.mul_(scales.square())
 
     return cost
@@ -287,6 +285,8 @@ _FINE = 9
 _ROUNDS = 3
 _POINTS_AT_ONCE = 2**17
 """Points worked on at a time: few enough for the processor's cache."""
+_POINTS_OF_CANDIDATES = 2**16
+"""The same where candidates share the points, whose masses lie in the cache beside them."""
 
 
 def best_scale(points: Tensor, mass: Tensor, levels: Levels, *, coarse: int = _COARSE) -> Tensor:

@@ -52,21 +52,28 @@ def few_of(windows: Tensor, vocabulary: int) -> Tensor:
     return windows[: max(1, tokens // windows.shape[1]), :tokens]
 
 
-def pieces_of(windows: Tensor, vocabulary: int) -> list[tuple[int, slice]]:
-    """Windows `[count, length]` cut so that the logits of each piece `[1, positions, vocabulary]` take little memory.
-
-    A piece is the place of its window and the positions in it.
-    """
-    size, length = max(1, _LOGITS_IN_A_PIECE // vocabulary), windows.shape[1]
-    return [(place, slice(low, min(low + size, length))) for place in range(len(windows)) for low in range(0, length, size)]
+Piece = tuple[slice, slice]
+"""Some of the windows `[count, length]`, and the positions in them."""
 
 
-def perplexity_of(logits: Iterable[Tensor], windows: Tensor, pieces: Iterable[tuple[int, slice]]) -> Perplexity:
-    """Perplexity of logits `[1, positions, vocabulary]`, piece after piece, on the windows `[count, length]` they are of."""
+def pieces_of(windows: Tensor, vocabulary: int) -> list[Piece]:
+    """Windows cut so that the logits of each piece take little memory."""
+    count, length = windows.shape
+    size = max(1, _LOGITS_IN_A_PIECE // vocabulary)
+    rows = max(1, size // length)
+    return [
+        (slice(first, first + rows), slice(low, min(low + size, length)))
+        for first in range(0, count, rows)
+        for low in range(0, length, size)
+    ]
+
+
+def perplexity_of(logits: Iterable[Tensor], windows: Tensor, pieces: Iterable[Piece]) -> Perplexity:
+    """Perplexity of logits `[windows, positions, vocabulary]`, piece after piece, on the windows they are of."""
     total = 0.0
-    for piece, (place, positions) in zip(logits, pieces, strict=True):
-        later = windows[place, positions.start + 1 : positions.stop + 1]
-        total += _loss(piece[0, : len(later)].float(), later)
+    for piece, (some, positions) in zip(logits, pieces, strict=True):
+        later = windows[some, positions.start + 1 : positions.stop + 1]
+        total += _loss(piece[:, : later.shape[1]].float().flatten(0, 1), later.flatten())
     return _perplexity(total, windows[:, 1:].numel(), windows.shape[1])
 
 

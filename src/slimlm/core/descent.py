@@ -39,11 +39,12 @@ def descend_left(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     pull = weighted @ error.T - inner @ value
     """half the slope of the objective, falling, `[rank, out]`"""
     silent = (inner.diagonal() <= 0).tolist()
+    inverse = grid.reciprocal(scale)
     for i in range(len(inner)):
         if silent[i]:
             continue
         bend = inner[i, i]
-        index, new = levels.rounded(value[i] + pull[i] / bend, scale[i])
+        index, new = levels.rounded_by(value[i] + pull[i] / bend, scale[i], inverse[i])
         change = new - value[i]
         better = change.square() * bend < 2 * change * pull[i]
         codes[i] = torch.where(better, _codes(index, levels), codes[i])
@@ -61,10 +62,11 @@ def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     factor, levels = _even(part.right)
     left = part.left.dense()
     inner = left @ left.T
-    inverse = torch.linalg.pinv(inner.double(), rtol=1e-6, hermitian=True).to(inner)
-    value, codes = factor.dense().T.contiguous(), factor.codes.T.contiguous().clone()
+    answer = torch.linalg.pinv(inner.double(), rtol=1e-6, hermitian=True).to(inner)
+    value, index = factor.dense().T.contiguous(), factor.codes.T.float() - levels.values[0]
     width = len(value)
     scale = grid.spread(factor.scale, width, factor.group).expand_as(factor.codes).T.contiguous()
+    inverse = grid.reciprocal(scale)
     pull = gram @ ((left @ error).T - value @ inner)
     """half the slope of the objective, falling, `[in, rank]`; exact for the inputs whose turn it is"""
     silent = (gram.diagonal() <= 0).tolist()
@@ -75,18 +77,18 @@ def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
         for place in range(low, high):
             if silent[place]:
                 continue
-            bend = gram[place, place]
-            index, new = levels.rounded(value[place] + inverse @ pull[place] / bend, scale[place])
-            change = new - value[place]
+            bend, slope, old = gram[place, place], pull[place], value[place]
+            at, new = levels.rounded_by(old + answer @ slope / bend, scale[place], inverse[place])
+            change = new - old
             along = inner @ change
             # Not asked in Python, which would wait for a GPU at every input.
-            better = change @ (2 * pull[place] - bend * along) > 0
-            codes[place] = torch.where(better & (change != 0), _codes(index, levels), codes[place])
-            along = torch.where(better, along, torch.zeros_like(along))
+            better = change @ (2 * slope - bend * along) > 0
+            index[place] = torch.where(better & (change != 0), at, index[place])
+            along = torch.where(better, along, 0.0)
             moved[place - low] = along
             pull[place:high].addr_(gram[place:high, place], along, alpha=-1)
         pull[high:].addmm_(gram[high:, low:high], moved, alpha=-1)
-    return replace(part, right=replace(factor, codes=codes.T.contiguous()))
+    return replace(part, right=replace(factor, codes=_codes(index.T.contiguous(), levels)))
 
 
 def _even(factor: Elementwise) -> tuple[Uniform, Levels]:

@@ -59,10 +59,18 @@ def choose(score: Tensor, pattern: Pattern) -> Tensor:
 _COMPARED = 16
 """Largest group whose members are compared by pairs; sorting such short rows takes several times as long."""
 _SCORES_AT_ONCE = 2**16
+_COMPARED_AT_ONCE = 2**11
 
 
 def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
     """`choose` among each `size` consecutive inputs, every member's place found by comparing it with the others."""
+    if score.numel() <= _COMPARED_AT_ONCE:
+        # Few scores, so few operations count more than the memory of all pairs.
+        members = score.reshape(len(score), -1, size)
+        stands = (members[..., :, None] >= members[..., None, :]).triu(1).to(torch.uint8)
+        later = torch.arange(size - 1, -1, -1, device=score.device)
+        beaten_by = later - stands.sum(dim=3) + stands.sum(dim=2)
+        return (beaten_by < kept).view(score.shape)
     keep = torch.empty_like(score, dtype=torch.bool)
     rows = max(1, _SCORES_AT_ONCE // max(1, score.shape[1]))
     for piece, into in zip(score.split(rows), keep.split(rows), strict=True):

@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from slimlm.core import grid
 from slimlm.core.grid import Group
 from slimlm.core.masks import Pattern
 from slimlm.core.sweep import LEAF, Swept, as_stored, divided, end_of
@@ -60,20 +61,23 @@ class _Polish:
         self.groups = list(range(0, width, width if isinstance(group, str) else group))
         self.leaves = divided(self.groups, width, LEAF if choices is None else choices.of)
         self.ways = None if choices is None else torch.tensor(_ways(choices), device=gram.device)
+        self.inverse = grid.reciprocal(self.scale)
         if self.ways is not None:
-            self.inverses = self._inverses(self.ways, choices.of)  # type: ignore[union-attr]
+            self.solvers = self._solvers(self.ways, choices.of)  # type: ignore[union-attr]
 
-    def _inverses(self, ways: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """For each group of inputs and way to keep some: the inverse of their covariance, and its upper factor."""
+    def _solvers(self, ways: Tensor, size: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """For each group of inputs, over the ways to keep some: their covariance, its inverse, and the upper factor of that."""
         width = len(self.gram)
         at = torch.arange(width, device=ways.device).view(-1, 1, size).expand(-1, len(ways), -1)
         kept = at.gather(2, ways[None].expand(len(at), -1, -1))
-        own = self.gram[kept[..., :, None], kept[..., None, :]].double()
+        among = self.gram[kept[..., :, None], kept[..., None, :]]
+        own = among.double()
         own = own + 1e-6 * own.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None] * torch.eye(
             ways.shape[1]
         ).to(own)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
-        return inverse.float(), torch.linalg.cholesky(inverse, upper=True).float()
+        upper = torch.linalg.cholesky(inverse, upper=True).float()
+        return tuple(zip(among.unbind(), inverse.float().unbind(), upper.unbind(), strict=True))
 
     def walk(self, low: int, high: int) -> None:
         """Decide the inputs from low up to high, their pull being exact."""
@@ -109,6 +113,7 @@ class _Polish:
         better = (step.square() * bend < 2 * step * along) & (new != 0)
         step = torch.where(better, step, torch.zeros_like(step))
         self.scale[group] = torch.where(better, new, old)
+        self.inverse[group] = grid.reciprocal(self.scale[group])
         moved = value * step
         value += moved
         self.pull[low:].addmm_(self.gram[low:, low:high], moved, alpha=-1)
@@ -120,12 +125,13 @@ class _Polish:
         self.pull[low:high] -= self.gram[low:high, low:high] @ change
 
     def _recode(self, low: int, high: int, group: int) -> None:
+        own = self.scale[group], self.inverse[group]
         for place in range(low, high):
             if self.silent[place]:
                 continue
             bend = self.gram[place, place]
             old = self.value[place]
-            index, new = self.levels.rounded(old + self.pull[place] / bend, self.scale[group])
+            index, new = self.levels.rounded_by(old + self.pull[place] / bend, *own)
             if self.keep is not None:
                 new = new * self.keep[place]
             gain = 2 * (new - old) * self.pull[place] - (new - old).square() * bend
@@ -143,28 +149,30 @@ class _Polish:
         own, old = self.gram[low:high, low:high], self.value[low:high]
         wanted = self.pull[low:high] + own @ old
         """what the group's weights b should solve, H b = this `[m, out]`; their cost is b H b - 2 b this"""
-        inverse, upper = (pieces[low // (high - low)] for pieces in self.inverses)
-        goal = torch.einsum("wij,wjo->wio", inverse, wanted[self.ways])
+        kept, inverse, upper = self.solvers[low // (high - low)]
+        aims = wanted[self.ways]
+        goal = inverse @ aims
+        scale, reciprocal = self.scale[group], self.inverse[group]
         values, indices = [], []
         for i in range(self.ways.shape[1]):
-            index, value = self.levels.rounded(goal[:, i], self.scale[group])
+            index, value = self.levels.rounded_by(goal[:, i], scale, reciprocal)
             values.append(value)
             indices.append(index)
-            answer = upper[:, i, i + 1 :, None] * ((goal[:, i] - value) / upper[:, i, i, None])[:, None]
-            goal[:, i + 1 :] -= answer
+            if i + 1 < self.ways.shape[1]:
+                missed = (goal[:, i] - value) / upper[:, i, i, None]
+                goal[:, i + 1 :] -= upper[:, i, i + 1 :, None] * missed[:, None]
         value = torch.stack(values, dim=1)
-        kept = own[self.ways[:, :, None], self.ways[:, None, :]]
-        cost = (value * (torch.einsum("wij,wjo->wio", kept, value) - 2 * wanted[self.ways])).sum(dim=1)
+        cost = (value * (kept @ value - 2 * aims)).sum(dim=1)
         least, way = cost.min(dim=0)
         now = (old * (own @ old - 2 * wanted)).sum(dim=0)
         # A margin of float32's rounding, so that no pass ever raises the objective by noise.
         better = least < now - 1e-6 * now.abs()
         places = self.ways[way].T
-        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, way[None, None].expand(1, value.shape[1], -1))[0])
-        index = torch.zeros_like(self.index[low:high]).scatter_(
-            0, places, torch.stack(indices, dim=1).gather(0, way[None, None].expand(1, value.shape[1], -1))[0].to(torch.uint8)
-        )
+        those = way[None, None].expand(1, value.shape[1], -1)
+        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, those)[0])
+        codes = torch.stack(indices, dim=1).gather(0, those)[0].to(torch.uint8)
+        index = torch.zeros_like(self.index[low:high]).scatter_(0, places, codes)
         keep = torch.zeros_like(self.keep[low:high]).scatter_(0, places, True)
         self.index[low:high] = torch.where(better, index, self.index[low:high])
         self.keep[low:high] = torch.where(better, keep, self.keep[low:high])
-        self._change(low, high, torch.where(better, chosen - old, torch.zeros_like(old)))
+        self._change(low, high, torch.where(better, chosen - old, 0.0))

@@ -187,6 +187,7 @@ class Along:
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.scale = torch.zeros(len(sizes), 1 if one else out, device=device)
         self.index = torch.zeros(sum(sizes), out, dtype=torch.uint8, device=device)
+        self.rows = self.index.unbind()
 
     def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
         if self.one:
@@ -202,7 +203,7 @@ class Along:
 
     def round(self, place: int, group: int, column: Tensor) -> Tensor:
         index, value = self.levels.rounded_by(column, *self.own)
-        self.index[place] = index
+        self.rows[place].copy_(index)
         return value
 
 
@@ -401,6 +402,8 @@ class _Sweep:
         self.keep = keep.T.contiguous() if keep is not None else None
         if self.pattern is not None:
             self.keep = torch.zeros_like(self.rest, dtype=torch.bool)
+        self.rows = tuple(zip(self.rest.unbind(), self.value.unbind(), self.missed.unbind(), strict=True))
+        """each input's, as the sweep takes them"""
         width = len(self.rest)
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
@@ -432,7 +435,7 @@ class _Sweep:
         if self.groups[group] == low:
             self._begin(group)
         for place in range(low, high):
-            column, value, missed = self.rest[place], self.value[place], self.missed[place]
+            column, value, missed = self.rows[place]
             rounded = self.rounding.round(place, group, column)
             if self.keep is None:
                 value.copy_(rounded)

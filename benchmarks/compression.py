@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
-from slimlm import blockwise, calibrate, pipeline
+from slimlm import blockwise, calibrate, calibration, pipeline
 from slimlm.core import descent, grid, linalg, lowrank, masks, polish, sweep
 from slimlm.evaluate import results
 from slimlm.methods.joint import alternation
@@ -170,7 +170,7 @@ def nothing(*_: Any, **__: Any) -> Work:
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("open", pipeline, "open_streamed", nothing),
     ("check the model", pipeline, "read_once", nothing),
-    ("read text", pipeline, "documents", nothing),
+    ("read text", calibration, "documents", nothing),
     ("calibration forward", blockwise, "arguments_of", nothing),
     ("calibration forward", blockwise, "first_inputs", nothing),
     ("calibration forward", calibrate, "_forward", of_forward),

@@ -1,8 +1,10 @@
 """Peak memory of compressing a random model: as blocks are streamed, and how it grows with their number.
 
-    python benchmarks/streaming.py --blocks 8                       # writes the model once, then compresses it
+    python benchmarks/streaming.py --blocks 8                                     # writes the model once, then compresses it
+    python benchmarks/streaming.py --width 2560 --blocks 40 --recipe slim --folder big      # 3.0 billion weights, 6.0 GB
 
-Each run is a process of its own; its peak is what the system counted for it (VmHWM), pages of mapped files included.
+Each run is a process of its own; its peak is what the system counted for it (VmHWM), pages of mapped files included. With
+--folder model and output are kept there, and a run that was stopped goes on; its seconds are then those since it went on.
 """
 
 import argparse
@@ -24,15 +26,22 @@ from pathlib import Path
 import slimlm
 model, out, recipe, samples, length, memory = sys.argv[1:]
 began = time.monotonic()
-slimlm.compress(model, out, recipe=recipe, data="stdlib", samples=int(samples), length=int(length), memory=int(memory))
+def note(event):
+    if event.stage == "compress" and event.done != note.done:
+        note.done = event.done
+        print(f"{time.monotonic() - began:.0f} s: {event.done} of {event.total} blocks", file=sys.stderr, flush=True)
+note.done = 0
+slimlm.compress(
+    model, out, recipe=recipe, data="stdlib", samples=int(samples), length=int(length), memory=int(memory), progress=note
+)
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 print(json.dumps({"peak": peak, "seconds": time.monotonic() - began}))
 """
 
 
-def random_dense(folder: Path, blocks: int, width: int, tokenizer: Path) -> int:
-    """Write a random Llama in bfloat16, one shard per block; gives the number of its parameters."""
+def random_dense(folder: Path, blocks: int, width: int, tokenizer: Path) -> None:
+    """Write a random Llama in bfloat16, one shard per block."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 11 // 4,
@@ -57,7 +66,6 @@ def random_dense(folder: Path, blocks: int, width: int, tokenizer: Path) -> int:
         write_stream(folder / part, {name: about[name] for name in order}, (_values(state[name]) for name in order))
         where |= dict.fromkeys(order, part)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return sum(tensor.numel() for tensor in state.values())
 
 
 def _shard(name: str) -> str:
@@ -82,22 +90,31 @@ def main() -> None:
     asked.add_argument("--length", type=int, default=256)
     asked.add_argument("--memory", type=int, default=2**30, help="bytes")
     asked.add_argument("--tokenizer", type=Path, default=Path(__file__).parent.parent / "examples" / "pystd-5m")
+    asked.add_argument("--folder", type=Path, help="keeps the model and what becomes of it")
     given = asked.parse_args()
-    for blocks in given.blocks:
-        with TemporaryDirectory() as scratch:
-            model, out = Path(scratch) / "dense", Path(scratch) / "out"
-            model.mkdir()
-            began = time.monotonic()
-            parameters = random_dense(model, blocks, given.width, given.tokenizer)
-            written = time.monotonic() - began
-            line = [sys.executable, "-c", _CHILD, model, out, given.recipe, given.samples, given.length, given.memory]
-            ended = subprocess.run(list(map(str, line)), capture_output=True, text=True)
-            if ended.returncode:
-                sys.exit(ended.stderr)
-            size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            found = json.loads(ended.stdout.splitlines()[-1])
-            about = {"blocks": blocks, "parameters": parameters, "bytes": size, "recipe": given.recipe, "writing": written}
-            print(json.dumps(about | found), flush=True)
+    with TemporaryDirectory() as scratch:
+        for blocks in given.blocks:
+            print(json.dumps(measured(given, blocks, (given.folder or Path(scratch)) / f"{given.width}-{blocks}")), flush=True)
+
+
+def measured(given: argparse.Namespace, blocks: int, folder: Path) -> dict[str, object]:
+    """Write the model where it is not there yet, compress it, and give what that took."""
+    model, out = folder / "dense", folder / f"out-{given.recipe}"
+    began = time.monotonic()
+    if not model.exists():
+        written = folder / "unfinished"
+        written.mkdir(parents=True, exist_ok=True)
+        random_dense(written, blocks, given.width, given.tokenizer)
+        written.rename(model)
+    about = {"blocks": blocks, "width": given.width, "recipe": given.recipe, "writing": time.monotonic() - began}
+    line = [sys.executable, "-c", _CHILD, model, out, given.recipe, given.samples, given.length, given.memory]
+    ended = subprocess.run(list(map(str, line)), stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        sys.exit(ended.returncode)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with torch.device("meta"):
+        parameters = sum(tensor.numel() for tensor in LlamaForCausalLM(LlamaConfig.from_pretrained(model)).parameters())
+    return {**about, "parameters": parameters, "bytes": size, **json.loads(ended.stdout.splitlines()[-1])}
 
 
 if __name__ == "__main__":

@@ -96,8 +96,10 @@ class StoredModel:
         model = self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: given[-1]))
         for piece in pieces:
             given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
+            # Given away outside of no_grad, which would else hold for whoever asks for the next piece.
             with torch.no_grad():
-                yield model(ids[piece], use_cache=False).logits
+                logits = model(ids[piece], use_cache=False).logits
+            yield logits
 
     def _around(self, ways: dict[str, _Way]) -> PreTrainedModel:
         model = skeleton_copy(self.skeleton)

@@ -23,21 +23,21 @@ def windows() -> torch.Tensor:
     tokens = token_stream(
         open_any(str(MODEL)).tokenizer,
         documents(str(DATA / "text" / "tinystories-dev.txt"), "evaluation"),
-        at_most=40 * 512,
+        at_most=20 * 512,
     )
     return windows_of(tokens, 512, source="tinystories-dev.txt")
 
 
 def rise(recipe: str | Recipe, windows: torch.Tensor, out: Path) -> float:
     text = DATA / "text" / "tinystories-calib.txt"
-    slimlm.compress(MODEL, out, recipe=recipe, data=str(text), samples=32, length=512)
+    slimlm.compress(MODEL, out, recipe=recipe, data=str(text), samples=16, length=512)
     dense = perplexity(open_any(str(MODEL)).model, windows).value
     return perplexity(open_any(str(out)).model, windows).value - dense
 
 
 def test_the_dense_model_has_its_known_perplexity(windows: torch.Tensor) -> None:
-    # 4.574 over the whole text; the first 40 windows are easier. Another torch moves the last digits.
-    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(4.331, rel=1e-3)
+    # 4.574 over the whole text; the first 20 windows are easier. Another torch moves the last digits.
+    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(3.7214, rel=1e-3)
 
 
 def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(windows: torch.Tensor, tmp_path: Path) -> None:

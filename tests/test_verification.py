@@ -257,6 +257,7 @@ def test_compress_fails_where_what_is_read_back_gives_other_logits(
     with mock.patch.object(finish, "StoredModel", other), pytest.raises(CheckpointError, match=words):
         slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), **OPTIONS)
     assert not (tmp_path / "o").exists()
+    assert torch.is_grad_enabled(), "what fails half-way switches nothing off"
 
 
 def test_the_verb_prints_what_it_found(

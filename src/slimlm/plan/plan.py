@@ -342,8 +342,10 @@ class _Divergence:
 
     def _logits(self, model: nn.Module) -> Iterator[Tensor]:
         for batch in self.windows.split(max(1, _JUDGED_TOKENS // self.windows.shape[1])):
+            # Given away outside of no_grad, which would else hold for whoever asks for the next batch.
             with torch.no_grad():
-                yield model(batch, use_cache=False).logits.float()
+                logits = model(batch, use_cache=False).logits.float()
+            yield logits
 
     def of(self, model: nn.Module) -> float:
         """Of the model as it is now; infinite where its outputs are not numbers."""

@@ -30,7 +30,7 @@ def test_it_is_a_small_float16_llama_with_widths_that_divide_by_128() -> None:
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
     tokenizer = open_any(str(bundled_model())).tokenizer
-    return windows_of(token_stream(tokenizer, documents("stdlib", "evaluation"), at_most=16 * 512), 512, source="stdlib")
+    return windows_of(token_stream(tokenizer, documents("stdlib", "evaluation"), at_most=8 * 512), 512, source="stdlib")
 
 
 def test_pruning_damages_it_and_slim_wins_most_of_that_back_in_less_than_a_third_of_the_size(
@@ -40,7 +40,7 @@ def test_pruning_damages_it_and_slim_wins_most_of_that_back_in_less_than_a_third
     dense = perplexity(original.model, windows).value
     rises = {}
     for recipe in ("magnitude", "slim"):
-        slimlm.compress(bundled_model(), tmp_path / recipe, recipe=recipe, data="stdlib", samples=16, length=512)
+        slimlm.compress(bundled_model(), tmp_path / recipe, recipe=recipe, data="stdlib", samples=8, length=512)
         rises[recipe] = perplexity(open_any(str(tmp_path / recipe)).model, windows).value - dense
     assert dense < 10
     assert rises["magnitude"] > 0.5 * dense

@@ -40,7 +40,7 @@ def test_pruning_damages_it_and_slim_wins_most_of_that_back_in_less_than_a_third
     dense = perplexity(original.model, windows).value
     rises = {}
     for recipe in ("magnitude", "slim"):
-        slimlm.compress(bundled_model(), tmp_path / recipe, recipe=recipe, data="stdlib", samples=8, length=512)
+        slimlm.compress(bundled_model(), tmp_path / recipe, recipe=recipe, data="stdlib", samples=16, length=512)
         rises[recipe] = perplexity(open_any(str(tmp_path / recipe)).model, windows).value - dense
     assert dense < 10
     assert rises["magnitude"] > 0.5 * dense

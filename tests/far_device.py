@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +124,9 @@ class _Made(TorchFunctionMode):
 
 @contextmanager
 def far_device() -> Iterator[Counts]:
-    """Meanwhile there is a card, `FAR`."""
+    """Meanwhile there is a card, `FAR`. Inference mode, in which views of wrappers fail, only leaves gradients out."""
     counts = Counts()
-    with _Far(counts), _Made():
+    with _Far(counts), _Made(), mock.patch.object(torch, "inference_mode", torch.no_grad):
         yield counts
 
 

@@ -79,7 +79,7 @@ def test_the_splits_of_the_standard_library_share_no_file_and_all_hold_text() ->
 
 def test_a_model_can_be_calibrated_on_its_own_text(tmp_path: Path) -> None:
     folder = save(random_model("qwen3"), tmp_path / "m")
-    one = slimlm.compress(folder, tmp_path / "one", data="self", samples=6, length=24)
+    one = slimlm.compress(folder, tmp_path / "one", recipe="slim", data="self", samples=6, length=24)
     assert one.record.calibration["tokens"] == 6 * 24
-    two = slimlm.compress(folder, tmp_path / "two", data="self", samples=6, length=24)
+    two = slimlm.compress(folder, tmp_path / "two", recipe="slim", data="self", samples=6, length=24)
     assert one.record.layers == two.record.layers

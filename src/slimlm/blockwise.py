@@ -37,7 +37,7 @@ from slimlm.evaluate.results import LayerRecord, layer_from, record_of, relative
 from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.ranks.group import Group, dealt
-from slimlm.recipe import Recipe
+from slimlm.recipe import Recipe, apply_steps
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import Journal
 from slimlm.streaming import StreamedModel
@@ -212,8 +212,7 @@ def compress_layer(
     if stats.note is not None:
         layer = layer.note(stats.note)
     try:
-        for named in recipe.steps_for(name):
-            layer = named.step(layer, stats)
+        layer = apply_steps(recipe.steps_for(name), layer, stats)
     except NumericsError as error:
         raise NumericsError(f"{name}: {error}") from error
     module = CompressedLinear.from_parts(layer.parts(), _bias_of(linear))

@@ -13,9 +13,9 @@ from slimlm.core.stored import table_bits
 from slimlm.embedding import ends_of
 from slimlm.models.structure import blocks_of
 from slimlm.pipeline import Asked, estimate
-from slimlm.preflight.forms import apply_steps, brief, drawn_layer, fitting, form_of, needs_of, resolved
+from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
-from slimlm.recipe import open_recipe, shipped
+from slimlm.recipe import apply_steps, open_recipe, shipped
 from slimlm.streaming import StreamedModel, open_streamed
 
 from ..conftest import FAMILIES, random_model, save

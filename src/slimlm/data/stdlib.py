@@ -6,6 +6,7 @@ the same on every machine (the files themselves differ a little from one Python 
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,18 +32,22 @@ def stdlib_documents(split: Split, *, with_tests: bool = False) -> Iterator[str]
     `with_tests` adds Python's own test suite, which not every installation has; only training uses it.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = False
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _NOT_PROSE.intersection(parts) or (not with_tests and _TESTS.intersection(parts)):
-            continue
-        found = True
+    modules = sorted(_modules(root, _NOT_PROSE if with_tests else _NOT_PROSE | _TESTS))
+    for parts in modules:
         if split_of("/".join(parts)) == split:
-            text = path.read_text(encoding="utf-8", errors="ignore")
+            text = root.joinpath(*parts).read_text(encoding="utf-8", errors="ignore")
             if len(text) > 200:
                 yield text
-    if not found:
+    if not modules:
         raise DataError(
             f"no source of Python's standard library under {root} (it may be zipped); "
             "give a text file with --data / --text instead of 'stdlib'"
         )
+
+
+def _modules(root: Path, without: set[str]) -> Iterator[tuple[str, ...]]:
+    """The Python files under a folder, as the parts of their paths from there; folders of these names are not entered."""
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in without]
+        parts = Path(folder).relative_to(root).parts
+        yield from ((*parts, name) for name in files if name.endswith(".py"))

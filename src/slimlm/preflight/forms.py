@@ -15,7 +15,7 @@ from slimlm.core.masks import Pattern
 from slimlm.core.parts import Description
 from slimlm.core.stored import stored_bits
 from slimlm.plan.plan import AUTO_SHARE
-from slimlm.recipe import NamedStep
+from slimlm.recipe import NamedStep, apply_steps
 
 Steps = tuple[NamedStep, ...]
 
@@ -99,13 +99,6 @@ def fitting(shape: tuple[int, int], steps: Steps) -> tuple[int, int]:
         if pattern != "" and (of := Pattern.parse(pattern).of):
             width = -(-width // of) * of
     return out, width
-
-
-def apply_steps(steps: Steps, layer: Layer, stats: Stats) -> Layer:
-    """What the steps make of a layer."""
-    for named in steps:
-        layer = named.step(layer, stats)
-    return layer
 
 
 def drawn_layer(

@@ -88,7 +88,9 @@ class CompressedLinear(Multiplier):
     @classmethod
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
         """A layer of these parts; the bias `[out]` is kept as it is."""
-        return cls(parts[0].shape, [part.describe() for part in parts], pack_parts(parts), bias)
+        # A module's buffers may come to be part of a gradient; what steps made may not (see `slimlm.recipe.apply_steps`).
+        packed = {name: t.clone() if t.is_inference() else t for name, t in pack_parts(parts).items()}
+        return cls(parts[0].shape, [part.describe() for part in parts], packed, bias)
 
     @classmethod
     def empty(cls, about: dict[str, Any]) -> "CompressedLinear":

@@ -163,3 +163,17 @@ def test_the_tables_are_put_where_the_page_has_room_for_them(
         text = page.read_text(encoding="utf-8")
         assert text.count("### NVIDIA Some Card\n\n- not measured: all: too slow\n") == 1
         assert "No GPU has run it yet" not in text and "## What 2:4 brings" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("print('[{\"error\": 0.5}]')", [{"error": 0.5}]),
+        ('print(\'{"failed": "it is wrong"}\')', "it is wrong"),
+        ("import sys; sys.exit(3)", "its check ended with status 3"),
+        ("import time; time.sleep(60)", "its check took too long"),
+    ],
+)
+def test_a_process_that_checks_is_believed_or_named(gpu: ModuleType, code: str, found: object) -> None:
+    process = gpu.subprocess.Popen([sys.executable, "-c", code], stdout=gpu.subprocess.PIPE, text=True)
+    assert gpu.answer(process, 1 if "sleep" in code else 60) == found

@@ -1,26 +1,36 @@
-"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the card allows; nothing new is begun after 500 seconds.
+"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the card allows, in 500 seconds.
 
     python benchmarks/gpu.py                       # everything
     python benchmarks/gpu.py --batches 1 16        # some of it; rows that are not measured again stay
     python benchmarks/gpu.py --markdown            # the tables, from the results alone
+    python benchmarks/gpu.py --into docs/performance.md   # the same, written into that page
     python benchmarks/gpu.py --device cpu          # the control flow, in Triton's interpreter; times mean nothing
 
 Products are replayed from a CUDA graph that goes through copies of the weight of 280 MB together, so that none is in the L2
 cache; figures are medians of replays. Before anything is timed, layers of the same kinds are compared with float64 products,
 repeated, and replayed on other inputs. What cannot be measured is named in the results with the reason. Weights are random, and
 so is the model that writes text: one with the shapes of Llama-2-7B, made on the card.
+
+Models come before layers, and layers of ours before those of others, so that what the time does not suffice for is the least of
+it. Every item has a limit, and what fails is one item. Only a card that answers no more ends the run, which is named then.
 """
 
 import argparse
+import faulthandler
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 if "cpu" in sys.argv:
@@ -32,10 +42,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from results_file import Results, slug, this_run
+from slimlm.core.grid import storable
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
-from slimlm.generation import generate
-from slimlm.runtime.backends.triton import Gpu, Ready
+from slimlm.generation import Generated, generate
+from slimlm.runtime.backends.triton import Gpu, Ready, Together
 from slimlm.runtime.choose import Choice
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
@@ -61,6 +72,10 @@ Call = Callable[[], Tensor]
 
 class MissingError(Exception):
     """Why something cannot be measured here."""
+
+
+class LateError(Exception):
+    """It took too long."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +151,19 @@ def copies(make: Callable[[], Any], bytes_: float, where: torch.device) -> list[
 
 # Contenders
 
+Makers = Iterator[tuple[str, Callable[[], Contender]]]
+"""Contenders by name, made when called."""
 
-def contenders(shape: tuple[int, int], x: Tensor) -> Iterator[tuple[str, Callable[[], Contender]]]:
-    """Everyone by name, made when called."""
+
+def own_contenders(shape: tuple[int, int], x: Tensor) -> Makers:
+    """cuBLAS, and every kind of layer of ours."""
     yield "cuBLAS", lambda: cublas(shape, x)
     for name, kind in KINDS.items():
         yield name, lambda name=name, kind=kind: ours(name, kind, shape, x)
+
+
+def other_contenders(shape: tuple[int, int], x: Tensor) -> Makers:
+    """Other people's kernels."""
     yield "torch int4 g128", lambda: torch_int4(shape, x)
     yield "humming int4", lambda: humming(shape, x)
     yield "cuSPARSELt 2:4", lambda: cusparselt(shape, x)
@@ -245,16 +267,47 @@ def ceilings(where: torch.device) -> dict[str, float]:
 # Correctness
 
 
-def checked(where: torch.device) -> list[dict[str, Any]]:
-    """`check` of every kind; on a GPU in a process for each, which between them compile most kernels for the timing."""
+Checked = dict[str, list[dict[str, Any]] | str]
+"""What `check` found of each kind, or why it was not checked or is wrong."""
+
+
+def checked(where: torch.device, most: float) -> Checked:
+    """`check` of every kind, for at most so many seconds together.
+
+    On a GPU in a process for each, which between them compile the kernels for the timing.
+    """
     if where.type == "cpu":
-        return [row for name in KINDS for row in check(name, where)]
+        return {name: check_or_why(name, where) for name in KINDS}
+    began = time.monotonic()
     command = [sys.executable, str(Path(__file__)), "--check"]
     started = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in KINDS}
-    found = {name: process.communicate()[0] for name, process in started.items()}
-    if wrong := [name for name, process in started.items() if process.returncode]:
-        raise RuntimeError(f"not checked: {', '.join(wrong)}, for the reason above; nothing is timed")
-    return [row for rows in found.values() for row in json.loads(rows)]
+    return {name: answer(process, most - (time.monotonic() - began)) for name, process in started.items()}
+
+
+def answer(process: "subprocess.Popen[str]", most: float) -> list[dict[str, Any]] | str:
+    """What a process that checks has printed; one that takes longer is ended."""
+    try:
+        found = json.loads(process.communicate(timeout=max(1.0, most))[0])
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "its check took too long"
+    except ValueError:
+        return f"its check ended with status {process.returncode}"
+    return str(found["failed"]) if isinstance(found, dict) else list(found)
+
+
+def check_or_why(name: str, where: torch.device) -> list[dict[str, Any]] | str:
+    """The rows, or what went wrong in words."""
+    try:
+        return check(name, where)
+    except Exception as error:
+        return said(error)
+
+
+def said(error: Exception) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check(name: str, where: torch.device) -> list[dict[str, Any]]:
@@ -275,21 +328,36 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
             if where.type == "cuda":
                 replayed(gpu, ready, x)
         if not worst < ERRORS[dtype]:
-            raise RuntimeError(f"{name}, {dtype}: error {worst:.2g}, where {ERRORS[dtype]:.2g} is allowed; nothing is timed")
+            raise RuntimeError(f"{name}, {dtype}: error {worst:.2g}, where {ERRORS[dtype]:.2g} is allowed")
         rows.append({"contender": name, "dtype": str(dtype).removeprefix("torch."), "error": worst})
+    rows.append({"contender": f"{name}, two at once", "dtype": "bfloat16", "error": check_together(name, shape, where)})
     if where.type == "cuda":
-        # So many rows that the inputs are not split: another kernel, compiled here beside the others.
-        tall = random_ready((40960, 512), KINDS[name], where)
+        # So many rows that the inputs are not split: other kernels, compiled here beside the others.
+        tall = [random_ready((40960, 512), KINDS[name], where) for _ in range(2)]
         for batch in BATCHES:
-            gpu.matmul(torch.randn(batch, 512, device=where, dtype=torch.bfloat16), tall)
+            gpu.matmul(torch.randn(batch, 512, device=where, dtype=torch.bfloat16), tall[0])
+        Together(tall)(torch.randn(1, 512, device=where, dtype=torch.bfloat16))
     return rows
+
+
+def check_together(name: str, shape: tuple[int, int], where: torch.device) -> float:
+    """The error of two layers in one launch, as text is written with, for one token in bfloat16."""
+    each = [random_parts(shape, KINDS[name]) for _ in range(2)]
+    ready = [Gpu().prepare(CompressedLinear.from_parts(parts, None).to(where).stored()) for parts in each]
+    x, worst = torch.randn(1, shape[1], device=where, dtype=torch.bfloat16), 0.0
+    for parts, y in zip(each, Together(ready)(x), strict=True):
+        expected = x.double() @ dense_of(parts).double().to(where).T
+        worst = max(worst, float((y.double() - expected).abs().max() / expected.abs().max()))
+    if not worst < ERRORS[torch.bfloat16]:
+        raise RuntimeError(f"{name}, two at once: error {worst:.2g}, where {ERRORS[torch.bfloat16]:.2g} is allowed")
+    return worst
 
 
 def replayed(gpu: Gpu, ready: Ready, x: Tensor) -> None:
     """Raise where a captured product gives another result than one that is launched."""
     fixed = x.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)
+    with torch.cuda.device(x.device), torch.cuda.graph(graph, stream=side):
         y = gpu.matmul(fixed, ready)
     fixed.normal_()
     graph.replay()
@@ -301,11 +369,11 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
     """Parts on the CPU, as a checkpoint has them."""
     groups = -(-shape[1] // kind.group) if kind.group else 1
     group: Any = kind.group or "tensor"
-    scale = 0.01 + 0.02 * torch.rand(shape[0] if kind.group else 1, groups)
-    base: Uniform | Codebook = Uniform(torch.randint(-8, 8, shape, dtype=torch.int8), scale.half(), 4, group)
+    scale = storable(0.01 + 0.02 * torch.rand(shape[0] if kind.group else 1, groups))
+    base: Uniform | Codebook = Uniform(torch.randint(-8, 8, shape, dtype=torch.int8), scale, 4, group)
     if kind.table:
         index = torch.randint(16, shape, dtype=torch.uint8)
-        base = Codebook(index, torch.linspace(-1.5, 1.6, 16).pow(3).half(), scale.half(), 4, group)
+        base = Codebook(index, torch.linspace(-1.5, 1.6, 16).pow(3).half(), scale, 4, group)
     first = Pruned(base, choose(torch.randn(shape), Pattern.parse("2:4")), "2:4") if kind.sparse else base
     if not kind.adapter:
         return (first,)
@@ -358,49 +426,155 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
 def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> dict[str, Any]:
     """Tokens a second of a generation; `way` says what wrote them, on a card steps replayed from a CUDA graph."""
     model = random_model(kind, where)
-    prompt = torch.randint(model.config.vocab_size, (batch, 4 if where.type == "cpu" else 64), device=where)
-    new = 3 if where.type == "cpu" else 48
-    generate(model, prompt, max_new_tokens=3, ends=[])
-    made = generate(model, prompt, max_new_tokens=new, ends=[])
-    memory = torch.cuda.max_memory_allocated() if where.type == "cuda" else None
-    return {"contender": name, "batch": batch, "new_tokens_per_second": made.new_rate, "peak_memory": memory, "way": made.way}
+    length, new, calls = (4, 3, 1) if where.type == "cpu" else (64, 48, 5)
+    prompt = torch.randint(model.config.vocab_size, (batch, length), device=where)
+
+    def once() -> Generated:
+        return generate(model, prompt, max_new_tokens=new, ends=[])
+
+    # Of the same shapes as those that are timed: it compiles, compares with the model's own forward and captures.
+    once()
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    made = [once() for _ in range(calls)]
+    return {
+        "section": "generation",
+        "contender": name,
+        "batch": batch,
+        "new_tokens_per_second": median(one.new_rate or 0.0 for one in made),
+        "prompt_seconds": median(one.prompt_seconds for one in made),
+        "peak_memory": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
+        "way": made[0].way,
+        "counted": f"tokens 2 to {new} of each text after prompts of {length}; median of {calls} after one of these shapes",
+    }
 
 
 # The run
 
+CHECKS, WRITING, LAYER = 200.0, 60.0, 40.0
+"""Seconds that all checks, one model and one contender at one shape may take at most on a card."""
+LAYERS_SHARE = 0.4
+"""Of what is left after the checks, kept for the layers."""
+SPARE = 5.0
+"""Seconds with fewer than which nothing is begun."""
+
+
+@contextmanager
+def limited(most: float) -> Iterator[None]:
+    """Raise LateError in what takes longer, once Python runs: a compiler or a card that is waited for comes back first."""
+
+    def late(*_: object) -> None:
+        raise LateError(f"took longer than {most:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, most))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Run:
+    """A run of the benchmark: where, how long it may take, and what it has found."""
+
+    def __init__(self, where: torch.device, budget: float, results: Results) -> None:
+        self.where, self.budget, self.results = where, budget, results
+        self.began = time.monotonic()
+        self.lost: str | None = None
+        """why the card answers no more"""
+        self.wrong: set[str] = set()
+        """kinds whose check failed"""
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.budget - (time.monotonic() - self.began)
+
+    def spent(self, what: str, reserve: float = 0.0) -> bool:
+        """Whether there is no time left, or no card, for `what`, which is named then."""
+        if self.lost is None and self.left() - reserve >= SPARE:
+            return False
+        self.results.missing[what] = self.lost or f"the budget of {self.budget:.0f} s was spent"
+        return True
+
+    def keep(self, row: dict[str, Any], *names: str) -> None:
+        """Write a row; names under which it was missing are missing no longer."""
+        self.results.add({"shape": [0, 0], "batch": 0, "dtype": "bfloat16", **row}, *names)
+        self.results.write()
+
+    def attempt(self, what: str, who: str, most: float, make: Callable[[], dict[str, Any]]) -> None:
+        """Keep what is made, or say why there is nothing: of this item, or of this contender where it cannot be had here."""
+        if self.spent(what):
+            return
+        try:
+            with limited(min(most, self.left()) if self.where.type == "cuda" else self.left()):
+                row = make()
+        except (MissingError, ImportError) as error:
+            self.results.missing[who] = str(error)
+            return
+        except Exception as error:
+            self.results.missing[what] = f"failed: {said(error)}"
+        else:
+            self.keep(row, what, who)
+            return
+        if (reason := unfit(self.where)) is not None:
+            self.lost = f"after {what} failed, the card {reason}"
+        self.results.write()
+
+
+def unfit(where: torch.device) -> str | None:
+    """Why nothing more can be measured on a card after something failed there, in words; None: it can."""
+    if where.type == "cpu":
+        return None
+    try:
+        # A capture that failed leaves its stream the current one, and can leave the allocator where it captures nothing more.
+        torch.cuda.set_stream(torch.cuda.default_stream(where))
+        cleared(where)
+        one = torch.zeros(1, device=where)
+        seconds([lambda: one.add_(1)], where, least=1)
+        return None if float(one) > 1 else "replays nothing"
+    except Exception as error:
+        return f"captures nothing more: {said(error)}"
+
+
+def cleared(where: torch.device) -> None:
+    """Give back what is not used any more."""
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+
 
 def measure(arguments: argparse.Namespace, where: torch.device, results: Results) -> None:
     """All sections, until the time is spent; every row is written at once."""
-    began = time.monotonic()
-
-    def spent(what: str, reserve: float) -> bool:
-        if time.monotonic() - began < arguments.budget - reserve:
-            return False
-        results.missing[what] = f"the budget of {arguments.budget:.0f} s was spent"
-        return True
-
-    def keep(row: dict[str, Any]) -> None:
-        results.add({"shape": [0, 0], "batch": 0, "dtype": "bfloat16", **row})
-        results.write()
-
-    keep({"section": "ceilings", "contender": "the card", **ceilings(where)})
-    for row in checked(where):
-        keep({"section": "correctness", **row})
-    for batch in arguments.batches:
-        for model, shape in shapes(where):
-            if not spent(f"{shape[0]} x {shape[1]}, batch {batch}", 60):
-                measure_layer(model, shape, batch, where, results, keep)
+    run = Run(where, arguments.budget, results)
+    run.attempt("ceilings", "ceilings", LAYER, lambda: {"section": "ceilings", "contender": "the card", **ceilings(where)})
+    for name, found in checked(where, min(CHECKS, run.left())).items():
+        if isinstance(found, str):
+            run.wrong.add(name)
+            results.missing[f"check, {name}"] = f"nothing of it is timed: {found}"
+        for row in found if isinstance(found, list) else []:
+            run.keep({"section": "correctness", **row}, f"check, {name}")
+    reserve = LAYERS_SHARE * run.left() if where.type == "cuda" else 0.0
     for name, kind in {"cuBLAS": None, **KINDS}.items():
         for batch in arguments.batches[:1]:
-            if not spent(f"generation, {name}", 20):
-                try:
-                    keep({"section": "generation", **written(name, kind, where, batch)})
-                except (RuntimeError, ValueError, TypeError) as error:
-                    results.missing[f"generation, {name}"] = f"failed: {error}"
-                if where.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
+            measure_writing(name, kind, batch, run, reserve)
+    for makers in (own_contenders, other_contenders):
+        for batch in arguments.batches:
+            for model, shape in shapes(where):
+                whole = f"{makers.__name__.split('_')[0]} {shape[0]} x {shape[1]}, batch {batch}"
+                if not run.spent(whole):
+                    measure_layer(model, shape, batch, run, makers)
+                    results.found(whole)
     results.write()
+
+
+def measure_writing(name: str, kind: Kind | None, batch: int, run: Run, reserve: float) -> None:
+    """A model that writes."""
+    what = f"generation, {name}"
+    if name not in run.wrong and not run.spent(what, reserve):
+        run.attempt(what, what, min(WRITING, run.left() - reserve), partial(written, name, kind, run.where, batch))
+        cleared(run.where)
 
 
 def shapes(where: torch.device) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -414,63 +588,78 @@ def shapes(where: torch.device) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def measure_layer(
-    model: str,
-    shape: tuple[int, int],
-    batch: int,
-    where: torch.device,
-    results: Results,
-    keep: Callable[[dict[str, Any]], None],
+    model: str, shape: tuple[int, int], batch: int, run: Run, makers: Callable[[tuple[int, int], Tensor], Makers]
 ) -> None:
     """One shape at one batch, by everyone."""
-    x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=where)
-    for name, make in contenders(shape, x):
-        try:
-            contender = make()
-            taken = seconds(contender.calls, where)
-        except (MissingError, ImportError) as error:
-            results.missing[name] = str(error)
-            continue
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            results.missing[f"{name} {shape[0]} x {shape[1]}, batch {batch}"] = f"failed: {str(error)[:300]}"
-            continue
-        moved = contender.bytes + 2 * batch * (shape[0] + shape[1])
-        keep(
-            {
-                "section": "layers",
-                "model": model,
-                "shape": list(shape),
-                "batch": batch,
-                "contender": contender.name,
-                "seconds": taken,
-                "bytes_moved": moved,
-                "bits_per_weight": 8 * contender.bytes / (shape[0] * shape[1]),
-            }
-        )
+    x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=run.where)
+
+    def row(make: Callable[[], Contender]) -> dict[str, Any]:
+        contender = make()
+        taken = seconds(contender.calls, run.where)
+        return {
+            "section": "layers",
+            "model": model,
+            "shape": list(shape),
+            "batch": batch,
+            "contender": contender.name,
+            "seconds": taken,
+            "bytes": contender.bytes,
+            "bytes_moved": contender.bytes + 2 * batch * (shape[0] + shape[1]),
+            "bits_per_weight": 8 * contender.bytes / (shape[0] * shape[1]),
+        }
+
+    for name, make in makers(shape, x):
+        if name not in run.wrong:
+            run.attempt(f"{name} {shape[0]} x {shape[1]}, batch {batch}", name, LAYER, partial(row, make))
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """Tables of the layers, for each shape: microseconds and times as fast as cuBLAS."""
+    """Tables of the layers, for each shape: microseconds and times as fast as cuBLAS.
+
+    The roof is the time in which the card copies as many bytes as the weight has.
+    """
     layers = [row for row in data["rows"] if row["section"] == "layers"]
-    lines = []
+    lines, copied = [], None
     for ceiling in (row for row in data["rows"] if row["section"] == "ceilings"):
+        copied = ceiling["copy"]
         lines.append(f"copy {ceiling['copy'] / 1e12:.2f} TB/s, bfloat16 {ceiling['matrix'] / 1e12:.0f} TFLOP/s\n")
     for shape in sorted({tuple(row["shape"]) for row in layers}):
         own = [row for row in layers if tuple(row["shape"]) == shape]
         batches = sorted({row["batch"] for row in own})
         base = {row["batch"]: row["seconds"] for row in own if row["contender"] == "cuBLAS"}
-        lines += [f"{shape[0]} x {shape[1]}\n", "|  | bits/weight | " + " | ".join(f"batch {b}, us" for b in batches) + " |"]
-        lines.append("| --- | ---: |" + " ---: |" * len(batches))
+        titles = ["bits/weight", *(f"batch {b}, us" for b in batches), f"share of the roof at {batches[0]}"]
+        lines += [f"{shape[0]} x {shape[1]}\n", "|  | " + " | ".join(titles) + " |"]
+        lines.append("| --- |" + " ---: |" * len(titles))
         for name in dict.fromkeys(row["contender"] for row in own):
             rows = {row["batch"]: row for row in own if row["contender"] == name}
             cells = [
                 f"{rows[b]['seconds'] * 1e6:.1f} ({base[b] / rows[b]['seconds']:.2f})" if b in rows and b in base else "-"
                 for b in batches
             ]
+            cells += ["-" if copied is None or batches[0] not in rows else f"{roof_share(rows[batches[0]], copied):.0%}"]
             lines.append(f"| {name} | {next(iter(rows.values()))['bits_per_weight']:.2f} | " + " | ".join(cells) + " |")
         lines.append("")
     for row in (row for row in data["rows"] if row["section"] == "generation"):
-        lines.append(f"- {row['contender']}: {row['new_tokens_per_second']:.1f} new tokens/s at batch {row['batch']}")
+        memory = "" if row["peak_memory"] is None else f", {row['peak_memory'] / 1e9:.1f} GB"
+        said_of_it = f"{row['way']}; {row['counted']}"
+        rate = f"{row['new_tokens_per_second']:.1f} new tokens/s at batch {row['batch']}"
+        lines.append(f"- {row['contender']}: {rate}{memory} ({said_of_it})")
     return "\n".join([*lines, *(f"- not measured: {name}: {reason}" for name, reason in data["missing"].items())])
+
+
+def roof_share(row: dict[str, Any], copied: float) -> float:
+    """The time of reading a layer's weight at the rate of a copy, over the time that the layer took."""
+    return row["bytes"] / copied / row["seconds"]
+
+
+BEGIN, END = "<!-- benchmarks/gpu.py: from here -->", "<!-- benchmarks/gpu.py: to here -->"
+
+
+def put_into(page: Path, tables: str) -> None:
+    """Replace what stands between the two marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{tables.strip()}\n\n{END}{after}", encoding="utf-8")
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -485,6 +674,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
     layers = [row for row in data["rows"] if row["section"] == "layers"]
     panels = sorted({tuple(row["shape"]) for row in layers})
+    if not panels:
+        return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], panels, strict=True):
         own = [row for row in layers if tuple(row["shape"]) == shape]
@@ -508,26 +699,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing new is begun")
+    parser.add_argument("--budget", type=float, default=500, help="seconds that all may take")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--markdown", action="store_true", help="show the tables of what was measured")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the tables of cards into this page, between its marks")
     parser.add_argument("--check", choices=tuple(KINDS), help="only check one kind and print its rows, as the run itself does")
     arguments = parser.parse_args()
     where = torch.device(arguments.device)
-    if arguments.markdown:
-        for path in sorted(arguments.results.glob("gpu-*.json")):
-            sys.stdout.write(f"{path.stem}\n\n{markdown(json.loads(path.read_text(encoding='utf-8')))}\n")
+    if arguments.markdown or arguments.into:
+        tables = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in arguments.results.glob("gpu-*.json")}
+        if arguments.markdown:
+            sys.stdout.write("".join(f"{name}\n\n{markdown(tables[name])}\n" for name in sorted(tables)))
+        if arguments.into:
+            cards = [name for name in sorted(tables) if name != "gpu-interpreted"]
+            if not cards:
+                sys.exit(f"no card was measured: {arguments.results} has no gpu-CARD.json")
+            pieces = [f"### {tables[name]['runs'][-1]['card']}\n\n{markdown(tables[name])}" for name in cards]
+            put_into(arguments.into, "\n\n".join(pieces))
         return
     if (reason := card.refuses(where)) is not None:
         sys.exit(f"the GPU kernels cannot run here: {reason}")
     if arguments.check:
-        sys.stdout.write(json.dumps(check(arguments.check, where)))
+        found = check_or_why(arguments.check, where)
+        sys.stdout.write(json.dumps({"failed": found} if isinstance(found, str) else found))
         return
     name = "interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
     arguments.results.mkdir(parents=True, exist_ok=True)
     run = {**this_run("gpu.py", "triton", "humming-kernels"), "card": name, "runs_on": card.words(where)}
     keys = ("section", "contender", "shape", "batch", "dtype")
     results = Results(arguments.results / f"gpu-{slug(name)}.json", keys, run)
+    if where.type == "cuda":
+        # Whatever hangs, and no limit reaches; the rows are written by then.
+        faulthandler.dump_traceback_later(arguments.budget + 30, exit=True)
     measure(arguments, where, results)
     draw(results.to_dict(), results.path.with_suffix(".png"))
     sys.stdout.write(markdown(results.to_dict()) + "\n")

@@ -55,9 +55,15 @@ class Results:
     def _key(self, row: Data) -> tuple[Any, ...]:
         return tuple(tuple(row[key]) if isinstance(row[key], list) else row[key] for key in self.keys)
 
-    def add(self, row: Data) -> None:
-        """Keep a row of this run."""
+    def add(self, row: Data, *names: str) -> None:
+        """Keep a row of this run; names under which it was missing are missing no longer."""
         self.rows[self._key(row)] = {**row, "run": len(self.runs) - 1}
+        self.found(*names)
+
+    def found(self, *names: str) -> None:
+        """What an earlier run named as missing is not."""
+        for name in names:
+            self.missing.pop(name, None)
 
     def to_dict(self) -> Data:
         """Plain data; runs of which no row is left are dropped."""

@@ -110,6 +110,12 @@ def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> 
             assert {measured(stats.gram).device for stats in found.values()} == {place}
 
 
+def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert calibrate._free(torch.device("cuda", 0)) == 500
+
+
 def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:
     """At 48 inputs in groups of 16; an earlier form asked at every input, and at every fourth for the order."""
     width, out = 48, 24

@@ -341,8 +341,9 @@ def _resting_place(sums: Iterable["_Sums"], device: torch.device) -> torch.devic
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free on a card."""
-    return torch.cuda.mem_get_info(device)[0]
+    """Bytes that are free on a card, those among them that torch holds and nothing uses."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _of_all_ranks(

@@ -84,6 +84,14 @@ def test_rows_are_replaced_and_keep_the_run_they_came_from(tmp_path: Path, monke
     assert found["rows"] == [{"name": "a", "value": 3, "run": 1}, {"name": "b", "value": 2, "run": 0}]
 
 
+def test_what_was_missing_is_so_until_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = script("results_file", monkeypatch).Results(tmp_path / "rows.json", ("name",), {})
+    results.missing = {"a": "failed", "b": "failed", "c": "failed"}
+    results.add({"name": "a"}, "a", "of a")
+    results.found("b")
+    assert results.to_dict()["missing"] == {"c": "failed"}
+
+
 def test_the_tables_come_from_the_results_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
+from slimlm.core.pieces import at_once
 
 _CODES_AT_ONCE = 2**18
 """Codes to work on at a time, so that what lies in between stays in the processor's cache."""
@@ -26,8 +27,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes `[rows, count]` (0 .. 2^bits - 1) into uint8 `[rows, packed_bytes(count, bits)]`."""
     rows, count = codes.shape
     packed = torch.empty(rows, packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
-    at_once = _rows_at_once(count)
-    for piece, into in zip(codes.split(at_once), packed.split(at_once), strict=True):
+    some = _rows_at_once(count, codes.device)
+    for piece, into in zip(codes.split(some), packed.split(some), strict=True):
         words = _octets(piece, count, 8)
         for low, high, shift in _steps(bits):
             words = (words & low) | ((words >> shift) & high)
@@ -43,8 +44,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{list(packed.shape)}"
         )
     codes = torch.empty(len(packed), count, dtype=torch.uint8, device=packed.device)
-    at_once = _rows_at_once(count)
-    for piece, into in zip(packed.split(at_once), codes.split(at_once), strict=True):
+    some = _rows_at_once(count, packed.device)
+    for piece, into in zip(packed.split(some), codes.split(some), strict=True):
         words = _octets(piece, count, bits)
         for low, high, shift in reversed(_steps(bits)):
             words = (words & low) | ((words & high) << shift)
@@ -52,8 +53,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes
 
 
-def _rows_at_once(count: int) -> int:
-    return max(1, _CODES_AT_ONCE // max(1, count))
+def _rows_at_once(count: int, device: torch.device) -> int:
+    return max(1, at_once(_CODES_AT_ONCE, device) // max(1, count))
 
 
 def _steps(bits: int) -> list[tuple[int, int, int]]:

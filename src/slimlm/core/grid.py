@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
+from slimlm.core.pieces import at_once
 
 Group = int | Literal["tensor", "row"]
 """How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""
@@ -194,7 +195,7 @@ def dense(codes: Tensor, scale: Tensor, group: Group) -> Tensor:
 def encode(weight: Tensor, scale: Tensor, *, bits: int, group: Group) -> Tensor:
     """Codes int8 `[out, in]` of a weight on the grid with these scales `[rows, groups]`; a zero scale gives code 0."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    rows = max(1, _POINTS_AT_ONCE // max(1, weight.shape[1]))
+    rows = max(1, at_once(_POINTS_AT_ONCE, weight.device) // max(1, weight.shape[1]))
     for i, (piece, into) in enumerate(zip(weight.split(rows), codes.split(rows), strict=True)):
         own = scale if len(scale) == 1 else scale[i * rows : (i + 1) * rows]
         wide = spread(own, weight.shape[1], group)
@@ -236,12 +237,12 @@ def _cost_of(points: Tensor, mass: Tensor, levels: Levels) -> Cost:
     if len(points) > _MANY:
         return _cost_of_many(points, mass, levels)
     least, most = float(levels.values[0]), float(levels.values[-1])
-    at_once = max(1, _POINTS_OF_CANDIDATES // max(1, points.numel()))
+    some_of_them = max(1, at_once(_POINTS_OF_CANDIDATES, points.device) // max(1, points.numel()))
 
     def cost(scales: Tensor) -> Tensor:
         # A few candidates at a time, in place: the passes over the points then stay in the processor's cache.
         found = torch.empty_like(scales)
-        for some, total in zip(scales.split(at_once), found.split(at_once), strict=True):
+        for some, total in zip(scales.split(some_of_them), found.split(some_of_them), strict=True):
             ratio = points / some[:, None]
             miss = torch.round(ratio).clamp_(least, most) if levels.even else levels.nearest(ratio)
             torch.sum(miss.sub_(ratio).square_().mul_(mass), dim=1, out=total)
@@ -284,7 +285,7 @@ _COARSE = 48
 _FINE = 9
 _ROUNDS = 3
 _POINTS_AT_ONCE = 2**17
-"""Points worked on at a time: few enough for the processor's cache."""
+"""Points worked on at a time: few enough for a processor's cache (core/pieces.py: for a card, more)."""
 _POINTS_OF_CANDIDATES = 2**16
 """The same where candidates share the points, whose masses lie in the cache beside them."""
 
@@ -304,8 +305,8 @@ def _searched_in_pieces(
     search: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor, mass: Tensor, *others: Tensor
 ) -> Tensor:
     """What a search of points and masses `[size, sets]` gives, with other `[sets]`, a few sets at a time: `[sets]`."""
-    at_once = max(1, _POINTS_AT_ONCE // max(1, points.shape[1]))
-    pieces = zip(*(given.split(at_once) for given in (points, mass, *(others or (points[:, 0],)))), strict=True)
+    sets = max(1, at_once(_POINTS_AT_ONCE, points.device) // max(1, points.shape[1]))
+    pieces = zip(*(given.split(sets) for given in (points, mass, *(others or (points[:, 0],)))), strict=True)
     return torch.cat([search(own.T.contiguous(), masses.T.contiguous(), other) for own, masses, other in pieces])
 
 
@@ -382,7 +383,7 @@ def polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None = None)
 
     A weight that lies on a grid already gets that grid's scale back. `mass` `[sets, size]` weighs the errors.
     """
-    rows = max(1, _POINTS_AT_ONCE // max(1, sets.shape[1]))
+    rows = max(1, at_once(_POINTS_AT_ONCE, sets.device) // max(1, sets.shape[1]))
     masses = [None] * len(sets.split(rows)) if mass is None else mass.split(rows)
     pieces = zip(sets.split(rows), scale.split(rows), masses, strict=True)
     return torch.cat([_polished(own, old, bits, weights) for own, old, weights in pieces])
@@ -390,8 +391,9 @@ def polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None = None)
 
 def _polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None) -> Tensor:
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
-    pieces = sets.split(_POINTS_AT_ONCE, dim=1)
-    masses = [None] * len(pieces) if mass is None else mass.split(_POINTS_AT_ONCE, dim=1)
+    size = at_once(_POINTS_AT_ONCE, sets.device)
+    pieces = sets.split(size, dim=1)
+    masses = [None] * len(pieces) if mass is None else mass.split(size, dim=1)
     along, square = torch.zeros_like(scale), torch.zeros_like(scale)
     for own, weights in zip(pieces, masses, strict=True):
         codes = nearest(own / safe, bits)
@@ -450,7 +452,20 @@ def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         mass = torch.histc(values, _BINS, -largest, largest)
     else:
         bins = ((values + largest) / width).long().clamp(0, _BINS - 1)
-        mass = torch.bincount(bins, weights, minlength=_BINS).to(values)
+        mass = _mass_of_bins(bins, weights).to(values)
     points = (torch.arange(_BINS, device=values.device) + 0.5) * width - largest
     points[0], points[-1] = -largest, largest
     return points, mass
+
+
+def _mass_of_bins(bins: Tensor, weights: Tensor) -> Tensor:
+    """The sum of the weights in each bin, float64 `[bins]`.
+
+    A card adds floats in no fixed order, so there they are added as whole multiples of so small a unit that all together
+    fill 62 bits: the order changes nothing then.
+    """
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, weights, minlength=_BINS).double()
+    unit = weights.amax().double().clamp_min(1e-30) * 2.0 ** (len(bins).bit_length() - 62)
+    whole = (weights.double() / unit).round_().long()
+    return torch.zeros(_BINS, dtype=torch.long, device=bins.device).index_add_(0, bins, whole).double() * unit

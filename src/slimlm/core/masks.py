@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
+from slimlm.core.pieces import at_once
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ _COMPARED_AT_ONCE = 2**11
 
 def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
     """`choose` among each `size` consecutive inputs, every member's place found by comparing it with the others."""
-    if score.numel() <= _COMPARED_AT_ONCE:
+    if score.numel() <= at_once(_COMPARED_AT_ONCE, score.device):
         # Few scores, so few operations count more than the memory of all pairs.
         members = score.reshape(len(score), -1, size)
         stands = (members[..., :, None] >= members[..., None, :]).triu(1).to(torch.uint8)
@@ -72,7 +73,7 @@ def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
         beaten_by = later - stands.sum(dim=3) + stands.sum(dim=2)
         return (beaten_by < kept).view(score.shape)
     keep = torch.empty_like(score, dtype=torch.bool)
-    rows = max(1, _SCORES_AT_ONCE // max(1, score.shape[1]))
+    rows = max(1, at_once(_SCORES_AT_ONCE, score.device) // max(1, score.shape[1]))
     for piece, into in zip(score.split(rows), keep.split(rows), strict=True):
         members = piece.view(len(piece), -1, size).unbind(dim=2)
         beaten = [torch.full_like(member, size - 1 - i, dtype=torch.uint8) for i, member in enumerate(members)]

@@ -39,12 +39,13 @@ def test_a_captured_product_is_that_of_a_launch_for_inputs_to_come(name: str, ba
         assert torch.equal(y, gpu.matmul(x, ready))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_product_waits_for_nothing() -> None:
     gpu, one = Gpu(), layer(combinations()["2:4 groups of 32 + adapter"])
     ready, x = gpu.prepare(one.stored()), draw(3, 264).to(WHERE, torch.float16)
     gpu.matmul(x, ready)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         gpu.matmul(x, ready)
     finally:
         torch.cuda.set_sync_debug_mode("default")

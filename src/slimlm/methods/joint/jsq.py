@@ -36,6 +36,7 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Uniform
+from slimlm.core.pieces import at_once
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def ranges_without(weight: Tensor, window: Tensor) -> Tensor:
     weight `[out, in]`, window `[length, in]`. length x out x in steps, taken in pieces: only one has the memory of a piece.
     """
     length, width = window.shape
-    columns = max(1, min(width, _ELEMENTS_AT_ONCE // length))
-    rows = max(1, _ELEMENTS_AT_ONCE // (length * columns))
+    most = at_once(_ELEMENTS_AT_ONCE, weight.device)
+    columns = max(1, min(width, most // length))
+    rows = max(1, most // (length * columns))
     inputs = window.T.contiguous()
     output = weight @ inputs
     pieces = zip(weight.split(rows), output.split(rows), strict=True)

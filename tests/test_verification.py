@@ -282,3 +282,28 @@ def test_a_run_that_verifies_leaves_files_alone(packed: Path) -> None:
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in packed.rglob("*")}
     slimlm.verify(packed)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in packed.rglob("*")} == before
+
+
+def test_a_config_that_was_changed_is_a_problem_and_other_small_files_are_named(copy: Path) -> None:
+    rewrite(copy / "config.json", lambda config: config.update(rms_norm_eps=0.5))
+    (copy / "generation_config.json").write_text('{"top_k": 7}')
+    found = slimlm.verify(copy)
+    assert found.problems == ("config.json is not what was written: its SHA-256 differs",)
+    assert "generation_config.json was changed since it was written" in found.notes
+    (copy / "generation_config.json").unlink()
+    assert "generation_config.json is missing" in slimlm.verify(copy).problems
+
+
+def test_small_files_that_do_not_open_are_problems(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{}")
+    (copy / "generation_config.json").write_text('{"top_k": ')
+    problems = slimlm.verify(copy).problems
+    assert any(words.startswith("the tokenizer of") for words in problems)
+    assert any(words.startswith("generation_config.json cannot be opened") for words in problems)
+
+
+def test_a_folder_without_their_checksums_is_read_and_says_so(copy: Path) -> None:
+    rewrite(copy / "slimlm.json", lambda record: record.pop("beside"))
+    found = slimlm.verify(copy)
+    assert found.sound
+    assert any("no checksums of its config" in note for note in found.notes)

@@ -1,9 +1,9 @@
 """Is a checkpoint what it says it is? From its folder alone, a tensor and a block at a time.
 
-Every shard and every tensor against its recorded SHA-256, the index against the shards, every packed layer against its
-description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against
-both; and then the model runs, block by block, on a few tokens or on a text. What must match the model in memory while it is
-compressed is compared in slimlm.finish.
+Every shard, every tensor and the config against its recorded SHA-256, the index against the shards, every packed layer against
+its description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against
+both; whether the tokenizer opens; and then the model runs, block by block, on a few tokens or on a text. What must match the
+model in memory while it is compressed is compared in slimlm.finish.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError
 from slimlm.evaluate.perplexity import Perplexity, perplexity
 from slimlm.evaluate.results import Record, explosion
 from slimlm.load import read_description, refuse_other, take
 from slimlm.models.experts import take_apart
-from slimlm.models.opening import without_bars, words_of
+from slimlm.models.opening import open_tokenizer, without_bars, words_of
 from slimlm.models.skeleton import empty_model, misfits
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.storage import checkpoint
@@ -93,7 +93,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
     about = read_description(folder)
     recorded = checkpoint.recorded_files(folder)
     files = {path.name: map_file(path) for path in checkpoint.check_files(folder)}
-    problems = [*_checksums(files, recorded, folder), *_index(files, folder)]
+    problems = [*_checksums(files, recorded, folder), *_index(files, folder), *_unopened(folder)]
     stored = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
 
     def release(tensors: Any) -> None:
@@ -115,6 +115,9 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         problems += _record(rows, about, left)
         if (warning := explosion(rows)) is not None:
             notes.append(warning)
+    beside, about_them = _beside(folder)
+    problems += beside
+    notes += about_them
     if any("tensors" not in entry for entry in recorded.values()):
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
@@ -138,6 +141,31 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
     )
+
+
+def _beside(folder: Path) -> tuple[list[str], list[str]]:
+    """Problems and notes on config, tokenizer and what else lies beside the weights. What a model computes hangs on its config;
+    the rest is a user's to edit."""
+    found = checkpoint.changed_beside(folder)
+    if found is None:
+        return [], ["the folder was written by an older slimlm: it records no checksums of its config and tokenizer"]
+    changed, gone = found
+    problems = [f"{name} is missing" for name in gone]
+    problems += [f"{name} is not what was written: its SHA-256 differs" for name in changed if name == "config.json"]
+    return problems, [f"{name} was changed since it was written" for name in changed if name != "config.json"]
+
+
+def _unopened(folder: Path) -> Iterator[str]:
+    """What transformers cannot open of the tokenizer and of the defaults for writing text."""
+    try:
+        open_tokenizer(str(folder))
+    except ModelError as error:
+        yield str(error)
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            yield f"generation_config.json cannot be opened: {words_of(error)}"
 
 
 def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder: Path) -> Iterator[str]:

@@ -239,8 +239,26 @@ def write_record(folder: Path, record: dict[str, Any], files: Files | None = Non
     """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are taken from the files there."""
     if files is None:
         files = {path.name: _summed(path) for path in sorted(folder.glob("*.safetensors"))}
-    data = {"format": FORMAT, "files": files, **record}
+    beside = {path.name: sha256_of(path) for path in _beside(folder)}
+    data = {"format": FORMAT, "files": files, "beside": beside, **{k: v for k, v in record.items() if k != "beside"}}
     (folder / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The files beside the weights and the record: config, tokenizer, defaults for writing text."""
+    return [
+        path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors" and path.name != RECORD
+    ]
+
+
+def changed_beside(folder: Path) -> tuple[list[str], list[str]] | None:
+    """Names of recorded files beside the weights that were changed, and of those that are gone; None: none are recorded."""
+    recorded = read_record(folder).get("beside")
+    if not isinstance(recorded, dict):
+        return None
+    there = {path.name: path for path in _beside(folder)}
+    changed = [name for name, sha256 in recorded.items() if name in there and sha256_of(there[name]) != sha256]
+    return changed, [name for name in recorded if name not in there]
 
 
 def _summed(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 On a GPU where there is one; else in Triton's interpreter, which takes seconds for a product, so shapes are small.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from slimlm.core.errors import KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.gpu import device, tiles
+from slimlm.runtime.gpu import device, layout, products, tiles
 from slimlm.runtime.linear import CompressedLinear
 
 WHERE = torch.device("cuda" if torch.cuda.is_available() and not device.interpreted() else "cpu")
@@ -107,6 +109,13 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu().double() - expected).abs().max() / expected.abs().max())
 
 
+def without_input_scale(part: Part) -> Part:
+    """As the layout has it."""
+    if isinstance(part, Pruned) and isinstance(part.inner, Uniform):
+        return replace(part, inner=replace(part.inner, input_scale=None))
+    return part
+
+
 def multiplied(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
     gpu, one = Gpu(), layer(parts, bias=bias)
     assert gpu.refuses(one.stored()) is None
@@ -146,6 +155,25 @@ def test_more_tokens_than_are_fused_multiply_an_unpacked_weight(dtype: torch.dty
     parts = combinations()["2:4 table, groups of 32 + adapter"]
     x = draw(tiles.FUSED_UP_TO + 1, WIDTH, seed=4).to(dtype)
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize("name", combinations())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_an_unpacked_weight_is_that_of_the_reference_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    base, *extras = combinations()[name]
+    ready = Gpu().prepare(layer((base, *extras)).stored()).layer
+    found = products.matrix(ready.base, dtype)
+    assert torch.equal(found.cpu(), without_input_scale(base).dense().to(dtype))
+    assert found.stride(0) % 64 == 0, "so that a thread stores 16 bytes at a time"
+    for extra in extras:
+        assert isinstance(extra, LowRank)
+        if isinstance(ready.right, layout.Packed):
+            right = products.matrix(ready.right, dtype).cpu()
+            assert torch.equal(right[: extra.rank], extra.right.dense().to(dtype)) and not right[extra.rank :].any()
+        if ready.tail is not None and (tail := ready.tail.packed) is not None:
+            about = tail.words, tail.scale, tail.levels, OUT, tail.width, ready.tail.group, dtype
+            left = torch.ops.slimlm.gpu_unpacked(*about).cpu()
+            assert torch.equal(left[:, : extra.rank], extra.left.dense().T.to(dtype)) and not left[:, extra.rank :].any()
 
 
 @pytest.mark.parametrize("leading", [(1,), (2, 3), (), (0,), (2, 0)], ids=str)

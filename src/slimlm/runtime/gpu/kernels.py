@@ -334,32 +334,62 @@ def product_kernel(
 
 
 @triton.jit
-def _values(words, levels, shift: tl.constexpr, table: tl.constexpr):
-    """The nibbles of words at a bit as float32: levels, or codes."""
+def _named(words, levels, shift: tl.constexpr, table: tl.constexpr):
+    """What the nibbles of words at a bit are: levels, float32, or codes as they are stored."""
     if table:
         found = _looked_up(levels, words, shift)
     else:
-        found = ((((words >> shift) & 15) ^ 8) - 8).to(tl.float32)
+        found = (words >> shift) & 15
     return found
 
 
 @triton.jit
+def _eight(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+    """All nibbles of words `[rows, n]`, `[rows, 8 n]`: number 4 h + 2 m + l of a word lies at bit h high + m middle + l low."""
+    # Levels are looked up before they are joined: afterwards the nibbles would cross threads for it.
+    at0 = tl.join(_named(words, levels, 0, table), _named(words, levels, high, table))
+    at1 = tl.join(_named(words, levels, low, table), _named(words, levels, high + low, table))
+    at2 = tl.join(_named(words, levels, middle, table), _named(words, levels, high + middle, table))
+    at3 = tl.join(_named(words, levels, middle + low, table), _named(words, levels, high + middle + low, table))
+    return tl.reshape(tl.join(tl.join(at0, at2), tl.join(at1, at3)), [words.shape[0], 8 * words.shape[1]])
+
+
+@triton.jit
+def _values(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+    """What all nibbles of words stand for, float32, in the order of `_eight`."""
+    found = _eight(words, levels, high, middle, low, table)
+    if not table:
+        found = ((found ^ 8) - 8).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _repeated(tile, times: tl.constexpr):
+    """Every column of a tile `[rows, n]` `times` over, `[rows, times n]`."""
+    wide = tl.broadcast_to(tile[:, :, None], [tile.shape[0], tile.shape[1], times])
+    return tl.reshape(wide, [tile.shape[0], times * tile.shape[1]])
+
+
+@triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
-    words, scale, levels, out, rows, width, padded, out_stride, scale_stride, scale_group,
+    words, scale, levels, out, rows, padded, out_stride, scale_stride, scale_group,
     sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
     tile: tl.constexpr,
 ):  # fmt: skip
-    """The matrix `[rows, width]` that a packed weight stands for, in the dtype of `out`; 256 or 64 inputs a program.
+    """The matrix that a packed weight stands for, in the dtype of `out`; 256 (2:4) or 64 inputs of `tile` rows a program.
 
-    A tail (an adapter's second factor) has scales `[groups of scale_group rows, scale_stride ranks]`.
+    `out` has room for whole blocks of inputs in every row, and what fills them up is written, too. A tail (an adapter's second
+    factor) has scales `[groups of scale_group rows, scale_stride ranks]`. A thread's values are joined before they are stored:
+    one by one they would go to memory two bytes at a time.
     """
+    dtype: tl.constexpr = out.dtype.element_ty
+    inputs: tl.constexpr = 256 if sparse else 64
     block = tl.program_id(1)
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, 8)
+    k = block * inputs + tl.arange(0, inputs)
     plane = padded * 8
     place = row[:, None] * 8 + column[None, :]
-    out_at = out + row[:, None].to(tl.int64) * out_stride
-    inside = (row < rows)[:, None]
     factor = tl.full([tile, 8], 1.0, tl.float32)
     if tail:
         factor = factor
@@ -374,27 +404,23 @@ def unpack_kernel(
         factor = tl.load(scale + ((block // 2) * padded + row)[:, None] * spans + span[None, :]).to(tl.float32)
     if sparse:
         at = words + block * 3 * plane + place
-        first = tl.load(at)
-        second = tl.load(at + plane)
-        places = tl.load(at + 2 * plane)
-        for group in tl.static_range(8):
-            one = _values(first, levels, 4 * group, table) * factor
-            two = _values(second, levels, 4 * group, table) * factor
-            kept = places >> (4 * group)
-            for position in tl.static_range(4):
-                # A kept value is a group's second where another one is kept before it.
-                before = (kept & ((1 << position) - 1)) != 0
-                value = tl.where((kept >> position) & 1 != 0, tl.where(before, two, one), 0.0)
-                k = block * 256 + column * 32 + (4 * group + position)
-                tl.store(out_at + k[None, :], value.to(out.dtype.element_ty), mask=inside & (k < width)[None, :])
+        factor = _repeated(factor, 8)
+        one = (_values(tl.load(at), levels, 16, 8, 4, table) * factor).to(dtype)
+        two = (_values(tl.load(at + plane), levels, 16, 8, 4, table) * factor).to(dtype)
+        kept = _eight(tl.load(at + 2 * plane), levels, 16, 8, 4, False)
+        none = tl.full(one.shape, 0.0, dtype)
+        at0, at1, at2, at3 = (kept & 1) != 0, (kept & 2) != 0, (kept & 4) != 0, (kept & 8) != 0
+        value0 = tl.where(at0, one, none)
+        value1 = tl.where(at1, tl.where(at0, two, one), none)
+        value2 = tl.where(at2, tl.where(at3, one, two), none)
+        value3 = tl.where(at3, two, none)
+        values = tl.reshape(tl.join(tl.join(value0, value2), tl.join(value1, value3)), [tile, inputs])
     else:
-        at = tl.load(words + block * plane + place)
-        for number in tl.static_range(8):
-            # Input 2 j + h of a word's eight lies at bits 16 h + 4 j.
-            value = _values(at, levels, 16 * (number % 2) + 4 * (number // 2), table)
-            k = block * 64 + column * 8 + number
-            if tail:
-                value *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
-            else:
-                value *= factor
-            tl.store(out_at + k[None, :], value.to(out.dtype.element_ty), mask=inside & (k < width)[None, :])
+        # Input 2 j + h of a word's eight lies at bits 16 h + 4 j.
+        values = _values(tl.load(words + block * plane + place), levels, 8, 4, 16, table)
+        if tail:
+            values *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
+        else:
+            values *= _repeated(factor, 8)
+        values = values.to(dtype)
+    tl.store(out + row[:, None].to(tl.int64) * out_stride + k[None, :], values, mask=(row < rows)[:, None])

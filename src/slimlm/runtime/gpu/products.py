@@ -90,24 +90,28 @@ def _(x, words, scale, levels, bias, t, tail, tail_scale, tail_levels, counters,
 def _unpacked(
     words: Tensor, scale: Tensor, levels: Tensor | None, rows: int, width: int, tail_group: int, dtype: torch.dtype
 ) -> Tensor:
-    """float16, bfloat16 or float32 `[rows, width]`; tail_group 0: not a tail."""
+    """float16, bfloat16 or float32 `[rows, width]`, its rows as far apart as whole blocks are wide; tail_group 0: not a tail."""
     kernels = _kernels()
-    out = torch.empty(rows, width, dtype=dtype, device=words.device)
-    sparse = words.ndim == 4
+    out = words.new_empty(rows, _room(words), dtype=dtype)
     with _on(words.device):
         kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
-            words, scale, words if levels is None else levels, out, rows, width, _plane(words), out.stride(0),
+            words, scale, words if levels is None else levels, out, rows, _plane(words), out.stride(0),
             scale.stride(0) if tail_group else 0, max(1, tail_group),
-            sparse=sparse, table=levels is not None, tail=tail_group > 0, tile=ROWS,
+            sparse=words.ndim == 4, table=levels is not None, tail=tail_group > 0, tile=ROWS,
             scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
-            spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=4,
+            spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=8 if dtype == torch.float32 else 4,
         )  # fmt: skip
-    return out
+    return out[:, :width]
 
 
 @_unpacked.register_fake
 def _(words, scale, levels, rows, width, tail_group, dtype):  # type: ignore[no-untyped-def]
-    return words.new_empty(rows, width, dtype=dtype)
+    return words.new_empty(rows, _room(words), dtype=dtype)[:, :width]
+
+
+def _room(words: Tensor) -> int:
+    """Inputs with those that fill up the last block."""
+    return words.shape[0] * (SPARSE_BLOCK if words.ndim == 4 else DENSE_BLOCK // 2)
 
 
 def matrix(packed: Packed, dtype: torch.dtype) -> Tensor:

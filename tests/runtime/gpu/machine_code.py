@@ -76,7 +76,7 @@ def compiled(variant: Variant, capability: int) -> Any:
     mode = {0: kernels.TENSOR, 1: kernels.BLOCK}.get(variant.spans, kernels.SPANS)
     fixed = {
         "sparse": variant.sparse, "table": variant.table, "scale_mode": mode.value, "spans": max(1, variant.spans),
-        "even": True, "has_bias": True, "tail_kind": variant.tail, "tail_table": False, "split": True,
+        "has_bias": True, "tail_kind": variant.tail, "tail_table": False, "split": True,
         "joint": variant.joint, "tile": tile.rows, "tokens": tile.tokens,
     }  # fmt: skip
     floats = f"*{variant.dtype}"

@@ -193,6 +193,15 @@ def test_the_memory_layout_of_the_input_does_not_matter() -> None:
         assert torch.equal(gpu.matmul(narrow, ready), gpu.matmul(narrow.clone(memory_format=torch.contiguous_format), ready))
 
 
+@pytest.mark.parametrize("name", ["2:4 table, groups of 32 + adapter", "one group longer than a row"])
+def test_what_lies_beyond_the_inputs_in_memory_counts_for_nothing(name: str) -> None:
+    gpu, x = Gpu(), draw(2, WIDTH, seed=4).half()
+    ready = gpu.prepare(layer(combinations()[name]).stored())
+    wide = torch.full((2, 512), float("nan"), dtype=torch.float16)
+    wide[:, :WIDTH] = x
+    assert torch.equal(gpu.matmul(wide.to(WHERE)[:, :WIDTH], ready), gpu.matmul(x.to(WHERE), ready))
+
+
 def test_a_split_product_is_the_same_every_time_and_leaves_its_counters_at_zero() -> None:
     gpu, one = Gpu(), layer(combinations()["groups of 128 + adapter of rows"])
     ready, x = gpu.prepare(one.stored()), draw(2, WIDTH).to(WHERE, torch.float16)

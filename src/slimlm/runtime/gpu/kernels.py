@@ -90,16 +90,6 @@ def _scaled(tile, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _inputs(at, room, offset: tl.constexpr, even: tl.constexpr):
-    """Inputs `[16, tokens]` at an offset; beyond the width they are zero."""
-    if even:
-        found = tl.load(at + offset)
-    else:
-        found = tl.load(at + offset, mask=room > offset, other=0.0)
-    return found
-
-
-@triton.jit
 def _dot(weight, x, total):
     if INTERPRETED:
         total = tl.dot(weight.to(tl.float32), x.to(tl.float32), total)
@@ -110,8 +100,8 @@ def _dot(weight, x, total):
 
 @triton.jit
 def _sparse_block(
-    total, at, plane, scale, levels, x_at, room, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr, even: tl.constexpr,
+    total, at, plane, scale, levels, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 256 inputs of a 2:4 weight; `scale` `[rows, 8]` is per word, 32 inputs."""
     first = tl.load(at)
@@ -135,8 +125,8 @@ def _sparse_block(
             value1 = tl.where(at1 != 0, tl.where(at0 != 0, two, one), none)
             value2 = tl.where(at2 != 0, tl.where(at3 != 0, one, two), none)
             value3 = tl.where(at3 != 0, two, none)
-            total = _dot(_side_by_side(value0, value1), _inputs(x_at, room, 4 * group, even), total)
-            total = _dot(_side_by_side(value2, value3), _inputs(x_at, room, 4 * group + 2, even), total)
+            total = _dot(_side_by_side(value0, value1), tl.load(x_at + 4 * group), total)
+            total = _dot(_side_by_side(value2, value3), tl.load(x_at + 4 * group + 2), total)
     else:
         place0, place1, place2, place3 = _spread(first, second, places)
         if scaled:
@@ -155,7 +145,7 @@ def _sparse_block(
                 weight = _floats(words, number, even_bits, odd_bits, dtype)
                 if scaled:
                     weight = _scaled(weight, scale, dtype)
-                found = _inputs(x_at, room, 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number, even)
+                found = tl.load(x_at + 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number)
                 total = _dot(weight, found, total)
     return total
 
@@ -174,8 +164,8 @@ def _dense_weight(words, levels, number: tl.constexpr, even_bits, odd_bits, dtyp
 
 @triton.jit
 def _dense_block(
-    total, at, scale, levels, x_at, room, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr, even: tl.constexpr,
+    total, at, scale, levels, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 64 inputs of a dense weight; `scale` `[rows, 8]` is per word, 8 inputs."""
     words = tl.load(at)
@@ -187,7 +177,7 @@ def _dense_block(
             weight = weight * scale.to(tl.float32)
         elif scaled:
             weight = _scaled(weight, scale, dtype)
-        total = _dot(weight.to(dtype), _inputs(x_at, room, 2 * number, even), total)
+        total = _dot(weight.to(dtype), tl.load(x_at + 2 * number), total)
     return total
 
 
@@ -211,13 +201,14 @@ def _tail_block(
 @triton.jit(do_not_specialize=["batch", "blocks", "share", "splits", "tail_blocks"])
 def product_kernel(
     x, words, scale, levels, bias, y, partial, counters, bits, t, tail, tail_scale, tail_levels, members,
-    batch, rows, width, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
-    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, even: tl.constexpr,
+    batch, rows, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
+    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
     has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_table: tl.constexpr, split: tl.constexpr,
     joint: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
     """y `[batch, rows]`: a program makes `tile` rows for `tokens` tokens from its `share` of the blocks of inputs.
 
+    x has whole blocks of inputs: loads under a mask at its end would not be copied ahead.
     padded: rows from one plane of words to the next, which are more than this layer's where it lies among others.
     Where several layers are one weight (`joint`), `members` says what differs among them for every 64 rows (layout.Joint).
 
@@ -254,7 +245,6 @@ def product_kernel(
     plane = padded * 8
     inputs = begin * block_inputs + (pair // 2) * word_inputs + pair % 2
     x_at = x + source[None, :] * x_stride + inputs[:, None]
-    room = (width - inputs)[:, None]
     if sparse:
         at = words + begin * 3 * plane + place
     else:
@@ -270,7 +260,7 @@ def product_kernel(
             else:
                 own = 0.0
             total = _sparse_block(
-                total, at, plane, own, levels, x_at, room, even_bits, odd_bits, dtype, table, scaled, even
+                total, at, plane, own, levels, x_at, even_bits, odd_bits, dtype, table, scaled
             )  # fmt: skip
             at += 3 * plane
         else:
@@ -281,14 +271,13 @@ def product_kernel(
                 else:
                     own = 0.0
                 total = _dense_block(
-                    total, at + half * plane, own, levels, x_at + half * 64, room - half * 64, even_bits, odd_bits,
-                    dtype, table, scaled, even,
+                    total, at + half * plane, own, levels, x_at + half * 64, even_bits, odd_bits,
+                    dtype, table, scaled,
                 )  # fmt: skip
             at += 2 * plane
         if scale_mode == BLOCK:
             total = before + total * tl.load(scale + block * padded + row)[:, None].to(tl.float32)
         x_at += block_inputs
-        room -= block_inputs
     if scale_mode == TENSOR:
         total *= tl.load(scale).to(tl.float32)
     elif scale_mode == ROW:

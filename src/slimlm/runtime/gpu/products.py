@@ -90,7 +90,7 @@ def _(x, words, scale, levels, bias, t, tail, tail_scale, tail_levels, counters,
 def _unpacked(
     words: Tensor, scale: Tensor, levels: Tensor | None, rows: int, width: int, tail_group: int, dtype: torch.dtype
 ) -> Tensor:
-    """float16, bfloat16 or float32 `[rows, width]`, its rows as far apart as whole blocks are wide; tail_group 0: not a tail."""
+    """float16, bfloat16 or float32 `[rows, width]`, in memory rows of whole blocks; tail_group 0: not a tail."""
     kernels = _kernels()
     out = words.new_empty(rows, _room(words), dtype=dtype)
     with _on(words.device):
@@ -157,11 +157,10 @@ def _launch(
 ) -> Tensor:
     """`step`: rows of which every member of a joint weight has a multiple; 0: of one layer."""
     kernels = _kernels()
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _filled_up(x, _room(packed.words))
     batch, padded = len(x), packed.words.shape[-2]
     tile = tile_of(packed, batch, step or padded, x.device)
-    block = SPARSE_BLOCK if packed.sparse else DENSE_BLOCK
-    blocks = -(-packed.width // block)
+    blocks = x.shape[1] // (SPARSE_BLOCK if packed.sparse else DENSE_BLOCK)
     across, along = padded // tile.rows, -(-batch // tile.tokens)
     assert along <= MOST_TILES and across * along <= counters.numel()
     splits, share = splits_for(tile, across * along, blocks, card_of(x.device)[1])
@@ -180,14 +179,21 @@ def _launch(
         kernels.product_kernel[(across, splits, along)](
             x, packed.words, scale, _or(packed.levels, none), _or(bias, none), y, partial, counters,
             constants(x.device, x.dtype), _or(t, x), _or(tail, none), _or(second.scale, none), _or(second.levels, none),
-            _or(members, none), batch, packed.rows, packed.width, blocks, _plane(packed.words), x.stride(0),
+            _or(members, none), batch, packed.rows, blocks, _plane(packed.words), x.stride(0),
             0 if t is None else t.stride(0), share, splits, ranks // 64, stride, max(1, second.group),
             sparse=packed.sparse, table=packed.levels is not None, scale_mode=_scale_mode(kernels, scale),
-            spans=scale.shape[2] if scale.ndim == 3 else 1, even=packed.width % block == 0, has_bias=bias is not None,
+            spans=scale.shape[2] if scale.ndim == 3 else 1, has_bias=bias is not None,
             tail_kind=kind, tail_table=second.levels is not None, split=splits > 1, joint=members is not None,
             tile=tile.rows, tokens=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
+
+
+def _filled_up(x: Tensor, width: int) -> Tensor:
+    """Activations `[batch, in]` with zeros up to a width, and inputs side by side."""
+    if x.shape[1] < width:
+        return F.pad(x, (0, width - x.shape[1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -262,6 +262,25 @@ def test_the_operations_that_torch_compile_sees_are_well_behaved() -> None:
     torch.library.opcheck(torch.ops.slimlm.gpu_unpacked.default, unpacked)
 
 
+def test_a_first_factor_of_floats_is_converted_once_and_what_is_stored_is_not_lost() -> None:
+    parts = combinations()["2:4 one scale + plain adapter"]
+    gpu, one, x = Gpu(), layer(parts), draw(1, WIDTH)
+    extra = parts[1]
+    assert isinstance(extra, LowRank) and isinstance(extra.right, Plain)
+    ready = gpu.prepare(one.stored())
+    right = ready.layer.right
+    assert isinstance(right, layout.Values) and right.held.stored.dtype == torch.bfloat16
+    before = right.bytes()
+    with torch.inference_mode():
+        gpu.matmul(x.to(WHERE, torch.float16), ready)
+    converted = right.of(torch.float16)
+    assert right.of(torch.float16).data_ptr() == converted.data_ptr() and right.bytes() == before
+    assert not converted.is_inference() and right.held.stored.device.type == "cpu"
+    assert torch.equal(right.of(torch.float32)[:5].cpu(), extra.right.values.float()), "of more bits: as it is stored"
+    assert torch.equal(right.of(torch.bfloat16)[:5].cpu(), extra.right.values)
+    assert right.of(torch.float16).data_ptr() == converted.data_ptr(), "a captured graph may read it"
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_layer_compiles_without_a_break(backend: str) -> None:
     one = layer(combinations()["2:4 one scale + plain adapter"])

@@ -1,7 +1,7 @@
 """The products as operations of torch.
 
-Both operations are opaque to torch.compile, have gradients, and are safe to capture in a CUDA graph once a layer is prepared
-and one launch of each kind has compiled: they wait for nothing, and what they allocate is their result and partial sums. The
+Both operations are opaque to torch.compile, have gradients, and are safe to capture in a CUDA graph once a layer has multiplied
+in the dtype at hand: they wait for nothing, and what they allocate is their result and partial sums. The
 counters of split products are the layer's and return to zero; so one layer must not run on two streams at the same time.
 """
 
@@ -295,7 +295,7 @@ def joint_product(x: Tensor, joint: Joint, bias: Tensor | None) -> Tensor:
             x, right.words, right.scale, right.levels, *none, joint.right_members, joint.counters, right.rows, right.width, ROWS
         )
     elif joint.right is not None:
-        t = F.linear(x, joint.right.to(x.dtype))
+        t = F.linear(x, joint.right.of(x.dtype))
     words = scale = levels = None
     if tail is not None:
         words = tail.values if tail.packed is None else tail.packed.words

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slimlm.core.errors import KernelError
 from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Joint, Packed
-from slimlm.runtime.gpu.tiles import card_of, fused_up_to, splits_for, tile_of
+from slimlm.runtime.gpu.tiles import Tile, card_of, fused_up_to, splits_for, tile_of, without
 
 NARROW = (torch.float16, torch.bfloat16)
 """What the tensor cores take here. For other activations the weight is unpacked, in float32."""
@@ -78,7 +78,7 @@ def _product(
 
 def fits_one_launch(x: Tensor, packed: Packed) -> bool:
     """Whether activations `[..., in]` are multiplied as the weight is packed: 16 bits, and not too many."""
-    return x.dtype in NARROW and x.numel() <= fused_up_to(packed, x.device) * packed.width
+    return x.dtype in NARROW and x.numel() <= fused_up_to(packed, x.device, x.dtype) * packed.width
 
 
 @_product.register_fake
@@ -156,10 +156,35 @@ def _launch(
     step: int = 0,
 ) -> Tensor:
     """`step`: rows of which every member of a joint weight has a multiple; 0: of one layer."""
-    kernels = _kernels()
     x = _filled_up(x, _room(packed.words))
+    while True:
+        tile = tile_of(packed, len(x), step or packed.words.shape[-2], x.device, x.dtype)
+        try:
+            return _tiled(x, packed, bias, second, counters, members, tile)
+        except _no_room() as error:
+            if not without(packed, len(x), x.device, x.dtype, error):
+                raise
+
+
+def _no_room() -> type[Exception]:
+    """What Triton raises, before it launches, for a tile that takes more memory than a multiprocessor has."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
+def _tiled(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    second: _Second,
+    counters: Tensor,
+    members: Tensor | None,
+    tile: Tile,
+) -> Tensor:
+    """A launch with one tile; x `[batch, whole blocks]`."""
+    kernels = _kernels()
     batch, padded = len(x), packed.words.shape[-2]
-    tile = tile_of(packed, batch, step or padded, x.device)
     blocks = x.shape[1] // (SPARSE_BLOCK if packed.sparse else DENSE_BLOCK)
     across, along = padded // tile.rows, -(-batch // tile.tokens)
     assert along <= MOST_TILES and across * along <= counters.numel()

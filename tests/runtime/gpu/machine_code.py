@@ -5,6 +5,8 @@ Needs Triton and no GPU: its package carries the assembler and the disassembler.
     python -m tests.runtime.gpu.machine_code 90                       # print the counts for sm_90
     python -m tests.runtime.gpu.machine_code 90 '2:4 fp16 batch 1'    # of one variant
     python -m tests.runtime.gpu.machine_code --record                 # write machine_code.json, which the test compares with
+    python -m tests.runtime.gpu.machine_code --record 'unpack 2:4 bf16'   # only that of one variant anew
+    python -m tests.runtime.gpu.machine_code --room 86                # shared memory that the largest kernels take
 """
 
 import json
@@ -25,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slimlm.runtime.gpu import kernels
-from slimlm.runtime.gpu.tiles import tile_for
+from slimlm.runtime.gpu.layout import ROWS
+from slimlm.runtime.gpu.tiles import Tile, tile_for
 
 RECORD = Path(__file__).with_suffix(".json")
 CAPABILITIES = (80, 90, 100)
@@ -38,7 +41,7 @@ _ANY = ("batch", "blocks", "share", "splits", "tail_blocks")
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialization of the kernel, as `products` would launch it."""
+    """One specialization of the product's kernel, as `products` would launch it."""
 
     batch: int
     sparse: bool = True
@@ -46,17 +49,39 @@ class Variant:
     spans: int = 0
     """scales in a block of inputs; 0: one for all"""
     tail: int = 0
+    """0: none; 1: packed; 2: floats"""
+    tail_table: bool = False
+    tail_floats: str = "fp16"
     joint: bool = False
+    split: bool = True
     dtype: str = "fp16"
 
     @property
     def name(self) -> str:
         kind = ("2:4" if self.sparse else "dense") + (" table" if self.table else "")
         scale = f" {self.spans} spans" if self.spans else ""
-        return f"{kind}{scale}{' adapter' if self.tail else ''}{' joint' if self.joint else ''} {self.dtype} batch {self.batch}"
+        tail = ("", " adapter", f" {self.tail_floats} adapter")[self.tail] + (" of tables" if self.tail_table else "")
+        rest = f"{' joint' if self.joint else ''}{'' if self.split else ' unsplit'}"
+        return f"{kind}{scale}{tail}{rest} {self.dtype} batch {self.batch}"
 
 
-def variants() -> Iterator[Variant]:
+@dataclass(frozen=True)
+class Unpacked:
+    """One specialization of the kernel that unpacks a weight."""
+
+    sparse: bool = True
+    table: bool = False
+    spans: int = 0
+    tail: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        kind = "adapter" if self.tail else "2:4" if self.sparse else "dense"
+        return f"unpack {kind}{' table' if self.table else ''}{f' {self.spans} spans' if self.spans else ''} {self.dtype}"
+
+
+def variants() -> Iterator[Variant | Unpacked]:
     """What the recipes make, at the batches of which tiles differ."""
     for batch in (1, 16, 32, 64, 128):
         yield Variant(batch)
@@ -68,43 +93,86 @@ def variants() -> Iterator[Variant]:
     yield Variant(1, sparse=False, spans=4)
     yield Variant(1, tail=1, joint=True)
     yield Variant(16, table=True, spans=8, tail=1, dtype="bf16")
+    yield Variant(1, split=False)
+    yield Variant(16, tail=2)
+    yield Variant(16, table=True, spans=8, tail=1, tail_table=True, dtype="bf16")
+    yield Unpacked()
+    yield Unpacked(table=True, spans=8)
+    yield Unpacked(dtype="fp32")
+    yield Unpacked(sparse=False, spans=4)
+    yield Unpacked(sparse=False, table=True, spans=1)
+    yield Unpacked(sparse=False, tail=True)
 
 
-def compiled(variant: Variant, capability: int) -> Any:
-    """The kernel for one card, split, with its bias."""
-    tile = tile_for(variant.batch, 4096, (capability // 10, capability % 10))
+def largest() -> Iterator[Variant]:
+    """What takes the most shared memory of the tiles that all cards but the largest have, for each of these tiles."""
+    for batch in (8, 16, 32, 128):
+        yield Variant(batch, table=True, spans=8, tail=2, tail_floats="fp32", dtype="bf16")
+        yield Variant(batch, sparse=False, table=True, spans=16, tail=2, tail_floats="fp32", dtype="bf16")
+
+
+def compiled(variant: Variant | Unpacked, capability: int) -> Any:
+    """The kernel for one card; products have their bias."""
     mode = {0: kernels.TENSOR, 1: kernels.BLOCK}.get(variant.spans, kernels.SPANS)
     fixed = {
         "sparse": variant.sparse, "table": variant.table, "scale_mode": mode.value, "spans": max(1, variant.spans),
-        "even": True, "has_bias": True, "tail_kind": variant.tail, "tail_table": False, "split": True,
+        "tail": variant.tail, "tile": ROWS,
+    }  # fmt: skip
+    options = {"num_warps": 8 if variant.dtype == "fp32" else 4}
+    pointers = {
+        "words": "*i32", "bits": "*i32", "counters": "*i32", "members": "*i32", "levels": "*fp32", "tail_levels": "*fp32",
+        "scale": "*fp16" if variant.spans == 1 else "*fp32", "partial": "*fp32", "tail_scale": "*fp16",
+    }  # fmt: skip
+    pointers |= dict.fromkeys(("x", "y", "t", "bias", "out"), f"*{variant.dtype}")
+    if isinstance(variant, Unpacked):
+        return _compiled(kernels.unpack_kernel, fixed, pointers, capability, options)
+    tile = tile_of(variant, capability)
+    del fixed["tail"]
+    fixed |= {
+        "has_bias": True, "tail_kind": variant.tail, "tail_table": variant.tail_table, "split": variant.split,
         "joint": variant.joint, "tile": tile.rows, "tokens": tile.tokens,
     }  # fmt: skip
-    floats = f"*{variant.dtype}"
-    pointers = {
-        "x": floats, "y": floats, "t": floats, "bias": floats, "words": "*i32", "tail": "*i32", "bits": "*i32",
-        "counters": "*i32", "members": "*i32", "scale": "*fp16" if variant.spans == 1 else "*fp32", "tail_scale": "*fp16",
-        "levels": "*fp32", "tail_levels": "*fp32", "partial": "*fp32",
-    }  # fmt: skip
+    pointers["tail"] = f"*{variant.tail_floats}" if variant.tail == 2 else "*i32"
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _compiled(kernels.product_kernel, fixed, pointers, capability, options)
+
+
+def tile_of(variant: Variant, capability: int) -> Tile:
+    """The built-in tile."""
+    return tile_for(variant.batch, 4096, (capability // 10, capability % 10))
+
+
+def _compiled(kernel: Any, fixed: dict[str, Any], pointers: dict[str, str], capability: int, options: dict[str, Any]) -> Any:
     signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernels.product_kernel.arg_names):
+    for place, name in enumerate(kernel.arg_names):
         if name in fixed:
             signature[name], constants[(place,)] = "constexpr", fixed[name]
             continue
         signature[name] = pointers.get(name, "i32")
         if name not in _ANY:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernels.product_kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def counts(variant: Variant, capability: int) -> dict[str, Any]:
-    """Instructions of the loop over the inputs, each thread's, for every weight that it makes."""
-    tile = tile_for(variant.batch, 4096, (capability // 10, capability % 10))
+def counts(variant: Variant | Unpacked, capability: int) -> dict[str, Any]:
+    """What a thread does for every weight that it makes: in the loop over the inputs, or all that unpacking does."""
     binary = compiled(variant, capability)
-    instructions = _disassembled(binary.asm["cubin"])
-    begin, end = _main_loop(instructions)
-    loop = [operation for _, operation, _ in instructions[begin : end + 1]]
+    every = [i for i in _disassembled(binary.asm["cubin"]) if i[1] != "NOP"]
+    common = {
+        "spills": sum(operation.startswith(("LDL", "STL")) for _, operation, _ in every),
+        "shared_memory": binary.metadata.shared,
+    }
+    if isinstance(variant, Unpacked):
+        stores = [operation for _, operation, _ in every if operation.startswith("STG")]
+        weights = ROWS * (256 if variant.sparse else 64) / (256 if variant.dtype == "fp32" else 128)
+        wide = sum(operation.endswith(".128") for operation in stores)
+        barriers = sum(operation.startswith("BAR") for _, operation, _ in every)
+        own = {"per_weight": round(len(every) / weights, 3), "stores": len(stores), "wide_stores": wide, "barriers": barriers}
+        return {**own, **common}
+    tile = tile_of(variant, capability)
+    begin, end = _main_loop(every)
+    loop = [operation for _, operation, _ in every[begin : end + 1]]
     weights = tile.rows * (256 if variant.sparse else 128) / (32 * tile.warps)
 
     def having(*beginnings: str) -> int:
@@ -112,12 +180,11 @@ def counts(variant: Variant, capability: int) -> dict[str, Any]:
 
     return {
         "per_weight": round(len(loop) / weights, 3),
-        "spills": sum(operation.startswith(("LDL", "STL")) for _, operation, _ in instructions),
         "copies": having("LDGSTS", "UBLKCP", "UTMALDG"),
         "tensor": having("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA"),
         "barriers": having("BAR"),
         "to_shared": having("STS"),
-        "shared_memory": binary.metadata.shared,
+        **common,
     }
 
 
@@ -151,13 +218,29 @@ def measure(capability: int, names: Sequence[str] = ()) -> dict[str, dict[str, A
     return {variant.name: counts(variant, capability) for variant in variants() if not names or variant.name in names}
 
 
+def room(capability: int) -> dict[str, int]:
+    """Bytes of shared memory that the largest kernels take, by name."""
+    return {variant.name: compiled(variant, capability).metadata.shared for variant in largest()}
+
+
+def record(names: Sequence[str]) -> None:
+    """Write down the variants of these names, or all, for all cards; what else was written stays."""
+    known = json.loads(RECORD.read_text(encoding="utf-8")) if names else {}
+    found = {"triton": triton.__version__}
+    for card in CAPABILITIES:
+        merged = {**known.get(f"sm_{card}", {}), **measure(card, names)}
+        found[f"sm_{card}"] = {variant.name: merged[variant.name] for variant in variants()}
+    RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Print the counts for one card, or write the record for all."""
-    if sys.argv[1:] == ["--record"]:
-        found = {"triton": triton.__version__, **{f"sm_{c}": measure(c) for c in CAPABILITIES}}
-        RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if sys.argv[1] == "--record":
+        record(sys.argv[2:])
         return
-    sys.stdout.write(json.dumps({"triton": triton.__version__, **measure(int(sys.argv[1]), sys.argv[2:])}, indent=1) + "\n")
+    capability = int(sys.argv[-1] if sys.argv[1] == "--room" else sys.argv[1])
+    found = room(capability) if sys.argv[1] == "--room" else measure(capability, sys.argv[2:])
+    sys.stdout.write(json.dumps({"triton": triton.__version__, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

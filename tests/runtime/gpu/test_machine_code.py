@@ -30,25 +30,44 @@ def measured(*words: str) -> dict[str, Any]:
 
 def check(found: dict[str, Any], card: str) -> None:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    if found.pop("triton") != recorded["triton"]:
-        pytest.skip(f"the record is of Triton {recorded['triton']}; another one makes other code")
-    assert found.keys() <= recorded[card].keys()
+    # Another compiler makes other code: what it must not do is the same, and how many instructions it takes is not.
+    same = found.pop("triton") == recorded["triton"]
+    assert found and found.keys() <= recorded[card].keys()
     for name, counts in found.items():
-        expected = recorded[card][name]
         assert counts["spills"] == 0, name
-        assert counts["copies"] > 0 and counts["tensor"] > 0, name
-        assert counts["barriers"] <= 4 and counts["to_shared"] <= 8, name
-        assert counts["per_weight"] == pytest.approx(expected["per_weight"], rel=0.1), name
+        if "stores" in counts:
+            assert counts["wide_stores"] == counts["stores"] > 0, name
+            assert counts["barriers"] <= 16, name
+        else:
+            assert counts["copies"] > 0 and counts["tensor"] > 0, name
+            assert counts["barriers"] <= 4 and counts["to_shared"] <= 8, name
+        if same:
+            assert counts["per_weight"] == pytest.approx(recorded[card][name]["per_weight"], rel=0.1), name
 
 
-def test_one_token_by_a_2_4_weight_is_lean_on_hopper() -> None:
-    found = measured("90", "2:4 fp16 batch 1")
-    check(found, "sm_90")
+CARDS = [80, 90, 100]
+SOME = ("2:4 fp16 batch 1", "dense 1 spans fp16 batch 64", "unpack 2:4 bf16")
+"""A small batch, tensor cores and the unpacked weight; all of them would take minutes."""
+SMALLEST_MULTIPROCESSOR = 99 * 1024
+"""Bytes of shared memory that a kernel may take on cards of compute capability 8.6, 8.9 and 12.0."""
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_some_of_each_kind_are_lean(capability: int) -> None:
+    check(measured(str(capability), *SOME), f"sm_{capability}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CARDS)
 def test_every_variant_is_lean(capability: int) -> None:
     found = measured(str(capability))
     assert len(found) - 1 == len(json.loads(RECORD.read_text(encoding="utf-8"))[f"sm_{capability}"])
     check(found, f"sm_{capability}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_the_built_in_tiles_fit_into_cards_with_little_shared_memory(capability: int) -> None:
+    found = measured("--room", str(capability))
+    found.pop("triton")
+    assert found and all(taken <= SMALLEST_MULTIPROCESSOR for taken in found.values()), found

@@ -3,6 +3,8 @@
 On a GPU where there is one; else in Triton's interpreter, which takes seconds for a product, so shapes are small.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from slimlm.core.errors import KernelError
 from slimlm.core.masks import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.gpu import device, tiles
+from slimlm.runtime.gpu import device, layout, products, tiles
 from slimlm.runtime.linear import CompressedLinear
 
 WHERE = torch.device("cuda" if torch.cuda.is_available() and not device.interpreted() else "cpu")
@@ -107,6 +109,13 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu().double() - expected).abs().max() / expected.abs().max())
 
 
+def without_input_scale(part: Part) -> Part:
+    """As the layout has it."""
+    if isinstance(part, Pruned) and isinstance(part.inner, Uniform):
+        return replace(part, inner=replace(part.inner, input_scale=None))
+    return part
+
+
 def multiplied(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
     gpu, one = Gpu(), layer(parts, bias=bias)
     assert gpu.refuses(one.stored()) is None
@@ -148,6 +157,25 @@ def test_more_tokens_than_are_fused_multiply_an_unpacked_weight(dtype: torch.dty
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[dtype]
 
 
+@pytest.mark.parametrize("name", combinations())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_an_unpacked_weight_is_that_of_the_reference_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    base, *extras = combinations()[name]
+    ready = Gpu().prepare(layer((base, *extras)).stored()).layer
+    found = products.matrix(ready.base, dtype)
+    assert torch.equal(found.cpu(), without_input_scale(base).dense().to(dtype))
+    assert found.stride(0) % 64 == 0, "so that a thread stores 16 bytes at a time"
+    for extra in extras:
+        assert isinstance(extra, LowRank)
+        if isinstance(ready.right, layout.Packed):
+            right = products.matrix(ready.right, dtype).cpu()
+            assert torch.equal(right[: extra.rank], extra.right.dense().to(dtype)) and not right[extra.rank :].any()
+        if ready.tail is not None and (tail := ready.tail.packed) is not None:
+            about = tail.words, tail.scale, tail.levels, OUT, tail.width, ready.tail.group, dtype
+            left = torch.ops.slimlm.gpu_unpacked(*about).cpu()
+            assert torch.equal(left[:, : extra.rank], extra.left.dense().T.to(dtype)) and not left[:, extra.rank :].any()
+
+
 @pytest.mark.parametrize("leading", [(1,), (2, 3), (), (0,), (2, 0)], ids=str)
 def test_leading_dimensions_stay(leading: tuple[int, ...]) -> None:
     parts = combinations()["2:4 one scale + plain adapter"]
@@ -163,6 +191,15 @@ def test_the_memory_layout_of_the_input_does_not_matter() -> None:
     for x in (draw(WIDTH, 3).T, draw(3, 2 * WIDTH)[:, ::2], draw(3, 2 * WIDTH)[:, :WIDTH], draw(1, WIDTH).expand(3, WIDTH)):
         narrow = x.to(WHERE, torch.float16)
         assert torch.equal(gpu.matmul(narrow, ready), gpu.matmul(narrow.clone(memory_format=torch.contiguous_format), ready))
+
+
+@pytest.mark.parametrize("name", ["2:4 table, groups of 32 + adapter", "one group longer than a row"])
+def test_what_lies_beyond_the_inputs_in_memory_counts_for_nothing(name: str) -> None:
+    gpu, x = Gpu(), draw(2, WIDTH, seed=4).half()
+    ready = gpu.prepare(layer(combinations()[name]).stored())
+    wide = torch.full((2, 512), float("nan"), dtype=torch.float16)
+    wide[:, :WIDTH] = x
+    assert torch.equal(gpu.matmul(wide.to(WHERE)[:, :WIDTH], ready), gpu.matmul(x.to(WHERE), ready))
 
 
 def test_a_split_product_is_the_same_every_time_and_leaves_its_counters_at_zero() -> None:
@@ -223,6 +260,25 @@ def test_the_operations_that_torch_compile_sees_are_well_behaved() -> None:
     torch.library.opcheck(torch.ops.slimlm.gpu_product.default, arguments)
     unpacked = (base.words, base.scale, None, OUT, WIDTH, 0, torch.float32)
     torch.library.opcheck(torch.ops.slimlm.gpu_unpacked.default, unpacked)
+
+
+def test_a_first_factor_of_floats_is_converted_once_and_what_is_stored_is_not_lost() -> None:
+    parts = combinations()["2:4 one scale + plain adapter"]
+    gpu, one, x = Gpu(), layer(parts), draw(1, WIDTH)
+    extra = parts[1]
+    assert isinstance(extra, LowRank) and isinstance(extra.right, Plain)
+    ready = gpu.prepare(one.stored())
+    right = ready.layer.right
+    assert isinstance(right, layout.Values) and right.held.stored.dtype == torch.bfloat16
+    before = right.bytes()
+    with torch.inference_mode():
+        gpu.matmul(x.to(WHERE, torch.float16), ready)
+    converted = right.of(torch.float16)
+    assert right.of(torch.float16).data_ptr() == converted.data_ptr() and right.bytes() == before
+    assert not converted.is_inference() and right.held.stored.device.type == "cpu"
+    assert torch.equal(right.of(torch.float32)[:5].cpu(), extra.right.values.float()), "of more bits: as it is stored"
+    assert torch.equal(right.of(torch.bfloat16)[:5].cpu(), extra.right.values)
+    assert right.of(torch.float16).data_ptr() == converted.data_ptr(), "a captured graph may read it"
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

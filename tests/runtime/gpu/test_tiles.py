@@ -4,13 +4,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from slimlm.core.errors import KernelError
-from slimlm.runtime.gpu import device, layout, tiles, tuning
+from slimlm.runtime.gpu import device, layout, products, tiles, tuning
 from slimlm.runtime.gpu.layout import Packed
 from slimlm.runtime.gpu.tiles import Kind, Table, Tile
 from slimlm.runtime.linear import CompressedLinear
@@ -19,6 +20,7 @@ from .test_products import REASON, WHERE, codes, pruned
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)
+HALF = torch.float16
 
 
 @pytest.fixture(autouse=True)
@@ -37,22 +39,23 @@ def test_what_was_written_is_read_and_used_on_that_card(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H100 80GB")
     monkeypatch.setattr(tiles, "card_of", lambda where: ((9, 0), 132))
     weight, own = packed(), Tile(64, 16, 4, 2, 1)
-    assert tiles.tile_of(weight, 9, 128, CARD) == tiles.tile_for(9, 128, (9, 0)) != own
-    kind = Kind.of(weight)
+    assert tiles.tile_of(weight, 9, 128, CARD, HALF) == tiles.tile_for(9, 128, (9, 0)) != own
+    kind = Kind.of(weight, HALF)
     path = tiles.write("NVIDIA H100 80GB", Table({tiles.key(kind, 9): own}, {str(kind): 64}))
     assert path.name == "NVIDIA-H100-80GB.json"
     tiles.forget()
-    assert tiles.tile_of(weight, 9, 128, CARD) == tiles.tile_of(weight, 16, 128, CARD) == own
-    assert tiles.tile_of(weight, 8, 128, CARD) == tiles.tile_for(8, 128, (9, 0))
-    assert tiles.fused_up_to(weight, CARD) == 64 and tiles.fused_up_to(weight, CPU) == tiles.FUSED_UP_TO
+    assert tiles.tile_of(weight, 9, 128, CARD, HALF) == tiles.tile_of(weight, 16, 128, CARD, HALF) == own
+    assert tiles.tile_of(weight, 8, 128, CARD, HALF) == tiles.tile_for(8, 128, (9, 0))
+    assert tiles.tile_of(weight, 9, 128, CARD, torch.bfloat16) == tiles.tile_for(9, 128, (9, 0)), "of another dtype"
+    assert tiles.fused_up_to(weight, CARD, HALF) == 64 and tiles.fused_up_to(weight, CPU, HALF) == tiles.FUSED_UP_TO
 
 
 def test_a_tile_that_a_layer_has_no_rows_for_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = packed()
-    table = Table({tiles.key(Kind.of(weight), 1): Tile(128, 8, 2, 3, 4)})
+    table = Table({tiles.key(Kind.of(weight, HALF), 1): Tile(128, 8, 2, 3, 4)})
     with tiles.using(CPU, table):
-        assert tiles.tile_of(weight, 1, 128, CPU).rows == 128 and tiles.tile_of(weight, 1, 64, CPU).rows == 64
-    assert tiles.tile_of(weight, 1, 128, CPU).rows == 64
+        assert tiles.tile_of(weight, 1, 128, CPU, HALF).rows == 128 and tiles.tile_of(weight, 1, 64, CPU, HALF).rows == 64
+    assert tiles.tile_of(weight, 1, 128, CPU, HALF).rows == 64
 
 
 def test_what_another_version_measured_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +83,10 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
 
 
 def test_every_kind_and_batch_has_its_key() -> None:
-    small, large = Kind.of(packed()), Kind("2:4", True)
+    small, large = Kind.of(packed(), HALF), Kind("2:4", "float16", True)
     keys = {tiles.key(kind, batch) for kind in (small, large) for batch in range(1, 257)}
     assert len(keys) == 2 * len(tiles.BATCHES)
-    assert tiles.key(small, 17) == "2:4, small, batch 32"
+    assert tiles.key(small, 17) == "2:4, float16, small, batch 32"
 
 
 @pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
@@ -91,7 +94,7 @@ def test_the_fastest_tile_that_gives_the_same_result_is_found(monkeypatch: pytes
     monkeypatch.setattr(tuning, "BATCHES", (8, 16))
     monkeypatch.setattr(tuning, "TRIED", {"warps": (4,), "waves": (1, 2)})
     own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 512), "tensor")),), None).to(WHERE).stored())
-    kind, told = str(Kind.of(own.base)), []
+    kind, told = str(Kind.of(own.base, HALF)), []
 
     def clock(calls: Sequence[tuning.Call]) -> float:
         """Four warps are slow, few waves fast; unpacked weights win from 9 tokens on."""
@@ -129,6 +132,35 @@ def test_tiles_that_cannot_run_or_err_are_left_out_for_a_reason(monkeypatch: pyt
         "out of resource: shared memory",
         "gives another result",
     ]
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
+def test_a_measured_tile_without_room_for_an_adapter_gives_way_to_the_built_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    weight, large = packed(), Tile(128, 8, 2, 3, 4)
+    name, plain, tried = tiles.key(Kind.of(weight, HALF), 1), products._tiled, list[Tile]()
+
+    def tiled(*given: Any) -> Tensor:
+        tried.append(given[-1])
+        if given[-1] == large:
+            raise OutOfResources(140_000, 101_376, "shared memory")
+        return plain(*given)
+
+    monkeypatch.setattr(products, "_tiled", tiled)
+    x, counters = torch.ones(1, 256, dtype=HALF, device=WHERE), torch.zeros(8, dtype=torch.int32, device=WHERE)
+    weight = dataclasses.replace(weight, words=weight.words.to(WHERE), scale=weight.scale.to(WHERE))
+    with tiles.using(WHERE, Table({name: large}), trial=True), pytest.raises(OutOfResources):
+        products.product(x, weight, counters)
+    with tiles.using(WHERE, Table({name: large})):
+        with pytest.warns(UserWarning, match=r"measured for 2:4, float16, small, batch 8, cannot run here .*shared memory"):
+            first = products.product(x, weight, counters)
+        assert torch.equal(products.product(x, weight, counters), first), "said once"
+        built_in = tiles.tile_of(weight, 1, 128, WHERE, HALF)
+    assert tried == [large, large, built_in, built_in]
+    monkeypatch.setattr(products, "_tiled", lambda *given: tiled(*given[:-1], large))
+    with pytest.raises(OutOfResources):
+        products.product(x, weight, counters)
 
 
 def test_without_a_card_tuning_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

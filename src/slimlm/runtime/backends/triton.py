@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.gpu import device, layout, products
-from slimlm.runtime.gpu.layout import Joint, Layer, Packed
+from slimlm.runtime.gpu.layout import Joint, Layer, Packed, Values
 
 
 @dataclass
@@ -101,8 +101,8 @@ class Together:
         return tuple([y[..., rows] for rows in self.joint.rows])
 
 
-def _first_half(x: Tensor, right: Packed | Tensor, counters: Tensor) -> Tensor:
+def _first_half(x: Tensor, right: Packed | Values, counters: Tensor) -> Tensor:
     """x R^T `[..., ranks]`."""
     if isinstance(right, Packed):
         return products.product(x, right, counters)
-    return F.linear(x, right if right.dtype == x.dtype else right.to(x.dtype))
+    return F.linear(x, right.of(x.dtype))

@@ -90,16 +90,6 @@ def _scaled(tile, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _inputs(at, room, offset: tl.constexpr, even: tl.constexpr):
-    """Inputs `[16, tokens]` at an offset; beyond the width they are zero."""
-    if even:
-        found = tl.load(at + offset)
-    else:
-        found = tl.load(at + offset, mask=room > offset, other=0.0)
-    return found
-
-
-@triton.jit
 def _dot(weight, x, total):
     if INTERPRETED:
         total = tl.dot(weight.to(tl.float32), x.to(tl.float32), total)
@@ -110,8 +100,8 @@ def _dot(weight, x, total):
 
 @triton.jit
 def _sparse_block(
-    total, at, plane, scale, levels, x_at, room, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr, even: tl.constexpr,
+    total, at, plane, scale, levels, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 256 inputs of a 2:4 weight; `scale` `[rows, 8]` is per word, 32 inputs."""
     first = tl.load(at)
@@ -135,8 +125,8 @@ def _sparse_block(
             value1 = tl.where(at1 != 0, tl.where(at0 != 0, two, one), none)
             value2 = tl.where(at2 != 0, tl.where(at3 != 0, one, two), none)
             value3 = tl.where(at3 != 0, two, none)
-            total = _dot(_side_by_side(value0, value1), _inputs(x_at, room, 4 * group, even), total)
-            total = _dot(_side_by_side(value2, value3), _inputs(x_at, room, 4 * group + 2, even), total)
+            total = _dot(_side_by_side(value0, value1), tl.load(x_at + 4 * group), total)
+            total = _dot(_side_by_side(value2, value3), tl.load(x_at + 4 * group + 2), total)
     else:
         place0, place1, place2, place3 = _spread(first, second, places)
         if scaled:
@@ -155,7 +145,7 @@ def _sparse_block(
                 weight = _floats(words, number, even_bits, odd_bits, dtype)
                 if scaled:
                     weight = _scaled(weight, scale, dtype)
-                found = _inputs(x_at, room, 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number, even)
+                found = tl.load(x_at + 16 * (quarter // 2) + 2 * (quarter % 2) + 4 * number)
                 total = _dot(weight, found, total)
     return total
 
@@ -174,8 +164,8 @@ def _dense_weight(words, levels, number: tl.constexpr, even_bits, odd_bits, dtyp
 
 @triton.jit
 def _dense_block(
-    total, at, scale, levels, x_at, room, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr, even: tl.constexpr,
+    total, at, scale, levels, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 64 inputs of a dense weight; `scale` `[rows, 8]` is per word, 8 inputs."""
     words = tl.load(at)
@@ -187,7 +177,7 @@ def _dense_block(
             weight = weight * scale.to(tl.float32)
         elif scaled:
             weight = _scaled(weight, scale, dtype)
-        total = _dot(weight.to(dtype), _inputs(x_at, room, 2 * number, even), total)
+        total = _dot(weight.to(dtype), tl.load(x_at + 2 * number), total)
     return total
 
 
@@ -211,13 +201,14 @@ def _tail_block(
 @triton.jit(do_not_specialize=["batch", "blocks", "share", "splits", "tail_blocks"])
 def product_kernel(
     x, words, scale, levels, bias, y, partial, counters, bits, t, tail, tail_scale, tail_levels, members,
-    batch, rows, width, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
-    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, even: tl.constexpr,
+    batch, rows, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
+    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
     has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_table: tl.constexpr, split: tl.constexpr,
     joint: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
     """y `[batch, rows]`: a program makes `tile` rows for `tokens` tokens from its `share` of the blocks of inputs.
 
+    x has whole blocks of inputs: loads under a mask at its end would not be copied ahead.
     padded: rows from one plane of words to the next, which are more than this layer's where it lies among others.
     Where several layers are one weight (`joint`), `members` says what differs among them for every 64 rows (layout.Joint).
 
@@ -254,7 +245,6 @@ def product_kernel(
     plane = padded * 8
     inputs = begin * block_inputs + (pair // 2) * word_inputs + pair % 2
     x_at = x + source[None, :] * x_stride + inputs[:, None]
-    room = (width - inputs)[:, None]
     if sparse:
         at = words + begin * 3 * plane + place
     else:
@@ -270,7 +260,7 @@ def product_kernel(
             else:
                 own = 0.0
             total = _sparse_block(
-                total, at, plane, own, levels, x_at, room, even_bits, odd_bits, dtype, table, scaled, even
+                total, at, plane, own, levels, x_at, even_bits, odd_bits, dtype, table, scaled
             )  # fmt: skip
             at += 3 * plane
         else:
@@ -281,14 +271,13 @@ def product_kernel(
                 else:
                     own = 0.0
                 total = _dense_block(
-                    total, at + half * plane, own, levels, x_at + half * 64, room - half * 64, even_bits, odd_bits,
-                    dtype, table, scaled, even,
+                    total, at + half * plane, own, levels, x_at + half * 64, even_bits, odd_bits,
+                    dtype, table, scaled,
                 )  # fmt: skip
             at += 2 * plane
         if scale_mode == BLOCK:
             total = before + total * tl.load(scale + block * padded + row)[:, None].to(tl.float32)
         x_at += block_inputs
-        room -= block_inputs
     if scale_mode == TENSOR:
         total *= tl.load(scale).to(tl.float32)
     elif scale_mode == ROW:
@@ -334,32 +323,62 @@ def product_kernel(
 
 
 @triton.jit
-def _values(words, levels, shift: tl.constexpr, table: tl.constexpr):
-    """The nibbles of words at a bit as float32: levels, or codes."""
+def _named(words, levels, shift: tl.constexpr, table: tl.constexpr):
+    """What the nibbles of words at a bit are: levels, float32, or codes as they are stored."""
     if table:
         found = _looked_up(levels, words, shift)
     else:
-        found = ((((words >> shift) & 15) ^ 8) - 8).to(tl.float32)
+        found = (words >> shift) & 15
     return found
 
 
 @triton.jit
+def _eight(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+    """All nibbles of words `[rows, n]`, `[rows, 8 n]`: number 4 h + 2 m + l of a word lies at bit h high + m middle + l low."""
+    # Levels are looked up before they are joined: afterwards the nibbles would cross threads for it.
+    at0 = tl.join(_named(words, levels, 0, table), _named(words, levels, high, table))
+    at1 = tl.join(_named(words, levels, low, table), _named(words, levels, high + low, table))
+    at2 = tl.join(_named(words, levels, middle, table), _named(words, levels, high + middle, table))
+    at3 = tl.join(_named(words, levels, middle + low, table), _named(words, levels, high + middle + low, table))
+    return tl.reshape(tl.join(tl.join(at0, at2), tl.join(at1, at3)), [words.shape[0], 8 * words.shape[1]])
+
+
+@triton.jit
+def _values(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+    """What all nibbles of words stand for, float32, in the order of `_eight`."""
+    found = _eight(words, levels, high, middle, low, table)
+    if not table:
+        found = ((found ^ 8) - 8).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _repeated(tile, times: tl.constexpr):
+    """Every column of a tile `[rows, n]` `times` over, `[rows, times n]`."""
+    wide = tl.broadcast_to(tile[:, :, None], [tile.shape[0], tile.shape[1], times])
+    return tl.reshape(wide, [tile.shape[0], times * tile.shape[1]])
+
+
+@triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
-    words, scale, levels, out, rows, width, padded, out_stride, scale_stride, scale_group,
+    words, scale, levels, out, rows, padded, out_stride, scale_stride, scale_group,
     sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
     tile: tl.constexpr,
 ):  # fmt: skip
-    """The matrix `[rows, width]` that a packed weight stands for, in the dtype of `out`; 256 or 64 inputs a program.
+    """The matrix that a packed weight stands for, in the dtype of `out`; 256 (2:4) or 64 inputs of `tile` rows a program.
 
-    A tail (an adapter's second factor) has scales `[groups of scale_group rows, scale_stride ranks]`.
+    `out` has room for whole blocks of inputs in every row, and what fills them up is written, too. A tail (an adapter's second
+    factor) has scales `[groups of scale_group rows, scale_stride ranks]`. A thread's values are joined before they are stored:
+    one by one they would go to memory two bytes at a time.
     """
+    dtype: tl.constexpr = out.dtype.element_ty
+    inputs: tl.constexpr = 256 if sparse else 64
     block = tl.program_id(1)
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, 8)
+    k = block * inputs + tl.arange(0, inputs)
     plane = padded * 8
     place = row[:, None] * 8 + column[None, :]
-    out_at = out + row[:, None].to(tl.int64) * out_stride
-    inside = (row < rows)[:, None]
     factor = tl.full([tile, 8], 1.0, tl.float32)
     if tail:
         factor = factor
@@ -374,27 +393,23 @@ def unpack_kernel(
         factor = tl.load(scale + ((block // 2) * padded + row)[:, None] * spans + span[None, :]).to(tl.float32)
     if sparse:
         at = words + block * 3 * plane + place
-        first = tl.load(at)
-        second = tl.load(at + plane)
-        places = tl.load(at + 2 * plane)
-        for group in tl.static_range(8):
-            one = _values(first, levels, 4 * group, table) * factor
-            two = _values(second, levels, 4 * group, table) * factor
-            kept = places >> (4 * group)
-            for position in tl.static_range(4):
-                # A kept value is a group's second where another one is kept before it.
-                before = (kept & ((1 << position) - 1)) != 0
-                value = tl.where((kept >> position) & 1 != 0, tl.where(before, two, one), 0.0)
-                k = block * 256 + column * 32 + (4 * group + position)
-                tl.store(out_at + k[None, :], value.to(out.dtype.element_ty), mask=inside & (k < width)[None, :])
+        factor = _repeated(factor, 8)
+        one = (_values(tl.load(at), levels, 16, 8, 4, table) * factor).to(dtype)
+        two = (_values(tl.load(at + plane), levels, 16, 8, 4, table) * factor).to(dtype)
+        kept = _eight(tl.load(at + 2 * plane), levels, 16, 8, 4, False)
+        none = tl.full(one.shape, 0.0, dtype)
+        at0, at1, at2, at3 = (kept & 1) != 0, (kept & 2) != 0, (kept & 4) != 0, (kept & 8) != 0
+        value0 = tl.where(at0, one, none)
+        value1 = tl.where(at1, tl.where(at0, two, one), none)
+        value2 = tl.where(at2, tl.where(at3, one, two), none)
+        value3 = tl.where(at3, two, none)
+        values = tl.reshape(tl.join(tl.join(value0, value2), tl.join(value1, value3)), [tile, inputs])
     else:
-        at = tl.load(words + block * plane + place)
-        for number in tl.static_range(8):
-            # Input 2 j + h of a word's eight lies at bits 16 h + 4 j.
-            value = _values(at, levels, 16 * (number % 2) + 4 * (number // 2), table)
-            k = block * 64 + column * 8 + number
-            if tail:
-                value *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
-            else:
-                value *= factor
-            tl.store(out_at + k[None, :], value.to(out.dtype.element_ty), mask=inside & (k < width)[None, :])
+        # Input 2 j + h of a word's eight lies at bits 16 h + 4 j.
+        values = _values(tl.load(words + block * plane + place), levels, 8, 4, 16, table)
+        if tail:
+            values *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
+        else:
+            values *= _repeated(factor, 8)
+        values = values.to(dtype)
+    tl.store(out + row[:, None].to(tl.int64) * out_stride + k[None, :], values, mask=(row < rows)[:, None])

@@ -66,6 +66,70 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.levels) if t is not None)
 
 
+class Held:
+    """Floats that lie on a card in the 16-bit dtypes of the activations that they have met, mostly one, and in no other.
+
+    What is stored is often float16 and activations bfloat16: every product would convert it. What is converted once is kept for
+    good, as a captured graph may read it; what is stored, where no product reads it as it is, goes to main memory.
+    """
+
+    def __init__(self, stored: Tensor) -> None:
+        self.stored = stored
+        self.device = stored.device
+        self._used: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> Tensor:
+        """In a dtype. Its first product must not be one that is captured."""
+        if (found := self._used.get(dtype)) is not None:
+            return found
+        if dtype.itemsize > 2 or torch.compiler.is_compiling():
+            return self.stored.to(self.device, dtype)
+        # What is made in inference mode could not be kept for gradients later.
+        with torch.inference_mode(False):
+            self._used[dtype] = made = self.stored.to(self.device, dtype)
+            own = self._used.get(self.stored.dtype)
+            self.stored = self.stored.cpu() if own is None else own
+        return made
+
+    def bytes_of_a_row(self) -> int:
+        """What lies on the card for each row."""
+        held = list(self._used.values()) or [self.stored]
+        return sum(own.shape[1] * own.element_size() for own in held)
+
+
+@dataclass(frozen=True)
+class Values:
+    """An adapter's first factor as floats `[ranks, in]`."""
+
+    held: Held
+    rows: slice
+    """which ranks of what is held, where several layers hold it together"""
+
+    @classmethod
+    def made(cls, values: Tensor) -> "Values":
+        """All rows of a tensor, which is kept."""
+        return cls(Held(values), slice(0, len(values)))
+
+    def part(self, first: int, height: int) -> "Values":
+        """Some of the rows, held together with the others."""
+        return Values(self.held, slice(self.rows.start + first, self.rows.start + first + height))
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def of(self, dtype: torch.dtype) -> Tensor:
+        """The values in a dtype, as by `Held.of`."""
+        return self.held.of(dtype)[self.rows]
+
+    def stored(self) -> Tensor:
+        """The values in the dtype that they are stored in, on the card."""
+        return self.held.stored[self.rows].to(self.held.device)
+
+    def bytes(self) -> int:
+        """What lies in memory on the card."""
+        return len(self) * self.held.bytes_of_a_row()
+
+
 @dataclass(frozen=True)
 class Tail:
     """An adapter's second factor, `[out, rank]`: packed, or as the 16 or 32 bits that it is."""
@@ -82,8 +146,8 @@ class Layer:
     """A layer ready to multiply."""
 
     base: Packed
-    right: Packed | Tensor | None
-    """an adapter's first factor: packed, with as many rows as the tail has ranks, or values `[ranks, in]`"""
+    right: Packed | Values | None
+    """an adapter's first factor: packed, with as many rows as the tail has ranks, or values"""
     tail: Tail | None
     input_scale: Tensor | None
     """`[in]`"""
@@ -92,9 +156,11 @@ class Layer:
 
     def bytes(self) -> int:
         """What lies in memory, the counters left out."""
-        factors = [self.base, self.right, *(() if self.tail is None else (self.tail.packed, self.tail.values))]
-        sizes = [f.bytes() if isinstance(f, Packed) else f.numel() * f.element_size() for f in factors if f is not None]
-        return sum(sizes)
+        tail = self.tail
+        values = None if tail is None else tail.values
+        factors = (self.base, self.right, None if tail is None else tail.packed)
+        sizes = sum(factor.bytes() for factor in factors if factor is not None)
+        return sizes + (0 if values is None else values.numel() * values.element_size())
 
 
 @dataclass(frozen=True)
@@ -103,7 +169,7 @@ class Joint:
 
     base: Packed
     """all rows below each other, those that fill up included"""
-    right: Packed | Tensor | None
+    right: Packed | Values | None
     """the adapters' first factors, likewise"""
     tail: Tail | None
     """the second factors below each other; as many ranks as the largest has, and its `group` means nothing"""
@@ -281,10 +347,10 @@ def _scales(part: Uniform | Codebook, padded: int, block: int) -> Tensor:
     return each.view(padded, -1, block // span).transpose(0, 1).contiguous()
 
 
-def _right(part: Elementwise) -> Packed | Tensor:
+def _right(part: Elementwise) -> Packed | Values:
     rank = _up(part.shape[0], ROWS)
     if isinstance(part, Plain):
-        return _filled(part.values, rank, part.shape[1])
+        return Values.made(_filled(part.values, rank, part.shape[1]))
     if part.group == "tensor":
         # Rows that fill up would have that scale, too, and a table's first level is not zero.
         part = replace(part, scale=part.scale.expand(part.shape[0], 1), group="row")
@@ -319,10 +385,12 @@ def apart(layers: Sequence[Layer]) -> str | None:
     return None
 
 
-def _kind(factor: Packed | Tensor | None) -> tuple[object, ...]:
+def _kind(factor: Packed | Values | Tensor | None) -> tuple[object, ...]:
     """What has to agree."""
     if factor is None:
         return ()
+    if isinstance(factor, Values):
+        return (factor.held.stored.dtype,)
     if not isinstance(factor, Packed):
         return (factor.dtype,)
     # One scale for all can be given to every row.
@@ -363,7 +431,7 @@ def join(layers: Sequence[Layer]) -> Joint:
     return Joint(base, right, tail, members, right_members, counters, step, tuple(pieces), rows)
 
 
-def _height(factor: Packed | Tensor) -> int:
+def _height(factor: Packed | Values) -> int:
     return padded_rows(factor) if isinstance(factor, Packed) else len(factor)
 
 
@@ -387,10 +455,10 @@ def _cat(scales: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat([scale.to(wide) for scale in scales], dim=dim)
 
 
-def _joined_right(factors: Sequence[Packed | Tensor | None]) -> tuple[Packed | Tensor | None, Tensor | None]:
-    values = [factor for factor in factors if isinstance(factor, Tensor)]
+def _joined_right(factors: Sequence[Packed | Values | None]) -> tuple[Packed | Values | None, Tensor | None]:
+    values = [factor for factor in factors if isinstance(factor, Values)]
     if values:
-        return torch.cat(values), None
+        return Values.made(torch.cat([factor.stored() for factor in values])), None
     packed = [factor for factor in factors if isinstance(factor, Packed)]
     if not packed:
         return None, None
@@ -412,10 +480,10 @@ def _joined_tails(tails: Sequence[Tail]) -> Tail:
     return Tail(Packed(words, scale, _joined_levels(packed), words.shape[1], ranks), 1, None)
 
 
-def _piece(factor: Packed | Tensor, first: int, height: int, rows: int, number: int) -> Packed | Tensor:
+def _piece(factor: Packed | Values, first: int, height: int, rows: int, number: int) -> Packed | Values:
     """Of a joint factor one layer's rows, as views."""
-    if not isinstance(factor, Packed):
-        return factor[first : first + height]
+    if isinstance(factor, Values):
+        return factor.part(first, height)
     own = slice(first, first + height)
     scale = factor.scale[:, own] if factor.scale.ndim == 3 else factor.scale[own]
     return Packed(factor.words[..., own, :], scale, _piece_of_levels(factor, number), rows, factor.width)

@@ -1,7 +1,7 @@
 """The products as operations of torch.
 
-Both operations are opaque to torch.compile, have gradients, and are safe to capture in a CUDA graph once a layer is prepared
-and one launch of each kind has compiled: they wait for nothing, and what they allocate is their result and partial sums. The
+Both operations are opaque to torch.compile, have gradients, and are safe to capture in a CUDA graph once a layer has multiplied
+in the dtype at hand: they wait for nothing, and what they allocate is their result and partial sums. The
 counters of split products are the layer's and return to zero; so one layer must not run on two streams at the same time.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slimlm.core.errors import KernelError
 from slimlm.runtime.gpu.layout import DENSE_BLOCK, MOST_TILES, ROWS, SPARSE_BLOCK, Joint, Packed
-from slimlm.runtime.gpu.tiles import card_of, fused_up_to, splits_for, tile_of
+from slimlm.runtime.gpu.tiles import Tile, card_of, fused_up_to, splits_for, tile_of, without
 
 NARROW = (torch.float16, torch.bfloat16)
 """What the tensor cores take here. For other activations the weight is unpacked, in float32."""
@@ -78,7 +78,7 @@ def _product(
 
 def fits_one_launch(x: Tensor, packed: Packed) -> bool:
     """Whether activations `[..., in]` are multiplied as the weight is packed: 16 bits, and not too many."""
-    return x.dtype in NARROW and x.numel() <= fused_up_to(packed, x.device) * packed.width
+    return x.dtype in NARROW and x.numel() <= fused_up_to(packed, x.device, x.dtype) * packed.width
 
 
 @_product.register_fake
@@ -90,24 +90,28 @@ def _(x, words, scale, levels, bias, t, tail, tail_scale, tail_levels, counters,
 def _unpacked(
     words: Tensor, scale: Tensor, levels: Tensor | None, rows: int, width: int, tail_group: int, dtype: torch.dtype
 ) -> Tensor:
-    """float16, bfloat16 or float32 `[rows, width]`; tail_group 0: not a tail."""
+    """float16, bfloat16 or float32 `[rows, width]`, in memory rows of whole blocks; tail_group 0: not a tail."""
     kernels = _kernels()
-    out = torch.empty(rows, width, dtype=dtype, device=words.device)
-    sparse = words.ndim == 4
+    out = words.new_empty(rows, _room(words), dtype=dtype)
     with _on(words.device):
         kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
-            words, scale, words if levels is None else levels, out, rows, width, _plane(words), out.stride(0),
+            words, scale, words if levels is None else levels, out, rows, _plane(words), out.stride(0),
             scale.stride(0) if tail_group else 0, max(1, tail_group),
-            sparse=sparse, table=levels is not None, tail=tail_group > 0, tile=ROWS,
+            sparse=words.ndim == 4, table=levels is not None, tail=tail_group > 0, tile=ROWS,
             scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
-            spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=4,
+            spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=8 if dtype == torch.float32 else 4,
         )  # fmt: skip
-    return out
+    return out[:, :width]
 
 
 @_unpacked.register_fake
 def _(words, scale, levels, rows, width, tail_group, dtype):  # type: ignore[no-untyped-def]
-    return words.new_empty(rows, width, dtype=dtype)
+    return words.new_empty(rows, _room(words), dtype=dtype)[:, :width]
+
+
+def _room(words: Tensor) -> int:
+    """Inputs with those that fill up the last block."""
+    return words.shape[0] * (SPARSE_BLOCK if words.ndim == 4 else DENSE_BLOCK // 2)
 
 
 def matrix(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -152,12 +156,36 @@ def _launch(
     step: int = 0,
 ) -> Tensor:
     """`step`: rows of which every member of a joint weight has a multiple; 0: of one layer."""
+    x = _filled_up(x, _room(packed.words))
+    while True:
+        tile = tile_of(packed, len(x), step or packed.words.shape[-2], x.device, x.dtype)
+        try:
+            return _tiled(x, packed, bias, second, counters, members, tile)
+        except _no_room() as error:
+            if not without(packed, len(x), x.device, x.dtype, error):
+                raise
+
+
+def _no_room() -> type[Exception]:
+    """What Triton raises, before it launches, for a tile that takes more memory than a multiprocessor has."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
+def _tiled(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    second: _Second,
+    counters: Tensor,
+    members: Tensor | None,
+    tile: Tile,
+) -> Tensor:
+    """A launch with one tile; x `[batch, whole blocks]`."""
     kernels = _kernels()
-    x = x if x.stride(-1) == 1 else x.contiguous()
     batch, padded = len(x), packed.words.shape[-2]
-    tile = tile_of(packed, batch, step or padded, x.device)
-    block = SPARSE_BLOCK if packed.sparse else DENSE_BLOCK
-    blocks = -(-packed.width // block)
+    blocks = x.shape[1] // (SPARSE_BLOCK if packed.sparse else DENSE_BLOCK)
     across, along = padded // tile.rows, -(-batch // tile.tokens)
     assert along <= MOST_TILES and across * along <= counters.numel()
     splits, share = splits_for(tile, across * along, blocks, card_of(x.device)[1])
@@ -176,14 +204,21 @@ def _launch(
         kernels.product_kernel[(across, splits, along)](
             x, packed.words, scale, _or(packed.levels, none), _or(bias, none), y, partial, counters,
             constants(x.device, x.dtype), _or(t, x), _or(tail, none), _or(second.scale, none), _or(second.levels, none),
-            _or(members, none), batch, packed.rows, packed.width, blocks, _plane(packed.words), x.stride(0),
+            _or(members, none), batch, packed.rows, blocks, _plane(packed.words), x.stride(0),
             0 if t is None else t.stride(0), share, splits, ranks // 64, stride, max(1, second.group),
             sparse=packed.sparse, table=packed.levels is not None, scale_mode=_scale_mode(kernels, scale),
-            spans=scale.shape[2] if scale.ndim == 3 else 1, even=packed.width % block == 0, has_bias=bias is not None,
+            spans=scale.shape[2] if scale.ndim == 3 else 1, has_bias=bias is not None,
             tail_kind=kind, tail_table=second.levels is not None, split=splits > 1, joint=members is not None,
             tile=tile.rows, tokens=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
+
+
+def _filled_up(x: Tensor, width: int) -> Tensor:
+    """Activations `[batch, in]` with zeros up to a width, and inputs side by side."""
+    if x.shape[1] < width:
+        return F.pad(x, (0, width - x.shape[1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -285,7 +320,7 @@ def joint_product(x: Tensor, joint: Joint, bias: Tensor | None) -> Tensor:
             x, right.words, right.scale, right.levels, *none, joint.right_members, joint.counters, right.rows, right.width, ROWS
         )
     elif joint.right is not None:
-        t = F.linear(x, joint.right.to(x.dtype))
+        t = F.linear(x, joint.right.of(x.dtype))
     words = scale = levels = None
     if tail is not None:
         words = tail.values if tail.packed is None else tail.packed.words

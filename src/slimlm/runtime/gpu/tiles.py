@@ -8,6 +8,7 @@ each card; it is used as long as slimlm and Triton are those that it was measure
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -82,18 +83,21 @@ class Kind:
 
     weight: str
     """such as "2:4 table 8 spans": what the kernel is made for"""
+    dtype: str
+    """of the activations"""
     large: bool
 
     @classmethod
-    def of(cls, packed: Packed) -> "Kind":
-        """The class of a weight."""
+    def of(cls, packed: Packed, dtype: torch.dtype) -> "Kind":
+        """The class of a weight, for activations of a dtype."""
         form = "2:4" if packed.sparse else "dense"
         table = "" if packed.levels is None else " table"
         spans = f" {packed.scale.shape[2]} spans" if packed.scale.ndim == 3 else ""
-        return cls(form + table + spans, packed.words.shape[-2] * packed.width >= _LARGE)
+        large = packed.words.shape[-2] * packed.width >= _LARGE
+        return cls(form + table + spans, str(dtype).removeprefix("torch."), large)
 
     def __str__(self) -> str:
-        return f"{self.weight}, {'large' if self.large else 'small'}"
+        return f"{self.weight}, {self.dtype}, {'large' if self.large else 'small'}"
 
 
 @dataclass
@@ -177,15 +181,34 @@ def table_of(device: torch.device) -> Table:
     return _TABLES[device]
 
 
+_TRIALS: set[torch.device] = set()
+"""Devices on which tiles are being measured."""
+
+
 @contextmanager
-def using(device: torch.device, table: Table) -> Iterator[None]:
-    """Meanwhile another table is in use on a device."""
+def using(device: torch.device, table: Table, *, trial: bool = False) -> Iterator[None]:
+    """Meanwhile another table is in use on a device; a trial: its tiles are not replaced where they cannot run."""
     before = table_of(device)
     _TABLES[device] = table
+    if trial:
+        _TRIALS.add(device)
     try:
         yield
     finally:
         _TABLES[device] = before
+        _TRIALS.discard(device)
+
+
+def without(packed: Packed, batch: int, device: torch.device, dtype: torch.dtype, reason: Exception) -> bool:
+    """Do without the measured tile for a weight from now on, as the card has no room for it, and say so.
+
+    It was measured without an adapter's second half, which takes more. False: no measured tile is in use there, or on trial.
+    """
+    name = key(Kind.of(packed, dtype), batch)
+    if device in _TRIALS or table_of(device).tiles.pop(name, None) is None:
+        return False
+    warnings.warn(f"the tile that was measured for {name}, cannot run here ({reason}); the built-in one does", stacklevel=2)
+    return True
 
 
 def forget() -> None:
@@ -202,15 +225,16 @@ def card_of(device: torch.device) -> tuple[tuple[int, int], int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
-def tile_of(packed: Packed, batch: int, step: int, device: torch.device) -> Tile:
-    """The measured tile for a weight, or the built-in one; `step` as in `usable`."""
+def tile_of(packed: Packed, batch: int, step: int, device: torch.device, dtype: torch.dtype) -> Tile:
+    """The measured tile for a weight and activations, or the built-in one; `step` as in `usable`."""
     measured = table_of(device).tiles
-    if measured and (tile := measured.get(key(Kind.of(packed), batch))) is not None and usable(tile, step, batch):
+    tile = measured.get(key(Kind.of(packed, dtype), batch)) if measured else None
+    if tile is not None and usable(tile, step, batch):
         return tile
     return tile_for(batch, step, card_of(device)[0])
 
 
-def fused_up_to(packed: Packed, device: torch.device) -> int:
+def fused_up_to(packed: Packed, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens up to which a weight is multiplied as it is packed."""
     measured = table_of(device).fused_up_to
-    return measured.get(str(Kind.of(packed)), FUSED_UP_TO) if measured else FUSED_UP_TO
+    return measured.get(str(Kind.of(packed, dtype)), FUSED_UP_TO) if measured else FUSED_UP_TO

@@ -64,7 +64,7 @@ def tune(
     """
     kinds: dict[Kind, list[Product]] = {}
     for packed, counters in weights:
-        kinds.setdefault(Kind.of(packed), []).append((packed, counters))
+        kinds.setdefault(Kind.of(packed, dtype), []).append((packed, counters))
     table, rows = Table(), list[Row]()
     total = len(kinds) * len(BATCHES)
     for kind, own in kinds.items():
@@ -85,7 +85,7 @@ def _best_tile(
     x = _inputs(weights[0][0], batch, device, dtype)
     step = min(padded_rows(packed) & -padded_rows(packed) for packed, _ in weights)
     key = tiles.key(kind, batch)
-    first = tiles.tile_of(weights[0][0], batch, step, device)
+    first = tiles.tile_of(weights[0][0], batch, step, device, dtype)
     least, expected = _seconds(weights, x, key, first, device, timer)
     best, before, left_out = [first], least, list[str]()
     for tile in _neighbours(best, step, batch):
@@ -118,8 +118,8 @@ def _seconds(
     weights: Sequence[Product], x: Tensor, key: str, tile: Tile, device: torch.device, timer: Timer
 ) -> tuple[float, Tensor]:
     """The time of a product with this tile, and the first weight's output."""
-    table = Table({key: tile}, {str(Kind.of(weights[0][0])): tiles.FUSED_UP_TO})
-    with tiles.using(device, table), torch.no_grad():
+    table = Table({key: tile}, {str(Kind.of(weights[0][0], x.dtype)): tiles.FUSED_UP_TO})
+    with tiles.using(device, table, trial=True), torch.no_grad():
         y = products.product(x, *weights[0]).float()
         return timer([partial(products.product, x, *own) for own in weights]), y
 
@@ -129,7 +129,7 @@ def _crossing(weights: Sequence[Product], table: Table, device: torch.device, dt
     longest = 0
     for batch in BATCHES:
         x = _inputs(weights[0][0], batch, device, dtype)
-        with tiles.using(device, table), torch.no_grad():
+        with tiles.using(device, table, trial=True), torch.no_grad():
             fused = timer([partial(products.product, x, *own) for own in weights])
             unpacked = timer([partial(_unpacked, x, own[0]) for own in weights])
         if fused > unpacked:

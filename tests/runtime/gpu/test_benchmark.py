@@ -32,6 +32,7 @@ def opened(gpu: ModuleType, path: Path, budget: float = 100) -> Any:
     return gpu.Run(CPU, budget, gpu.Results(path / "rows.json", ("section", "contender", "shape", "batch", "dtype"), {}))
 
 
+@pytest.mark.slow  # The whole benchmark in the interpreter: minutes.
 @interpreter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's dependencies
 def test_every_section_gives_its_rows_and_who_is_missing_is_named(

@@ -29,6 +29,7 @@ from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.lean import LeanStep, StaticStep, attend, captured, disagrees, refuses
 
 from ..conftest import ENDS, LLAMA_LIKE, random_model
+from .pretended_cards import pretend_cards
 
 TINY: dict[str, Any] = {**LLAMA_LIKE, **ENDS}
 
@@ -281,3 +282,27 @@ def test_off_a_card_what_is_captured_is_the_call_itself() -> None:
         return torch.zeros(1)
 
     assert captured(call, torch.device("cpu")) is call
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_call_is_captured_on_its_own_card_whichever_is_the_current_one(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, where, number = pretend_cards(monkeypatch), torch.device("cuda", index), torch.zeros(1)
+    replay = captured(cards.on(where, lambda: number * 2), where)
+    for value in (3.0, 5.0):
+        number.fill_(value)
+        assert float(replay()) == 2 * value
+    assert cards.used == [where] and cards.current == torch.device("cuda", 0)
+
+
+def test_a_graph_that_replays_nothing_is_found_and_the_models_own_forward_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        left = call()
+        return lambda: left.clone()
+
+    model, prompt = random_model("llama"), torch.arange(3, 11)[None]
+    expected = generate(model, prompt, max_new_tokens=12, ends=[]).tokens
+    monkeypatch.setattr(lean, "_kind", lambda model: StaticStep)
+    monkeypatch.setattr(lean, "captured", nothing)
+    made = generate(model, prompt, max_new_tokens=12, ends=[])
+    assert "its logits differ by" in made.way
+    assert torch.equal(made.tokens, expected)

@@ -47,6 +47,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 # Settings under which a model of this structure computes something else; none of them may be set.
 _UNKNOWN_SETTINGS = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
 _PROBE = 8
+_STEPS = 3
+"""Tokens of the probe that are stepped over: the first may be captured, so that two others are replayed."""
 # Logits, relative to the largest: float32 differs by the order of addition, about 1e-5 in deep models; the others by their
 # rounding, 2^-11 and 2^-8 per operation, which the blocks add up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,19 +67,20 @@ def refuses(model: nn.Module, length: int) -> str | None:
 def disagrees(model: PreTrainedModel) -> str | None:
     """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
 
-    The probe is a prompt of 7 different tokens and one token after it, or of as many as the model sees at once; the logits
-    after both are compared. Fast kernels give way to precise ones meanwhile: where activations have 255 levels, an order of
-    addition can move one by a level, and that grows from block to block. A model is asked once for each way to step through it.
+    The probe is a prompt of 5 different tokens and three tokens after it, or of as many as the model sees at once; the logits
+    after each are compared. The first of the three is captured where a card replays steps; one that replays nothing shows at
+    the others. Fast kernels give way to precise ones meanwhile: where activations have 255 levels, an order of addition can
+    move one by a level, and that grows from block to block. A model is asked once for each way through it, on each device.
     """
     kind = _kind(model)
-    key = kind.__name__, _activations(model)
+    key = kind.__name__, _activations(model), _device(model)
     verdicts = _VERDICTS.setdefault(model, {})
     if key not in verdicts:
         verdicts[key] = _disagrees(model, kind)
     return verdicts[key]
 
 
-_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
+_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype, torch.device], str | None]] = WeakKeyDictionary()
 """what `disagrees` found"""
 
 
@@ -86,18 +89,18 @@ def _disagrees(model: PreTrainedModel, kind: "type[packed.PackedDecoder | LeanSt
     # However long the text is to be: one token turns no key and mixes no values, so that on it wrong ways agree, too.
     count = min(_PROBE, _sees(model) or _PROBE, getattr(model.config, "max_position_embeddings", None) or _PROBE)
     ids = (17 + 7 * torch.arange(count, device=device)).remainder(model.config.vocab_size)[None]
-    before = max(1, count - 1)
+    before = max(1, count - _STEPS)
     with torch.no_grad(), precisely(model):
         cache = DynamicCache()
-        expected = model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]
+        theirs = [model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]]
         # The kind is settled: among layers that are all precise now, `stepper` could choose another.
         step = _build(kind, model, batch=1, length=count)
-        found = step.read(ids[:, :before])
-        if before < count:
+        ours = [step.read(ids[:, :before])]
+        for column in ids[:, before:].unbind(1):
             # Both multiply one token here, so that both use the same products.
-            expected = torch.cat((expected, model(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, -1]))
-            found = torch.cat((found, step(ids[:, -1])))
-    expected, found = expected.float(), found.float()
+            theirs.append(model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1])
+            ours.append(step(column))
+    expected, found = torch.cat(theirs).float(), torch.cat(ours).float()
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     allowed = _TOLERANCE[_coarsest(model)] * largest
@@ -299,16 +302,18 @@ def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     """On a card a CUDA graph of this call, which must do the same each time; elsewhere the call itself."""
     if device.type != "cuda":
         return call
-    # What compiles or allocates once does so before the capture.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = call()
+    # A stream of another card than the call's would capture nothing, and say so by a warning at most.
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        # What compiles or allocates once does so before the capture.
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            made = call()
 
     def replay() -> Tensor:
         graph.replay()

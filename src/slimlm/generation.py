@@ -34,7 +34,7 @@ class Generated:
     prompt_tokens: int
     """of each text"""
     prompt_seconds: float
-    """from the prompt to the first new token"""
+    """from the prompt to the first new token; on a card also what captures the next ones, if that was not done before"""
     new_seconds: float
     """from the first new token to the last"""
     stopped: Literal["end", "length", "context"]
@@ -82,7 +82,8 @@ def generate(
 
     Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
     written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
-    model writes for the first time, the way through it is compared with its own forward on 8 tokens.
+    model writes for the first time, the way through it is compared with its own forward on 8 tokens. On a card memory and
+    captured steps are kept for the model's next text of about this length (lean.keep).
     Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context, NumericsError for
     logits that are not finite.
     """
@@ -119,6 +120,8 @@ def generate(
         while not done and len(written) < count:
             done = write(choose(step(written[-1])))
     finished = time.perf_counter()
+    if reason is None:
+        lean.keep(model, step)
     stopped: Literal["end", "length", "context"] = "end" if done else "length" if count == max_new_tokens else "context"
     tokens = torch.stack(written, dim=1).cpu()
     return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way())
@@ -177,7 +180,10 @@ def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None
     length = prompt.shape[1] + count - 1
     if reason is None:
         step = lean.stepper(model, batch=prompt.shape[0], length=length)
-        return step.read(prompt), step, lambda: step.way
+        logits = step.read(prompt)
+        if count > 1 and isinstance(step, lean.StaticStep):
+            step.warm_up()
+        return logits, step, lambda: step.way
     cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
     way = f"the model's forward with {kind} ({reason})"

@@ -24,6 +24,8 @@ class Multiplier(nn.Module):
     _prepared: Any = None
     _blob: Tensor | None = None
     """what the kernels packed the stored tensors into, once they did"""
+    preparations: int = 0
+    """how often it was repacked: with another number what was prepared lies elsewhere"""
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
@@ -43,6 +45,7 @@ class Multiplier(nn.Module):
         """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
         if self._prepared is None:
             self._prepared = self.choice().backend.prepare(self.stored())
+            self.preparations += 1
             if isinstance(self._prepared, cpu.Prepared):
                 self._blob = self._prepared.blob
         return self._prepared
@@ -170,7 +173,7 @@ class Shared(Multiplier):
     compiled graph does not look.)
     """
 
-    _made_of: "tuple[_Source, ...]" = ()
+    _made_of: "tuple[Source, ...]" = ()
     """what the choice and the kernels' bytes are of"""
 
     def sources(self) -> Sequence[Tensor]:
@@ -204,7 +207,7 @@ class Shared(Multiplier):
         now = self.sources()
         if len(now) != len(self._made_of) or not all(old.stands_for(t) for old, t in zip(self._made_of, now, strict=True)):
             self.forget()
-            self._made_of = tuple(_Source.of(tensor) for tensor in now)
+            self._made_of = tuple(Source.of(tensor) for tensor in now)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
@@ -217,7 +220,7 @@ class Shared(Multiplier):
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A tensor as it was when something was made of it."""
 
     tensor: ref[Tensor]
@@ -227,8 +230,12 @@ class _Source:
     writes: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Source":
+    def of(cls, tensor: Tensor) -> "Source":
         return cls(ref(tensor), tensor.dtype, tensor.device, tensor.data_ptr(), _writes(tensor))
+
+    def is_still(self, now: Tensor) -> bool:
+        """Whether a tensor is this one, as it was and where it lay."""
+        return self.stands_for(now) and self.dtype == now.dtype
 
     def stands_for(self, now: Tensor) -> bool:
         """Whether a tensor holds what this one held: nothing was written, and it lies where it lay or was only widened."""

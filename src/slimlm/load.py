@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.models.experts import take_apart
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
 from slimlm.models.skeleton import empty_model, misfits
@@ -29,6 +29,7 @@ from slimlm.runtime.backends import cpu
 from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.use import multipliers, use_kernels
@@ -71,9 +72,11 @@ def load(
 
     Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model; the
     files' sizes and headers are checked, not their checksums: `slimlm inspect` does that. Raises KernelError where kernels
-    asked for by name do not take some layer.
+    asked for by name do not take some layer, and SlimlmError for a card that is not there.
     """
-    source = str(source)
+    source, where = str(source), torch.device(device)
+    if (reason := absent(where)) is not None:
+        raise SlimlmError(f'device = "{where}": {reason}; device="cpu" would do')
     refuse_other(source)
     try:
         folder = fetch(source)
@@ -98,7 +101,6 @@ def load(
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
     model.name_or_path = model.config.name_or_path = source
     model.eval().requires_grad_(False)
-    where = torch.device(device)
     if where.type != "cpu":
         model.to(where)
         release(stored.values())

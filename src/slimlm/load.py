@@ -108,10 +108,7 @@ def load(
     elif dtype == "auto" and available(kernels):
         widen_activations(model)
     if kernels != "reference":
-        _pack(model, kernels, folder, release, keep=keep, tell=tell)
-        for name, layer in multipliers(model).items():
-            if layer.choice().backend.name == "gpu" and name in packed and isinstance(layer, CompressedLinear):
-                layer.rest(packed[name])
+        _pack(model, kernels, folder, packed, release, keep=keep, tell=tell)
     return model
 
 
@@ -210,17 +207,32 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _pack(model: PreTrainedModel, kernels: Kernels, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
-    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others."""
+def _pack(
+    model: PreTrainedModel,
+    kernels: Kernels,
+    folder: Path,
+    stored: dict[str, dict[str, Tensor]],
+    release: Release,
+    *,
+    keep: bool,
+    tell: Tell,
+) -> None:
+    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others.
+
+    stored: each layer's own tensors as the files have them, for which those on a card are given up.
+    """
     use_kernels(model, kernels)
     layers = multipliers(model)
     reasons = {name: layer.choice().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
         tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
-    for layer in layers.values():
+    for name, layer in layers.items():
         if layer.choice().backend.name == "gpu":
             layer.prepare()
+            # At once, so that the card holds the stored tensors of the layers to come and no others. A tied head has none.
+            if name in stored and isinstance(layer, CompressedLinear):
+                layer.rest(stored[name])
     taken = [name for name, layer in layers.items() if layer.choice().backend.name == "cpu"]
     if not taken:
         return

@@ -32,7 +32,7 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.use import multipliers, use_kernels
+from slimlm.runtime.use import multipliers, unpacks, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.description import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
@@ -62,10 +62,12 @@ def load(
     outside the compressed layers that another dtype was asked for are copies.
 
     kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "gpu", "reference" (dense matrices), or
-    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. The
-    kernels' layers are packed anew, one at a time. On the CPU the pages of their stored tensors are dropped, and with `keep`
-    the packed layers are written beside the checkpoint and mapped by the next load; on a GPU they are all that the card
-    holds, and the stored tensors stay views of the files, on the CPU. `slimlm.use_kernels` chooses again later.
+    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. For
+    float32 activations on a GPU, for which its kernels unpack weights at every product, "auto" is the reference, too, where
+    dense matrices take up to half of the free memory there. The kernels' layers are packed anew, one at a time. On the CPU the
+    pages of their stored tensors are dropped, and with `keep` the packed layers are written beside the checkpoint and mapped
+    by the next load; on a GPU they are all that the card holds, and the stored tensors stay views of the files, on the CPU.
+    `slimlm.use_kernels` chooses again later.
     dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
     16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
     tell: hears what a user should know, such as which layers no kernel takes, and why.
@@ -227,6 +229,8 @@ def _pack(
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
         tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
+    if (unpacked := unpacks(model)) is not None:
+        tell(unpacked)
     for name, layer in layers.items():
         if layer.choice().backend.name == "gpu":
             layer.prepare()

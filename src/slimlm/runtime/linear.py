@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.choose import Choice, Kernels, choose
+from slimlm.runtime.choose import Choice, Kernels, choose, passed_over
 
 
 class Multiplier(nn.Module):
@@ -36,6 +36,10 @@ class Multiplier(nn.Module):
         choice = choose(self.stored(), kernels)
         self.kernels, self._choice, self._prepared = kernels, choice, None
         return choice
+
+    def pass_kernels_over(self, reason: str) -> None:
+        """Let the reference multiply for this reason, until somebody is chosen anew."""
+        self._choice, self._prepared = passed_over(reason), None
 
     def choice(self) -> Choice:
         """Who multiplies."""

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_map
 
 FAR = torch.device("meta")
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_COPIES = {"_to_copy", "copy_", "_copy_from"}
+# In inference mode some operations come whole: `to`, `item` and `is_nonzero`.
+_COPIES = {"_to_copy", "copy_", "_copy_from", "to"}
+_READ = {"_local_scalar_dense", "item", "is_nonzero"}
 
 
 class MixedDevicesError(Exception):
@@ -75,14 +77,14 @@ class _Far(TorchDispatchMode):
         to = kwargs.get("device")
         wanted = None if to is None else torch.device(to)
         self.counts.operations += bool(far)
-        if name == "_local_scalar_dense" and far:
+        if name in _READ and far:
             self.counts.waits += 1
         if far and name not in _COPIES:
             self._refuse_mixed(func, name, args, given)
         if wanted is not None and wanted == FAR:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None) if wanted is not None else None
-        if name == "_to_copy" and wanted is not None and wanted.type == "cpu" and far:
+        if name in ("_to_copy", "to") and wanted is not None and wanted.type == "cpu" and far:
             self.counts.waits += 1
         known = {id(t.near): t for t in far}
         near_args, near_kwargs = tree_map(lambda t: t.near if isinstance(t, FarTensor) else t, (args, kwargs))

@@ -20,10 +20,12 @@ from transformers import (
 )
 
 import slimlm
+from slimlm import generation
 from slimlm.cli import main
 from slimlm.generation import Pieces, end_tokens, generate, room_for
 
 from .conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
+from .far_device import FAR, far_device
 
 MORE: dict[str, Any] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, **ENDS, sliding_window=None)),
@@ -169,6 +171,30 @@ def test_each_step_is_told_as_it_comes() -> None:
     told: list[list[int]] = []
     made = generate(random_model("llama"), prompt_of(3), max_new_tokens=5, ends=[], each=told.append)
     assert torch.equal(torch.tensor(told).T, made.tokens)
+
+
+@pytest.mark.parametrize("ends", [[], [255]], ids=["no ends", "an end"])
+def test_a_card_is_waited_for_once_for_every_token(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model is a table of logits: what is counted is what `generate` asks for."""
+    table = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    table[:, 255] = -9
+    monkeypatch.setattr(generation.lean, "refuses", lambda model, length: None)
+    monkeypatch.setattr(generation.lean, "disagrees", lambda model: None)
+    waits, told = list[int](), list[list[int]]()
+    with far_device() as counts:
+        far = table.to(FAR)
+
+        def read(model: object, prompt: Tensor, *rest: object) -> Any:
+            return far.index_select(0, prompt[:, -1]), lambda tokens: far.index_select(0, tokens), lambda: "a table"
+
+        monkeypatch.setattr(generation, "_read", read)
+        prompt = torch.tensor([[3], [4]]).to(FAR)
+        for count in (10, 20):
+            before = counts.waits
+            made = generate(random_model("llama"), prompt, max_new_tokens=count, ends=ends, each=told.append)
+            waits.append(counts.waits - before)
+    assert waits[1] - waits[0] == 10
+    assert made.tokens.T.tolist() == told[10:]
 
 
 TEXT = "naïve café, 北京 and 東京; \U0001f600\U0001f680 done\n"

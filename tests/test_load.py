@@ -295,6 +295,12 @@ def test_kernels_asked_for_by_name_that_do_not_take_a_layer_are_refused(pruned_a
         slimlm.load(pruned_alone, kernels="quick")  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
+def test_a_card_that_is_not_there_is_refused_in_words(pruned_alone: Path) -> None:
+    with pytest.raises(slimlm.SlimlmError, match='device = "cuda:3": torch finds no CUDA device here; device="cpu" would do'):
+        slimlm.load(pruned_alone, device="cuda:3")
+
+
 @needs_kernels
 @needs_smaps
 @pytest.mark.parametrize("keep", [True, False])

@@ -34,7 +34,7 @@ class Generated:
     prompt_tokens: int
     """of each text"""
     prompt_seconds: float
-    """from the prompt to the first new token"""
+    """from the prompt to the first new token; on a card also what captures the next ones, if that was not done before"""
     new_seconds: float
     """from the first new token to the last"""
     stopped: Literal["end", "length", "context"]
@@ -82,7 +82,8 @@ def generate(
 
     Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
     written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
-    model writes for the first time, the way through it is compared with its own forward on 8 tokens.
+    model writes for the first time, the way through it is compared with its own forward on 8 tokens. On a card memory and
+    captured steps are kept for the model's next text of about this length (lean.keep).
     Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context, NumericsError for
     logits that are not finite.
     """
@@ -99,17 +100,21 @@ def generate(
     written: list[Tensor] = []
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 
-    def write(tokens: Tensor) -> bool:
-        """Keep a step's tokens `[batch]`; whether every text has ended."""
+    def write(chosen: _Chosen) -> bool:
+        """Keep a step's tokens; whether every text has ended. What Python has to know of them is waited for once."""
         nonlocal ended
-        if written and bool(ended.any()):
+        tokens = chosen.tokens
+        if written and len(stops) and len(tokens) > 1:
             tokens = torch.where(ended, written[-1], tokens)
-        written.append(tokens)
-        if each is not None:
-            each(tokens.tolist())
         if len(stops):
             ended = ended | torch.isin(tokens, stops)
-        return bool(ended.all())
+        *told, finite, done = torch.cat((tokens, torch.stack((chosen.finite, ended.all())))).tolist()
+        if not finite:
+            raise NumericsError(chosen.otherwise)
+        written.append(tokens)
+        if each is not None:
+            each(told)
+        return bool(done)
 
     began = time.perf_counter()
     logits, step, way = _read(model, prompt, count, reason)
@@ -119,6 +124,8 @@ def generate(
         while not done and len(written) < count:
             done = write(choose(step(written[-1])))
     finished = time.perf_counter()
+    if reason is None:
+        lean.keep(model, step)
     stopped: Literal["end", "length", "context"] = "end" if done else "length" if count == max_new_tokens else "context"
     tokens = torch.stack(written, dim=1).cpu()
     return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way())
@@ -177,7 +184,10 @@ def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None
     length = prompt.shape[1] + count - 1
     if reason is None:
         step = lean.stepper(model, batch=prompt.shape[0], length=length)
-        return step.read(prompt), step, lambda: step.way
+        logits = step.read(prompt)
+        if count > 1 and isinstance(step, lean.StaticStep):
+            step.warm_up()
+        return logits, step, lambda: step.way
     cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
     way = f"the model's forward with {kind} ({reason})"
@@ -212,24 +222,37 @@ _CACHES = ("past_key_values", "cache_params")
 """What transformers' classes call the cache that they are given."""
 
 
-def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From logits `[batch, vocabulary]` to tokens `[batch]`: the likeliest, or drawn with a generator of its own."""
+@dataclass(frozen=True)
+class _Chosen:
+    """Tokens of which it is not yet known whether they count."""
+
+    tokens: Tensor
+    """[batch]"""
+    finite: Tensor
+    """whether the logits were that the tokens come from, bool without dimensions"""
+    otherwise: str
+    """what to say where they were not"""
+
+
+def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], _Chosen]:
+    """From logits `[batch, vocabulary]` to tokens: the likeliest, or drawn with a generator of its own."""
     if temperature == 0:
         return _likeliest
     generator = torch.Generator(device).manual_seed(seed)
+    otherwise = f"nothing can be drawn at temperature {temperature}: the model's logits are not finite"
 
-    def draw(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor) -> _Chosen:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
-        if not bool(shares.isfinite().all()):
-            raise NumericsError(f"nothing can be drawn at temperature {temperature}: the model's logits are not finite")
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        finite = shares.isfinite().all()
+        # To draw from what is not finite is an error of its own, on a card one that cannot be recovered from.
+        tokens = torch.multinomial(torch.where(finite, shares, 1.0), 1, generator=generator)[:, 0]
+        return _Chosen(tokens, finite, otherwise)
 
     return draw
 
 
-def _likeliest(logits: Tensor) -> Tensor:
-    chosen = logits.argmax(dim=-1)
+def _likeliest(logits: Tensor) -> _Chosen:
+    tokens = logits.argmax(dim=-1)
     # NaN counts as the largest, so that it is enough to look at what was chosen.
-    if not bool(logits.gather(-1, chosen[:, None]).isfinite().all()):
-        raise NumericsError("there is no likeliest token: the model's logits are not finite")
-    return chosen
+    finite = logits.gather(-1, tokens[:, None]).isfinite().all()
+    return _Chosen(tokens, finite, "there is no likeliest token: the model's logits are not finite")

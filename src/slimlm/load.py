@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.models.experts import take_apart
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
 from slimlm.models.skeleton import empty_model, misfits
@@ -29,9 +29,10 @@ from slimlm.runtime.backends import cpu
 from slimlm.runtime.choose import Kernels, available
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernels import LAYOUT, whole
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.use import multipliers, use_kernels
+from slimlm.runtime.use import multipliers, unpacks, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.description import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
@@ -61,19 +62,23 @@ def load(
     outside the compressed layers that another dtype was asked for are copies.
 
     kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "gpu", "reference" (dense matrices), or
-    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. The
-    kernels' layers are packed anew, one at a time. On the CPU the pages of their stored tensors are dropped, and with `keep`
-    the packed layers are written beside the checkpoint and mapped by the next load; on a GPU they are all that the card
-    holds, and the stored tensors stay views of the files, on the CPU. `slimlm.use_kernels` chooses again later.
+    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. For
+    float32 activations on a GPU, for which its kernels unpack weights at every product, "auto" is the reference, too, where
+    dense matrices take up to half of the free memory there. The kernels' layers are packed anew, one at a time. On the CPU the
+    pages of their stored tensors are dropped, and with `keep` the packed layers are written beside the checkpoint and mapped
+    by the next load; on a GPU they are all that the card holds, and the stored tensors stay views of the files, on the CPU.
+    `slimlm.use_kernels` chooses again later.
     dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
     16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
     tell: hears what a user should know, such as which layers no kernel takes, and why.
 
     Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model; the
     files' sizes and headers are checked, not their checksums: `slimlm inspect` does that. Raises KernelError where kernels
-    asked for by name do not take some layer.
+    asked for by name do not take some layer, and SlimlmError for a card that is not there.
     """
-    source = str(source)
+    source, where = str(source), torch.device(device)
+    if (reason := absent(where)) is not None:
+        raise SlimlmError(f'device = "{where}": {reason}; device="cpu" would do')
     refuse_other(source)
     try:
         folder = fetch(source)
@@ -98,7 +103,6 @@ def load(
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
     model.name_or_path = model.config.name_or_path = source
     model.eval().requires_grad_(False)
-    where = torch.device(device)
     if where.type != "cpu":
         model.to(where)
         release(stored.values())
@@ -106,10 +110,7 @@ def load(
     elif dtype == "auto" and available(kernels):
         widen_activations(model)
     if kernels != "reference":
-        _pack(model, kernels, folder, release, keep=keep, tell=tell)
-        for name, layer in multipliers(model).items():
-            if layer.choice().backend.name == "gpu" and name in packed and isinstance(layer, CompressedLinear):
-                layer.rest(packed[name])
+        _pack(model, kernels, folder, packed, release, keep=keep, tell=tell)
     return model
 
 
@@ -208,17 +209,34 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _pack(model: PreTrainedModel, kernels: Kernels, folder: Path, release: Release, *, keep: bool, tell: Tell) -> None:
-    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others."""
+def _pack(
+    model: PreTrainedModel,
+    kernels: Kernels,
+    folder: Path,
+    stored: dict[str, dict[str, Tensor]],
+    release: Release,
+    *,
+    keep: bool,
+    tell: Tell,
+) -> None:
+    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others.
+
+    stored: each layer's own tensors as the files have them, for which those on a card are given up.
+    """
     use_kernels(model, kernels)
     layers = multipliers(model)
     reasons = {name: layer.choice().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
         tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
-    for layer in layers.values():
+    if (unpacked := unpacks(model)) is not None:
+        tell(unpacked)
+    for name, layer in layers.items():
         if layer.choice().backend.name == "gpu":
             layer.prepare()
+            # At once, so that the card holds the stored tensors of the layers to come and no others. A tied head has none.
+            if name in stored and isinstance(layer, CompressedLinear):
+                layer.rest(stored[name])
     taken = [name for name, layer in layers.items() if layer.choice().backend.name == "cpu"]
     if not taken:
         return

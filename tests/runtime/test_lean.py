@@ -1,7 +1,9 @@
 """The lean step: the logits of the model's own forward, or a reason in words."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -23,12 +25,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+from slimlm.core.parts import Plain
 from slimlm.generation import generate
 from slimlm.runtime import lean
 from slimlm.runtime.joint import direct, joint
 from slimlm.runtime.lean import LeanStep, StaticStep, attend, captured, disagrees, refuses
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.use import use_kernels
 
 from ..conftest import ENDS, LLAMA_LIKE, random_model
+from .pretended_cards import pretend_cards
 
 TINY: dict[str, Any] = {**LLAMA_LIKE, **ENDS}
 
@@ -281,3 +287,169 @@ def test_off_a_card_what_is_captured_is_the_call_itself() -> None:
         return torch.zeros(1)
 
     assert captured(call, torch.device("cpu")) is call
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_call_is_captured_on_its_own_card_whichever_is_the_current_one(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, where, number = pretend_cards(monkeypatch), torch.device("cuda", index), torch.zeros(1)
+    replay = captured(cards.on(where, lambda: number * 2), where)
+    for value in (3.0, 5.0):
+        number.fill_(value)
+        assert float(replay()) == 2 * value
+    assert cards.used == [where] and cards.current == torch.device("cuda", 0)
+
+
+def test_a_graph_that_replays_nothing_is_found_and_the_models_own_forward_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        left = call()
+        return lambda: left.clone()
+
+    model, prompt = random_model("llama"), torch.arange(3, 11)[None]
+    expected = generate(model, prompt, max_new_tokens=12, ends=[]).tokens
+    monkeypatch.setattr(lean, "_kind", lambda model: StaticStep)
+    monkeypatch.setattr(lean, "captured", nothing)
+    made = generate(model, prompt, max_new_tokens=12, ends=[])
+    assert "its logits differ by" in made.way
+    assert torch.equal(made.tokens, expected)
+
+
+def counted_captures(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Let every model be stepped through as on a card; where steps are captured from now on."""
+    made: list[torch.device] = []
+
+    def counted(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        made.append(device)
+        return captured(call, device)
+
+    monkeypatch.setattr(lean, "_kind", lambda model: StaticStep)
+    monkeypatch.setattr(lean, "captured", counted)
+    monkeypatch.setattr(lean, "disagrees", lambda model: None)
+    return made
+
+
+def written(model: PreTrainedModel, *, batch: int = 1, count: int = 12) -> Tensor:
+    prompt = torch.randint(1, 256, (batch, 8), generator=torch.Generator().manual_seed(3))
+    return generate(model, prompt, max_new_tokens=count, ends=[]).tokens
+
+
+def test_a_step_is_captured_before_the_first_token_comes_and_for_one_token_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen, model = counted_captures(monkeypatch), list[int](), llama()
+    written(model, count=1)
+    assert not made
+    generate(model, torch.arange(3, 11)[None], max_new_tokens=5, ends=[], each=lambda tokens: seen.append(len(made)))
+    assert seen == [1] * 5
+
+
+def test_a_second_text_is_written_with_the_steps_that_the_first_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [written(llama(), count=count) for count in (12, 5, 20)]
+    made, model = counted_captures(monkeypatch), llama()
+    with torch.inference_mode():
+        found = [written(model, count=12)]
+    found += [written(model, count=count) for count in (5, 20)]
+    assert len(made) == 1
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    written(model, batch=2)
+    written(model)
+    assert len(made) == 3, "one is kept for a model, and texts of another number take none of its memory"
+
+
+def test_nothing_of_a_text_that_was_not_finite_is_left_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted_captures(monkeypatch)
+    model, prompt = llama(), torch.arange(3, 11)[None]
+    step = lean.stepper(model, batch=1, length=20)
+    assert isinstance(step, StaticStep)
+    first = step.read(prompt)
+    step.keys.fill_(float("nan"))
+    step.values.fill_(float("inf"))
+    lean.keep(model, step)
+    again = lean.stepper(model, batch=1, length=20)
+    assert again is step and torch.equal(again.read(prompt), first)
+    with torch.no_grad():
+        assert bool(again(torch.tensor([5])).isfinite().all())
+
+
+def test_whoever_takes_what_was_kept_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model, prompt = counted_captures(monkeypatch), llama(), torch.arange(3, 11)[None]
+    expected = written(model)
+    within: list[Tensor] = []
+    generate(model, prompt, max_new_tokens=2, ends=[], each=lambda tokens: within.append(written(model)))
+    assert len(within) == 2 and all(torch.equal(one, expected) for one in within)
+    assert len(made) == 2
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a weight is written to": lambda model: nn.init.normal_(model.model.layers[0].mlp.up_proj.weight, std=0.15),
+    "a norm is written to without a trace": lambda model: model.model.norm.weight.data.mul_(2),
+    "a weight is another": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.detach().clone())),
+    "a weight lies elsewhere": lambda model: setattr(model.lm_head.weight, "data", model.lm_head.weight.data.clone()),
+    "a bias is added": lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(256))),
+    "another dtype": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changed_is_captured_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = counted_captures(monkeypatch), llama()
+    written(model)
+    CHANGES[change](model)
+    after = written(model)
+    assert len(made) == 2
+    lean._KEPT.clear()
+    assert torch.equal(after, written(model))
+
+
+def test_what_is_kept_keeps_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted_captures(monkeypatch)
+    model = llama()
+    written(model)
+    kept = ref(lean._KEPT[model].step)
+    alive = ref(model)
+    del model
+    gc.collect()
+    assert alive() is None and kept() is None
+
+
+def compressed() -> PreTrainedModel:
+    """A model with one compressed layer, which the reference multiplies."""
+    model = llama()
+    own = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(own, nn.Linear)
+    weight = own.weight.detach()
+    model.set_submodule("model.layers.1.mlp.up_proj", CompressedLinear.from_parts((Plain(weight),), None))
+    return model
+
+
+@pytest.mark.parametrize("change", ["other kernels", "moved", "loaded"])
+def test_where_layers_are_chosen_for_anew_what_was_kept_is_dropped_at_once(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = counted_captures(monkeypatch), compressed()
+    written(model)
+    assert model in lean._KEPT
+    if change == "other kernels":
+        use_kernels(model, "reference")
+    elif change == "moved":
+        model.get_submodule("model.layers.1.mlp.up_proj")._apply(lambda tensor: tensor.clone())
+    else:
+        model.load_state_dict(model.state_dict())
+    gc.collect()
+    assert model not in lean._KEPT
+    written(model)
+    assert len(made) == 2
+
+
+def test_layers_that_were_repacked_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a cast, after which the choice is the same and what the kernels read lies elsewhere."""
+    made, model = counted_captures(monkeypatch), compressed()
+    written(model)
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(layer, CompressedLinear)
+    layer._prepared = None
+    written(model)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(("length", "room"), [(1, 256), (256, 256), (257, 512), (1030, 1280), (4097, 5120), (7900, 8000)])
+def test_room_is_for_texts_a_little_longer_and_within_the_context(length: int, room: int) -> None:
+    model = llama(max_position_embeddings=8000)
+    assert lean._room(model, length) == room

@@ -13,7 +13,8 @@ from slimlm.runtime.backends.triton import Gpu
 Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
 """Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, dense ones ("reference").
 
-"auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference"."""
+"auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference". For a
+whole model on a GPU (use.use_kernels) it is "reference", too, where activations are float32 and there is room for it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ def available(wanted: Kernels) -> bool:
 
 _REFERENCE = Reference()
 _NAMED: dict[str, Cpu | Gpu] = {"precise": Cpu("precise"), "fast": Cpu("fast"), "gpu": Gpu()}
+
+
+def passed_over(reason: str) -> Choice:
+    """The reference, where kernels would take a layer and are not the faster ones."""
+    return Choice(_REFERENCE, reason)
 
 
 def choose(stored: Stored, wanted: Kernels) -> Choice:

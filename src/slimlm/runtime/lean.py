@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from slimlm.runtime import decoder as packed
+from slimlm.runtime.choose import Choice
 from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.joint import direct, joint
-from slimlm.runtime.linear import CompressedLinear, Multiplier
-from slimlm.runtime.use import precisely
+from slimlm.runtime.linear import CompressedLinear, Multiplier, Source
+from slimlm.runtime.use import multipliers, precisely
 
 _MODEL = {"model", "lm_head"}
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -47,6 +48,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 # Settings under which a model of this structure computes something else; none of them may be set.
 _UNKNOWN_SETTINGS = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
 _PROBE = 8
+_STEPS = 3
+"""Tokens of the probe that are stepped over: the first may be captured, so that two others are replayed."""
 # Logits, relative to the largest: float32 differs by the order of addition, about 1e-5 in deep models; the others by their
 # rounding, 2^-11 and 2^-8 per operation, which the blocks add up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,19 +68,20 @@ def refuses(model: nn.Module, length: int) -> str | None:
 def disagrees(model: PreTrainedModel) -> str | None:
     """Where the lean step's logits part from those of the model's own forward on a probe, in words; None: they agree.
 
-    The probe is a prompt of 7 different tokens and one token after it, or of as many as the model sees at once; the logits
-    after both are compared. Fast kernels give way to precise ones meanwhile: where activations have 255 levels, an order of
-    addition can move one by a level, and that grows from block to block. A model is asked once for each way to step through it.
+    The probe is a prompt of 5 different tokens and three tokens after it, or of as many as the model sees at once; the logits
+    after each are compared. The first of the three is captured where a card replays steps; one that replays nothing shows at
+    the others. Fast kernels give way to precise ones meanwhile: where activations have 255 levels, an order of addition can
+    move one by a level, and that grows from block to block. A model is asked once for each way through it, on each device.
     """
     kind = _kind(model)
-    key = kind.__name__, _activations(model)
+    key = kind.__name__, _activations(model), _device(model)
     verdicts = _VERDICTS.setdefault(model, {})
     if key not in verdicts:
         verdicts[key] = _disagrees(model, kind)
     return verdicts[key]
 
 
-_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
+_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, torch.dtype, torch.device], str | None]] = WeakKeyDictionary()
 """what `disagrees` found"""
 
 
@@ -86,18 +90,18 @@ def _disagrees(model: PreTrainedModel, kind: "type[packed.PackedDecoder | LeanSt
     # However long the text is to be: one token turns no key and mixes no values, so that on it wrong ways agree, too.
     count = min(_PROBE, _sees(model) or _PROBE, getattr(model.config, "max_position_embeddings", None) or _PROBE)
     ids = (17 + 7 * torch.arange(count, device=device)).remainder(model.config.vocab_size)[None]
-    before = max(1, count - 1)
+    before = max(1, count - _STEPS)
     with torch.no_grad(), precisely(model):
         cache = DynamicCache()
-        expected = model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]
+        theirs = [model(ids[:, :before], past_key_values=cache, use_cache=True).logits[:, -1]]
         # The kind is settled: among layers that are all precise now, `stepper` could choose another.
         step = _build(kind, model, batch=1, length=count)
-        found = step.read(ids[:, :before])
-        if before < count:
+        ours = [step.read(ids[:, :before])]
+        for column in ids[:, before:].unbind(1):
             # Both multiply one token here, so that both use the same products.
-            expected = torch.cat((expected, model(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, -1]))
-            found = torch.cat((found, step(ids[:, -1])))
-    expected, found = expected.float(), found.float()
+            theirs.append(model(column[:, None], past_key_values=cache, use_cache=True).logits[:, -1])
+            ours.append(step(column))
+    expected, found = torch.cat(theirs).float(), torch.cat(ours).float()
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     allowed = _TOLERANCE[_coarsest(model)] * largest
@@ -107,8 +111,94 @@ def _disagrees(model: PreTrainedModel, kind: "type[packed.PackedDecoder | LeanSt
 
 
 def stepper(model: PreTrainedModel, *, batch: int, length: int) -> "packed.PackedDecoder | LeanStep":
-    """The quickest way through a model that `refuses` accepts, with room for `length` positions of `batch` texts."""
-    return _build(_kind(model), model, batch=batch, length=length)
+    """The quickest way through a model that `refuses` accepts, with room for `length` positions of `batch` texts.
+
+    One that was kept (`keep`) is taken again where it has the room and the model is as it was.
+    """
+    kind = _kind(model)
+    if not issubclass(kind, StaticStep):
+        return _build(kind, model, batch=batch, length=length)
+    return _taken(model, batch, length) or _build(kind, model, batch=batch, length=_room(model, length))
+
+
+def keep(model: PreTrainedModel, step: object) -> None:
+    """Let the model's next text take this stepper again, with its memory and the graphs that were captured.
+
+    Of steps that are not captured nothing is kept. One is kept for each model, as long as that lives, its layers go on being
+    multiplied as they are and no other shape is asked for; whoever takes it has it alone.
+    """
+    if isinstance(step, StaticStep):
+        _KEPT[model] = _Kept(step, [ref(layer.choice(), partial(_drop, ref(model))) for layer in multipliers(model).values()])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    step: "StaticStep"
+    choices: "list[ref[Choice]]"
+    """of the layers, which let go of them when they are moved or others are to multiply: then this is dropped"""
+
+
+_KEPT: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
+
+
+def _drop(model: "ref[PreTrainedModel]", choice: "ref[Choice]") -> None:
+    del choice
+    if (own := model()) is not None:
+        _KEPT.pop(own, None)
+
+
+def _taken(model: PreTrainedModel, batch: int, length: int) -> "StaticStep | None":
+    """What was kept and serves as many texts of this length; what does not is let go."""
+    kept = _KEPT.pop(model, None)
+    if kept is None or (step := kept.step).batch != batch or step.length < length:
+        return None
+    return step if step.made_of is not None and step.made_of.is_still(model) else None
+
+
+def _room(model: PreTrainedModel, length: int) -> int:
+    """As many positions or more, so that longer texts are written with the same graphs: a quarter more, or up to 256."""
+    grain = max(_LEAST_SEEN, (1 << (length - 1).bit_length()) // 8)
+    context = getattr(model.config, "max_position_embeddings", None) or length
+    return max(length, min(context, -(-length // grain) * grain))
+
+
+@dataclass(frozen=True)
+class _State:
+    """The tensors of a model as they were when its steps were captured."""
+
+    tensors: tuple[Source, ...]
+    small: Tensor | None
+    """what norms and biases held, of which steps may have copies: `.data` can be written to without a trace"""
+    preparations: tuple[int, ...]
+    """of each layer; 0: nothing is prepared"""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "_State":
+        return cls(tuple(Source.of(tensor) for tensor in _tensors(model)), _small(model), _preparations(model))
+
+    def is_still(self, model: PreTrainedModel) -> bool:
+        """Whether it is so now, too."""
+        now = _tensors(model)
+        if len(now) != len(self.tensors) or not all(old.is_still(t) for old, t in zip(self.tensors, now, strict=True)):
+            return False
+        small = _small(model)
+        same = small is self.small if small is None or self.small is None else torch.equal(small, self.small)
+        return same and self.preparations == _preparations(model)
+
+
+def _tensors(model: PreTrainedModel) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _small(model: PreTrainedModel) -> Tensor | None:
+    """The vectors among the parameters in one tensor; None where there are none."""
+    with torch.no_grad():
+        found = [p.float() for p in model.parameters() if p.ndim == 1]
+        return torch.cat(found) if found else None
+
+
+def _preparations(model: PreTrainedModel) -> tuple[int, ...]:
+    return tuple(0 if layer.prepared() is None else layer.preparations for layer in multipliers(model).values())
 
 
 def _kind(model: PreTrainedModel) -> "type[packed.PackedDecoder | LeanStep]":
@@ -159,7 +249,7 @@ class LeanStep:
     """A model with room for `length` positions of `batch` texts of equal length, a token of each at a time, with torch.
 
     Build it for a model that `refuses` accepts. It holds the model's weights as they are now; it does not follow the model
-    to another device or dtype.
+    to another device or dtype. The model itself, whose forward reads prompts, is not kept alive.
     """
 
     way = "the lean step"
@@ -172,7 +262,7 @@ class LeanStep:
         self.groups: int = attention.num_key_value_groups
         self.key_heads: int = attention.k_proj.out_features // self.head_dim
         self.batch, self.length, self.position = batch, length, 0
-        self.model = model
+        self._model = ref(model)
         self.dtype = _activations(model)
         self.embed = _embed(model)
         """tokens `[batch]` to their rows `[batch, width]`"""
@@ -197,10 +287,11 @@ class LeanStep:
 
     def read(self, prompt: Tensor) -> Tensor:
         """Begin anew with prompts `[batch, tokens]`, by the model's own forward; gives the logits `[batch, vocabulary]`."""
-        cache = DynamicCache()
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        model, cache = self._model(), DynamicCache()
+        assert model is not None
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
-            logits = self.model(prompt, past_key_values=cache, use_cache=True, **last).logits[:, -1]
+            logits = model(prompt, past_key_values=cache, use_cache=True, **last).logits[:, -1]
         self.fill(cache)
         return logits
 
@@ -259,26 +350,56 @@ class StaticStep(LeanStep):
 
     way = "the lean step, replayed from a CUDA graph"
 
+    made_of: _State | None = None
+    """the model, once a prompt was read"""
+
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        super().__init__(model, batch=batch, length=length)
-        device = self.keys.device
-        self.here = torch.zeros(1, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
-        self.numbers = torch.arange(length, device=device)
-        self.slots = (torch.zeros_like(self.keys[0, :, 0]), torch.zeros_like(self.keys[0, :, 0]))
-        """where a position's keys and values are made, [batch x key heads, head_dim]"""
+        # It may be kept, and what is made in inference mode could not be written to outside.
+        with torch.inference_mode(False), torch.no_grad():
+            super().__init__(model, batch=batch, length=length)
+            device = self.keys.device
+            self.here = torch.zeros(1, dtype=torch.long, device=device)
+            self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+            self.numbers = torch.arange(length, device=device)
+            self.slots = (torch.zeros_like(self.keys[0, :, 0]), torch.zeros_like(self.keys[0, :, 0]))
+            """where a position's keys and values are made, [batch x key heads, head_dim]"""
         self.replays: dict[int, Callable[[], Tensor]] = {}
         """by positions seen"""
+
+    def read(self, prompt: Tensor) -> Tensor:
+        """Begin anew with prompts `[batch, tokens]`, by the model's own forward; gives the logits `[batch, vocabulary]`."""
+        logits, model = super().read(prompt), self._model()
+        if self.made_of is None and model is not None:
+            self.made_of = _State.of(model)
+        return logits
+
+    def fill(self, cache: DynamicCache) -> None:
+        """Begin after the positions of this cache, which must hold every one from the first."""
+        super().fill(cache)
+        # A share of nothing in what is masked is nothing, unless that is not finite.
+        self.keys[:, :, self.position :] = 0
+        self.values[:, :, self.position :] = 0
+
+    def warm_up(self) -> None:
+        """Capture the next step now, if that was not done yet; there must be room for it."""
+        self.here.fill_(self.position)
+        with torch.no_grad():
+            self._ready()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
         self.here.fill_(self.position)
         self.tokens.copy_(tokens)
+        replay = self._ready()
+        self.position += 1
+        return replay()
+
+    def _ready(self) -> Callable[[], Tensor]:
+        """What makes the step at the position `here`."""
         seen = min(self.length, max(_LEAST_SEEN, 1 << self.position.bit_length()))
         if seen not in self.replays:
             self.replays[seen] = captured(partial(self._step, seen), self.keys.device)
-        self.position += 1
-        return self.replays[seen]()
+        return self.replays[seen]
 
     def _step(self, seen: int) -> Tensor:
         """The logits after `tokens` at the position `here`; changes nothing else but that position's keys and values."""
@@ -299,16 +420,18 @@ def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     """On a card a CUDA graph of this call, which must do the same each time; elsewhere the call itself."""
     if device.type != "cuda":
         return call
-    # What compiles or allocates once does so before the capture.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = call()
+    # A stream of another card than the call's would capture nothing, and say so by a warning at most.
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        # What compiles or allocates once does so before the capture.
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            made = call()
 
     def replay() -> Tensor:
         graph.replay()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.choose import Choice, Kernels, choose
+from slimlm.runtime.choose import Choice, Kernels, choose, passed_over
 
 
 class Multiplier(nn.Module):
@@ -24,6 +24,8 @@ class Multiplier(nn.Module):
     _prepared: Any = None
     _blob: Tensor | None = None
     """what the kernels packed the stored tensors into, once they did"""
+    preparations: int = 0
+    """how often it was repacked: with another number what was prepared lies elsewhere"""
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
@@ -35,6 +37,10 @@ class Multiplier(nn.Module):
         self.kernels, self._choice, self._prepared = kernels, choice, None
         return choice
 
+    def pass_kernels_over(self, reason: str) -> None:
+        """Let the reference multiply for this reason, until somebody is chosen anew."""
+        self._choice, self._prepared = passed_over(reason), None
+
     def choice(self) -> Choice:
         """Who multiplies."""
         return self._choice or self.use_kernels(self.kernels)
@@ -43,6 +49,7 @@ class Multiplier(nn.Module):
         """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
         if self._prepared is None:
             self._prepared = self.choice().backend.prepare(self.stored())
+            self.preparations += 1
             if isinstance(self._prepared, cpu.Prepared):
                 self._blob = self._prepared.blob
         return self._prepared
@@ -172,7 +179,7 @@ class Shared(Multiplier):
     compiled graph does not look.)
     """
 
-    _made_of: "tuple[_Source, ...]" = ()
+    _made_of: "tuple[Source, ...]" = ()
     """what the choice and the kernels' bytes are of"""
 
     def sources(self) -> Sequence[Tensor]:
@@ -206,7 +213,7 @@ class Shared(Multiplier):
         now = self.sources()
         if len(now) != len(self._made_of) or not all(old.stands_for(t) for old, t in zip(self._made_of, now, strict=True)):
             self.forget()
-            self._made_of = tuple(_Source.of(tensor) for tensor in now)
+            self._made_of = tuple(Source.of(tensor) for tensor in now)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
@@ -219,7 +226,7 @@ class Shared(Multiplier):
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A tensor as it was when something was made of it."""
 
     tensor: ref[Tensor]
@@ -229,8 +236,12 @@ class _Source:
     writes: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Source":
+    def of(cls, tensor: Tensor) -> "Source":
         return cls(ref(tensor), tensor.dtype, tensor.device, tensor.data_ptr(), _writes(tensor))
+
+    def is_still(self, now: Tensor) -> bool:
+        """Whether a tensor is this one, as it was and where it lay."""
+        return self.stands_for(now) and self.dtype == now.dtype
 
     def stands_for(self, now: Tensor) -> bool:
         """Whether a tensor holds what this one held: nothing was written, and it lies where it lay or was only widened."""

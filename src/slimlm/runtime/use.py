@@ -4,14 +4,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from slimlm.core.errors import KernelError
 from slimlm.core.parts import Description
 from slimlm.runtime import kernels, native
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.choose import Kernels, choose
-from slimlm.runtime.gpu import device
+from slimlm.runtime.dense import WideEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.gpu import device, products
 from slimlm.runtime.linear import CompressedLinear, Multiplier
 
 
@@ -24,7 +28,7 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Choose who multiplies in all layers from now on: "auto", "precise", "fast", "gpu" or "reference".
 
     Raises KernelError, and changes nothing, where kernels asked for by name do not take some layer. What was packed or mapped
-    for one precision serves the other.
+    for one precision serves the other. For activations of 32 bits "auto" is the reference on a card that has room for it.
     """
     layers = multipliers(model)
     for name, layer in layers.items():
@@ -34,6 +38,58 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
             raise KernelError(f"{name}: {error}") from error
     for layer in layers.values():
         layer.use_kernels(kernels)
+    if kernels == "auto" and (dtype := _unpacked_for(model)) is not None:
+        _pass_gpu_over([layer for layer in layers.values() if isinstance(layer.choice().backend, triton.Gpu)], dtype)
+
+
+def activations(model: nn.Module) -> torch.dtype | None:
+    """The dtype of what the model's input embedding gives, and so of activations; None: it has no such embedding."""
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(embedding, WideEmbedding | CompressedEmbedding):
+        return embedding.activations
+    weight = getattr(embedding, "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) else None
+
+
+def unpacks(model: nn.Module) -> str | None:
+    """Why GPU kernels unpack weights for every product of this model, in words; None: they multiply them packed."""
+    dtype = _unpacked_for(model)
+    return f"{_name(dtype)}: weights are unpacked for every product; {_PACKED}" if dtype is not None else None
+
+
+_PACKED = "dtype=torch.bfloat16 multiplies them packed"
+
+
+def _unpacked_for(model: nn.Module) -> torch.dtype | None:
+    """The dtype of activations that layers on GPU kernels unpack their weights for; None: it is none of these."""
+    dtype = activations(model)
+    if dtype is None or dtype in products.NARROW:
+        return None
+    taken = any(isinstance(layer.choice().backend, triton.Gpu) for layer in multipliers(model).values())
+    return dtype if taken else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return f"activations are {str(dtype).removeprefix('torch.')}"
+
+
+def _pass_gpu_over(layers: Sequence[Multiplier], dtype: torch.dtype) -> None:
+    """Let the reference multiply, which unpacks weights once, where dense matrices of this dtype take half of what is free."""
+    dense = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
+    if 2 * dense > _free(layers[0].stored().device):
+        return
+    for layer in layers:
+        layer.pass_kernels_over(
+            f"{_name(dtype)}: GPU kernels would unpack weights for every product, and there is room to do it once; {_PACKED}"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that a card has free, those among them that torch holds for later; 0: the device is no card."""
+    if device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def prefer_fast(model: nn.Module) -> None:
@@ -75,6 +131,8 @@ def words(model: nn.Module) -> str | None:
         counts[own] += 1
     joints = [joint for layer in layers if isinstance(own := layer.prepared(), triton.Ready) and (joint := own.joint)]
     reasons = sorted({reason for layer in layers if (reason := layer.choice().refused) is not None})
+    if (unpacked := unpacks(model)) is not None:
+        reasons.append(unpacked)
     found = [f"{name}; {count} of {len(layers)} layers" for name, count in counts.most_common()]
     if joints:
         found.append(f"{len(joints)} of them, which share inputs, in {len({id(joint) for joint in joints})} launches")

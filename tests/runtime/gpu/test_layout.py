@@ -1,5 +1,9 @@
 """What the GPU layout takes and refuses, in words, and how it lies; no Triton is needed."""
 
+import re
+import subprocess
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,7 +15,7 @@ from slimlm.runtime.choose import choose
 from slimlm.runtime.gpu import device, layout, tiles
 from slimlm.runtime.linear import CompressedLinear
 
-from .test_products import adapter, codes, draw, pruned, table
+from .test_products import REASON, WHERE, adapter, codes, draw, pruned, table
 
 SHAPE = (24, 48)
 
@@ -167,3 +171,74 @@ def test_without_triton_layers_asked_onto_the_gpu_are_refused(monkeypatch: pytes
     monkeypatch.setattr(device, "triton_version", lambda: None)
     with pytest.raises(KernelError, match="the gpu kernels were asked for, but Triton is not installed"):
         choose(stored(codes(SHAPE, 8)), "gpu")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A card that is said to be there, of which Triton has not been asked yet."""
+    monkeypatch.setattr(device, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(device, "lacks_card", lambda where: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a card")
+    device._cannot_start.cache_clear()
+    yield
+    device._cannot_start.cache_clear()
+
+
+FAILURES = {
+    "Failed to find C compiler": RuntimeError("Failed to find C compiler. Please specify via CC"),
+    r"FileNotFoundError: \[Errno 2\]": OSError(2, "No such file or directory"),
+    r"CalledProcessError: Command '\['gcc'": subprocess.CalledProcessError(1, ["gcc", *["x"] * 1000]),
+    "AssertionError$": AssertionError(),
+    "sm_130 is not defined": RuntimeError("\nptxas fatal: sm_130 is not defined\nand more"),
+}
+
+
+@pytest.mark.parametrize("said", FAILURES)
+def test_where_triton_can_start_nothing_its_words_are_the_reason(
+    said: str, card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[torch.device] = []
+
+    def fails(where: torch.device) -> None:
+        tried.append(where)
+        raise FAILURES[said]
+
+    monkeypatch.setattr(device, "_start_one", fails)
+    layer = stored(codes(SHAPE, 8))
+    layer.__dict__["device"] = torch.device("cuda")
+    choice = choose(layer, "auto")
+    assert choice.backend.name == "reference" and re.search(f"cannot start a kernel on a card: .*{said}", str(choice.refused))
+    assert len(str(choice.refused)) < 400 and "and more" not in str(choice.refused)
+    with pytest.raises(KernelError, match="the gpu kernels were asked for, but Triton cannot start a kernel"):
+        choose(layer, "gpu")
+    assert tried == [torch.device("cuda", 0)], "a card is tried once"
+    assert device.refuses(torch.device("cuda", 1)) and tried[1:] == [torch.device("cuda", 1)], "and another by itself"
+
+
+def test_a_card_on_which_a_kernel_starts_is_taken(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_start_one", lambda where: None)
+    assert device.refuses(torch.device("cuda")) is None
+
+
+@pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
+def test_the_kernel_that_is_tried_runs() -> None:
+    from slimlm.runtime.gpu import trial
+
+    trial.start(WHERE)
+
+
+@pytest.mark.parametrize(
+    ("there", "where", "words"),
+    [
+        (0, "cuda", "torch finds no CUDA device here"),
+        (2, "cuda:2", "torch finds 2 CUDA devices, counted from 0"),
+        (2, "cuda:1", None),
+        (2, "cuda", None),
+        (0, "cpu", None),
+    ],
+)
+def test_a_card_that_is_not_there_is_absent(there: int, where: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert device.absent(torch.device(where)) == words

@@ -1,11 +1,18 @@
 """Stored tensors that rest elsewhere than their layer multiplies. Where there is no card, the "elsewhere" is pretended."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import slimlm
 from slimlm.runtime.backends import Stored
+from slimlm.runtime.backends.triton import Gpu, Ready
+from slimlm.runtime.embedding import TiedLinear
+from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
 
+from ...conftest import random_model, save
 from .test_products import codes, draw, pruned
 
 FAR = torch.device("meta")
@@ -51,3 +58,34 @@ def test_a_move_ends_the_rest_and_chooses_anew() -> None:
     layer._apply(lambda tensor: tensor if tensor.device.type == "cpu" else torch.zeros_like(tensor, device="cpu"))
     assert layer.stored().device == torch.device("cpu") and layer._choice is None
     assert all(torch.equal(now, rest[name]) for name, now in layer.packed().items())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_a_layer_rests_before_the_next_is_laid_out(
+    tied: bool, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a card holds a checkpoint's tensors once, and one layer twice."""
+    model = save(random_model("llama-tied" if tied else "llama", torch.bfloat16), tmp_path / "model")
+    options = {"embedding_bits": 4} if tied else {}
+    slimlm.compress(model, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu", **options)
+    twice, most, rested = set[int](), [0], set[int]()
+    lay_out, rest = Gpu.prepare, CompressedLinear.rest
+
+    def prepare(self: Gpu, stored: Stored) -> Ready:
+        twice.add(id(stored.tensors["weight"]))
+        most.append(len(twice))
+        return lay_out(self, stored)
+
+    def rests(self: CompressedLinear, elsewhere: dict[str, torch.Tensor]) -> None:
+        twice.discard(id(self.packed()["weight"]))
+        rested.add(id(self))
+        rest(self, elsewhere)
+
+    monkeypatch.setattr(device, "refuses", lambda where: None)
+    monkeypatch.setattr(Gpu, "prepare", prepare)
+    monkeypatch.setattr(CompressedLinear, "rest", rests)
+    found = slimlm.load(tmp_path / "out", kernels="gpu")
+    layers = [module for module in found.modules() if isinstance(module, CompressedLinear)]
+    assert layers and all(isinstance(layer.prepared(), Ready) for layer in layers)
+    assert rested == {id(layer) for layer in layers if not isinstance(layer, TiedLinear)}
+    assert max(most) == 1 and len(twice) == tied, "an embedding stays on the card, where it is looked up"

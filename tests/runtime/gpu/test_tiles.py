@@ -16,6 +16,7 @@ from slimlm.runtime.gpu.layout import Packed
 from slimlm.runtime.gpu.tiles import Kind, Table, Tile
 from slimlm.runtime.linear import CompressedLinear
 
+from ..pretended_cards import pretend_cards
 from .test_products import REASON, WHERE, codes, pruned
 
 CPU = torch.device("cpu")
@@ -181,3 +182,17 @@ def test_only_tiles_of_a_layers_own_rows_and_of_few_enough_tokens_are_tried() ->
     tried = list(tuning._neighbours([first], 64, 8))
     assert tried and first not in tried and all(t.rows == 64 and t.tokens <= 16 for t in tried)
     assert {f.name for f in dataclasses.fields(Tile)} == set(tuning.TRIED)
+
+
+def test_the_card_that_is_measured_is_the_current_one_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, second, seen = pretend_cards(monkeypatch), torch.device("cuda", 1), set[torch.device]()
+
+    def row(kind: Kind, weights: Sequence[tuning.Product], batch: int, *rest: object) -> tuning.Row:
+        seen.add(cards.current)
+        own = Tile(64, 8, 2, 3, 4)
+        return tuning.Row(str(kind), batch, own, own, 1.0, 1.0, ())
+
+    monkeypatch.setattr(tuning, "_best_tile", row)
+    monkeypatch.setattr(tuning, "_crossing", lambda *rest: 64)
+    tuning.tune([(packed(), torch.zeros(1))], second, torch.float16, lambda calls: 1.0, lambda *at: None)
+    assert seen == {second} and cards.current == torch.device("cuda", 0)

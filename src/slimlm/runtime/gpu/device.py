@@ -1,4 +1,7 @@
-"""What the GPU kernels need of this machine, and why it cannot be had where it cannot, in words."""
+"""What the GPU kernels need of this machine, and why it cannot be had where it cannot, in words.
+
+What only a launch can tell is found by one: the first question about a card takes as long as Triton takes to compile.
+"""
 
 import os
 import re
@@ -12,6 +15,8 @@ OLDEST_TRITON = (3, 6)
 """Older ones have not been tried. Which one torch was built for is torch's to say."""
 OLDEST_CARD = (8, 0)
 """Compute capability (Ampere): asynchronous copies, and tensor cores for bfloat16."""
+_LONGEST = 300
+"""Characters of an error that are given on: commands that failed can be long."""
 
 
 def interpreted() -> bool:
@@ -52,7 +57,45 @@ def refuses(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the layer is on {device}, and these kernels run on NVIDIA GPUs"
-    return lacks_card(device)
+    if (reason := lacks_card(device)) is not None:
+        return reason
+    return _cannot_start(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _cannot_start(index: int) -> str | None:
+    """Why Triton can start no kernel on the card of this number, found by starting one; None: it can.
+
+    Triton compiles a driver of its own at the first launch, for which it needs a C compiler, Python's headers and libcuda, and
+    calls an assembler that may be older than the card. A card is tried once in a process.
+    """
+    try:
+        _start_one(torch.device("cuda", index))
+    except Exception as error:  # Whatever it is, the kernels would meet it, too.
+        return f"Triton cannot start a kernel on {torch.cuda.get_device_name(index)}: {_in_one_line(error)}"
+    return None
+
+
+def _start_one(device: torch.device) -> None:
+    from slimlm.runtime.gpu import trial
+
+    trial.start(device)
+
+
+def _in_one_line(error: Exception) -> str:
+    """What kind of error it is and the first line of what it says, cut where that is long."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:_LONGEST]}" if said else type(error).__name__
+
+
+def absent(device: torch.device) -> str | None:
+    """Why torch cannot put a model on this device, in words; None: it can, or the device is no card."""
+    if device.type != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here"
+    count = torch.cuda.device_count()
+    return f"torch finds {count} CUDA devices, counted from 0" if (device.index or 0) >= count else None
 
 
 def lacks_card(device: torch.device) -> str | None:

@@ -7,6 +7,7 @@ timed beside unpacking it and cuBLAS, batch after batch: that is where `fused_up
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,14 +68,16 @@ def tune(
         kinds.setdefault(Kind.of(packed, dtype), []).append((packed, counters))
     table, rows = Table(), list[Row]()
     total = len(kinds) * len(BATCHES)
-    for kind, own in kinds.items():
-        most = own[:_MOST_LAYERS]
-        for batch in BATCHES:
-            report("tune", len(rows), total)
-            found = _best_tile(kind, most, batch, device, dtype, timer)
-            table.tiles[tiles.key(kind, batch)] = found.after
-            rows.append(found)
-        table.fused_up_to[str(kind)] = _crossing(most, table, device, dtype, timer)
+    # The timer measures on whatever card is the current one.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for kind, own in kinds.items():
+            most = own[:_MOST_LAYERS]
+            for batch in BATCHES:
+                report("tune", len(rows), total)
+                found = _best_tile(kind, most, batch, device, dtype, timer)
+                table.tiles[tiles.key(kind, batch)] = found.after
+                rows.append(found)
+            table.fused_up_to[str(kind)] = _crossing(most, table, device, dtype, timer)
     report("tune", total, total)
     return table, rows
 
@@ -155,7 +158,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def replayed_seconds(calls: Sequence[Call], *, least: int = 32, rounds: int = 15) -> float:
-    """The median time of one call on a card, replayed from a CUDA graph that goes through all of them."""
+    """The median time of one call on the current card, replayed from a CUDA graph that goes through all of them."""
     count = -(-max(least, len(calls)) // len(calls)) * len(calls)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -165,7 +168,7 @@ def replayed_seconds(calls: Sequence[Call], *, least: int = 32, rounds: int = 15
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for i in range(count):
             calls[i % len(calls)]()
     times = []

@@ -1,0 +1,31 @@
+"""The smallest kernel there is, started to see whether Triton can start any."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from slimlm.core.errors import KernelError
+
+_WRITTEN = 7
+
+
+def _write(out: Any, number: tl.constexpr) -> None:
+    tl.store(out, number)
+
+
+_KERNEL = triton.jit(_write)
+
+
+def start(device: torch.device) -> None:
+    """Write a number on a device and read it; raises what Triton and the driver raise, and KernelError where it is another."""
+    with torch.inference_mode(False):
+        out = torch.zeros(1, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            _KERNEL[(1,)](out, number=_WRITTEN)
+    else:
+        _KERNEL[(1,)](out, number=_WRITTEN)
+    if (found := int(out)) != _WRITTEN:
+        raise KernelError(f"a kernel that writes {_WRITTEN} wrote {found}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm import blockwise
@@ -262,3 +263,41 @@ def test_blocks_that_come_in_turn_are_the_blocks(tmp_path: Path) -> None:
     for name, block in zip(names, streamed.coming(names, CPU), strict=True):
         alone = streamed.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, alone[key]) for key, tensor in block.state_dict().items())
+
+
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_stays_itself(
+    embedding_bits: int | None, tmp_path: Path, text_file: Path
+) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    own = torch.randn(state["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(5))
+    save_file(state | {"lm_head.weight": own}, folder / "model.safetensors", metadata={"format": "pt"})
+    streamed, dense = opened(folder), open_dense(str(folder))
+    assert torch.equal(streamed.weights["lm_head.weight"], own)
+    assert (streamed.dtypes, streamed.bytes, streamed.config) == (dense.dtypes, dense.bytes, dense.config)
+    assert streamed.config["tie_word_embeddings"] is False
+    slimlm.compress(
+        folder, tmp_path / "o", **{**OPTIONS, "recipe": "absmax"}, data=str(text_file), embedding_bits=embedding_bits
+    )
+    tokens = torch.arange(20)[None]
+    expected = dense.model(tokens).logits
+    for model in (
+        slimlm.load(tmp_path / "o", kernels="reference", dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32),
+    ):
+        found = model(tokens).logits.float()
+        # Four bits a weight leave this much; another head would be as far away as it is large.
+        assert (found - expected).norm() < 0.5 * expected.norm()
+    if embedding_bits is None:
+        assert torch.equal(model.lm_head.weight, own)
+
+
+def test_a_head_that_is_stored_twice_and_the_same_is_tied(tmp_path: Path) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    twice = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
+    streamed = opened(folder)
+    assert streamed.bytes == open_dense(str(folder)).bytes == sum(tensor.nbytes for tensor in state.values())
+    assert streamed.config["tie_word_embeddings"] is True

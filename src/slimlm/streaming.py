@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError, UnknownDtypeError
 from slimlm.models.experts import Share, fused_in, take_apart
-from slimlm.models.joining import Stack, stacks_in
+from slimlm.models.joining import Stack, stacks_in, taken_as_they_are
 from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
+    own_config,
     read_config,
     refuse_foreign_code,
     refuse_missing,
@@ -48,6 +49,7 @@ Tell = Callable[[str], None]
 Made = TypeVar("Made")
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
         advice = "" if isinstance(error, UnknownDtypeError) else "; if it is damaged or cut short, download it again"
         raise ModelError(f"a weight file of {source} cannot be used ({error}){advice}") from error
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    found = _skeleton(source, folder, stored)
-    tokenizer, own = open_tokenizer(source), _own_config(folder)
+    release = _release_of(files)
+    found = _skeleton(source, folder, stored, release)
+    tokenizer = open_tokenizer(source)
     if found is None:
         tell(
             f"{source} is opened whole: transformers makes some of its weights of several tensors of the files, in a way that "
@@ -210,7 +213,8 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
         return _streamed_from_whole(source, tokenizer)
     model, weights, experts = found
     dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, _release_of(files), own, experts)
+    own = own_config(folder, model)
+    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, release, own, experts)
 
 
 def _release_of(files: list[MappedFile]) -> Release:
@@ -222,13 +226,13 @@ def _release_of(files: list[MappedFile]) -> Release:
 
 
 def _skeleton(
-    source: str, folder: Path, stored: dict[str, Tensor]
+    source: str, folder: Path, stored: dict[str, Tensor], release: Release
 ) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]] | None:
     """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it."""
     try:
         empty = empty_model(folder, stored)
         stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
-        given, keys = _placeholders(stored, stacks)
+        given, keys = _placeholders(stored, stacks, _untied(empty, stored, release))
         with without_bars():
             model, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
@@ -249,14 +253,41 @@ def _skeleton(
     return model.eval().requires_grad_(False), found, experts
 
 
-def _placeholders(stored: dict[str, Tensor], stacks: dict[str, Stack]) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address."""
+def _untied(empty: PreTrainedModel, stored: dict[str, Tensor], release: Release) -> set[str]:
+    """Names in the files of tensors that the config ties to others, although the files hold both and they differ."""
+    names = taken_as_they_are(empty, stored)
+    found = set()
+    for one, other in empty.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if one in names and other in names and not _equal(stored[names[one]], stored[names[other]], release):
+            found.add(names[one])
+    return found
+
+
+def _equal(one: Tensor, other: Tensor, release: Release) -> bool:
+    """Whether transformers finds these equal in float32, as it compares tied tensors; a few rows of them are read at once."""
+    if one.shape != other.shape:
+        return False
+    try:
+        pairs = zip(one.split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True) if one.ndim else [(one, other)]
+        return all(torch.equal(a.float(), b.float()) for a, b in pairs)
+    finally:
+        release([one, other])
+
+
+def _placeholders(
+    stored: dict[str, Tensor], stacks: dict[str, Stack], untied: set[str]
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address.
+
+    Transformers ties what has equal values: those of the tensors in `untied` are ones, all others are zeros.
+    """
     stacked = {name for stack in stacks.values() for name in stack.names()}
     like = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items() if name not in stacked}
     for name, stack in stacks.items():
         like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
     given = {
-        name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype) for name, (shape, dtype) in like.items()
+        name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype, int(name in untied))
+        for name, (shape, dtype) in like.items()
     }
     return given, {tensor.data_ptr(): name for name, tensor in given.items()}
 
@@ -268,9 +299,9 @@ def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks:
     return None if share is None else stacks[key].share(share, stored)
 
 
-def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape that takes no memory."""
-    return torch.zeros(1, dtype=dtype).expand(tuple(shape))
+def placeholder(shape: Iterable[int], dtype: torch.dtype, value: int = 0) -> Tensor:
+    """A tensor of this shape and this value that takes no memory."""
+    return torch.full((1,), value, dtype=dtype).expand(tuple(shape))
 
 
 def skeleton_copy(module: nn.Module) -> nn.Module:
@@ -295,12 +326,6 @@ def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None)
     return StreamedModel(
         source, dense.folder, dense.model, tokenizer, weights, dense.dtypes, lambda _: 0, dense.config, dense.experts
     )
-
-
-def _own_config(folder: Path) -> dict[str, Any]:
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored.pop("_name_or_path", None)
-    return dict(stored)
 
 
 def weight_files(folder: Path) -> list[Path]:

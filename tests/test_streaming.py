@@ -301,3 +301,14 @@ def test_a_head_that_is_stored_twice_and_the_same_is_tied(tmp_path: Path) -> Non
     streamed = opened(folder)
     assert streamed.bytes == open_dense(str(folder)).bytes == sum(tensor.nbytes for tensor in state.values())
     assert streamed.config["tie_word_embeddings"] is True
+
+
+def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: Path) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    expected = opened(folder)
+    state = load_file(folder / "model.safetensors")
+    stray = {"model.scale": torch.tensor(1.5), "steps": torch.tensor(3)}
+    save_file(state | stray, folder / "model.safetensors", metadata={"format": "pt"})
+    found = opened(folder)
+    assert list(found.weights) == list(expected.weights)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())

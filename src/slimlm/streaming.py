@@ -301,7 +301,7 @@ def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks:
 
 def placeholder(shape: Iterable[int], dtype: torch.dtype, value: int = 0) -> Tensor:
     """A tensor of this shape and this value that takes no memory."""
-    return torch.full((1,), value, dtype=dtype).expand(tuple(shape))
+    return torch.full((), value, dtype=dtype).expand(tuple(shape))
 
 
 def skeleton_copy(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from slimlm.cli import _bytes
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
-from slimlm.streaming import StreamedModel, ahead, open_streamed
+from slimlm.streaming import StreamedModel, ahead, open_streamed, weight_files
 
 from .conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
@@ -312,3 +312,28 @@ def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: 
     found = opened(folder)
     assert list(found.weights) == list(expected.weights)
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_single_file_is_read_before_an_index_left_over_beside_it_which_is_told(tmp_path: Path, kind: str) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+    old = {name: tensor + 1 for name, tensor in state.items()}
+    shard = f"{stem}-00001-of-00001.{kind}"
+    if kind == "bin":
+        torch.save(old, folder / shard)
+    else:
+        save_file(old, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(old, shard)}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    told: list[str] = []
+    found = open_streamed(str(folder), folder / "converted", told.append)
+    dense = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) and torch.equal(tensor, dense[name]) for name, tensor in found.weights.items())
+    assert len(told) == 1 and f"both {stem}.{kind} and {stem}.{kind}.index.json" in told[0]
+    (folder / f"{stem}.{kind}").unlink()
+    assert weight_files(folder) == [folder / shard]

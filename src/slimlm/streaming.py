@@ -190,14 +190,15 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     """Open a causal language model without reading its weights; nothing is trusted to run code.
 
     scratch: a folder for what old .bin files are converted to, made when it is needed. tell: hears where the model has to be
-    opened whole. Raises ModelError for a missing, damaged, incomplete or already quantized model.
+    opened whole, and of an index beside the file that is read. Raises ModelError for a missing, damaged, incomplete or already
+    quantized model.
     """
     config = read_config(source)
     refuse_quantized(config, source)
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
-        files = [map_file(path) for path in safetensors_of(folder, scratch)]
+        files = [map_file(path) for path in safetensors_of(folder, scratch, tell)]
     except CheckpointError as error:
         advice = "" if isinstance(error, UnknownDtypeError) else "; if it is damaged or cut short, download it again"
         raise ModelError(f"a weight file of {source} cannot be used ({error}){advice}") from error
@@ -328,19 +329,25 @@ def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None)
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, tell: Tell | None = None) -> list[Path]:
     """The files that hold a model's weights, safetensors before .bin; raises ModelError where there are none.
 
-    Where an index lists them, these; a repository may hold the same weights a second time under other names.
+    As transformers does, the single file is taken before those that an index lists, and these before any others: a repository
+    may hold the same weights a second time under other names. tell: hears of an index that is passed over.
     """
     for index, one, pattern in (
         (INDEX, "model.safetensors", "*.safetensors"),
         (BIN_INDEX, "pytorch_model.bin", "pytorch_model*.bin"),
     ):
+        if (folder / one).is_file():
+            if tell is not None and (folder / index).is_file():
+                tell(
+                    f"{folder} holds both {one} and {index}; as transformers does, {one} is read and the index is not. If the "
+                    f"files of the index are the ones that you mean, take {one} away"
+                )
+            return [folder / one]
         if (folder / index).is_file():
             return [folder / name for name in _indexed(folder / index)]
-        if (folder / one).is_file():
-            return [folder / one]
         if found := sorted(folder.glob(pattern)):
             return found
     raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin")
@@ -359,10 +366,10 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def safetensors_of(folder: Path, scratch: Path) -> list[Path]:
+def safetensors_of(folder: Path, scratch: Path, tell: Tell | None = None) -> list[Path]:
     """The weight files; old .bin files converted one at a time into `scratch`, where that was not done yet."""
     files = []
-    for path in weight_files(folder):
+    for path in weight_files(folder, tell):
         if path.suffix == ".safetensors":
             files.append(path)
             continue

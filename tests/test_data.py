@@ -7,14 +7,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimlm
 from slimlm.core.errors import DataError
 from slimlm.data.documents import documents
 from slimlm.data.stdlib import split_of, stdlib_documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
+from slimlm.evaluate.perplexity import perplexity
+from slimlm.generation import generate
 
-from .conftest import byte_tokenizer, random_model, save
+from .conftest import ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
 
 TEXTS = ["first story", "second\nstory", "third"]
 
@@ -83,3 +86,21 @@ def test_a_model_can_be_calibrated_on_its_own_text(tmp_path: Path) -> None:
     assert one.record.calibration["tokens"] == 6 * 24
     two = slimlm.compress(folder, tmp_path / "two", recipe="slim", data="self", samples=6, length=24)
     assert one.record.layers == two.record.layers
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**LLAMA_LIKE, **ENDS, "vocab_size": 100})
+    model = LlamaForCausalLM(config)
+    folder = save(model, tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text("\u00ff" + "a" * 200)
+    token = max(byte_tokenizer()("\u00ff", add_special_tokens=False)["input_ids"])
+    asked = rf"the tokenizer gives token {token}( \(.*\))?; the embedding of LlamaForCausalLM has 100 rows"
+    with pytest.raises(DataError, match=asked):
+        slimlm.compress(folder, tmp_path / "o", recipe="absmax", data=str(text), samples=4, length=32)
+    tokens = torch.tensor([[1, token]])
+    with pytest.raises(DataError, match=asked):
+        perplexity(model, tokens)
+    with pytest.raises(DataError, match=asked):
+        generate(model, tokens, max_new_tokens=1)
+    assert not (tmp_path / "o").exists()

@@ -1,6 +1,7 @@
 """Documents and token windows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -43,6 +44,30 @@ def test_a_folder_gives_its_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "c.bin").write_bytes(b"\0")
     assert list(documents(str(tmp_path), "evaluation")) == ["one", "two"]
+
+
+def test_a_folder_s_text_is_the_same_after_a_run_that_writes_into_it(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "more.partially").mkdir(parents=True)
+    (folder / "a.txt").write_text(text_file.read_text())
+    (folder / "more.partially" / "b.txt").write_text("two")
+    (folder / "web.log.jsonl").write_text(json.dumps({"text": "three"}) + "\n")
+    expected = list(documents(str(folder), "calibration"))
+    assert expected[1:] == ["two", "three"]
+    model = save(random_model("llama"), tmp_path / "m")
+    slimlm.compress(model, folder / "out", recipe="absmax", data=str(folder), samples=4, length=32)
+    assert (folder / "out.log.jsonl").is_file()
+    for kept in ("other.partial", ".other.partial-1a2b", "out"):
+        (folder / kept).mkdir(exist_ok=True)
+        (folder / kept / "README.md").write_text("no text to calibrate on")
+    (folder / "out.partial" / "original").mkdir(parents=True)
+    (folder / "out.partial" / "original" / "x.txt").write_text("neither")
+    assert list(documents(str(folder), "calibration")) == expected
+    with pytest.raises(DataError, match="what slimlm wrote there does not count"):
+        shutil.rmtree(folder / "more.partially")
+        (folder / "a.txt").unlink()
+        (folder / "web.log.jsonl").unlink()
+        documents(str(folder), "calibration")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:

@@ -337,3 +337,14 @@ def test_a_single_file_is_read_before_an_index_left_over_beside_it_which_is_told
     assert len(told) == 1 and f"both {stem}.{kind} and {stem}.{kind}.index.json" in told[0]
     (folder / f"{stem}.{kind}").unlink()
     assert weight_files(folder) == [folder / shard]
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, prefix: str) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = {name.replace("model.", prefix): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    odd = f"{prefix}layers.1.mlp.up_proj.weight"
+    save_file(state | {odd: state[odd][:80].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    asked = rf"{odd} in the files of .* has the shape \[80, 48\]; .* LlamaForCausalLM has it in the shape \[88, 48\]\. "
+    with pytest.raises(ModelError, match=asked):
+        opened(folder)

@@ -233,7 +233,9 @@ def _skeleton(
     try:
         empty = empty_model(folder, stored)
         stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
-        given, keys = _placeholders(stored, stacks, _untied(empty, stored, release))
+        names = taken_as_they_are(empty, stored)
+        _refuse_other_shapes(source, empty, names, stored)
+        given, keys = _placeholders(stored, stacks, _untied(empty, names, stored, release))
         with without_bars():
             model, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
@@ -254,9 +256,22 @@ def _skeleton(
     return model.eval().requires_grad_(False), found, experts
 
 
-def _untied(empty: PreTrainedModel, stored: dict[str, Tensor], release: Release) -> set[str]:
+def _refuse_other_shapes(source: str, empty: PreTrainedModel, names: dict[str, str], stored: dict[str, Tensor]) -> None:
+    """Raise ModelError where a tensor of the files has another shape than in the model; `names`: its name in the files."""
+    state = empty.state_dict()
+    odd = [(own, name) for own, name in names.items() if stored[name].shape != state[own].shape]
+    if odd:
+        own, name = odd[0]
+        more = f" ({len(odd) - 1} more do not fit either)" if len(odd) > 1 else ""
+        raise ModelError(
+            f"{name} in the files of {source} has the shape {list(stored[name].shape)}; by the config, {type(empty).__name__} "
+            f"has it in the shape {list(state[own].shape)}{more}. Config and weights belong to different models, or one was "
+            "changed: download both again"
+        )
+
+
+def _untied(empty: PreTrainedModel, names: dict[str, str], stored: dict[str, Tensor], release: Release) -> set[str]:
     """Names in the files of tensors that the config ties to others, although the files hold both and they differ."""
-    names = taken_as_they_are(empty, stored)
     found = set()
     for one, other in empty.get_expanded_tied_weights_keys(all_submodels=True).items():
         if one in names and other in names and not _equal(stored[names[one]], stored[names[other]], release):

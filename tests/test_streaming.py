@@ -348,3 +348,23 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, pre
     asked = rf"{odd} in the files of .* has the shape \[80, 48\]; .* LlamaForCausalLM has it in the shape \[88, 48\]\. "
     with pytest.raises(ModelError, match=asked):
         opened(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.uint32])
+def test_a_dtype_that_is_not_read_matters_only_where_the_model_takes_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    expected = opened(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"odd.scale": torch.zeros(4).to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    found = opened(folder)
+    assert list(found.weights) == list(expected.weights)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+    taken = "model.layers.1.mlp.up_proj.weight"
+    save_file(state | {taken: state[taken].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{taken} in the files of .* has the dtype .*; slimlm reads F64, F32") as refused:
+        opened(folder)
+    assert ("dequantized to bf16" in str(refused.value)) == (dtype == torch.float8_e4m3fn)
+    every = {name: tensor.to(dtype) for name, tensor in state.items()}
+    save_file(every, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="has the dtype"):
+        opened(folder)

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.core.errors import CheckpointError, ModelError, UnknownDtypeError
+from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.models.experts import Share, fused_in, take_apart
-from slimlm.models.joining import Stack, stacks_in, taken_as_they_are
+from slimlm.models.joining import Stack, stacks_in, taken_as_they_are, taken_of
 from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
@@ -41,7 +41,7 @@ from slimlm.models.opening import (
     words_of,
 )
 from slimlm.models.skeleton import empty_model
-from slimlm.storage.mapping import MappedFile, map_file
+from slimlm.storage.mapping import MappedFile, map_file, unknown_dtype
 from slimlm.storage.streams import KINDS, is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
@@ -198,13 +198,15 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
-        files = [map_file(path) for path in safetensors_of(folder, scratch, tell)]
+        files = [map_file(path, pass_over=True) for path in safetensors_of(folder, scratch, tell)]
     except CheckpointError as error:
-        advice = "" if isinstance(error, UnknownDtypeError) else "; if it is damaged or cut short, download it again"
-        raise ModelError(f"a weight file of {source} cannot be used ({error}){advice}") from error
+        raise ModelError(
+            f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
+        ) from error
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
     release = _release_of(files)
-    found = _skeleton(source, folder, stored, release)
+    unread = {name: about for file in files for name, about in file.unread.items()}
+    found = _skeleton(source, folder, stored, unread, release)
     tokenizer = open_tokenizer(source)
     if found is None:
         tell(
@@ -227,11 +229,16 @@ def _release_of(files: list[MappedFile]) -> Release:
 
 
 def _skeleton(
-    source: str, folder: Path, stored: dict[str, Tensor], release: Release
+    source: str, folder: Path, stored: dict[str, Tensor], unread: dict[str, tuple[str, Tensor]], release: Release
 ) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]] | None:
-    """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it."""
+    """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it.
+
+    unread: tensors of dtypes that slimlm does not read; raises ModelError where the model takes one.
+    """
     try:
-        empty = empty_model(folder, stored)
+        empty = empty_model(folder, stored | {name: raw for name, (_, raw) in unread.items()})
+        for name in taken_of(empty, unread)[:1]:
+            raise ModelError(f"{name} in the files of {source} {unknown_dtype(unread[name][0])}")
         stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
         names = taken_as_they_are(empty, stored)
         _refuse_other_shapes(source, empty, names, stored)
@@ -438,5 +445,5 @@ def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS.values():
-            raise ModelError(f"{name} in {path} has the dtype {tensor.dtype}; slimlm reads {', '.join(KINDS)}")
+            raise ModelError(f"{name} in {path} {unknown_dtype(str(tensor.dtype))}")
     return tensors

@@ -73,6 +73,11 @@ def taken_as_they_are(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str
     return {renamed: name for name, renamed, pattern in _renamed(empty, stored) if pattern is None}
 
 
+def taken_of(empty: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Those of these names in the files that the model has a place for, as they are or converted."""
+    return [name for name, _, _ in _renamed(empty, stored)]
+
+
 def _renamed(empty: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
     """Each name in the files that the model has a place for, what it is in the model, and the pattern of what converts it."""
     mapping = get_model_conversion_mapping(empty)

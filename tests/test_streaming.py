@@ -368,3 +368,24 @@ def test_a_dtype_that_is_not_read_matters_only_where_the_model_takes_the_tensor(
     save_file(every, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="has the dtype"):
         opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("under", "words"),
+    [
+        ("state_dict", r"the keys 'state_dict', 'step': the tensors are under 'state_dict', .*\['state_dict'\], file\)"),
+        ("module", r"the keys 'module', 'step': the tensors are under 'module'"),
+        (None, "holds no tensors by name, but nothing; download it again"),
+    ],
+)
+def test_a_bin_file_that_holds_its_tensors_deeper_says_where_they_are(tmp_path: Path, under: str | None, words: str) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({} if under is None else {under: state, "step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=words):
+        opened(folder)
+    assert not list(folder.glob("converted/*"))
+    if under is not None:
+        torch.save(torch.load(folder / "pytorch_model.bin", weights_only=True)[under], folder / "pytorch_model.bin")
+        assert opened(folder).weights.keys() == state.keys()

@@ -427,6 +427,19 @@ def _refuse_larger_inside(path: Path) -> None:
         )
 
 
+def _no_tensors(path: Path, found: dict[Any, Any]) -> str:
+    """What a refusal says of a .bin file whose dictionary holds no tensor itself."""
+    keys = ", ".join(repr(str(key)) for key in list(found)[:5]) + (", ..." if len(found) > 5 else "")
+    said = f"{path} holds no tensors by name, but {f'the keys {keys}' if found else 'nothing'}"
+    inner = [key for key, value in found.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
+    if not inner:
+        return f"{said}; download it again, or give a model as save_pretrained writes it"
+    return (
+        f"{said}: the tensors are under {str(inner[0])!r}, as a training program saves them. Save these alone: "
+        f"torch.save(torch.load(file, weights_only=True)[{inner[0]!r}], file)"
+    )
+
+
 def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
     _refuse_larger_inside(path)
     try:
@@ -443,6 +456,8 @@ def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__} where tensors by name were expected")
     tensors = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ModelError(_no_tensors(path, found))
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS.values():
             raise ModelError(f"{name} in {path} {unknown_dtype(str(tensor.dtype))}")

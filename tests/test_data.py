@@ -1,20 +1,24 @@
 """Documents and token windows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimlm
 from slimlm.core.errors import DataError
 from slimlm.data.documents import documents
 from slimlm.data.stdlib import split_of, stdlib_documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
+from slimlm.evaluate.perplexity import perplexity
+from slimlm.generation import generate
 
-from .conftest import byte_tokenizer, random_model, save
+from .conftest import ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
 
 TEXTS = ["first story", "second\nstory", "third"]
 
@@ -40,6 +44,30 @@ def test_a_folder_gives_its_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "c.bin").write_bytes(b"\0")
     assert list(documents(str(tmp_path), "evaluation")) == ["one", "two"]
+
+
+def test_a_folder_s_text_is_the_same_after_a_run_that_writes_into_it(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "more.partially").mkdir(parents=True)
+    (folder / "a.txt").write_text(text_file.read_text())
+    (folder / "more.partially" / "b.txt").write_text("two")
+    (folder / "web.log.jsonl").write_text(json.dumps({"text": "three"}) + "\n")
+    expected = list(documents(str(folder), "calibration"))
+    assert expected[1:] == ["two", "three"]
+    model = save(random_model("llama"), tmp_path / "m")
+    slimlm.compress(model, folder / "out", recipe="absmax", data=str(folder), samples=4, length=32)
+    assert (folder / "out.log.jsonl").is_file()
+    for kept in ("other.partial", ".other.partial-1a2b", "out"):
+        (folder / kept).mkdir(exist_ok=True)
+        (folder / kept / "README.md").write_text("no text to calibrate on")
+    (folder / "out.partial" / "original").mkdir(parents=True)
+    (folder / "out.partial" / "original" / "x.txt").write_text("neither")
+    assert list(documents(str(folder), "calibration")) == expected
+    with pytest.raises(DataError, match="what slimlm wrote there does not count"):
+        shutil.rmtree(folder / "more.partially")
+        (folder / "a.txt").unlink()
+        (folder / "web.log.jsonl").unlink()
+        documents(str(folder), "calibration")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -83,3 +111,21 @@ def test_a_model_can_be_calibrated_on_its_own_text(tmp_path: Path) -> None:
     assert one.record.calibration["tokens"] == 6 * 24
     two = slimlm.compress(folder, tmp_path / "two", recipe="slim", data="self", samples=6, length=24)
     assert one.record.layers == two.record.layers
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**LLAMA_LIKE, **ENDS, "vocab_size": 100})
+    model = LlamaForCausalLM(config)
+    folder = save(model, tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text("\u00ff" + "a" * 200)
+    token = max(byte_tokenizer()("\u00ff", add_special_tokens=False)["input_ids"])
+    asked = rf"the tokenizer gives token {token}( \(.*\))?; the embedding of LlamaForCausalLM has 100 rows"
+    with pytest.raises(DataError, match=asked):
+        slimlm.compress(folder, tmp_path / "o", recipe="absmax", data=str(text), samples=4, length=32)
+    tokens = torch.tensor([[1, token]])
+    with pytest.raises(DataError, match=asked):
+        perplexity(model, tokens)
+    with pytest.raises(DataError, match=asked):
+        generate(model, tokens, max_new_tokens=1)
+    assert not (tmp_path / "o").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm import blockwise
@@ -16,7 +17,7 @@ from slimlm.cli import _bytes
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
-from slimlm.streaming import StreamedModel, ahead, open_streamed
+from slimlm.streaming import StreamedModel, ahead, open_streamed, weight_files
 
 from .conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
@@ -262,3 +263,129 @@ def test_blocks_that_come_in_turn_are_the_blocks(tmp_path: Path) -> None:
     for name, block in zip(names, streamed.coming(names, CPU), strict=True):
         alone = streamed.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, alone[key]) for key, tensor in block.state_dict().items())
+
+
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_stays_itself(
+    embedding_bits: int | None, tmp_path: Path, text_file: Path
+) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    own = torch.randn(state["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(5))
+    save_file(state | {"lm_head.weight": own}, folder / "model.safetensors", metadata={"format": "pt"})
+    streamed, dense = opened(folder), open_dense(str(folder))
+    assert torch.equal(streamed.weights["lm_head.weight"], own)
+    assert (streamed.dtypes, streamed.bytes, streamed.config) == (dense.dtypes, dense.bytes, dense.config)
+    assert streamed.config["tie_word_embeddings"] is False
+    slimlm.compress(
+        folder, tmp_path / "o", **{**OPTIONS, "recipe": "absmax"}, data=str(text_file), embedding_bits=embedding_bits
+    )
+    tokens = torch.arange(20)[None]
+    expected = dense.model(tokens).logits
+    for model in (
+        slimlm.load(tmp_path / "o", kernels="reference", dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32),
+    ):
+        found = model(tokens).logits.float()
+        # Four bits a weight leave this much; another head would be as far away as it is large.
+        assert (found - expected).norm() < 0.5 * expected.norm()
+    if embedding_bits is None:
+        assert torch.equal(model.lm_head.weight, own)
+
+
+def test_a_head_that_is_stored_twice_and_the_same_is_tied(tmp_path: Path) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    twice = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
+    streamed = opened(folder)
+    assert streamed.bytes == open_dense(str(folder)).bytes == sum(tensor.nbytes for tensor in state.values())
+    assert streamed.config["tie_word_embeddings"] is True
+
+
+def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: Path) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    expected = opened(folder)
+    state = load_file(folder / "model.safetensors")
+    stray = {"model.scale": torch.tensor(1.5), "steps": torch.tensor(3)}
+    save_file(state | stray, folder / "model.safetensors", metadata={"format": "pt"})
+    found = opened(folder)
+    assert list(found.weights) == list(expected.weights)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_single_file_is_read_before_an_index_left_over_beside_it_which_is_told(tmp_path: Path, kind: str) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+    old = {name: tensor + 1 for name, tensor in state.items()}
+    shard = f"{stem}-00001-of-00001.{kind}"
+    if kind == "bin":
+        torch.save(old, folder / shard)
+    else:
+        save_file(old, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(old, shard)}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    told: list[str] = []
+    found = open_streamed(str(folder), folder / "converted", told.append)
+    dense = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) and torch.equal(tensor, dense[name]) for name, tensor in found.weights.items())
+    assert len(told) == 1 and f"both {stem}.{kind} and {stem}.{kind}.index.json" in told[0]
+    (folder / f"{stem}.{kind}").unlink()
+    assert weight_files(folder) == [folder / shard]
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, prefix: str) -> None:
+    folder = save(random_model("llama-tied"), tmp_path / "m")
+    state = {name.replace("model.", prefix): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    odd = f"{prefix}layers.1.mlp.up_proj.weight"
+    save_file(state | {odd: state[odd][:80].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    asked = rf"{odd} in the files of .* has the shape \[80, 48\]; .* LlamaForCausalLM has it in the shape \[88, 48\]\. "
+    with pytest.raises(ModelError, match=asked):
+        opened(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.uint32])
+def test_a_dtype_that_is_not_read_matters_only_where_the_model_takes_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    expected = opened(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"odd.scale": torch.zeros(4).to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    found = opened(folder)
+    assert list(found.weights) == list(expected.weights)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+    taken = "model.layers.1.mlp.up_proj.weight"
+    save_file(state | {taken: state[taken].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{taken} in the files of .* has the dtype .*; slimlm reads F64, F32") as refused:
+        opened(folder)
+    assert ("dequantized to bf16" in str(refused.value)) == (dtype == torch.float8_e4m3fn)
+    every = {name: tensor.to(dtype) for name, tensor in state.items()}
+    save_file(every, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="has the dtype"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("under", "words"),
+    [
+        ("state_dict", r"the keys 'state_dict', 'step': the tensors are under 'state_dict', .*\['state_dict'\], file\)"),
+        ("module", r"the keys 'module', 'step': the tensors are under 'module'"),
+        (None, "holds no tensors by name, but nothing; download it again"),
+    ],
+)
+def test_a_bin_file_that_holds_its_tensors_deeper_says_where_they_are(tmp_path: Path, under: str | None, words: str) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({} if under is None else {under: state, "step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=words):
+        opened(folder)
+    assert not list(folder.glob("converted/*"))
+    if under is not None:
+        torch.save(torch.load(folder / "pytorch_model.bin", weights_only=True)[under], folder / "pytorch_model.bin")
+        assert opened(folder).weights.keys() == state.keys()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, DataError
 from slimlm.data.documents import DEFAULT_DATA, documents
-from slimlm.data.windows import choose_windows, sample_from_model, token_stream, windows_of
+from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, token_stream, windows_of
 from slimlm.events import Event, Observer
 from slimlm.models.opening import DenseModel
 from slimlm.models.structure import context_length
@@ -74,10 +74,12 @@ def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tens
 
 
 def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
-    """Token windows `[count, length]` of a text to calibrate on."""
+    """Token windows `[count, length]` of a text to calibrate on; raises DataError for tokens that the model does not have."""
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     texts = documents(wanted.data, "calibration")
     tokens = token_stream(dense.tokenizer, texts, at_most=_READ_AHEAD * wanted.samples * length)
-    return choose_windows(windows_of(tokens, length, source=wanted.data), wanted.samples, wanted.seed)
+    chosen = choose_windows(windows_of(tokens, length, source=wanted.data), wanted.samples, wanted.seed)
+    refuse_unknown_tokens(chosen, dense.model, dense.tokenizer)
+    return chosen

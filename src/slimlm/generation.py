@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from slimlm.core.errors import DataError, NumericsError, SlimlmError
+from slimlm.data.windows import refuse_unknown_tokens
 from slimlm.models.structure import context_length
 from slimlm.runtime import lean
 
@@ -84,14 +85,15 @@ def generate(
     written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
     model writes for the first time, the way through it is compared with its own forward on 8 tokens. On a card memory and
     captured steps are kept for the model's next text of about this length (lean.keep).
-    Raises SlimlmError for options out of range, DataError for prompts that are empty or fill the context, NumericsError for
-    logits that are not finite.
+    Raises SlimlmError for options out of range, DataError for prompts that are empty, fill the context or hold tokens that the
+    model does not have, NumericsError for logits that are not finite.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError(f"at least 1 new token and a temperature of 0 or more; got {max_new_tokens} and {temperature}")
     length = prompt.shape[1]
     if length < 1 or prompt.shape[0] < 1:
         raise DataError("the prompt is empty; a model goes on from at least one token")
+    refuse_unknown_tokens(prompt, model)
     room = room_for(model, length)
     count = min(max_new_tokens, room)
     stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)

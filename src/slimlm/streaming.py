@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.core.errors import CheckpointError, ModelError, UnknownDtypeError
+from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.models.experts import Share, fused_in, take_apart
-from slimlm.models.joining import Stack, stacks_in
+from slimlm.models.joining import Stack, stacks_in, taken_as_they_are, taken_of
 from slimlm.models.opening import (
     open_dense,
     open_tokenizer,
+    own_config,
     read_config,
     refuse_foreign_code,
     refuse_missing,
@@ -40,7 +41,7 @@ from slimlm.models.opening import (
     words_of,
 )
 from slimlm.models.skeleton import empty_model
-from slimlm.storage.mapping import MappedFile, map_file
+from slimlm.storage.mapping import MappedFile, map_file, unknown_dtype
 from slimlm.storage.streams import KINDS, is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
@@ -48,6 +49,7 @@ Tell = Callable[[str], None]
 Made = TypeVar("Made")
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -188,20 +190,24 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     """Open a causal language model without reading its weights; nothing is trusted to run code.
 
     scratch: a folder for what old .bin files are converted to, made when it is needed. tell: hears where the model has to be
-    opened whole. Raises ModelError for a missing, damaged, incomplete or already quantized model.
+    opened whole, and of an index beside the file that is read. Raises ModelError for a missing, damaged, incomplete or already
+    quantized model.
     """
     config = read_config(source)
     refuse_quantized(config, source)
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
-        files = [map_file(path) for path in safetensors_of(folder, scratch)]
+        files = [map_file(path, pass_over=True) for path in safetensors_of(folder, scratch, tell)]
     except CheckpointError as error:
-        advice = "" if isinstance(error, UnknownDtypeError) else "; if it is damaged or cut short, download it again"
-        raise ModelError(f"a weight file of {source} cannot be used ({error}){advice}") from error
+        raise ModelError(
+            f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
+        ) from error
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    found = _skeleton(source, folder, stored)
-    tokenizer, own = open_tokenizer(source), _own_config(folder)
+    release = _release_of(files)
+    unread = {name: about for file in files for name, about in file.unread.items()}
+    found = _skeleton(source, folder, stored, unread, release)
+    tokenizer = open_tokenizer(source)
     if found is None:
         tell(
             f"{source} is opened whole: transformers makes some of its weights of several tensors of the files, in a way that "
@@ -210,7 +216,8 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
         return _streamed_from_whole(source, tokenizer)
     model, weights, experts = found
     dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, _release_of(files), own, experts)
+    own = own_config(folder, model)
+    return StreamedModel(source, folder, model, tokenizer, weights, dtypes, release, own, experts)
 
 
 def _release_of(files: list[MappedFile]) -> Release:
@@ -222,13 +229,20 @@ def _release_of(files: list[MappedFile]) -> Release:
 
 
 def _skeleton(
-    source: str, folder: Path, stored: dict[str, Tensor]
+    source: str, folder: Path, stored: dict[str, Tensor], unread: dict[str, tuple[str, Tensor]], release: Release
 ) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]] | None:
-    """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it."""
+    """The model with placeholders, the tensors of the files by its names, and its experts; None where there is more to it.
+
+    unread: tensors of dtypes that slimlm does not read; raises ModelError where the model takes one.
+    """
     try:
-        empty = empty_model(folder, stored)
+        empty = empty_model(folder, stored | {name: raw for name, (_, raw) in unread.items()})
+        for name in taken_of(empty, unread)[:1]:
+            raise ModelError(f"{name} in the files of {source} {unknown_dtype(unread[name][0])}")
         stacks = {name: s for name, s in stacks_in(empty, stored).items() if s.shape(stored) is not None}
-        given, keys = _placeholders(stored, stacks)
+        names = taken_as_they_are(empty, stored)
+        _refuse_other_shapes(source, empty, names, stored)
+        given, keys = _placeholders(stored, stacks, _untied(empty, names, stored, release))
         with without_bars():
             model, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
@@ -249,14 +263,54 @@ def _skeleton(
     return model.eval().requires_grad_(False), found, experts
 
 
-def _placeholders(stored: dict[str, Tensor], stacks: dict[str, Stack]) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address."""
+def _refuse_other_shapes(source: str, empty: PreTrainedModel, names: dict[str, str], stored: dict[str, Tensor]) -> None:
+    """Raise ModelError where a tensor of the files has another shape than in the model; `names`: its name in the files."""
+    state = empty.state_dict()
+    odd = [(own, name) for own, name in names.items() if stored[name].shape != state[own].shape]
+    if odd:
+        own, name = odd[0]
+        more = f" ({len(odd) - 1} more do not fit either)" if len(odd) > 1 else ""
+        raise ModelError(
+            f"{name} in the files of {source} has the shape {list(stored[name].shape)}; by the config, {type(empty).__name__} "
+            f"has it in the shape {list(state[own].shape)}{more}. Config and weights belong to different models, or one was "
+            "changed: download both again"
+        )
+
+
+def _untied(empty: PreTrainedModel, names: dict[str, str], stored: dict[str, Tensor], release: Release) -> set[str]:
+    """Names in the files of tensors that the config ties to others, although the files hold both and they differ."""
+    found = set()
+    for one, other in empty.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if one in names and other in names and not _equal(stored[names[one]], stored[names[other]], release):
+            found.add(names[one])
+    return found
+
+
+def _equal(one: Tensor, other: Tensor, release: Release) -> bool:
+    """Whether transformers finds these equal in float32, as it compares tied tensors; a few rows of them are read at once."""
+    if one.shape != other.shape:
+        return False
+    try:
+        pairs = zip(one.split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True) if one.ndim else [(one, other)]
+        return all(torch.equal(a.float(), b.float()) for a, b in pairs)
+    finally:
+        release([one, other])
+
+
+def _placeholders(
+    stored: dict[str, Tensor], stacks: dict[str, Stack], untied: set[str]
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address.
+
+    Transformers ties what has equal values: those of the tensors in `untied` are ones, all others are zeros.
+    """
     stacked = {name for stack in stacks.values() for name in stack.names()}
     like = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items() if name not in stacked}
     for name, stack in stacks.items():
         like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
     given = {
-        name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype) for name, (shape, dtype) in like.items()
+        name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype, int(name in untied))
+        for name, (shape, dtype) in like.items()
     }
     return given, {tensor.data_ptr(): name for name, tensor in given.items()}
 
@@ -268,9 +322,9 @@ def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks:
     return None if share is None else stacks[key].share(share, stored)
 
 
-def placeholder(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape that takes no memory."""
-    return torch.zeros(1, dtype=dtype).expand(tuple(shape))
+def placeholder(shape: Iterable[int], dtype: torch.dtype, value: int = 0) -> Tensor:
+    """A tensor of this shape and this value that takes no memory."""
+    return torch.full((), value, dtype=dtype).expand(tuple(shape))
 
 
 def skeleton_copy(module: nn.Module) -> nn.Module:
@@ -297,25 +351,25 @@ def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None)
     )
 
 
-def _own_config(folder: Path) -> dict[str, Any]:
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored.pop("_name_or_path", None)
-    return dict(stored)
-
-
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, tell: Tell | None = None) -> list[Path]:
     """The files that hold a model's weights, safetensors before .bin; raises ModelError where there are none.
 
-    Where an index lists them, these; a repository may hold the same weights a second time under other names.
+    As transformers does, the single file is taken before those that an index lists, and these before any others: a repository
+    may hold the same weights a second time under other names. tell: hears of an index that is passed over.
     """
     for index, one, pattern in (
         (INDEX, "model.safetensors", "*.safetensors"),
         (BIN_INDEX, "pytorch_model.bin", "pytorch_model*.bin"),
     ):
+        if (folder / one).is_file():
+            if tell is not None and (folder / index).is_file():
+                tell(
+                    f"{folder} holds both {one} and {index}; as transformers does, {one} is read and the index is not. If the "
+                    f"files of the index are the ones that you mean, take {one} away"
+                )
+            return [folder / one]
         if (folder / index).is_file():
             return [folder / name for name in _indexed(folder / index)]
-        if (folder / one).is_file():
-            return [folder / one]
         if found := sorted(folder.glob(pattern)):
             return found
     raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin")
@@ -334,10 +388,10 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def safetensors_of(folder: Path, scratch: Path) -> list[Path]:
+def safetensors_of(folder: Path, scratch: Path, tell: Tell | None = None) -> list[Path]:
     """The weight files; old .bin files converted one at a time into `scratch`, where that was not done yet."""
     files = []
-    for path in weight_files(folder):
+    for path in weight_files(folder, tell):
         if path.suffix == ".safetensors":
             files.append(path)
             continue
@@ -373,6 +427,19 @@ def _refuse_larger_inside(path: Path) -> None:
         )
 
 
+def _no_tensors(path: Path, found: dict[Any, Any]) -> str:
+    """What a refusal says of a .bin file whose dictionary holds no tensor itself."""
+    keys = ", ".join(repr(str(key)) for key in list(found)[:5]) + (", ..." if len(found) > 5 else "")
+    said = f"{path} holds no tensors by name, but {f'the keys {keys}' if found else 'nothing'}"
+    inner = [key for key, value in found.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
+    if not inner:
+        return f"{said}; download it again, or give a model as save_pretrained writes it"
+    return (
+        f"{said}: the tensors are under {str(inner[0])!r}, as a training program saves them. Save these alone: "
+        f"torch.save(torch.load(file, weights_only=True)[{inner[0]!r}], file)"
+    )
+
+
 def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
     _refuse_larger_inside(path)
     try:
@@ -389,7 +456,9 @@ def _tensors_of_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__} where tensors by name were expected")
     tensors = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ModelError(_no_tensors(path, found))
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS.values():
-            raise ModelError(f"{name} in {path} has the dtype {tensor.dtype}; slimlm reads {', '.join(KINDS)}")
+            raise ModelError(f"{name} in {path} {unknown_dtype(str(tensor.dtype))}")
     return tensors

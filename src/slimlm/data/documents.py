@@ -3,7 +3,7 @@
 file.txt            one document, or several separated by lines that hold only <|endoftext|>
 file.jsonl          one document a line, in the field "text" (or "content")
 file.parquet        one document a row, in the column "text" (or "content")
-a folder            all such files in it, in order of name
+a folder            all such files in it, in order of name, but for what slimlm wrote there: checkpoints, runs and their logs
 stdlib              the source of Python's standard library: its calibration or its evaluation part
 anything else       a hub data set, NAME or NAME:CONFIG (split: train for calibration, test for evaluation)
 """
@@ -25,6 +25,10 @@ DEFAULT_DATA = "allenai/c4:en"
 SEPARATOR = "<|endoftext|>"
 _READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 _FIELDS = ("text", "content")
+_LOG, _LOG_BEGINS = ".log.jsonl", b'{"event": "run"'
+"""What the name of a run's log ends in (slimlm.run_log), and how the file begins."""
+_RECORD = "slimlm.json"
+"""The file that makes a folder a checkpoint (slimlm.storage.checkpoint)."""
 
 
 def documents(source: str, purpose: Purpose) -> Iterator[str]:
@@ -35,9 +39,11 @@ def documents(source: str, purpose: Purpose) -> Iterator[str]:
         return stdlib_documents(purpose)
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _READABLE)
+        files = sorted(p for p in path.rglob("*") if p.suffix in _READABLE and not _own_output(p, path))
         if not files:
-            raise DataError(f"the folder {source} holds no file that ends in {', '.join(_READABLE)}")
+            raise DataError(
+                f"{source} holds no file that ends in {', '.join(_READABLE)} (what slimlm wrote there does not count)"
+            )
         return (text for file in files for text in _of_file(file))
     if path.is_file():
         if path.suffix not in _READABLE:
@@ -46,6 +52,16 @@ def documents(source: str, purpose: Purpose) -> Iterator[str]:
     if path.suffix in _READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"no text at {source}")
     return _of_hub(source, purpose)
+
+
+def _own_output(file: Path, folder: Path) -> bool:
+    """Whether slimlm wrote a file below this folder: the log of a run, or what lies in a run's folder or a checkpoint."""
+    if file.name.endswith(_LOG) and file.is_file():
+        with file.open("rb") as log:
+            if log.read(len(_LOG_BEGINS)) == _LOG_BEGINS:
+                return True
+    between = file.parents[: file.parents.index(folder)]
+    return any(".partial" in (p.suffix, p.suffix.partition("-")[0]) or (p / _RECORD).is_file() for p in between)
 
 
 def _of_file(path: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ is dropped. This is the usual perplexity protocol and serves calibration as well
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
@@ -43,6 +43,21 @@ def choose_windows(windows: Tensor, samples: int, seed: int) -> Tensor:
     """`samples` windows drawn without repetition by `seed`, or all where there are fewer."""
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def refuse_unknown_tokens(tokens: Tensor, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise DataError where tokens have no row in the model's embedding; a tokenizer of another model gives such."""
+    find = getattr(model, "get_input_embeddings", None)
+    rows = getattr(find() if find else None, "num_embeddings", None)
+    if not isinstance(rows, int) or tokens.numel() == 0 or int(tokens.max()) < rows:
+        return
+    token = int(tokens.max())
+    words = "" if tokenizer is None else f" ({tokenizer.decode([token])!r})"
+    raise DataError(
+        f"the tokenizer gives token {token}{words}; the embedding of {type(model).__name__} has {rows} rows, for tokens 0 to "
+        f"{rows - 1}. The tokenizer files belong to another model, or got tokens that the model was never given: use those "
+        "that came with the model, or a text without such tokens"
+    )
 
 
 def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed: int, start: int | None) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.core.errors import NumericsError
+from slimlm.data.windows import refuse_unknown_tokens
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**27
@@ -30,7 +31,11 @@ class Perplexity:
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Perplexity:
-    """Perplexity of a causal model (token ids to `.logits`) on windows `[count, length]`; float32 losses."""
+    """Perplexity of a causal model (token ids to `.logits`) on windows `[count, length]`; float32 losses.
+
+    Raises DataError for tokens that the model does not have.
+    """
+    refuse_unknown_tokens(windows, model)
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1

@@ -5,7 +5,7 @@ mapping how it gets from one to the other. Where that is stacking experts, gate 
 tensor is a tensor of the files, or half of it is, so that nothing has to be put together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,22 +54,40 @@ def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]
 
     Names are matched as transformers does when it loads; what it makes in other ways is left out.
     """
-    mapping = get_model_conversion_mapping(empty)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state = empty.state_dict()
     found: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
-        if pattern is not None and renamed in state:
+    for name, renamed, pattern in _renamed(empty, stored):
+        if pattern is not None:
             found.setdefault(renamed, {}).setdefault(pattern, []).append(name)
+    converters = [entry for entry in get_model_conversion_mapping(empty) if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     stacks = {}
     for target, sorts in found.items():
         converter = by_pattern[next(iter(sorts))]
         if _stacks(converter) and sorts.keys() == set(converter.source_patterns):
             stacks[target] = Stack(tuple(tuple(sorts[pattern]) for pattern in converter.source_patterns))
     return stacks
+
+
+def taken_as_they_are(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The names in the files of the tensors that transformers takes as they are, by their names in the model."""
+    return {renamed: name for name, renamed, pattern in _renamed(empty, stored) if pattern is None}
+
+
+def taken_of(empty: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Those of these names in the files that the model has a place for, as they are or converted."""
+    return [name for name, _, _ in _renamed(empty, stored)]
+
+
+def _renamed(empty: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Each name in the files that the model has a place for, what it is in the model, and the pattern of what converts it."""
+    mapping = get_model_conversion_mapping(empty)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = empty.state_dict()
+    for name in sorted(stored, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
+        if renamed in state:
+            yield name, renamed, pattern
 
 
 def _stacks(converter: WeightConverter) -> bool:

@@ -152,9 +152,33 @@ def open_dense(source: str) -> DenseModel:
     for name in experts:
         dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}
     dtypes = {name: dtypes[name] for name in model.state_dict()}
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = own_config(folder, model)
+    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, own, experts)
+
+
+def own_config(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """The config in a folder as it is to be written with the model that transformers made of it.
+
+    Where the config ties tensors that the files hold twice and otherwise, transformers ties none of them; then the config
+    says so. Raises ModelError where it ties others all the same, which no config says.
+    """
+    stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     stored.pop("_name_or_path", None)
-    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, stored, experts)
+    state = model.state_dict(keep_vars=True)
+    pairs = {n: o for n, o in model.get_expanded_tied_weights_keys(all_submodels=True).items() if n in state and o in state}
+    untied = [name for name, other in pairs.items() if state[name] is not state[other]]
+    if not untied:
+        return stored
+    if tied := [name for name in pairs if name not in untied]:
+        raise ModelError(
+            f"the config in {folder} ties {untied[0]} to {pairs[untied[0]]} and {tied[0]} to {pairs[tied[0]]}; the files hold "
+            f"another {untied[0]}, so the one would have to be tied and the other not. Store {tied[0]} in the files, too, and "
+            "set tie_word_embeddings to false in config.json"
+        )
+    stored["tie_word_embeddings"] = False
+    if isinstance(inner := stored.get("text_config"), dict):
+        stored["text_config"] = inner | {"tie_word_embeddings": False}
+    return stored
 
 
 def quantization_of(config: dict[str, Any], source: str) -> dict[str, Any]:

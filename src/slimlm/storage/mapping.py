@@ -33,6 +33,8 @@ class MappedFile:
     """address of the first byte of the file"""
     header: bytes = field(repr=False)
     """all that lies before the tensors, which follow it without gaps"""
+    unread: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """tensors of dtypes that slimlm does not read, where these were asked to be passed over: the dtype, and the bytes"""
 
     def release(self, tensors: Iterable[Tensor]) -> int:
         """Drop the pages that hold nothing but these tensors; gives the bytes dropped, 0 where the system cannot.
@@ -61,14 +63,23 @@ class MappedFile:
         return found
 
 
-def map_file(path: Path) -> MappedFile:
-    """Map a safetensors file; raises CheckpointError where it is none, or is cut short, and OSError where it cannot be read."""
+def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
+    """Map a safetensors file; raises CheckpointError where it is none, or is cut short, and OSError where it cannot be read.
+
+    pass_over: tensors of dtypes that slimlm does not read are kept apart instead of being refused.
+    """
     about, metadata, data = _header(path)
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    unread = {}
+    for name in [name for name, entry in about.items() if pass_over and entry["dtype"] not in KINDS]:
+        entry = about.pop(name)
+        begin, end = entry["data_offsets"]
+        raw = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        unread[name] = entry["dtype"], _view(path, memory, name, raw, data)
     tensors = {name: _view(path, memory, name, entry, data) for name, entry in about.items()}
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return MappedFile(tensors, metadata, memory, start, memory[:data])
+    return MappedFile(tensors, metadata, memory, start, memory[:data], unread)
 
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
@@ -90,10 +101,17 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
     return dict(in_order), metadata, 8 + length
 
 
+def unknown_dtype(dtype: str) -> str:
+    """What a refusal says of a tensor of this dtype, after its name."""
+    eight = dtype.startswith(("F8", "torch.float8"))
+    advice = "; weights in float8 have to be dequantized to bf16 (with their scales) first" if eight else ""
+    return f"has the dtype {dtype}; slimlm reads {', '.join(KINDS)}{advice}"
+
+
 def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data: int) -> Tensor:
     """One tensor as a view of the mapping; a copy where the file does not align it."""
     if entry["dtype"] not in KINDS:
-        raise UnknownDtypeError(f"{name} in {path} has the dtype {entry['dtype']}; slimlm reads {', '.join(KINDS)}")
+        raise UnknownDtypeError(f"{name} in {path} {unknown_dtype(entry['dtype'])}")
     dtype, shape, begin = KINDS[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
     if prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)

@@ -124,7 +124,7 @@ def compress(
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
-    # What is no model at all is known before --restart drops anything.
+    # What is no model at all is known before anything is made.
     read_config(str(model))
     with joined() as group:
         if group.first:
@@ -141,6 +141,7 @@ def compress(
             if journal.blocks:
                 tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
             with logged(Path(out), asked, ready, recipe, journal) as log:
+                journal.begin()
                 told = progress if log is None else both(progress, log)
                 flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
                 finish = partial(finished, Path(out), asked, ready, recipe, found, flow, journal, told)
@@ -175,6 +176,8 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     """Say what is kept and how to go on where a run goes on, is stopped, or finds the disk full."""
 
     def words() -> str:
+        if journal.restarting:
+            return f"nothing is kept of it; what was in {journal.folder} before --restart still is"
         if not journal.worth:
             return "no block was finished, and nothing is kept"
         return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same line goes on from there"

@@ -83,11 +83,13 @@ Bits = Annotated[float | None, typer.Option(help="Average bits per weight to spe
 Counted = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size), or bytes and operations (speed).")]
 EmbeddingBits = Annotated[
     int | None,
-    typer.Option(help="Of input embedding and output head: 4 to 8; 16 leaves them as stored.  [default: what the recipe says]"),
+    typer.Option(
+        help="Of input embedding and output head: 4 to 8; 16 leaves them as stored.  \\[default: what the recipe says]"
+    ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
+    typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  \\[default: {DEFAULT_DATA}]"),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")]
@@ -96,7 +98,7 @@ Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  [default: half of what is free]"
+        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  \\[default: half of what is free]"
     ),
 ]
 
@@ -306,7 +308,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help=".txt, .jsonl, .parquet or folder; hub data set; stdlib.")],
     against: Annotated[str | None, typer.Option(help="A second model to measure beside it.")] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: the model's context, at most 2048]")
+        int | None, typer.Option(min=2, help="Tokens per window.  \\[default: the model's context, at most 2048]")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop reading after this many tokens.")] = None,
     activations: Annotated[
@@ -407,13 +409,17 @@ def generate(
 def bench(
     out: Annotated[Path, typer.Argument(help="Compressed folder.")],
     against: Annotated[
-        str | None, typer.Option(help="A dense model to measure beside it.  [default: random weights in the same shapes]")
+        str | None, typer.Option(help="A dense model to measure beside it.  \\[default: random weights in the same shapes]")
     ] = None,
     kernels: Annotated[Kernels, typer.Option(help="auto, precise, fast or reference.")] = "auto",
-    batch: Annotated[list[int] | None, typer.Option(help="Texts at once; may be given again.  [default: 1, 4 and 16]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="[default: what torch uses]")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text.  [default: 128]")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text, after the first.  [default: 32]")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Texts at once; may be given again.  \\[default: 1, 4 and 16]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads to measure with.  \\[default: what torch uses]")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text.  \\[default: 128]")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text, after the first.  \\[default: 32]")] = None,
     save: Annotated[
         Path | None, typer.Option("--out", help="Write the figures here (.json) and a picture beside it (.png).")
     ] = None,
@@ -506,7 +512,7 @@ def verify(
         str | None, typer.Option(help="Measure the perplexity, too: .txt, .jsonl, .parquet or folder; hub data set; stdlib.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window of the text.  [default: the model's context, at most 2048]")
+        int | None, typer.Option(min=2, help="Tokens per window of the text.  \\[default: the model's context, at most 2048]")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Stop reading the text after this many tokens.")] = 4096,
     device: Device = "auto",

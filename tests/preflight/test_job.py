@@ -83,3 +83,15 @@ def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
     more = job_of(llama_folder, "slim", samples=80)
     assert more.disk_bytes >= slim.disk_bytes + 72 * 32 * slim.width * 4
     assert more.block_bytes == slim.block_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_least_counts_the_covariances_that_are_held_together(family: str, tmp_path: Path) -> None:
+    job = job_of(save(random_model(family), tmp_path / "m"), "gptq")
+    stages = [sum(width**2 for width in widths) for widths in job.inputs]
+    together = max(stages) if job.recipe.sequential else sum(stages)
+    assert job.covariances_bytes == 12 * together and job.least_bytes == job.copies * job.block_bytes + 12 * together
+    assert job.least_on_device == job.copies * job.block_bytes + 8 * together
+    if family == "mixtral":
+        experts = job.dense.model.config.num_local_experts
+        assert max(map(len, job.inputs)) == experts and together > experts * min(job.inputs[-1]) ** 2

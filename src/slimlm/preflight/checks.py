@@ -41,17 +41,40 @@ def check_memory(memory: Memory, allowed: int | None) -> str | None:
     if needed > there:
         raise DoesNotFitError(
             f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(needed)}, and there are {in_words(there)}. A recipe that does not follow the original model holds the "
-            "block once (gptq), one without covariances needs less still (slim, absmax); or use a machine with more. If "
+            f"{in_words(needed)}, and there are {in_words(there)}. {_smaller(memory)}; or use a machine with more. If "
             "there is more than slimlm sees (swap), say so: --memory SIZE"
         )
     if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
         return (
             f"memory is tight: about {in_words(memory.peak)} at the fullest moment, of which "
-            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. Fewer --samples, a smaller "
-            "--memory (activations go to the disk then) or a recipe without covariances take less"
+            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. {_lighter(memory)}"
         )
     return None
+
+
+def _smaller(memory: Memory) -> str:
+    """Which recipe needs less where even the least is too much."""
+    if 2 * memory.covariances > memory.least:
+        return (
+            f"{in_words(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
+            "mixture, for every expert): take a recipe without them (slim, absmax); fewer --samples do not help"
+        )
+    return (
+        "A recipe that does not follow the original model holds the block once (gptq), one without covariances needs less "
+        "still (slim, absmax)"
+    )
+
+
+def _lighter(memory: Memory) -> str:
+    """What takes less, by what takes the most."""
+    if not memory.on_disk and 2 * memory.activations >= memory.peak - memory.process:
+        return "Fewer --samples, or a smaller --memory (activations go to the disk then), take less"
+    if 2 * memory.covariances >= memory.block >= max(memory.begin, memory.end):
+        return "Most of it are covariances: a recipe without them (slim, absmax) takes less, fewer --samples do not"
+    return (
+        "Fewer --samples, a smaller --memory (activations go to the disk then), a recipe that does not follow the original "
+        "model (gptq) or one without covariances (slim, absmax) take less"
+    )
 
 
 def check_device(job: Job, device: torch.device) -> str | None:
@@ -59,10 +82,11 @@ def check_device(job: Job, device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     _, total = torch.cuda.mem_get_info(device)
-    if job.least_bytes > total:
+    if job.least_on_device > total:
         raise DoesNotFitError(
             f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(job.least_bytes)}; use --device cpu, or a recipe that does not follow the original model"
+            f"{in_words(job.least_on_device)}; use --device cpu, a recipe that does not follow the original model (gptq), or "
+            "one without covariances (slim, absmax)"
         )
     return None
 

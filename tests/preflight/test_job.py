@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import Gemma3Config
 
 import slimlm
 from slimlm.calibration import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
 from slimlm.embedding import ends_of
-from slimlm.models.structure import blocks_of
+from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
 from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
@@ -95,3 +97,11 @@ def test_the_least_counts_the_covariances_that_are_held_together(family: str, tm
     if family == "mixtral":
         experts = job.dense.model.config.num_local_experts
         assert max(map(len, job.inputs)) == experts and together > experts * min(job.inputs[-1]) ** 2
+
+
+def test_the_text_part_of_a_model_with_images_says_width_and_context() -> None:
+    outer = Gemma3Config(text_config={"hidden_size": 48, "max_position_embeddings": 64, "num_hidden_layers": 1})
+    model = nn.Module()
+    model.config = outer
+    assert getattr(outer, "hidden_size", None) is None and context_length(model) == 64
+    assert text_config(model).hidden_size == 48 and context_length(nn.Module()) is None

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from slimlm.core.errors import DoesNotFitError
+from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
+from slimlm.data.documents import documents
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.job import Job, folder_bytes
 from slimlm.runtime.memory import in_words, total_and_free
+from slimlm.storage import checkpoint
 from slimlm.storage.journal import journal_folder
 
 _TIGHT = 0.9
@@ -121,18 +123,33 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     return None
 
 
-def problems_of(job: Job, device: torch.device, out: Path | None, allowed: int | None) -> tuple[str, ...]:
+def check_place(out: Path) -> None:
+    """Raise CheckpointError where something stands in the way of writing to `out`; nothing is made."""
+    checkpoint.refuse_taken(out)
+
+
+def check_text(data: str) -> None:
+    """Raise DataError where a file or folder that is to give the text is not there; nothing is read, no hub asked."""
+    if data != "self":
+        documents(data, "calibration")
+
+
+def problems_of(
+    job: Job, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
+) -> tuple[str, ...]:
     """What the checks before a run would refuse or warn of, in words."""
     checks: list[Callable[[], str | None]] = [
         lambda: check_device(job, device),
         lambda: check_memory(memory_of(job, allowed), allowed),
         lambda: check_whole(job.dense.whole_bytes, allowed) if job.planned else None,
         lambda: None if out is None else check_disk(job, out, journal_folder(out)),
+        lambda: None if out is None else check_place(out),
+        lambda: None if data is None else check_text(data),
     ]
     found = []
     for check in checks:
         try:
             found.append(check())
-        except DoesNotFitError as error:
+        except (DoesNotFitError, CheckpointError, DataError) as error:
             found.append(str(error))
     return tuple(text for text in found if text is not None)

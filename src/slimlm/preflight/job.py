@@ -15,7 +15,7 @@ from slimlm.calibrate import Flow, arguments_of, batches_of, first_inputs, stage
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
 from slimlm.embedding import GROUP, Ends
-from slimlm.models.structure import linears_of, weight_of
+from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
@@ -160,7 +160,7 @@ class Job:
     @cached_property
     def width(self) -> int:
         """Features per token between blocks."""
-        own = getattr(self.dense.model.config, "hidden_size", None)
+        own = getattr(text_config(self.dense.model), "hidden_size", None)
         return int(own) if own else max(width for _, width in self.shapes.values())
 
     @property

@@ -432,7 +432,7 @@ def _rebatched(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
 
 def journal_folder(out: Path) -> Path:
     """Where the journal of a run that writes `out` is: beside it, or inside where it is there already."""
-    beside = out.absolute().with_name(out.absolute().name + ".partial")
+    beside = out.absolute().parent / f"{out.absolute().name}.partial"
     return out.absolute() / INSIDE if out.is_dir() and not beside.is_dir() else beside
 
 

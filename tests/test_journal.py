@@ -1,6 +1,8 @@
 """What a journal keeps is not made again, and another run's is not touched. Faults done to runs are in tests/faults."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 import slimlm
 from slimlm import blockwise
+from slimlm.storage import aside
 from slimlm.storage.journal import open_journal
 
 from .conftest import random_model, save
@@ -90,3 +93,85 @@ def test_a_run_that_failed_does_not_hold_the_lock(tmp_path: Path) -> None:
     with open_journal(tmp_path / "o", restart=False) as journal:
         assert journal.notes == {"plan": {}}
     assert kept
+
+
+def begun(model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A run that was interrupted after one block; gives the files of its journal."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("slimlm.blockwise.compress_block", interrupted(".1"))
+        slimlm.compress(model, out, recipe="slim", data=str(text), samples=6, length=32)
+    return kept_in(out.with_name("o.partial"))
+
+
+def kept_in(journal: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(journal)): path.read_bytes() for path in journal.rglob("*") if path.name != "slimlm.lock"}
+
+
+def test_a_restart_that_is_refused_drops_nothing(
+    line: Line,  # noqa: F811
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "o"
+    left = begun(model, text_file, out, monkeypatch)
+    typed = ["compress", model, "-o", out, "--recipe", "slim", "--samples", 6, "--length", 32]
+    assert "no text at nonexistent.txt" in line.refused(*typed, "--data", "nonexistent.txt", "--restart")
+    assert kept_in(out.with_name("o.partial")) == left
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("slimlm.pipeline.plan_of", stop)
+        status, _, said = line(*typed, "--data", text_file, "--restart")
+    assert status == 130 and "before --restart still is" in " ".join(said.split())
+    assert kept_in(out.with_name("o.partial")) == left
+    status, _, said = line(*typed, "--data", text_file)
+    assert status == 0 and "going on after block 1 of" in said
+
+
+class KilledError(BaseException):
+    """In place of a kill: nothing is done after it."""
+
+
+def killed_at(number: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do this until the given renaming, counted from 0."""
+    real, calls = Path.rename, count()
+
+    def rename(path: Path, target: Path) -> Path:
+        if next(calls) == number:
+            raise KilledError
+        return real(path, target)
+
+    with monkeypatch.context() as patched, suppress(KilledError):
+        patched.setattr(Path, "rename", rename)
+        work()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("first", range(9))
+@pytest.mark.parametrize("second", range(5))
+def test_a_restart_that_is_killed_at_any_moment_leaves_the_old_journal_or_the_new(
+    accepted: bool, first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = {"journal.json": "old", "text": "old", "block": "old"}, {"journal.json": "new", "text": "new"}
+    for name, content in {**old, "lock": ""}.items():
+        (tmp_path / name).write_text(content)
+
+    def restart() -> None:
+        assert aside.set_aside(tmp_path, "journal.json", "lock")
+        for name, content in new.items():
+            (tmp_path / name).write_text(content)
+        if accepted:
+            aside.drop(tmp_path)
+
+    def settle() -> None:
+        aside.settle(tmp_path, "journal.json", "lock")
+
+    killed_at(first, restart, monkeypatch)
+    killed_at(second, settle, monkeypatch)
+    settle()
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "lock"}
+    assert found == (new if accepted and first > len(old) else old)

@@ -4,12 +4,13 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from slimlm import doctor as diagnosis
 from slimlm.core import registry
 from slimlm.core.errors import CheckpointError, DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import check_seed, token_stream, windows_of
 from slimlm.evaluate.activations import ActivationFormat, rounded_activations
 from slimlm.evaluate.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluate.gpu_tiles import tune_kernels
@@ -83,11 +84,13 @@ Bits = Annotated[float | None, typer.Option(help="Average bits per weight to spe
 Counted = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size), or bytes and operations (speed).")]
 EmbeddingBits = Annotated[
     int | None,
-    typer.Option(help="Of input embedding and output head: 4 to 8; 16 leaves them as stored.  [default: what the recipe says]"),
+    typer.Option(
+        help="Of input embedding and output head: 4 to 8; 16 leaves them as stored.  \\[default: what the recipe says]"
+    ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  [default: {DEFAULT_DATA}]"),
+    typer.Option(help=f".txt, .jsonl, .parquet or folder; hub data set; stdlib; self.  \\[default: {DEFAULT_DATA}]"),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per window, at most the model's context.")]
@@ -96,7 +99,7 @@ Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  [default: half of what is free]"
+        help="Such as 8GiB: activations over it stay on the disk, plans over it are refused.  \\[default: half of what is free]"
     ),
 ]
 
@@ -207,7 +210,7 @@ def plan_(
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with shown(notes, silent=quiet) as observer:
-        expected = estimate(model, out, recipe=opened, **asked)
+        expected = estimate(model, out, recipe=opened, data=data, seed=seed, **asked)
         planned = make_plan(model, recipe=opened, data=data, seed=seed, progress=observer, **asked) if planning else None
     if save is not None and planned is not None:
         save.write_text(to_toml(planned[1]), encoding="utf-8")
@@ -306,7 +309,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help=".txt, .jsonl, .parquet or folder; hub data set; stdlib.")],
     against: Annotated[str | None, typer.Option(help="A second model to measure beside it.")] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: the model's context, at most 2048]")
+        int | None, typer.Option(min=2, help="Tokens per window.  \\[default: the model's context, at most 2048]")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop reading after this many tokens.")] = None,
     activations: Annotated[
@@ -362,6 +365,7 @@ def generate(
     """Stream text from a model, on fast kernels unless told otherwise; how fast it came goes to standard error."""
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    check_seed(seed)
     where = pick_device(device)
     _check_kernels(where, kernels)
     opened = open_any(model, kernels=kernels, device=where, tell=_tell)
@@ -407,13 +411,17 @@ def generate(
 def bench(
     out: Annotated[Path, typer.Argument(help="Compressed folder.")],
     against: Annotated[
-        str | None, typer.Option(help="A dense model to measure beside it.  [default: random weights in the same shapes]")
+        str | None, typer.Option(help="A dense model to measure beside it.  \\[default: random weights in the same shapes]")
     ] = None,
     kernels: Annotated[Kernels, typer.Option(help="auto, precise, fast or reference.")] = "auto",
-    batch: Annotated[list[int] | None, typer.Option(help="Texts at once; may be given again.  [default: 1, 4 and 16]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="[default: what torch uses]")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text.  [default: 128]")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text, after the first.  [default: 32]")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Texts at once; may be given again.  \\[default: 1, 4 and 16]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads to measure with.  \\[default: what torch uses]")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text.  \\[default: 128]")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text, after the first.  \\[default: 32]")] = None,
     save: Annotated[
         Path | None, typer.Option("--out", help="Write the figures here (.json) and a picture beside it (.png).")
     ] = None,
@@ -499,6 +507,9 @@ def inspect_(
     output.print(tables[1])
 
 
+_VERIFIED_TOKENS = 4096
+
+
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(help="Compressed folder.")],
@@ -506,14 +517,19 @@ def verify(
         str | None, typer.Option(help="Measure the perplexity, too: .txt, .jsonl, .parquet or folder; hub data set; stdlib.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window of the text.  [default: the model's context, at most 2048]")
+        int | None, typer.Option(min=2, help="Tokens per window of the text.  \\[default: the model's context, at most 2048]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Stop reading the text after this many tokens.")] = 4096,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"Stop reading the text after this many tokens.  \\[default: {_VERIFIED_TOKENS}]")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Check a compressed folder from end to end: checksums, masks, scales, every layer accounted for, and that it runs."""
-    windows = None if text is None else _windows_for(out, text, length, max_tokens)
+    for option, given in (("--length", length), ("--max-tokens", max_tokens)):
+        if text is None and given is not None:
+            raise SlimlmError(f"{option} needs --text: it says how much of a text is read, and none is named")
+    windows = None if text is None else _windows_for(out, text, length, max_tokens or _VERIFIED_TOKENS)
     found = verify_folder(out, windows, device=pick_device(device))
     if as_json:
         _print_json(found.to_dict())
@@ -527,7 +543,9 @@ def _windows_for(out: Path, text: str, length: int | None, max_tokens: int) -> t
     checkpoint.read_record(out)
     if (tokenizer := open_tokenizer(str(out))) is None:
         raise DataError(f"{out} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
-    context = read_config(str(out)).get("max_position_embeddings")
+    config = read_config(str(out))
+    own = config.get("text_config")
+    context = (own if isinstance(own, dict) else config).get("max_position_embeddings")
     limit = context if isinstance(context, int) and context > 1 else 2048
     if length is not None and length > limit:
         raise DataError(f"--length {length} is more than the model's context of {limit} tokens")
@@ -620,18 +638,45 @@ def _print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
 
+def _run(arguments: list[str]) -> None:
+    """Run a verb, which ends in SystemExit once all it has to say is written."""
+    try:
+        app(args=arguments)
+    except SystemExit:
+        # What is still held back would fail where Python ends, without a word of ours.
+        sys.stdout.flush()
+        raise
+
+
+def _silence_output() -> None:
+    """Let nothing more go to standard output: Python would try once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point: an error of ours is one message and status 2; `--debug`, anywhere on the line, adds the traceback."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     transformers_logging.set_verbosity_error()
     try:
-        app(args=arguments)
+        _run(arguments)
     except SlimlmError as error:
         if debug:
             traceback.print_exc()
         if speaks(error):
             sys.stderr.write(f"slimlm: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read has enough.
+        _silence_output()
+        sys.exit(1)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _silence_output()
+        where = f" ({error.filename})" if error.filename else ", of standard output or of a file"
+        sys.stderr.write(f"slimlm: reading or writing failed{where}: {error.strerror or error}\n")
         sys.exit(2)
     except MemoryError:
         sys.stderr.write("slimlm: memory ran out\n")

@@ -36,12 +36,13 @@ from slimlm.calibration import Calibration, kept_windows
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
 from slimlm.core.layer import Need
 from slimlm.data.documents import DEFAULT_DATA
+from slimlm.data.windows import check_seed
 from slimlm.embedding import Ends, ends_of
 from slimlm.evaluate.results import Record, explosion, layer_from
 from slimlm.events import Event, Observer, both, quiet
 from slimlm.finish import contents_of, verify, write
 from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
-from slimlm.models.structure import blocks_of, context_length
+from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.plan.options import Budget, Objective
 from slimlm.plan.plan import (
     Plan,
@@ -124,7 +125,7 @@ def compress(
     """
     wanted = Calibration(data or DEFAULT_DATA, samples, length, seed)
     asked = Asked(str(model), asked_recipe(recipe, embedding_bits), bits, objective, wanted, device, memory, Path(out))
-    # What is no model at all is known before --restart drops anything.
+    # What is no model at all is known before anything is made.
     read_config(str(model))
     with joined() as group:
         if group.first:
@@ -141,6 +142,7 @@ def compress(
             if journal.blocks:
                 tell(f"going on after block {len(journal.blocks)} of {len(ready.blocks)}, kept in {journal.folder}")
             with logged(Path(out), asked, ready, recipe, journal) as log:
+                journal.begin()
                 told = progress if log is None else both(progress, log)
                 flow = compress_blocks(ready.dense, ready.blocks, recipe, ready.windows, ready.device, told, journal)
                 finish = partial(finished, Path(out), asked, ready, recipe, found, flow, journal, told)
@@ -175,6 +177,8 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     """Say what is kept and how to go on where a run goes on, is stopped, or finds the disk full."""
 
     def words() -> str:
+        if journal.restarting:
+            return f"nothing is kept of it; what was in {journal.folder} before --restart still is"
         if not journal.worth:
             return "no block was finished, and nothing is kept"
         return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same line goes on from there"
@@ -314,8 +318,10 @@ def estimate(
     bits: float | None = None,
     objective: Objective = "size",
     embedding_bits: int | None = None,
+    data: str | None = None,
     samples: int = 128,
     length: int = 2048,
+    seed: int = 0,
     device: str = "auto",
     memory: int | None = None,
     tell: Tell = silent,
@@ -324,7 +330,8 @@ def estimate(
 
     No weight and no text is read (but for old .bin files, which are converted first, and models that have to be opened whole):
     calibration is taken to have as many windows as are asked for. The rates behind the times are measured on this machine,
-    which takes some seconds. out: where it would be written, so that its disk is looked at. Raises
+    which takes some seconds. out: where it would be written, so that its disk is looked at, and
+    whether anything is there. data: looked for, where it is a file or folder. Raises
     what `compress` would raise for a recipe that does not suit the model; what does not fit is in `Estimate.problems`.
     """
     asked = Asked(
@@ -332,7 +339,7 @@ def estimate(
         asked_recipe(recipe, embedding_bits),
         bits,
         objective,
-        Calibration(samples=samples, length=length),
+        Calibration(data or DEFAULT_DATA, samples, length, seed),
         device,
         memory,
     )
@@ -349,7 +356,7 @@ def estimate(
             memory=memory_of(job, memory),
             disk_free=None if folder is None else free_on_disk(folder),
             seconds=timed(job, folder, where),
-            problems=problems_of(job, where, None if out is None else Path(out), memory),
+            problems=problems_of(job, where, None if out is None else Path(out), memory, data),
         )
 
 
@@ -367,6 +374,9 @@ class Asked:
     """bytes; see `compress`"""
     out: Path | None = None
     """None: nothing is to be written"""
+
+    def __post_init__(self) -> None:
+        check_seed(self.calibration.seed)
 
     def identity(self, files: list[Path], config: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """What the result depends on, but for weights and calibration text, which the journal compares when they are read."""
@@ -477,7 +487,7 @@ def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tel
     what, size = " and ".join(reasons), dense.whole_bytes
     check_whole(size, asked.memory)
     # A plan holds the activations of all windows in memory beside it.
-    width = getattr(dense.model.config, "hidden_size", None) or 0
+    width = getattr(text_config(dense.model), "hidden_size", None) or 0
     held = asked.calibration.samples * asked.calibration.length * width * 4 if "a plan" in reasons else 0
     if asked.memory is not None and size + held > asked.memory:
         raise ModelError(
@@ -603,7 +613,7 @@ def peak_memory() -> int | None:
 
 def _own_name(source: str) -> str:
     """A source's name without the folders above it, which are nobody else's business; a hub name as it is."""
-    return Path(source).name if Path(source).exists() else source
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _versions() -> dict[str, str]:

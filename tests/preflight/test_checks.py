@@ -14,8 +14,9 @@ from slimlm.cli import app
 from slimlm.core.errors import DoesNotFitError
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
-from slimlm.preflight.estimate import Memory
+from slimlm.preflight.estimate import Memory, memory_of
 
+from ..conftest import random_model, save
 from ..test_refusals import Line, line  # noqa: F401, a fixture
 from .test_job import job_of
 
@@ -41,6 +42,23 @@ def test_memory_that_is_tight_is_told_with_what_would_help() -> None:
     assert "about 190 bytes" in str(check_memory(with_memory(free=99), None))
     assert check_memory(with_memory(free=101), None) is None
     assert check_memory(with_memory(free=99, on_disk=True), None) is None
+
+
+def test_the_advice_is_about_what_takes_the_most() -> None:
+    few, no_covariances = "Fewer --samples", "fewer --samples do not"
+    assert few in str(check_memory(with_memory(free=99, activations=70), None))
+    assert no_covariances in str(check_memory(with_memory(free=60, covariances=40), None))
+    with pytest.raises(DoesNotFitError, match=r"40 bytes of it are covariances.*every expert.*\(slim, absmax\)"):
+        check_memory(with_memory(total=49, covariances=40), None)
+
+
+def test_a_mixture_whose_covariances_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(random_model("mixtral"), tmp_path / "m")
+    there = job_of(folder, "gptq").least_bytes - 1
+    monkeypatch.setattr("slimlm.preflight.estimate.total_and_free", lambda: (there, there))
+    check_memory(memory_of(job_of(folder, "slim"), None), None)
+    with pytest.raises(DoesNotFitError, match="the memory does not suffice"):
+        check_memory(memory_of(job_of(folder, "gptq"), None), None)
 
 
 def test_the_disk_is_refused_where_output_and_journal_do_not_fit(

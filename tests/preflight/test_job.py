@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import Gemma3Config
 
 import slimlm
 from slimlm.calibration import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
 from slimlm.embedding import ends_of
-from slimlm.models.structure import blocks_of
+from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
 from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
@@ -83,3 +85,23 @@ def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
     more = job_of(llama_folder, "slim", samples=80)
     assert more.disk_bytes >= slim.disk_bytes + 72 * 32 * slim.width * 4
     assert more.block_bytes == slim.block_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_least_counts_the_covariances_that_are_held_together(family: str, tmp_path: Path) -> None:
+    job = job_of(save(random_model(family), tmp_path / "m"), "gptq")
+    stages = [sum(width**2 for width in widths) for widths in job.inputs]
+    together = max(stages) if job.recipe.sequential else sum(stages)
+    assert job.covariances_bytes == 12 * together and job.least_bytes == job.copies * job.block_bytes + 12 * together
+    assert job.least_on_device == job.copies * job.block_bytes + 8 * together
+    if family == "mixtral":
+        experts = job.dense.model.config.num_local_experts
+        assert max(map(len, job.inputs)) == experts and together > experts * min(job.inputs[-1]) ** 2
+
+
+def test_the_text_part_of_a_model_with_images_says_width_and_context() -> None:
+    outer = Gemma3Config(text_config={"hidden_size": 48, "max_position_embeddings": 64, "num_hidden_layers": 1})
+    model = nn.Module()
+    model.config = outer
+    assert getattr(outer, "hidden_size", None) is None and context_length(model) == 64
+    assert text_config(model).hidden_size == 48 and context_length(nn.Module()) is None

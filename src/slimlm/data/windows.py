@@ -39,6 +39,13 @@ def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
     return tokens[: count * length].view(count, length)
 
 
+def check_seed(seed: int) -> int:
+    """The seed; raises DataError where torch's generators do not take it."""
+    if not -(2**63) <= seed < 2**64:
+        raise DataError(f"seed = {seed}: give a whole number of at most 64 bits, such as 0")
+    return seed
+
+
 def choose_windows(windows: Tensor, samples: int, seed: int) -> Tensor:
     """`samples` windows drawn without repetition by `seed`, or all where there are fewer."""
     generator = torch.Generator().manual_seed(seed)

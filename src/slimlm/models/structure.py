@@ -9,11 +9,12 @@ the token embedding and the head. Experts whose weights a class fuses into one t
 
 import copy
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.core.errors import ModelError
@@ -89,8 +90,13 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "vocab_size", None) or 1)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of a model, or of its part that writes text where it has others (images); None where it has none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
 def context_length(model: nn.Module) -> int | None:
     """The longest input the model was made for, in tokens, where its config says so."""
-    config = getattr(model, "config", None)
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(text_config(model), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None

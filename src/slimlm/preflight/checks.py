@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from slimlm.core.errors import DoesNotFitError
+from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
+from slimlm.data.documents import documents
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.job import Job, folder_bytes
 from slimlm.runtime.memory import in_words, total_and_free
+from slimlm.storage import checkpoint
 from slimlm.storage.journal import journal_folder
 
 _TIGHT = 0.9
@@ -41,17 +43,40 @@ def check_memory(memory: Memory, allowed: int | None) -> str | None:
     if needed > there:
         raise DoesNotFitError(
             f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(needed)}, and there are {in_words(there)}. A recipe that does not follow the original model holds the "
-            "block once (gptq), one without covariances needs less still (slim, absmax); or use a machine with more. If "
+            f"{in_words(needed)}, and there are {in_words(there)}. {_smaller(memory)}; or use a machine with more. If "
             "there is more than slimlm sees (swap), say so: --memory SIZE"
         )
     if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
         return (
             f"memory is tight: about {in_words(memory.peak)} at the fullest moment, of which "
-            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. Fewer --samples, a smaller "
-            "--memory (activations go to the disk then) or a recipe without covariances take less"
+            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. {_lighter(memory)}"
         )
     return None
+
+
+def _smaller(memory: Memory) -> str:
+    """Which recipe needs less where even the least is too much."""
+    if 2 * memory.covariances > memory.least:
+        return (
+            f"{in_words(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
+            "mixture, for every expert): take a recipe without them (slim, absmax); fewer --samples do not help"
+        )
+    return (
+        "A recipe that does not follow the original model holds the block once (gptq), one without covariances needs less "
+        "still (slim, absmax)"
+    )
+
+
+def _lighter(memory: Memory) -> str:
+    """What takes less, by what takes the most."""
+    if not memory.on_disk and 2 * memory.activations >= memory.peak - memory.process:
+        return "Fewer --samples, or a smaller --memory (activations go to the disk then), take less"
+    if 2 * memory.covariances >= memory.block >= max(memory.begin, memory.end):
+        return "Most of it are covariances: a recipe without them (slim, absmax) takes less, fewer --samples do not"
+    return (
+        "Fewer --samples, a smaller --memory (activations go to the disk then), a recipe that does not follow the original "
+        "model (gptq) or one without covariances (slim, absmax) take less"
+    )
 
 
 def check_device(job: Job, device: torch.device) -> str | None:
@@ -59,10 +84,11 @@ def check_device(job: Job, device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     _, total = torch.cuda.mem_get_info(device)
-    if job.least_bytes > total:
+    if job.least_on_device > total:
         raise DoesNotFitError(
             f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(job.least_bytes)}; use --device cpu, or a recipe that does not follow the original model"
+            f"{in_words(job.least_on_device)}; use --device cpu, a recipe that does not follow the original model (gptq), or "
+            "one without covariances (slim, absmax)"
         )
     return None
 
@@ -97,18 +123,33 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     return None
 
 
-def problems_of(job: Job, device: torch.device, out: Path | None, allowed: int | None) -> tuple[str, ...]:
+def check_place(out: Path) -> None:
+    """Raise CheckpointError where something stands in the way of writing to `out`; nothing is made."""
+    checkpoint.refuse_taken(out)
+
+
+def check_text(data: str) -> None:
+    """Raise DataError where a file or folder that is to give the text is not there; nothing is read, no hub asked."""
+    if data != "self":
+        documents(data, "calibration")
+
+
+def problems_of(
+    job: Job, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
+) -> tuple[str, ...]:
     """What the checks before a run would refuse or warn of, in words."""
     checks: list[Callable[[], str | None]] = [
         lambda: check_device(job, device),
         lambda: check_memory(memory_of(job, allowed), allowed),
         lambda: check_whole(job.dense.whole_bytes, allowed) if job.planned else None,
         lambda: None if out is None else check_disk(job, out, journal_folder(out)),
+        lambda: None if out is None else check_place(out),
+        lambda: None if data is None else check_text(data),
     ]
     found = []
     for check in checks:
         try:
             found.append(check())
-        except DoesNotFitError as error:
+        except (DoesNotFitError, CheckpointError, DataError) as error:
             found.append(str(error))
     return tuple(text for text in found if text is not None)

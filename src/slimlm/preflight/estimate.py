@@ -41,6 +41,8 @@ class Memory:
     """what is surely held at one time, of the process not even what it holds already"""
     total: int | None
     free: int | None
+    covariances: int = 0
+    """of `least`, what the covariances of inputs that are measured together take"""
 
     @property
     def peak(self) -> int:
@@ -108,6 +110,7 @@ def memory_of(job: Job, allowed: int | None, *, processes: int = 1) -> Memory:
         least=job.least_bytes,
         total=total,
         free=free,
+        covariances=job.covariances_bytes,
     )
 
 

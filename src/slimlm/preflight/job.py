@@ -15,7 +15,7 @@ from slimlm.calibrate import Flow, arguments_of, batches_of, first_inputs, stage
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
 from slimlm.embedding import GROUP, Ends
-from slimlm.models.structure import linears_of, weight_of
+from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
@@ -160,7 +160,7 @@ class Job:
     @cached_property
     def width(self) -> int:
         """Features per token between blocks."""
-        own = getattr(self.dense.model.config, "hidden_size", None)
+        own = getattr(text_config(self.dense.model), "hidden_size", None)
         return int(own) if own else max(width for _, width in self.shapes.values())
 
     @property
@@ -185,8 +185,23 @@ class Job:
     def measuring_bytes(self) -> int:
         """Of statistics while they are summed, for the inputs that are measured together."""
         own = (16 if self.recipe.needs & Need.GRAM else 0) + (16 if self.recipe.needs & Need.CROSS else 0)
+        return own * self._measured
+
+    @property
+    def _measured(self) -> int:
+        """Squared widths of the inputs that are measured together: of a mixture, every expert's."""
         stages = [sum(width**2 for width in widths) for widths in self.inputs]
-        return own * (max(stages, default=0) if self.recipe.sequential else sum(stages))
+        return max(stages, default=0) if self.recipe.sequential else sum(stages)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of the covariances that are summed together, in float64, where the recipe asks for them."""
+        return 8 * self._measured if self.recipe.needs & Need.GRAM else 0
+
+    @property
+    def covariances_bytes(self) -> int:
+        """Of these sums and their means in float32, which are made while the sums are there."""
+        return self.sums_bytes * 3 // 2
 
     @property
     def solving_bytes(self) -> int:
@@ -227,9 +242,13 @@ class Job:
 
     @property
     def least_bytes(self) -> int:
-        """What is held at one time whatever else is done: a block, its twin, the statistics of the widest input."""
-        widest = max((width for _, width in self.shapes.values()), default=0)
-        return self.copies * self.block_bytes + (12 * widest**2 if self.recipe.needs & Need.GRAM else 0)
+        """What is held at one time whatever else is done: a block, its twin, the covariances that are measured together."""
+        return self.copies * self.block_bytes + self.covariances_bytes
+
+    @property
+    def least_on_device(self) -> int:
+        """Of that, what surely lies on the device; the means go to main memory where they would fill it."""
+        return self.copies * self.block_bytes + self.sums_bytes
 
     # Disk, in bytes
 

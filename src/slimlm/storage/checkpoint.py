@@ -57,18 +57,27 @@ Files = dict[str, dict[str, Any]]
 
 
 def refuse_occupied(out: Path, *, restart: bool = False) -> None:
+    """Raise CheckpointError where `refuse_taken` does, or where the disk refuses; the folder for `out` is made."""
+    refuse_taken(out, restart=restart)
+    with _writable(out) as where, tempfile.TemporaryFile(dir=where):
+        # Without a name, so that a process that is killed here leaves nothing.
+        pass
+
+
+def refuse_taken(out: Path, *, restart: bool = False) -> None:
     """Raise CheckpointError where something stands in the way of writing to `out`; an unfinished run's own files do not.
 
     restart: that run is to be dropped, so what it has moved to `out` already, perhaps all of a checkpoint, is in the way.
     """
+    if not out.absolute().name:
+        raise CheckpointError(
+            f"--out {out}: this is no folder of its own; give one that does not exist yet, such as {out / 'o'}"
+        )
     if out.is_symlink() and not out.exists():
         raise CheckpointError(f"{out} is a link to {out.readlink()}, which is not there; make that folder, or give another")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder that does not exist yet")
     refuse_strangers(out, set() if restart else moved_already(out))
-    with _writable(out) as where, tempfile.TemporaryFile(dir=where):
-        # Without a name, so that a process that is killed here leaves nothing.
-        pass
 
 
 def refuse_strangers(out: Path, known: set[str]) -> None:

@@ -5,6 +5,7 @@
       block-0003.safetensors  the packed tensors of a finished block, under the names that they will have in the checkpoint
       inputs-0003.safetensors the activations with which the next block begins; the file before is removed
       ...                     one small file per note that holds tensors (the calibration windows)
+      slimlm.aside/           what a run found that was told to restart, until it has begun (slimlm.storage.aside)
 
 A commit writes the block's files, each beside its name, synced and renamed, and then journal.json in the same way, with their
 SHA-256 in it. A run that is killed at any moment therefore finds the journal as the last commit left it; files that it does
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.ranks.group import ALONE, Group
+from slimlm.storage import aside
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, sync_folder, write_stream, write_tensors, written
 
@@ -113,16 +115,28 @@ class Journal:
     """when this process began, on its own clock"""
     seconds_before: float = 0.0
     """`seconds` at that time"""
+    restarting: bool = False
+    """whether the journal of the run before is still there, set aside; see `begin`"""
 
     @property
     def worth(self) -> bool:
-        """Whether anything is kept that takes time to make again."""
+        """Whether anything is kept that takes time to make again and outlives a failure."""
+        return not self.restarting and self._holds_work
+
+    @property
+    def _holds_work(self) -> bool:
         return bool(self.blocks) or bool({PLAN, OWN_TEXT} & self.notes.keys())
 
     @property
     def elapsed(self) -> float:
         """Seconds that the run has taken by now, in all processes that worked on it, what was lost not counted."""
         return self.seconds_before + time.monotonic() - self.opened
+
+    def begin(self) -> None:
+        """Say that nothing stands in the way of the first block: only now the run that is to be dropped is."""
+        if self.restarting:
+            aside.drop(self.folder)
+            self.restarting = False
 
     def meet(self, identity: dict[str, Any], alike: Iterable[str] = ()) -> None:
         """Say what this run is: a new journal is begun with it, and one that is there must have the same.
@@ -418,7 +432,7 @@ def _rebatched(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
 
 def journal_folder(out: Path) -> Path:
     """Where the journal of a run that writes `out` is: beside it, or inside where it is there already."""
-    beside = out.absolute().with_name(out.absolute().name + ".partial")
+    beside = out.absolute().parent / f"{out.absolute().name}.partial"
     return out.absolute() / INSIDE if out.is_dir() and not beside.is_dir() else beside
 
 
@@ -426,8 +440,9 @@ def journal_folder(out: Path) -> Path:
 def open_journal(out: Path, *, restart: bool, group: Group = ALONE) -> Iterator[Journal]:
     """The journal of the run that writes `out`, locked meanwhile; one that keeps nothing worth keeping is removed at the end.
 
-    restart: drop what is there. Ranks other than the first get a journal that knows what the first one's held at the beginning,
-    with a folder for the time being. Raises CheckpointError where another process writes the same output, where the journal is
+    restart: what is there is set aside, dropped by `Journal.begin`, and put back where the run ends or is killed before.
+    Ranks other than the first get a journal that knows what the first one's held at the beginning, with a folder for the time
+    being. Raises CheckpointError where another process writes the same output, where the journal is
     damaged, or where the disk refuses.
     """
     if group.first:
@@ -462,8 +477,8 @@ def _opened(out: Path, *, restart: bool) -> Iterator[Journal]:
         raise _cannot_keep(journal, error) from error
     try:
         try:
-            if restart:
-                _empty(journal.folder)
+            aside.settle(journal.folder, _JOURNAL, _LOCK)
+            journal.restarting = restart and aside.set_aside(journal.folder, _JOURNAL, _LOCK)
             journal.read()
             journal.tidy()
         except OSError as error:
@@ -471,7 +486,11 @@ def _opened(out: Path, *, restart: bool) -> Iterator[Journal]:
         try:
             yield journal
         finally:
-            if not journal.worth:
+            if journal.restarting:
+                with suppress(OSError):
+                    # The next run does what the disk refuses now.
+                    aside.settle(journal.folder, _JOURNAL, _LOCK)
+            elif not journal.worth:
                 journal.remove()
     finally:
         lock.release()
@@ -490,6 +509,8 @@ def _made(folder: Path) -> None:
 def _empty(folder: Path) -> None:
     """Drop a journal: what says what it holds first, so that one that is dropped in part only is empty, not damaged."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name != _JOURNAL):
+        if path.name in aside.FOLDERS:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK:

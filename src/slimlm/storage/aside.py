@@ -1,0 +1,68 @@
+"""The journal that a restarted run found, set aside within its folder until the new run has begun: a refusal gives it back.
+
+    slimlm.aside/    the files that were there; whole as soon as journal.json is in it, which is moved last
+    slimlm.back/     the same on their way back
+    slimlm.dropped/  the same on their way out
+
+Each step ends with the renaming of one file or folder, so a kill at any moment leaves one of these states, and `settle` goes on
+from it: what was dropped is removed, all else is put back.
+"""
+
+import shutil
+from pathlib import Path
+
+from slimlm.storage.streams import sync_folder
+
+ASIDE, _BACK, _DROPPED = "slimlm.aside", "slimlm.back", "slimlm.dropped"
+FOLDERS = frozenset({ASIDE, _BACK, _DROPPED})
+
+
+def set_aside(folder: Path, last: str, stays: str) -> bool:
+    """Move all but `stays` aside, the file `last` at the end; gives whether there was such a file, else nothing is done."""
+    if not (folder / last).is_file():
+        return False
+    (folder / ASIDE).mkdir()
+    _move_all(folder, folder / ASIDE, last, {stays, *FOLDERS})
+    return True
+
+
+def settle(folder: Path, last: str, stays: str) -> None:
+    """Put back what is aside, in place of what is there; remove what was dropped."""
+    if (folder / _DROPPED).is_dir():
+        shutil.rmtree(folder / _DROPPED)
+    aside, back = folder / ASIDE, folder / _BACK
+    if aside.is_dir():
+        if (aside / last).is_file():
+            _remove_all(folder, {stays, *FOLDERS})
+        _renamed(aside, back)
+    if back.is_dir():
+        _move_all(back, folder, last, set())
+        back.rmdir()
+
+
+def drop(folder: Path) -> None:
+    """Remove what is aside."""
+    _renamed(folder / ASIDE, folder / _DROPPED)
+    shutil.rmtree(folder / _DROPPED)
+
+
+def _move_all(source: Path, target: Path, last: str, but: set[str]) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if path.name not in but:
+            _renamed(path, target / path.name)
+
+
+def _renamed(path: Path, target: Path) -> None:
+    """Rename, and bring that to the disk before anything else."""
+    path.rename(target)
+    sync_folder(target.parent)
+
+
+def _remove_all(folder: Path, but: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name in but:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

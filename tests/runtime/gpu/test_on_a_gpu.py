@@ -82,6 +82,20 @@ def test_text_from_replayed_steps_is_that_of_the_models_own_forward(
     made = generate(model, torch.arange(8, device=WHERE)[None], max_new_tokens=16)
     assert made.way == "the lean step, replayed from a CUDA graph"
     assert "launches" in str(words(model)), "queries, keys and values are one launch"
+    again = generate(model, torch.arange(8, device=WHERE)[None], max_new_tokens=16)
+    assert torch.equal(again.tokens, made.tokens), "the second text goes by the first one's graph"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_a_model_on_a_card_that_is_not_the_current_one_writes_the_same_text(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
+    made = []
+    for where in ("cuda:0", "cuda:1"):
+        model = slimlm.load(tmp_path / "out", device=where)
+        made.append(generate(model, torch.arange(8, device=where)[None], max_new_tokens=16))
+    assert made[1].way == "the lean step, replayed from a CUDA graph" and torch.equal(made[0].tokens, made[1].tokens)
 
 
 def test_a_card_holds_the_kernels_layout_alone_and_what_is_saved_is_what_was_opened(

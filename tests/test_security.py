@@ -111,6 +111,8 @@ def test_a_name_that_leads_out_of_a_folder_is_none(name: str, copy: Path, dense:
         slimlm.load(copy)
     index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
     (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    # The single file would be read before the index.
+    (dense / "model.safetensors").rename(dense / "other.safetensors")
     with pytest.raises(ModelError, match="outside the folder"):
         opened(dense)
     journal = Journal(tmp_path, notes={"text": {"file": name, "sha256": "", "more": 1}})

@@ -73,14 +73,24 @@ def test_a_run_killed_when_its_output_is_in_place_ends_when_its_line_is_typed_ag
     bench.goes_on()
 
 
-@pytest.mark.parametrize("number", [1, 4])
-def test_a_restart_that_is_killed_leaves_an_empty_journal_or_a_sound_one(number: int, bench: Bench) -> None:
+RESTARTS = {
+    "the first file is to be set aside": (Moment(("os:rename",), 1), 2),
+    "the journal is to be set aside": (Moment(("os:rename",), 5), 2),
+    "all is set aside": (Moment(("slimlm.storage.aside:set_aside",), after=True), 2),
+    "the run is ready": (Moment(("slimlm.pipeline:plan_of",), after=True), 2),
+    "what was set aside is dropped": (Moment(("slimlm.storage.aside:drop",), after=True), 0),
+}
+
+
+@pytest.mark.parametrize("stage", RESTARTS)
+def test_a_restart_that_is_killed_before_it_begins_gives_back_what_was_kept(stage: str, bench: Bench) -> None:
+    moment, left = RESTARTS[stage]
     bench.run("matched", Moment(("slimlm.blockwise:measure",), 3))
     assert len(kept(bench.journal)) == 2
-    dropping = Moment(("os:unlink",), number)
-    assert bench.run("matched", dropping, None, "--restart").code == -signal.SIGKILL
-    assert len(kept(bench.journal)) == (2 if number == 1 else 0)
-    bench.goes_on()
+    assert bench.run("matched", moment, None, "--restart").code == -signal.SIGKILL
+    said = bench.run("matched").done().said
+    assert (f"going on after block {left} of {BLOCKS}" in said) == (left > 0)
+    bench.same()
 
 
 # Every call that changes what is on the disk or makes it last.

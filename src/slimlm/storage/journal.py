@@ -572,7 +572,7 @@ _SAMPLE = 4096
 
 
 def _sampled(path: Path) -> str:
-    mapped = map_file(path)
+    mapped = map_file(path, pass_over=True)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         sum_of = hashlib.sha256(file.read(length))

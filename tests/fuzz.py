@@ -95,6 +95,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
             slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name / file).unlink(missing_ok=True)
+        repair_beside(folder / name)
         slimlm.load(folder / name)
         shutil.rmtree(dense)
         found[name] = folder / name
@@ -196,11 +197,25 @@ def damage_weights(raw: bytes, draw: random.Random) -> bytes:
 
 def repair_record(folder: Path) -> None:
     """Let the record give the sizes and checksums that the shards have now."""
+    with own_record(folder) as record:
+        for name, entry in record["files"].items():
+            entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+            entry.pop("tensors", None)
+
+
+def repair_beside(folder: Path) -> None:
+    """Let the record give the checksums that config and tokenizer have now, where they are there."""
+    with own_record(folder) as record:
+        record["beside"] = {name: sha256_of(folder / name) for name in record["beside"] if (folder / name).is_file()}
+
+
+@contextlib.contextmanager
+def own_record(folder: Path) -> Iterator[Any]:
+    """A folder's record, to be changed; its file may be a link to that of others."""
     path = folder / checkpoint.RECORD
     record = json.loads(path.read_text())
-    for name, entry in record["files"].items():
-        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        entry.pop("tensors", None)
+    yield record
+    path.unlink()
     path.write_text(json.dumps(record))
 
 
@@ -223,12 +238,9 @@ def damaged(base: Path, folder: Path, draw: random.Random) -> str:
         new = json.dumps(damage_json(json.loads(raw), draw)).encode()
     path.unlink()
     path.write_bytes(new)
-    if path in weights and draw.random() < 0.8:
-        record = folder / checkpoint.RECORD
-        content = record.read_bytes()
-        record.unlink()
-        record.write_bytes(content)
-        repair_record(folder)
+    repair = repair_record if path in weights else repair_beside if path.name == "config.json" else None
+    if repair is not None and draw.random() < 0.8:
+        repair(folder)
         return f"{path.name}, and the record repaired"
     return str(path.relative_to(folder)) + (" as it was" if new == raw else "")
 

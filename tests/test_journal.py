@@ -10,6 +10,7 @@ import pytest
 
 import slimlm
 from slimlm import blockwise
+from slimlm.recipe import recipe_from_dict
 from slimlm.storage import aside
 from slimlm.storage.journal import open_journal
 
@@ -36,7 +37,9 @@ def interrupted(at: str) -> Callable[..., Any]:
 
 
 def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: Any = {"data": "self", "samples": 6, "length": 16, "bits": 5.0}
+    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group": 16}
+    recipe = recipe_from_dict({"name": "quick", "sequential": True, "steps": [step]}, source="test")
+    asked: Any = {"recipe": recipe, "data": "self", "samples": 6, "length": 16, "bits": 5.0}
     slimlm.compress(model, tmp_path / "undisturbed", **asked)
 
     def stop(*_: object) -> None:

@@ -1,7 +1,7 @@
 """What the journal and streaming cost: a compression with them, beside the same steps on a model that is whole in memory.
 
     python benchmarks/overhead.py                                        # random Llamas, two sizes, recipe slim
-    python benchmarks/overhead.py --model examples/pystd-5m --recipe best
+    python benchmarks/overhead.py --model examples/pystd-5m --samples 64
 
 Each is a process of its own, one after the other by turns. "memory" opens the model with `from_pretrained`, compresses its
 blocks with the same functions, keeps everything in memory, and writes one file at the end, without a checksum and without
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import slimlm
 from results_file import Results, this_run
-from slimlm.blockwise import compress_block, stored_tensors
+from slimlm.blockwise import compress_block, follows, stored_tensors
 from slimlm.calibrate import Flow, enter, run_through
 from slimlm.data.documents import documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
@@ -88,6 +88,8 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = asked.parse_args()
+    if follows(recipe := open_recipe(given.recipe)) or recipe.matching is not None:
+        asked.error(f"{given.recipe} runs the original block, too, which has no counterpart here; give slim or gptq")
     with TemporaryDirectory() as scratch:
         if given.way:
             ends = WAYS[given.way](given.model, Path(scratch) / "out", given.recipe, given.samples, given.length)

@@ -25,6 +25,7 @@ from slimlm.core.sweep import inverse_of, order_of, rounded_sweep
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.memory import free_on_card
 
 from .conftest import VOCABULARY, random_model
 from .far_device import FAR, FarTensor, MixedDevicesError, far_device, near, send
@@ -91,7 +92,7 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
     name: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = quick(open_recipe(name))
-    monkeypatch.setattr(calibrate, "_free", lambda device: room)
+    monkeypatch.setattr(calibrate, "free_on_card", lambda device: room)
     expected, told = compressed(recipe, CPU)
     with far_device() as counts:
         found, also = compressed(recipe, FAR)
@@ -103,7 +104,7 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
 def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block, name, flow, _ = first_block()
     for room, place in ((2**40, FAR), (10_000, CPU)):
-        monkeypatch.setattr(calibrate, "_free", lambda device, room=room: room)
+        monkeypatch.setattr(calibrate, "free_on_card", lambda device, room=room: room)
         with far_device():
             sent = send(copy.deepcopy(block))
             found = calibrate.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAR)
@@ -113,7 +114,7 @@ def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert calibrate._free(torch.device("cuda", 0)) == 500
+    assert free_on_card(torch.device("cuda", 0)) == 500
 
 
 def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:

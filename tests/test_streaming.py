@@ -309,6 +309,7 @@ def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: 
     state = load_file(folder / "model.safetensors")
     stray = {"model.scale": torch.tensor(1.5), "steps": torch.tensor(3)}
     save_file(state | stray, folder / "model.safetensors", metadata={"format": "pt"})
+    slimlm.compress(folder, tmp_path / "o", recipe="absmax", data="self", samples=2, length=8)
     found = opened(folder)
     assert list(found.weights) == list(expected.weights)
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())

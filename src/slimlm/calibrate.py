@@ -14,6 +14,7 @@ from slimlm.core.layer import Need, Stats
 from slimlm.models.opening import words_of
 from slimlm.models.structure import weight_of
 from slimlm.ranks.group import ALONE, Group
+from slimlm.runtime.memory import free_on_card
 
 _TOKENS_AT_ONCE = 8192
 
@@ -336,14 +337,8 @@ _SHARE_OF_CARD = 0.25
 
 def _resting_place(sums: Iterable["_Sums"], device: torch.device) -> torch.device:
     """Where statistics lie until steps use them: on the device where all take at most a quarter of what is free there."""
-    fits = device.type == "cpu" or sum(own.bytes() for own in sums) <= _SHARE_OF_CARD * _free(device)
+    fits = device.type == "cpu" or sum(own.bytes() for own in sums) <= _SHARE_OF_CARD * free_on_card(device)
     return device if fits else torch.device("cpu")
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that are free on a card, those among them that torch holds and nothing uses."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _of_all_ranks(

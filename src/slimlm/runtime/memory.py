@@ -1,7 +1,9 @@
-"""How much memory there is for this process."""
+"""How much memory there is for this process, of the machine and of a card."""
 
 import os
 from pathlib import Path
+
+import torch
 
 
 def total_and_free() -> tuple[int | None, int | None]:
@@ -42,3 +44,11 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+
+
+def free_on_card(device: torch.device) -> int:
+    """Bytes that a card has free, those among them that torch holds and nothing uses; 0: the device is no card."""
+    if device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held

@@ -17,6 +17,7 @@ from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.gpu import device, products
 from slimlm.runtime.linear import CompressedLinear, Multiplier
+from slimlm.runtime.memory import free_on_card
 
 
 def multipliers(model: nn.Module) -> dict[str, Multiplier]:
@@ -76,20 +77,12 @@ def _name(dtype: torch.dtype) -> str:
 def _pass_gpu_over(layers: Sequence[Multiplier], dtype: torch.dtype) -> None:
     """Let the reference multiply, which unpacks weights once, where dense matrices of this dtype take half of what is free."""
     dense = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
-    if 2 * dense > _free(layers[0].stored().device):
+    if 2 * dense > free_on_card(layers[0].stored().device):
         return
     for layer in layers:
         layer.pass_kernels_over(
             f"{_name(dtype)}: GPU kernels would unpack weights for every product, and there is room to do it once; {_PACKED}"
         )
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that a card has free, those among them that torch holds for later; 0: the device is no card."""
-    if device.type != "cuda":
-        return 0
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def prefer_fast(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from slimlm.runtime import use
 from slimlm.runtime.choose import Kernels
 from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.memory import free_on_card
 from slimlm.runtime.use import activations, use_kernels, words
 
 from ...conftest import random_model, save
@@ -40,7 +41,7 @@ def on_a_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTr
         free = sum(2 * 4 * layer.in_features * layer.out_features for layer in layers_of(model)) - lacking
         monkeypatch.setattr(device, "refuses", lambda where: None if where.type == "cuda" else "no card")
         monkeypatch.setattr(device, "words", lambda where: "a card")
-        monkeypatch.setattr(use, "_free", lambda where: free if where.type == "cuda" else 0)
+        monkeypatch.setattr(use, "free_on_card", lambda where: free if where.type == "cuda" else 0)
         for layer in layers_of(model):
             layer._works_on = torch.device("cuda")
         return model
@@ -106,4 +107,4 @@ def test_loading_tells_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_is_no_card_has_no_room() -> None:
-    assert use._free(torch.device("cpu")) == 0
+    assert free_on_card(torch.device("cpu")) == 0

@@ -43,13 +43,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import slimlm
-from slimlm.calibrate import Flow, enter, measure, run
+from slimlm.calibration.capture import Flow, enter, measure, run
 from slimlm.core.layer import Need, measured
-from slimlm.core.linalg import weighted_square
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.data.documents import documents
 from slimlm.data.windows import sample_from_model, token_stream, windows_of
-from slimlm.evaluate.compare import OpenModel, open_any
-from slimlm.evaluate.perplexity import perplexity
+from slimlm.evaluation.compare import OpenModel, open_any
+from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
 from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
 from slimlm.report.tables import plain_table
@@ -300,7 +300,7 @@ def compressed(ground: Ground, entry: Entry, seed: int) -> Data:
     """Compress in a process of its own and measure the result; raises CalledProcessError where that fails."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        line = [sys.executable, "-c", "from slimlm.cli import main; main()", "compress", ground.source, "--out", str(out)]
+        line = [sys.executable, "-c", "from slimlm.cli.app import main; main()", "compress", ground.source, "--out", str(out)]
         # The steps are compared, so embedding and head are the original's in every row.
         line += ["--embedding-bits", "16"]
         line += ["--data", ground.data, "--samples", str(ground.samples), "--seed", str(seed), "--json"]

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from slimlm.evaluate.speed import Call, Contender, Effort
+from slimlm.bench.layer_speed import Call, Contender, Effort
 
 _AT_ONCE = 16_000_000
 """Bytes of the weights that one call of another program goes through, so that calling it costs next to nothing."""

@@ -33,11 +33,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
-from slimlm import blockwise, calibrate, calibration, pipeline
-from slimlm.core import descent, grid, linalg, lowrank, masks, polish, sweep
-from slimlm.evaluate import results
+from slimlm import pipeline, record
+from slimlm.calibration import capture, samples
+from slimlm.core import grid, mask
+from slimlm.core.solvers import coordinate_descent, linalg, low_rank, low_rank_descent, sweep
 from slimlm.methods.joint import alternation
 from slimlm.report.tables import plain_table
+from slimlm.run import block
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -60,7 +62,7 @@ class Work:
 def of_statistics(sums: Any, x: Tensor, original: Tensor | None = None, **_: Any) -> Work:
     """x^T x is symmetric; z^T x is not."""
     count, width = x.numel() // x.shape[-1], x.shape[-1]
-    products = bool(sums.needs & calibrate.Need.GRAM) + 2 * (original is not None)
+    products = bool(sums.needs & capture.Need.GRAM) + 2 * (original is not None)
     return Work(single=products * count * width**2, bytes=4.0 * count * width)
 
 
@@ -114,9 +116,9 @@ def of_low_rank(error: Tensor, energy: Tensor, rank: int, *, start: Tensor | Non
 
 def of_adapter(error: Tensor, energy: Tensor, *others: Any) -> Work:
     """Rounds of R H E^T, which judges one left factor and gives the next, and of the right factor between them; sweeps too."""
-    form = next(o for o in others if isinstance(o, lowrank.AdapterFormat))
+    form = next(o for o in others if isinstance(o, low_rank.AdapterFormat))
     (out, width), rank = error.shape, form.rank_of((error.shape[0], error.shape[1]))
-    rounds = 1 + (lowrank._REFITS if form.refit else 0)
+    rounds = 1 + (low_rank._REFITS if form.refit else 0)
     products = (2 * rounds - 1) * 2.0 * out * width * rank
     if energy.ndim == 1:
         return Work(single=products, bytes=rounds * 8.0 * error.numel())
@@ -170,13 +172,13 @@ def nothing(*_: Any, **__: Any) -> Work:
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("open", pipeline, "open_streamed", nothing),
     ("check the model", pipeline, "read_once", nothing),
-    ("read text", calibration, "documents", nothing),
-    ("calibration forward", blockwise, "arguments_of", nothing),
-    ("calibration forward", blockwise, "first_inputs", nothing),
-    ("calibration forward", calibrate, "_forward", of_forward),
-    ("statistics", calibrate._Sums, "add", of_statistics),
-    ("statistics", calibrate._Sums, "stats", nothing),
-    ("statistics", calibrate, "measure_drift", of_drift),
+    ("read text", samples, "documents", nothing),
+    ("calibration forward", block, "arguments_of", nothing),
+    ("calibration forward", block, "first_inputs", nothing),
+    ("calibration forward", capture, "_forward", of_forward),
+    ("statistics", capture._Sums, "add", of_statistics),
+    ("statistics", capture._Sums, "stats", nothing),
+    ("statistics", capture, "measure_drift", of_drift),
     ("inverse", sweep, "inverse_of", of_inverse),
     ("goal", alternation, "_goal", of_goal),
     ("scale search", grid, "best_scale", of_search(0)),
@@ -185,20 +187,20 @@ STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("scale search", grid, "searched", of_searched),
     ("scale search", grid, "distribution", nothing),
     ("encode", grid, "encode", of_weight(9.0)),
-    ("mask", masks, "choose", of_weight(5.0)),
+    ("mask", mask, "choose", of_weight(5.0)),
     ("order", sweep, "order_of", nothing),
     ("sweep", sweep, "sweep", of_sweep),
     ("sweep", sweep, "rounded_sweep", nothing),
     ("table of levels", grid, "fitted", nothing),
-    ("polish", polish, "polish", of_polish),
-    ("descent", descent, "descend", of_descent),
+    ("polish", coordinate_descent, "polish", of_polish),
+    ("descent", low_rank_descent, "descend", of_descent),
     ("low-rank solve", linalg, "best_low_rank", of_low_rank),
-    ("adapter rounding", lowrank, "_rounded", lambda e, n, _l, _r, f: of_adapter(e, n, f)),
-    ("adapter rounding", lowrank, "_swept", lambda e, n, _r, f, _i: of_adapter(e, n, f)),
+    ("adapter rounding", low_rank, "_rounded", lambda e, n, _l, _r, f: of_adapter(e, n, f)),
+    ("adapter rounding", low_rank, "_swept", lambda e, n, _r, f, _i: of_adapter(e, n, f)),
     ("objective", linalg, "weighted_square", lambda e, n: Work(single=2.0 * e.numel() * len(n) if n.ndim == 2 else 0.0)),
     ("packing", CompressedLinear, "from_parts", of_weight(5.0)),
     ("unpacking", CompressedLinear, "prepare", of_weight(5.0)),
-    ("record", results, "record_of", nothing),
+    ("record", record, "record_of", nothing),
     ("saving", pipeline, "write", nothing),
     ("saving", checkpoint, "write_record", nothing),
     ("verification", pipeline, "verify", nothing),

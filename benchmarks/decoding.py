@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from slimlm.inference.decode import lean
+from slimlm.inference.decode.grouped import direct
 from slimlm.report.tables import plain_table
-from slimlm.runtime import lean
-from slimlm.runtime.joint import direct
 
 PROMPT = 100
 SIZES = {"64 wide, 8 blocks": (64, 128, 8, 4, 2), "768 wide, 12 blocks": (768, 2048, 12, 12, 12)}

@@ -9,7 +9,7 @@ turns in random order, round after round, and figures are medians. Models of the
 (--folder keeps them): a packed slimlm checkpoint like those of recipe `best`, a dense bfloat16 folder, and GGUF files that
 llama.cpp's own quantizer makes.
 Tokens are counted over all texts of a batch; further tokens by the median time between them, the first with the prompt.
-With one thread the clock is the process's CPU time, with more the wall clock (see slimlm/evaluate/speed.py).
+With one thread the clock is the process's CPU time, with more the wall clock (see slimlm/evaluate/layer_speed.py).
 
 A way that cannot be had is named with the reason: in the results, and at the end.
 """
@@ -39,12 +39,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, StoppingCriteri
 
 from random_checkpoint import SIZES, Size, write
 from results_file import Data, Results, slug, this_run
-from slimlm.evaluate import speed
-from slimlm.evaluate.model_speed import opened
-from slimlm.generation import generate
+from slimlm.bench import layer_speed
+from slimlm.bench.model_speed import opened
+from slimlm.inference.generate import generate
 from slimlm.report.tables import plain_table
 from slimlm.report.tables import size as size_words
-from slimlm.runtime import processor
+from slimlm.runtime.cpu import processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_LLAMA = "llama-cpp-python or gguf is not installed (python -m pip install llama-cpp-python gguf; the first is compiled)"
@@ -310,11 +310,11 @@ def measure_one(way: str, files: Path, jobs: Sequence[Job], repeats: int) -> Dat
     about = WAYS[way]
     threads = jobs[0].threads
     torch.set_num_threads(threads)
-    clock = speed.clock_for(threads)
+    clock = layer_speed.clock_for(threads)
     if about.open is open_llama:
         # The other ways' packages are imported already.
         llama_library()
-    at_first, before, began = peak_memory(), speed.processor_seconds(), time.perf_counter()
+    at_first, before, began = peak_memory(), layer_speed.processor_seconds(), time.perf_counter()
     with torch.inference_mode():
         do = about.open(files, about.option, threads)
         loading = time.perf_counter() - began
@@ -328,7 +328,7 @@ def measure_one(way: str, files: Path, jobs: Sequence[Job], repeats: int) -> Dat
                     "new_tokens_per_second": job.batch / median([step for each in taken for step in each.steps]),
                 }
             )
-    elsewhere = speed.taken_elsewhere(before, speed.processor_seconds())
+    elsewhere = layer_speed.taken_elsewhere(before, layer_speed.processor_seconds())
     memory = {"memory_before": at_first, "peak_memory": peak_memory()}
     return {"load_seconds": loading, **memory, "elsewhere": elsewhere, "jobs": rows}
 
@@ -400,7 +400,7 @@ def rows_of(measured: Sequence[Data], arguments: argparse.Namespace) -> list[Dat
         "prompt_tokens": arguments.prompt,
         "new_tokens": arguments.new,
         "elsewhere": median(shares) if shares else None,
-        "load_average": speed.load_average(),
+        "load_average": layer_speed.load_average(),
     }
     rows = []
     for i, batch in enumerate(arguments.batches):

@@ -43,11 +43,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from results_file import Results, slug, this_run
 from slimlm.core.grid import storable
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
-from slimlm.generation import Generated, generate
+from slimlm.inference.generate import Generated, generate
 from slimlm.runtime.backends.triton import Gpu, Ready, Together
-from slimlm.runtime.choose import Choice
+from slimlm.runtime.dispatch import Choice
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
 from slimlm.runtime.gpu.tuning import replayed_seconds

@@ -5,7 +5,7 @@
     python benchmarks/kernel_speed.py --threads 1 --only 'torch float32' 'slimlm*'
     python benchmarks/kernel_speed.py --markdown             # the tables for docs/, from the results alone
 
-How it is measured stands at the head of slimlm/evaluate/speed.py: weights that no cache holds, contenders in turn in random
+How it is measured stands at the head of slimlm/bench/layer_speed.py: weights that no cache holds, contenders in turn in random
 order, medians; CPU time with one thread, wall time with more. Every row has the load average and the share of the
 processor that other programs took; figures of several threads taken on a busy machine say little. The error is the
 largest difference to a float64 product by the weight that a contender stands for, over the largest output: of the
@@ -33,13 +33,13 @@ from torch import Tensor
 from competitors import COMPETITORS, Entry, MissingError, entry, random_weight
 from random_checkpoint import Kind
 from results_file import Data, Results, slug, this_run
+from slimlm.bench import layer_speed
+from slimlm.bench.layer_speed import Call, Contender, Effort
 from slimlm.core.parts import dense_of, pack_parts
-from slimlm.evaluate import speed
-from slimlm.evaluate.speed import Call, Contender, Effort
 from slimlm.report.tables import plain_table
-from slimlm.runtime import native, processor
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.kernels import Packed, Precision
+from slimlm.runtime.cpu import native, processor
+from slimlm.runtime.cpu.kernels import Packed, Precision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES, QUICK_SHAPES = [(4096, 4096), (4096, 11008), (768, 3072)], [(768, 3072)]
@@ -70,7 +70,7 @@ def torch_dense(shape: tuple[int, int], effort: Effort) -> list[Entry]:
     for dtype in (torch.float32, torch.bfloat16):
         weight = random_weight(shape).to(dtype)
         copies = [weight.clone() for _ in range(effort.copies(weight.nbytes))]
-        contender = speed.dense(f"torch {str(dtype).removeprefix('torch.')}", copies)
+        contender = layer_speed.dense(f"torch {str(dtype).removeprefix('torch.')}", copies)
         found.append(entry(contender, shape, weight.float))
     return found
 
@@ -152,8 +152,8 @@ def rows_of(plan: Plan, results: Results) -> Iterator[Data]:
     """Measure row by row; who is missing goes into the results."""
     errors: dict[tuple[Any, ...], float] = {}
     for threads in plan.threads:
-        with speed.at_threads(threads):
-            bandwidth = speed.read_bandwidth(threads)
+        with layer_speed.at_threads(threads):
+            bandwidth = layer_speed.read_bandwidth(threads)
             for shape in plan.shapes:
                 entries, missing = entries_of(shape, threads, plan.effort, plan.only)
                 results.missing |= missing
@@ -175,7 +175,7 @@ def _rows(
     errors: dict[tuple[Any, ...], float],
     effort: Effort,
 ) -> Iterator[Data]:
-    race = speed.race([e.contender for e in entries], random_input(batch, shape), threads=threads, effort=effort)
+    race = layer_speed.race([e.contender for e in entries], random_input(batch, shape), threads=threads, effort=effort)
     timings = race.timings
     for e in entries:
         name, timing = e.contender.name, timings[e.contender.name]
@@ -364,7 +364,7 @@ def read_line(line: Sequence[str] | None = None) -> argparse.Namespace:
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the command line asks for."""
-    effort = speed.QUICK if arguments.quick else Effort()
+    effort = layer_speed.QUICK if arguments.quick else Effort()
     effort = Effort(
         arguments.rounds or effort.rounds,
         effort.burst,

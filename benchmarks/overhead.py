@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 
 import slimlm
 from results_file import Results, this_run
-from slimlm.blockwise import compress_block, follows, stored_tensors
-from slimlm.calibrate import Flow, enter, run_through
+from slimlm.calibration.capture import Flow, enter, run_through
 from slimlm.data.documents import documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
 from slimlm.events import Event
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.recipe import open_recipe
+from slimlm.run.block import compress_block, follows, stored_tensors
 from streaming import random_dense
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from slimlm.evaluate.speed import machine
-from slimlm.runtime import native
+from slimlm.bench.layer_speed import machine
+from slimlm.runtime.cpu import native
 
 Data = dict[str, Any]
 

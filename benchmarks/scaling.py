@@ -32,8 +32,9 @@ from rich.console import Console
 
 import slimlm
 from compression import RESULTS, make_model, make_text
-from slimlm import blockwise, calibrate
+from slimlm.calibration import capture
 from slimlm.report.tables import plain_table
+from slimlm.run import block
 
 WINDOW = 512
 
@@ -63,9 +64,9 @@ class Stages:
 def one_rank(folder: Path, recipe: str, tokens: int) -> dict[str, Any]:
     """Run as whatever rank the environment says; gives its CPU seconds."""
     stages = Stages()
-    calibrate._forward = stages.timed("windows", calibrate._forward)
-    calibrate._Sums.add = stages.timed("windows", calibrate._Sums.add)  # type: ignore[method-assign]
-    blockwise.compress_layer = stages.timed("layers", blockwise.compress_layer)
+    capture._forward = stages.timed("windows", capture._forward)
+    capture._Sums.add = stages.timed("windows", capture._Sums.add)  # type: ignore[method-assign]
+    block.compress_layer = stages.timed("layers", block.compress_layer)
     began = time.process_time()
     out = folder / f"out-{os.environ.get('WORLD_SIZE', '1')}"
     slimlm.compress(

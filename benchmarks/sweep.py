@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from slimlm.core import linalg
 from slimlm.core.grid import Levels
-from slimlm.core.lowrank import AdapterFormat, low_rank_part
-from slimlm.core.masks import Pattern
-from slimlm.core.polish import polish
-from slimlm.core.sweep import inverse_of, order_of, rounded_sweep, unrounded_sweep
+from slimlm.core.mask import Pattern
+from slimlm.core.solvers import linalg
+from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
+from slimlm.core.solvers.sweep import inverse_of, order_of, rounded_sweep, unrounded_sweep
 from slimlm.report.tables import plain_table
 
 RESULTS = Path(__file__).parent / "results"

@@ -45,7 +45,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from slimlm.runtime import native
+from slimlm.runtime.cpu import native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels: {native.status().reason}")
 

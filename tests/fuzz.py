@@ -33,12 +33,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging as transformers_logging
 
 import slimlm
-from slimlm.cli import inspect_
+from slimlm.cli.app import inspect_
 from slimlm.core.errors import SlimlmError
 from slimlm.storage import checkpoint
 from slimlm.storage.streams import sha256_of
-
-from .conftest import ENDS, save
+from tests.conftest import ENDS, save
 
 SECONDS = 10
 """of processor time for one damaged checkpoint"""
@@ -90,7 +89,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
         with (
             mock.patch.object(checkpoint, "SHARD_BYTES", shard),
             # The tokenizer knows 256 tokens, the model 64.
-            mock.patch("slimlm.calibration.calibration_windows", mock.Mock(return_value=windows)),
+            mock.patch("slimlm.calibration.samples.calibration_windows", mock.Mock(return_value=windows)),
         ):
             slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
         for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -14,7 +14,7 @@ from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
 from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
-from slimlm.tune.match import Matching
+from slimlm.tuning.block_reconstruction import Matching
 
 
 def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:

@@ -9,11 +9,11 @@ model = slimlm.load("out")
 from importlib.metadata import version
 
 from slimlm.core.errors import SlimlmError
-from slimlm.load import load
+from slimlm.inference.load import load
 from slimlm.pipeline import Result, compress, estimate
 from slimlm.recipe import Recipe, open_recipe
-from slimlm.runtime.use import use_kernels
-from slimlm.verification import Verified, verify
+from slimlm.runtime.whole_model import use_kernels
+from slimlm.verification.folder import Verified, verify
 
 __version__ = version("slimlm")
 __all__ = [

@@ -6,14 +6,14 @@
 
     slimlm.compress(model, out, progress=observer)
 
-The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run_log) are such observers.
+The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run.log) are such observers.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from slimlm.evaluate.results import LayerRecord
+from slimlm.record import LayerRecord
 
 Doing = Literal["read", "measure", "steps", "match", "propagate"]
 """To a block, in this order: its weights are read, inputs of layers measured, the recipe's steps applied to a layer (the two

@@ -11,8 +11,9 @@
         match(block)                                    # where the recipe asks for it
         inputs = block(inputs)                          # now the compressed block
 
-That is slimlm.blockwise. Embedding and head follow where the recipe asks for it (slimlm.embedding). Then the packed tensors are
-written and checked (slimlm.verification), and the reloaded model's logits compared with those in memory (slimlm.finish).
+That is slimlm.run.block. Embedding and head follow where the recipe asks for it (slimlm.run.embeddings). Then the packed
+tensors are written and checked (slimlm.verification.folder), and the reloaded model's logits compared with those in memory
+(slimlm.run.assemble).
 """
 
 import dataclasses
@@ -30,41 +31,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.blockwise import compress_blocks, own_windows
-from slimlm.calibrate import POOLED, Flow, shares_of
-from slimlm.calibration import Calibration, kept_windows
+from slimlm.calibration.capture import POOLED, Flow, shares_of
+from slimlm.calibration.samples import Calibration, kept_windows
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
 from slimlm.core.layer import Need
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.data.windows import check_seed
-from slimlm.embedding import Ends, ends_of
-from slimlm.evaluate.results import Record, explosion, layer_from
+from slimlm.distributed.launch import joined, local_rank, started
 from slimlm.events import Event, Observer, both, quiet
-from slimlm.finish import contents_of, verify, write
+from slimlm.models.lazy import StreamedModel, open_streamed, weight_files
 from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
 from slimlm.models.structure import blocks_of, context_length, text_config
-from slimlm.plan.options import Budget, Objective
-from slimlm.plan.plan import (
-    Plan,
-    alternation_of,
-    asked_budget,
-    auto_budget,
-    make_plan,
-    refuse_budget,
-    refuse_few_windows,
-)
+from slimlm.planner.options import Budget, Objective
+from slimlm.planner.plan import Plan, alternation_of, asked_budget, auto_budget, make_plan, refuse_budget, refuse_few_windows
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, Memory, estimate_of, memory_of, timed
 from slimlm.preflight.job import Job
 from slimlm.preflight.refusals import compressible, read_once, refuse_early, tell_of_few_tokens, without_ends
-from slimlm.ranks.join import joined, local_rank, started
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
-from slimlm.run_log import RunLog, end_of, open_log
+from slimlm.record import Record, explosion, layer_from
+from slimlm.run.assemble import contents_of, verify, write
+from slimlm.run.block import compress_blocks, own_windows
+from slimlm.run.embeddings import Ends, ends_of
+from slimlm.run.log import RunLog, end_of, open_log
 from slimlm.runtime.memory import in_words
 from slimlm.storage import checkpoint
-from slimlm.storage.handles import make_room
+from slimlm.storage.file_limits import make_room
 from slimlm.storage.journal import MOVING, OWN_TEXT, PLAN, Journal, identity_of, open_journal
-from slimlm.streaming import StreamedModel, open_streamed, weight_files
 
 _FILES_BESIDE = 32
 """Files that a run may have open beside mapped ones: libraries' and its own for a moment."""
@@ -109,15 +102,15 @@ def compress(
     """Compress a causal language model and write it to the folder `out`.
 
     model: a folder or a hub name. recipe: a shipped name, a .toml file or a Recipe. bits: average bits per weight that may be
-    spent, everything counted; what each layer becomes is then planned (see slimlm.plan). embedding_bits: of input embedding and
-    output head, 4 to 8, or 16 to leave them as they are stored; None: what the recipe says. data: see `Calibration`. device:
-    "auto", "cpu" or "cuda"; one block at a time is there. memory: bytes that calibration activations may take before they stay
-    on the disk (None: half of what is free); what needs the whole model is refused where that is larger. tell: told in words
-    what the user should know.
+    spent, everything counted; what each layer becomes is then planned (see slimlm.planner). embedding_bits: of input embedding
+    and output head, 4 to 8, or 16 to leave them as they are stored; None: what the recipe says. data: see `Calibration`.
+    device: "auto", "cpu" or "cuda"; one block at a time is there. memory: bytes that calibration activations may take before
+    they stay on the disk (None: half of what is free); what needs the whole model is refused where that is larger. tell: told
+    in words what the user should know.
 
     Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
     stopped goes on when it is called again with the same arguments; other arguments are refused. restart: drop what is kept.
-    A log with the figures of every layer grows beside `out`, too, and stays there (slimlm.run_log). Raises a SlimlmError in
+    A log with the figures of every layer grows beside `out`, too, and stays there (slimlm.run.log). Raises a SlimlmError in
     words for anything that would not work, before the work begins wherever that can be known.
 
     Started as several processes (torchrun) it divides the work among them; only the first writes, tells and shows progress, and

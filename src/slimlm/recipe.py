@@ -18,7 +18,7 @@
     quantize = "slim_quant"        # of this step (optional; else of every step that has the option)
     bits = 3
 
-    [matching]                     # gradient descent on each finished block (optional); options of slimlm.tune.match
+    [matching]                     # gradient descent on each finished block (optional); see slimlm.tuning.block_reconstruction
     passes = 10
 
 Order is data: each step works on what the steps before it decided. `sequential = true` compresses the layers of a block in
@@ -42,9 +42,9 @@ from pydantic import TypeAdapter, ValidationError
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, Step
-from slimlm.core.lowrank import rank_of
-from slimlm.core.masks import Pattern
-from slimlm.tune.match import Matching
+from slimlm.core.mask import Pattern
+from slimlm.core.solvers.low_rank import rank_of
+from slimlm.tuning.block_reconstruction import Matching
 
 AS_STORED = 16
 """`embedding_bits` that leave embedding and head in the 16 or 32 bits that the model stores them in."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_scripts import script
+from tests.benchmarks.test_scripts import script
 
 
 def test_an_estimate_stands_beside_its_run(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import slimlm
-from slimlm.runtime import native
+from slimlm.runtime.cpu import native
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 

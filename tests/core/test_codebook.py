@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.core.grid import Group, scale_shape
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of, pack_parts, unpack_parts
 from slimlm.runtime.linear import CompressedLinear
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.layer import Layer
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank, Plain, Uniform, dense_of
 
 

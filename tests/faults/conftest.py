@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..conftest import ENDS, LLAMA_LIKE, save
-from . import harness
-from .harness import Ended, Limits, Moment, Run, kept, same
+from tests.conftest import ENDS, LLAMA_LIKE, save
+from tests.faults import harness
+from tests.faults.harness import Ended, Limits, Moment, Run, kept, same
 
 BLOCKS = 3
 MATCHED = """

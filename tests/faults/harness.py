@@ -132,7 +132,7 @@ class Run:
 def start_server() -> None:
     """Start the process that runs are forked from, with one thread: so forking is sound, and sums are the same everywhere."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["slimlm.cli", "transformers.models.llama.modeling_llama", "tests.faults.harness"]
+        ["slimlm.cli.app", "transformers.models.llama.modeling_llama", "tests.faults.harness"]
     )
     own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in own}
@@ -160,7 +160,7 @@ def _child(line: list[str], said: Path, moment: Moment | None, limits: Limits | 
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
-    from slimlm.cli import main
+    from slimlm.cli.app import main
 
     # Whoever starts the tests in the background has it ignored, and so would their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from .conftest import Bench
-from .harness import Moment, kept
+from tests.faults.conftest import Bench
+from tests.faults.harness import Moment, kept
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -24,7 +24,7 @@ def model(bench: Bench) -> Path:
 def line(bench: Bench, model: Path) -> list[str]:
     """What compresses that copy, stopped in the second of three blocks."""
     line = bench.lines("matched", bench.out, model)
-    assert bench.run(line, Moment(("slimlm.blockwise:measure",), 2)).code == -signal.SIGKILL
+    assert bench.run(line, Moment(("slimlm.run.block:measure",), 2)).code == -signal.SIGKILL
     assert len(kept(bench.journal)) == 1
     return line
 
@@ -69,7 +69,7 @@ def test_a_setting_of_the_model_that_was_changed(bench: Bench, model: Path, line
 def test_a_shard_that_is_cut_short_while_a_run_reads_it(bench: Bench, model: Path) -> None:
     """The system kills the run (SIGBUS: it reads a mapping whose file is gone); the journal is sound."""
     line = bench.lines("matched", bench.out, model)
-    held = bench.start(line, Moment(("slimlm.blockwise:run_through",), 2, signal=signal.SIGSTOP))
+    held = bench.start(line, Moment(("slimlm.run.block:run_through",), 2, signal=signal.SIGSTOP))
     held.stopped()
     for shard in model.glob("*.safetensors"):
         with shard.open("r+b") as file:
@@ -88,7 +88,7 @@ def test_a_shard_that_is_cut_short_while_a_run_reads_it(bench: Bench, model: Pat
 @pytest.mark.parametrize("file", ["journal.json", "block-0001.safetensors", "inputs-0001.safetensors", "text.safetensors"])
 @pytest.mark.parametrize("how", ["a bit", "half", "all", "gone"])
 def test_a_damaged_journal(bench: Bench, file: str, how: str) -> None:
-    bench.run("matched", Moment(("slimlm.blockwise:measure",), 2))
+    bench.run("matched", Moment(("slimlm.run.block:measure",), 2))
     path = bench.journal / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import BLOCKS, Bench
-from .harness import Limits, Moment, kept, same
+from tests.faults.conftest import BLOCKS, Bench
+from tests.faults.harness import Limits, Moment, kept, same
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def test_files_that_may_not_grow(size: int, bench: Bench) -> None:
 
 def test_a_disk_that_is_read_only(bench: Bench, disk: Disk) -> None:
     disk.mount("size=2m")
-    held = bench.run(bench.lines("matched", disk.path / "o"), Moment(("slimlm.blockwise:measure",), 3))
+    held = bench.run(bench.lines("matched", disk.path / "o"), Moment(("slimlm.run.block:measure",), 3))
     assert held.code == -signal.SIGKILL
     disk.mount("ro")
     for line in (bench.lines("matched", disk.path / "o"), bench.lines("matched", disk.path / "new" / "o")):
@@ -140,7 +140,7 @@ def test_a_disk_that_is_read_only(bench: Bench, disk: Disk) -> None:
 
 
 def test_a_folder_that_becomes_unwritable_in_the_middle(bench: Bench) -> None:
-    held = bench.start("matched", Moment(("slimlm.blockwise:measure",), 2, signal=signal.SIGSTOP))
+    held = bench.start("matched", Moment(("slimlm.run.block:measure",), 2, signal=signal.SIGSTOP))
     held.stopped()
     if subprocess.run(["chattr", "+i", str(bench.journal)], capture_output=True, check=False).returncode != 0:
         pytest.skip("a folder cannot be made immutable here (chattr +i)")
@@ -177,7 +177,7 @@ def test_a_link_to_nowhere(bench: Bench) -> None:
 def test_an_output_that_is_on_another_disk_than_its_parent(bench: Bench, disk: Disk) -> None:
     disk.mount("size=2m")
     bench.out.symlink_to(disk.path)
-    assert bench.run("matched", Moment(("slimlm.blockwise:measure",), 3)).code == -signal.SIGKILL
+    assert bench.run("matched", Moment(("slimlm.run.block:measure",), 3)).code == -signal.SIGKILL
     assert len(kept(disk.path / "slimlm.partial")) == 2
     assert "going on after block 2" in bench.run().done().said
     same(bench.undisturbed().out, disk.path)
@@ -187,7 +187,7 @@ def test_an_output_that_becomes_another_disk_than_its_journal(bench: Bench, disk
     out = disk.path
     disk.path.rmdir()
     written = bench.lines("matched", out)
-    assert bench.run(written, Moment(("slimlm.blockwise:measure",), 3)).code == -signal.SIGKILL
+    assert bench.run(written, Moment(("slimlm.run.block:measure",), 3)).code == -signal.SIGKILL
     disk.path.mkdir()
     disk.mount("size=2m")
     bench.run(written).done()

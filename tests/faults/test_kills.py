@@ -7,26 +7,26 @@ import signal
 
 import pytest
 
-from .conftest import BLOCKS, Bench
-from .harness import Moment, checkpoint_files, kept, same
+from tests.faults.conftest import BLOCKS, Bench
+from tests.faults.harness import Moment, checkpoint_files, kept, same
 
 SLOW = pytest.mark.slow  # A plan takes several seconds.
 STAGES = {
     "the model is opened": ("matched", Moment(("slimlm.pipeline:open_streamed",)), 0),
-    "windows are drawn": ("matched", Moment(("slimlm.calibration:calibration_windows",), after=True), 0),
-    "the model writes text": ("own", Moment(("slimlm.calibration:own_text",), after=True), 0),
+    "windows are drawn": ("matched", Moment(("slimlm.calibration.samples:calibration_windows",), after=True), 0),
+    "the model writes text": ("own", Moment(("slimlm.calibration.samples:own_text",), after=True), 0),
     "the text is noted": ("own", Moment(("slimlm.storage.journal:Journal.note_tensor",), after=True), 0),
     "a plan is made": ("planned", Moment(("slimlm.pipeline:planned",), after=True), 0),
     "the plan is noted": ("planned", Moment(("slimlm.pipeline:plan_of",), after=True), 0),
-    "arguments are captured": ("matched", Moment(("slimlm.blockwise:arguments_of",), after=True), 0),
-    "a layer is measured": ("matched", Moment(("slimlm.blockwise:measure",), 2), 1),
-    "a layer's steps are done": ("matched", Moment(("slimlm.blockwise:record_of",), 9), 1),
-    "a block is matched": ("matched", Moment(("slimlm.blockwise:match",), 2, after=True), 1),
-    "activations are passed on": ("matched", Moment(("slimlm.blockwise:run_through",), 6), 2),
+    "arguments are captured": ("matched", Moment(("slimlm.run.block:arguments_of",), after=True), 0),
+    "a layer is measured": ("matched", Moment(("slimlm.run.block:measure",), 2), 1),
+    "a layer's steps are done": ("matched", Moment(("slimlm.run.block:record_of",), 9), 1),
+    "a block is matched": ("matched", Moment(("slimlm.run.block:match",), 2, after=True), 1),
+    "activations are passed on": ("matched", Moment(("slimlm.run.block:run_through",), 6), 2),
     "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 3, half=True), 1),
     "activations are written": ("matched", Moment(("slimlm.storage.journal:write_stream",), 3, half=True), 1),
     "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 5, after=True), 2),
-    "embedding and head are compressed": ("matched", Moment(("slimlm.finish:compress_ends",), after=True), BLOCKS),
+    "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_ends",), after=True), BLOCKS),
     "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",)), BLOCKS),
     "it is verified": ("matched", Moment(("slimlm.pipeline:verify",)), BLOCKS),
     "it is moved": ("matched", Moment(("os:rename",)), BLOCKS),
@@ -76,16 +76,16 @@ def test_a_run_killed_when_its_output_is_in_place_ends_when_its_line_is_typed_ag
 RESTARTS = {
     "the first file is to be set aside": (Moment(("os:rename",), 1), 2),
     "the journal is to be set aside": (Moment(("os:rename",), 5), 2),
-    "all is set aside": (Moment(("slimlm.storage.aside:set_aside",), after=True), 2),
+    "all is set aside": (Moment(("slimlm.storage.set_aside:set_aside",), after=True), 2),
     "the run is ready": (Moment(("slimlm.pipeline:plan_of",), after=True), 2),
-    "what was set aside is dropped": (Moment(("slimlm.storage.aside:drop",), after=True), 0),
+    "what was set aside is dropped": (Moment(("slimlm.storage.set_aside:drop",), after=True), 0),
 }
 
 
 @pytest.mark.parametrize("stage", RESTARTS)
 def test_a_restart_that_is_killed_before_it_begins_gives_back_what_was_kept(stage: str, bench: Bench) -> None:
     moment, left = RESTARTS[stage]
-    bench.run("matched", Moment(("slimlm.blockwise:measure",), 3))
+    bench.run("matched", Moment(("slimlm.run.block:measure",), 3))
     assert len(kept(bench.journal)) == 2
     assert bench.run("matched", moment, None, "--restart").code == -signal.SIGKILL
     said = bench.run("matched").done().said

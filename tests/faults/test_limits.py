@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from .conftest import Bench
-from .harness import Ended, Limits, kept
+from tests.faults.conftest import Bench
+from tests.faults.harness import Ended, Limits, kept
 
 
 def raised(bench: Bench, limits: list[Limits]) -> int:
@@ -38,7 +38,7 @@ def test_ever_more_files(bench: Bench) -> None:
     assert raised(bench, [Limits(files=number) for number in range(0, 100, 5)]) >= 6
 
 
-@pytest.mark.parametrize("where", ["blockwise:measure", "blockwise:match", "finish:compress_ends", "pipeline:verify"])
+@pytest.mark.parametrize("where", ["run.block:measure", "run.block:match", "run.assemble:compress_ends", "pipeline:verify"])
 def test_memory_that_runs_out_on_the_way(where: str, bench: Bench) -> None:
     ended = bench.run("matched", None, Limits(memory=0, since=f"slimlm.{where}"))
     in_words_or_killed(ended)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import slimlm
-
-from .conftest import Lines
+from tests.faults.conftest import Lines
 
 
 def calls_of(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:

@@ -5,12 +5,12 @@ import signal
 
 import pytest
 
-from .conftest import Bench
-from .harness import Ended, Moment, kept
+from tests.faults.conftest import Bench
+from tests.faults.harness import Ended, Moment, kept
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 MOMENTS = {
-    "in a block": Moment(("slimlm.blockwise:measure",), 2),
+    "in a block": Moment(("slimlm.run.block:measure",), 2),
     "while the journal is written": Moment(("os:fsync",), 8),
     "while the checkpoint is written": Moment(("slimlm.storage.checkpoint:write_config",)),
 }

@@ -2,8 +2,8 @@
 
 import signal
 
-from .conftest import BLOCKS, Bench
-from .harness import Moment, kept
+from tests.faults.conftest import BLOCKS, Bench
+from tests.faults.harness import Moment, kept
 
 
 def test_of_two_runs_that_begin_together_one_writes(bench: Bench) -> None:
@@ -16,7 +16,7 @@ def test_of_two_runs_that_begin_together_one_writes(bench: Bench) -> None:
 
 
 def test_the_lock_is_held_by_a_run_that_stands_still_and_free_when_it_is_killed(bench: Bench) -> None:
-    held = bench.start("matched", Moment(("slimlm.blockwise:measure",), 3, signal=signal.SIGSTOP))
+    held = bench.start("matched", Moment(("slimlm.run.block:measure",), 3, signal=signal.SIGSTOP))
     held.stopped()
     bench.run().refused("another process is writing", "is locked")
     bench.run("matched", None, None, "--restart").refused("another process is writing")

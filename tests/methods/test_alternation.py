@@ -11,9 +11,9 @@ from torch import Tensor
 
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.linalg import weighted_square
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, Plain, Pruned, Uniform, dense_of
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.joint.alternation import Alternation
@@ -21,8 +21,7 @@ from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.methods.quantize.slim_quant import SlimQuant
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 
 def correlated(width: int = 32, *, dead: int = 0) -> Stats:

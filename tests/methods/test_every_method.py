@@ -12,8 +12,7 @@ from torch import Tensor
 from slimlm.core import registry
 from slimlm.core.layer import Layer, Need, Stats, Step
 from slimlm.core.parts import Codebook, Pruned, Uniform, dense_of, pack_parts, unpack_parts
-
-from .conftest import inputs, layer_of, stats_of
+from tests.methods.conftest import inputs, layer_of, stats_of
 
 Name = tuple[str, str]
 METHODS: list[Name] = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]

@@ -9,14 +9,13 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.linalg import weighted_square
 from slimlm.core.parts import Pruned, Uniform
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.methods.quantize.slim_quant import SlimQuant
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 
 def gram_of(stats: Stats) -> Tensor:

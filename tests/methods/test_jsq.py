@@ -14,8 +14,7 @@ from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 GROUPS: list[grid.Group] = ["tensor", "row", 128, 32]
 

@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.linalg import weighted_square
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.l2qer import L2qer
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
-
-from .conftest import inputs, layer_of, stats_of
+from tests.methods.conftest import inputs, layer_of, stats_of
 
 STATS = stats_of(inputs(dead=4))
 PEAK = STATS.peak_mean_abs if STATS.peak_mean_abs is not None else torch.empty(0)

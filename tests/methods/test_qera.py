@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.linalg import weighted_square
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.compensate.svd import Svd
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 
 def correlated(width: int = 64, *, dead: int = 0) -> Stats:

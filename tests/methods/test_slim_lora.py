@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.linalg import weighted_square
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.compensate.svd import Svd
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 STATS = stats_of(inputs(dead=4))
 SQUARE = STATS.mean_square if STATS.mean_square is not None else torch.empty(0)

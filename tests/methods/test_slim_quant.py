@@ -11,8 +11,7 @@ from slimlm.core.parts import Uniform
 from slimlm.methods.quantize.absmax import AbsMax
 from slimlm.methods.quantize.slim_quant import SlimQuant, absolute_histogram, alpha_of_code, alpha_of_paper
 from slimlm.methods.quantize.slim_quant_o import SlimQuantO
-
-from .conftest import draw, inputs, layer_of, stats_of, weight_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of, weight_of
 
 NOTHING = Stats(0)
 SEARCHES = ["grid", "paper", "code"]

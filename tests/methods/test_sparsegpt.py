@@ -8,14 +8,13 @@ from torch import Tensor
 
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.linalg import weighted_square
 from slimlm.core.parts import Plain, Pruned, pack_parts, unpack_parts
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 PATTERNS = ["2:4", "1:4", "4:8", 0.5, 0.37]
 

@@ -7,8 +7,7 @@ from slimlm.core.layer import Layer, Stats
 from slimlm.core.parts import Uniform
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.wanda import Wanda
-
-from .conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 PATTERNS: list[str | float] = ["2:4", "1:4", 0.5]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import fake_compiler, needs_compiler
+from tests.packaging.conftest import fake_compiler, needs_compiler
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("hatchling", "editables")),

@@ -10,15 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 import slimlm
-from slimlm.cli import app
+from slimlm.cli.app import app
 from slimlm.core.errors import DoesNotFitError
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
-
-from ..conftest import random_model, save
-from ..test_refusals import Line, line  # noqa: F401, a fixture
-from .test_job import job_of
+from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
+from tests.conftest import random_model, save
+from tests.preflight.test_job import job_of
 
 OPTIONS: dict[str, Any] = {"recipe": "absmax", "samples": 4, "length": 32}
 MEMORY = Memory(process=100, begin=0, block=60, end=0, activations=30, on_disk=False, least=50, total=1000, free=500)

@@ -9,18 +9,17 @@ from torch import nn
 from transformers import Gemma3Config
 
 import slimlm
-from slimlm.calibration import Calibration
+from slimlm.calibration.samples import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
-from slimlm.embedding import ends_of
+from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
 from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
 from slimlm.recipe import apply_steps, open_recipe, shipped
-from slimlm.streaming import StreamedModel, open_streamed
-
-from ..conftest import FAMILIES, random_model, save
+from slimlm.run.embeddings import ends_of
+from tests.conftest import FAMILIES, random_model, save
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped() if name != "best-matched"])
@@ -54,7 +53,7 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
 
 
 def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.calibration", "calibration_windows")):
+    for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.calibration.samples", "calibration_windows")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
     monkeypatch.setattr(StreamedModel, "_put", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)

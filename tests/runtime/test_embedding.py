@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import Plain, Uniform
-from slimlm.runtime import native
-from slimlm.runtime.choose import Kernels
+from slimlm.runtime.cpu import native
 from slimlm.runtime.dense import widen_activations
+from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 
 TOKENS = 50

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime.linear import CompressedLinear
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.core.errors import KernelError
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
-from slimlm.runtime.choose import Kernels
+from slimlm.inference.decode.grouped import joint
 from slimlm.runtime.dense import DenseLinear, WideEmbedding, widen_activations
-from slimlm.runtime.joint import joint
+from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.use import precisely, prefer_fast, prospect, use_kernels, words
-
-from ..conftest import needs_kernels
+from slimlm.runtime.whole_model import precisely, prefer_fast, prospect, use_kernels, words
+from tests.conftest import needs_kernels
 
 pytestmark = needs_kernels
 

@@ -11,8 +11,8 @@ the same steps back.
 import torch
 from torch import Tensor
 
+from slimlm.core.chunks import at_once
 from slimlm.core.errors import CheckpointError
-from slimlm.core.pieces import at_once
 
 _CODES_AT_ONCE = 2**18
 """Codes to work on at a time, so that what lies in between stays in the processor's cache."""

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
-from slimlm.core.pieces import at_once
 
 Group = int | Literal["tensor", "row"]
 """How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""

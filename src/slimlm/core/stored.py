@@ -2,7 +2,7 @@
 
 from slimlm.core import grid
 from slimlm.core.bits import packed_bytes
-from slimlm.core.masks import Pattern
+from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
 
 

@@ -26,7 +26,7 @@ SEPARATOR = "<|endoftext|>"
 _READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 _FIELDS = ("text", "content")
 _LOG, _LOG_BEGINS = ".log.jsonl", b'{"event": "run"'
-"""What the name of a run's log ends in (slimlm.run_log), and how the file begins."""
+"""What the name of a run's log ends in (slimlm.run.log), and how the file begins."""
 _RECORD = "slimlm.json"
 """The file that makes a folder a checkpoint (slimlm.storage.checkpoint)."""
 

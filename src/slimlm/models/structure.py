@@ -2,8 +2,8 @@
 
 The decoder is the `nn.ModuleList` that holds the most parameters. Inside its blocks every `nn.Linear` and every
 `Conv1D` (GPT-2's linear layer, whose weight is stored `[in, out]`) is compressed by a recipe's steps; everything outside the
-blocks (embeddings, final norm, lm_head, projections around the stack) is not. Of that, slimlm.embedding may shorten the bits of
-the token embedding and the head. Experts whose weights a class fuses into one tensor are linear layers once
+blocks (embeddings, final norm, lm_head, projections around the stack) is not. Of that, slimlm.run.embeddings may shorten the
+bits of the token embedding and the head. Experts whose weights a class fuses into one tensor are linear layers once
 `models.experts` has taken them apart; what picks experts is never compressed.
 """
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from slimlm.core.grid import LARGEST_TABLE
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.lowrank import rank_of
-from slimlm.core.masks import Pattern
+from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
+from slimlm.core.solvers.low_rank import rank_of
 from slimlm.core.stored import stored_bits
-from slimlm.plan.plan import AUTO_SHARE
+from slimlm.planner.plan import AUTO_SHARE
 from slimlm.recipe import NamedStep, apply_steps
 
 Steps = tuple[NamedStep, ...]

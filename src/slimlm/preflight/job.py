@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimlm.blockwise import follows
-from slimlm.calibrate import Flow, arguments_of, batches_of, first_inputs, stages_of
+from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
-from slimlm.embedding import GROUP, Ends
+from slimlm.models.lazy import StreamedModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
-from slimlm.streaming import StreamedModel
+from slimlm.run.block import follows
+from slimlm.run.embeddings import GROUP, Ends
 
 _FEW_TOKENS = 8
 _KEPT_BY_ALLOCATOR = 160 * 2**20

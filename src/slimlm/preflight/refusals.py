@@ -9,11 +9,11 @@ from torch import nn
 
 from slimlm.core.errors import ModelError, RecipeError
 from slimlm.core.layer import Need, refuse_not_finite
-from slimlm.core.sweep import tokens_needed
-from slimlm.embedding import Ends
+from slimlm.core.solvers.sweep import tokens_needed
+from slimlm.models.lazy import StreamedModel, Tell
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
-from slimlm.streaming import StreamedModel, Tell
+from slimlm.run.embeddings import Ends
 
 
 def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:

@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slimlm.evaluate.results import LayerRecord
 from slimlm.events import BlockDone, Doing, Event, Observer, quiet
+from slimlm.record import LayerRecord
 
 Clock = Callable[[], float]
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from slimlm.evaluate.results import Record
+from slimlm.record import Record
 
 
 def size(bytes_: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.choose import Choice, Kernels, choose, passed_over
+from slimlm.runtime.dispatch import Choice, Kernels, choose, passed_over
 
 
 class Multiplier(nn.Module):

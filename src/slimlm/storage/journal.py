@@ -5,7 +5,7 @@
       block-0003.safetensors  the packed tensors of a finished block, under the names that they will have in the checkpoint
       inputs-0003.safetensors the activations with which the next block begins; the file before is removed
       ...                     one small file per note that holds tensors (the calibration windows)
-      slimlm.aside/           what a run found that was told to restart, until it has begun (slimlm.storage.aside)
+      slimlm.aside/           what a run found that was told to restart, until it has begun (slimlm.storage.set_aside)
 
 A commit writes the block's files, each beside its name, synced and renamed, and then journal.json in the same way, with their
 SHA-256 in it. A run that is killed at any moment therefore finds the journal as the last commit left it; files that it does
@@ -14,8 +14,8 @@ not name are leftovers. journal.json holds a checksum of itself.
 Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are
 compared whole as well: see `meet_weights`.
 
-Of several ranks (slimlm.ranks) the first keeps the journal. The others hold their share of the activations in a folder of their
-own and send it there, so the file of activations is whole, and any number of ranks can go on with it.
+Of several ranks (slimlm.distributed) the first keeps the journal. The others hold their share of the activations in a folder of
+their own and send it there, so the file of activations is whole, and any number of ranks can go on with it.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-from slimlm.ranks.group import ALONE, Group
-from slimlm.storage import aside
+from slimlm.distributed.group import ALONE, Group
+from slimlm.storage import set_aside
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, sync_folder, write_stream, write_tensors, written
 
@@ -44,7 +44,7 @@ FORMAT = 1
 INSIDE = "slimlm.partial"
 """The journal's name where the output folder is there already."""
 INSIDE_LOG = "slimlm.log.jsonl"
-"""The log's name there; see slimlm.run_log."""
+"""The log's name there; see slimlm.run.log."""
 PLAN, OWN_TEXT, TEXT = "plan", "own_text", "text"
 """Notes: what was planned; the calibration windows, written by the model itself or drawn from a text."""
 WEIGHTS = "weights"
@@ -135,7 +135,7 @@ class Journal:
     def begin(self) -> None:
         """Say that nothing stands in the way of the first block: only now the run that is to be dropped is."""
         if self.restarting:
-            aside.drop(self.folder)
+            set_aside.drop(self.folder)
             self.restarting = False
 
     def meet(self, identity: dict[str, Any], alike: Iterable[str] = ()) -> None:
@@ -477,8 +477,8 @@ def _opened(out: Path, *, restart: bool) -> Iterator[Journal]:
         raise _cannot_keep(journal, error) from error
     try:
         try:
-            aside.settle(journal.folder, _JOURNAL, _LOCK)
-            journal.restarting = restart and aside.set_aside(journal.folder, _JOURNAL, _LOCK)
+            set_aside.settle(journal.folder, _JOURNAL, _LOCK)
+            journal.restarting = restart and set_aside.set_aside(journal.folder, _JOURNAL, _LOCK)
             journal.read()
             journal.tidy()
         except OSError as error:
@@ -489,7 +489,7 @@ def _opened(out: Path, *, restart: bool) -> Iterator[Journal]:
             if journal.restarting:
                 with suppress(OSError):
                     # The next run does what the disk refuses now.
-                    aside.settle(journal.folder, _JOURNAL, _LOCK)
+                    set_aside.settle(journal.folder, _JOURNAL, _LOCK)
             elif not journal.worth:
                 journal.remove()
     finally:
@@ -509,7 +509,7 @@ def _made(folder: Path) -> None:
 def _empty(folder: Path) -> None:
     """Drop a journal: what says what it holds first, so that one that is dropped in part only is empty, not damaged."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name != _JOURNAL):
-        if path.name in aside.FOLDERS:
+        if path.name in set_aside.FOLDERS:
             continue
         if path.is_dir():
             shutil.rmtree(path)

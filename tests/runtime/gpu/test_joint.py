@@ -8,13 +8,26 @@ import torch
 from torch import nn
 
 from slimlm.core.parts import Part
+from slimlm.inference.decode.grouped import joint
 from slimlm.runtime.backends.triton import Gpu, Together
 from slimlm.runtime.gpu import layout, tiles
-from slimlm.runtime.joint import joint
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.use import words
-
-from .test_products import ERRORS, REASON, WHERE, WIDTH, adapter, codes, draw, error, exact, half_kept, layer, pruned, table
+from slimlm.runtime.whole_model import words
+from tests.runtime.gpu.test_products import (
+    ERRORS,
+    REASON,
+    WHERE,
+    WIDTH,
+    adapter,
+    codes,
+    draw,
+    error,
+    exact,
+    half_kept,
+    layer,
+    pruned,
+    table,
+)
 
 interpreted = pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
 

@@ -11,11 +11,10 @@ from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.choose import choose
+from slimlm.runtime.dispatch import choose
 from slimlm.runtime.gpu import device, layout, tiles
 from slimlm.runtime.linear import CompressedLinear
-
-from .test_products import REASON, WHERE, adapter, codes, draw, pruned, table
+from tests.runtime.gpu.test_products import REASON, WHERE, adapter, codes, draw, pruned, table
 
 SHAPE = (24, 48)
 

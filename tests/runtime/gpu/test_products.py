@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import KernelError
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.gpu import device, layout, products, tiles

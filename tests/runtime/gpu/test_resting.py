@@ -11,9 +11,8 @@ from slimlm.runtime.backends.triton import Gpu, Ready
 from slimlm.runtime.embedding import TiedLinear
 from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
-
-from ...conftest import random_model, save
-from .test_products import codes, draw, pruned
+from tests.conftest import random_model, save
+from tests.runtime.gpu.test_products import codes, draw, pruned
 
 FAR = torch.device("meta")
 

@@ -15,9 +15,8 @@ from slimlm.runtime.gpu import device, layout, products, tiles, tuning
 from slimlm.runtime.gpu.layout import Packed
 from slimlm.runtime.gpu.tiles import Kind, Table, Tile
 from slimlm.runtime.linear import CompressedLinear
-
-from ..pretended_cards import pretend_cards
-from .test_products import REASON, WHERE, codes, pruned
+from tests.runtime.fake_devices import pretend_cards
+from tests.runtime.gpu.test_products import REASON, WHERE, codes, pruned
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)
@@ -165,7 +164,7 @@ def test_a_measured_tile_without_room_for_an_adapter_gives_way_to_the_built_in_o
 
 
 def test_without_a_card_tuning_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimlm.evaluate.gpu_tiles import tune_kernels
+    from slimlm.bench.gpu_tiles import tune_kernels
 
     monkeypatch.setattr(device, "refuses", lambda where: "there is no card")
     with pytest.raises(KernelError, match="there are no GPU kernels to tune: there is no card"):

@@ -8,14 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 import slimlm
-from slimlm.runtime import use
-from slimlm.runtime.choose import Kernels
+from slimlm.runtime import whole_model
+from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import free_on_card
-from slimlm.runtime.use import activations, use_kernels, words
-
-from ...conftest import random_model, save
+from slimlm.runtime.whole_model import activations, use_kernels, words
+from tests.conftest import random_model, save
 
 UNPACKED = "activations are float32: weights are unpacked for every product; dtype=torch.bfloat16 multiplies them packed"
 ONCE = (
@@ -41,7 +40,7 @@ def on_a_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTr
         free = sum(2 * 4 * layer.in_features * layer.out_features for layer in layers_of(model)) - lacking
         monkeypatch.setattr(device, "refuses", lambda where: None if where.type == "cuda" else "no card")
         monkeypatch.setattr(device, "words", lambda where: "a card")
-        monkeypatch.setattr(use, "free_on_card", lambda where: free if where.type == "cuda" else 0)
+        monkeypatch.setattr(whole_model, "free_on_card", lambda where: free if where.type == "cuda" else 0)
         for layer in layers_of(model):
             layer._works_on = torch.device("cuda")
         return model

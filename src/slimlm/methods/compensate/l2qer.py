@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ Zhang, Wong, Xiao, Constantinides, Zhao: QERA, arXiv 2410.06040, theorem 1; the 
     L R = argmin tr((E - L R) H (E - L R)^T),     H = E[x^T x]
 
 The papers take the SVD of E H^(1/2) and divide by H^(1/2); here the leading eigenvectors of E H E^T give the same product
-without root or inverse (slimlm.core.linalg), by subspace iteration for wide layers. At 4 and 8 bits the factors are rounded
-by a sweep under H and refitted in turn; the papers keep 16 bits, where `group` and `refit` have nothing to act on.
+without root or inverse (slimlm.core.solvers.linalg), by subspace iteration for wide layers. At 4 and 8 bits the factors are
+rounded by a sweep under H and refitted in turn; the papers keep 16 bits, where `group` and `refit` have nothing to act on.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.sweep import conditioned
+from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.solvers.sweep import conditioned
 
 
 @dataclass(frozen=True)

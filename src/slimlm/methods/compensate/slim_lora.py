@@ -4,7 +4,7 @@ Mozaffari, Yazdanbakhsh, Dehnavi: SLiM, arXiv 2410.09615, section 3.2, equations
 
     L R = argmin || diag(x) (W - W^C - L R) ||_F        x = saliency of the input channels, W^C the base
 
-computed as the leading eigenvectors of E H E^T with H = diag(x^2) (slimlm.core.linalg): the same optimum as Algorithm
+computed as the leading eigenvectors of E H E^T with H = diag(x^2) (slimlm.core.solvers.linalg): the same optimum as Algorithm
 2's whitened SVD, without the division by x and so without its shift. Departures, by option:
 
 saliency  "rms": sqrt(mean x^2), the least-squares choice and what the authors' program uses.
@@ -21,7 +21,7 @@ from typing import Literal
 from torch import Tensor
 
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
 
 
 @dataclass(frozen=True)

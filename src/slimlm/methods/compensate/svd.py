@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ adapter L R, but decides them once, one after another. Here, with H the covarian
 
     minimise tr((G - B - L R) H (G - B - L R)^T)
 
-by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.sweep) of G - L R, its mask and scales chosen anew; L R is
-the best product for G - B (QERA's optimum, slimlm.core.linalg). After the sweeps, coordinate descent polishes the base and
-the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors settle
-together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus low-rank
-without rounding is HASSLE-free (Makni et al., arXiv 2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for rounding plus
-low-rank CALDERA (Saha et al., arXiv 2405.18886).
+by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.solvers.sweep) of G - L R, its mask and scales chosen anew; L R
+is the best product for G - B (QERA's optimum, slimlm.core.solvers.linalg). After the sweeps, coordinate descent polishes the
+base and the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors
+settle together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus
+low-rank without rounding is HASSLE-free (Makni et al., arXiv 2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for
+rounding plus low-rank CALDERA (Saha et al., arXiv 2405.18886).
 
 G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
@@ -35,16 +35,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slimlm.core import grid, linalg
-from slimlm.core.descent import descend
+from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Levels
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.lowrank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank
-from slimlm.core.polish import polish
-from slimlm.core.sweep import (
+from slimlm.core.solvers import linalg
+from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.solvers.low_rank_descent import descend
+from slimlm.core.solvers.sweep import (
     Inverse,
     Swept,
     check_damp,

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from slimlm.core import grid
+from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Uniform
-from slimlm.core.pieces import at_once
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 
 
 @dataclass(frozen=True)

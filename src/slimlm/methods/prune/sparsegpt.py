@@ -1,6 +1,6 @@
 """SparseGPT: prune input by input, the later inputs repairing what each pruned weight did.
 
-Frantar, Alistarh: SparseGPT, arXiv 2301.00774, equations 3 and 4, sections 3.3 and 3.4 (slimlm.core.sweep).
+Frantar, Alistarh: SparseGPT, arXiv 2301.00774, equations 3 and 4, sections 3.3 and 3.4 (slimlm.core.solvers.sweep).
 
 Of every m inputs (for a share of each row, of every 128 or so) the weights of least w^2 / [U]_jj^2 go, U the factor of the
 inverse covariance, and the weights to come are moved. What stays is therefore not the original weight: later steps code
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.masks import Pattern
-from slimlm.core.sweep import check_damp, conditioned, inverse_in_order, order_of, unrounded_sweep
+from slimlm.core.mask import Pattern
+from slimlm.core.solvers.sweep import check_damp, conditioned, inverse_in_order, order_of, unrounded_sweep
 
 
 @dataclass(frozen=True)

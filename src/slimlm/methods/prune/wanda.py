@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.masks import Pattern, choose
+from slimlm.core.mask import Pattern, choose
 
 
 @dataclass(frozen=True)

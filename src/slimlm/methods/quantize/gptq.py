@@ -1,6 +1,7 @@
 """GPTQ: round input by input, the later inputs repairing what each rounding loses.
 
-Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, arXiv 2210.17323, equations 2 and 3, sections 3.2 and 3.3 (slimlm.core.sweep).
+Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, arXiv 2210.17323, equations 2 and 3, sections 3.2 and 3.3
+(slimlm.core.solvers.sweep).
 
 Groups are true groups along the input, their scales searched on the weights as they are when the sweep reaches the group.
 Departures: the scale has least squared error under the sweep's own costs (the authors take the extremes); the grid is
@@ -14,7 +15,7 @@ from typing import ClassVar, Literal
 
 from slimlm.core import grid
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.sweep import check_damp, conditioned, inverse_in_order, order_of, rounded_sweep
+from slimlm.core.solvers.sweep import check_damp, conditioned, inverse_in_order, order_of, rounded_sweep
 
 
 @dataclass(frozen=True)

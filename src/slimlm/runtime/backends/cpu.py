@@ -17,9 +17,9 @@ from slimlm.core import bits as bitstream
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts import Description, dense_of, under
-from slimlm.runtime import kernels, native
 from slimlm.runtime.backends import Stored
-from slimlm.runtime.kernels import Matrix, Packed, Precision
+from slimlm.runtime.cpu import kernels, native
+from slimlm.runtime.cpu.kernels import Matrix, Packed, Precision
 
 _MOST_ADAPTERS = 8
 

@@ -1,0 +1,1 @@
+"""Timing of layers and of whole models, and tuning of GPU tiles."""

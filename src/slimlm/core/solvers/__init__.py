@@ -1,0 +1,1 @@
+"""Solvers that methods share: sweep, scale search, coordinate descent, low-rank products."""

@@ -1,0 +1,73 @@
+"""Open any model folder, compressed or dense, and measure it beside another."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimlm.core.errors import DataError
+from slimlm.inference.load import Tell, load
+from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
+from slimlm.models.structure import blocks_of, linears_of
+from slimlm.runtime.dispatch import Kernels, available
+from slimlm.runtime.gpu import device as gpu
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage import checkpoint
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready to run, with its size."""
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bytes: int
+    """tensors as stored"""
+    bits_per_weight: float
+    """of the linear layers in the blocks: stored bits over weights"""
+
+
+def open_any(
+    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, tell: Tell = warnings.warn
+) -> OpenModel:
+    """Open a slimlm checkpoint or a dense model on a device; raises where it has no tokenizer.
+
+    Activations are float32, but for checkpoints on GPU kernels, where they are of the dtype that the original had.
+
+    kernels and tell: for a checkpoint, as in `slimlm.load`.
+    """
+    method = quantization_of(read_config(source), source).get("quant_method")
+    if method == checkpoint.METHOD:
+        # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
+        ready = available(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
+        dtype = "auto" if ready else torch.float32
+        model = load(source, dtype=dtype, device=device, kernels=kernels, tell=tell)
+        tokenizer = open_tokenizer(source)
+        inside = (module for block in blocks_of(model).values() for module in block.modules())
+        layers = [module for module in inside if isinstance(module, CompressedLinear)]
+        bits = sum(8 * t.numel() * t.element_size() for m in layers for t in m.packed().values())
+        per_weight = bits / sum(m.in_features * m.out_features for m in layers)
+        size = checkpoint.stored_bytes(folder_of(source))
+    else:
+        dense = open_dense(source)
+        model, tokenizer, size = dense.model.to(device), dense.tokenizer, dense.bytes
+        names = [f"{block}.{name}.weight" for block, module in blocks_of(model).items() for name in linears_of(module)]
+        weights = {name: model.get_parameter(name).numel() for name in names}
+        bits = sum(8 * dense.dtypes[name].itemsize * count for name, count in weights.items())
+        per_weight = bits / max(1, sum(weights.values()))
+    if tokenizer is None:
+        raise DataError(f"{source} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
+    return OpenModel(source, model, tokenizer, size, per_weight)
+
+
+def same_tokens(one: OpenModel, other: OpenModel, sample: str) -> bool:
+    """Whether both models' tokenizers cut a text alike, so that perplexities per token can be compared."""
+
+    def cut(opened: OpenModel) -> list[int]:
+        return list(opened.tokenizer(sample, add_special_tokens=False)["input_ids"])
+
+    return cut(one) == cut(other)

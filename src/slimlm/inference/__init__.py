@@ -1,0 +1,1 @@
+"""Opening a compressed model and writing text with it."""

@@ -1,0 +1,1 @@
+"""Faster decoding of Llama-like models: their structure recognized, one call of the kernels per step."""

@@ -1,0 +1,358 @@
+"""Choose for every layer what it becomes, under one budget, from measured losses.
+
+For each group of layers that share an input (q, k and v; gate and up: fused kernels want them alike) and each option, the
+group alone is compressed on the original model's activations and the model's output compared with the original's on
+windows that the statistics did not see: KL divergence per token. A knapsack picks the options of least summed loss. Because
+losses do not quite add up, the choice is then put into the model as a whole and must beat the best single option for all
+layers on further windows; otherwise that one is taken ("Allocation must be gated": where single-layer losses are large
+their sum misleads).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.calibration.capture import Flow, enter, measure, run, stages_of
+from slimlm.core.errors import DataError, NumericsError, RecipeError
+from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.parts import dense_of
+from slimlm.events import Event, Observer
+from slimlm.models.structure import linears_of, put_weight, weight_of
+from slimlm.planner.budget import choose_options
+from slimlm.planner.options import Budget, Objective, Option, budget_of, options_for
+from slimlm.recipe import NamedStep, Recipe, Rule
+
+_LOGITS_AT_ONCE = 2**26
+_JUDGED_TOKENS = 4096
+_ROUNDS, _POLISH = 2, 1
+"""Of the alternation while planning: the order of the options shows early."""
+_LEAST_WINDOWS = 3
+_LEAST_BITS, _MOST_BITS = 1.5, 8.5
+AUTO_SHARE = 0.1
+"""The rank, as a share, whose bits `rank = "auto"` may spend."""
+_AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one group of layers became and what else was measured."""
+
+    layers: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    losses: tuple[float, ...]
+    """KL per token in nats, of each option applied to this group alone"""
+    chosen: int
+    """number of the option"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome."""
+
+    objective: Objective
+    asked_bits: float
+    options: tuple[Option, ...]
+    choices: tuple[Choice, ...]
+    planned_loss: float
+    """KL per token with the knapsack's choice in all layers at once, on windows kept for this"""
+    uniform_loss: float
+    """the same with the best single option"""
+    uniform: int | None
+    """number of the best single option within the budget, where there is one"""
+    fallback: bool
+    """whether the single option was taken because the choice did not pay"""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the chosen options, everything counted."""
+        stored = sum(self.options[c.chosen].stored_bits(shape) for c in self.choices for shape in c.shapes)
+        return stored / sum(out * width for c in self.choices for out, width in c.shapes)
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The base recipe with a rule for every group."""
+        rules = tuple(Rule(c.layers, tuple(self.options[c.chosen].overrides().items())) for c in self.choices)
+        name = f"{base.name} at {self.asked_bits:g} bits ({self.objective})"
+        summary = f"what a plan chose for every layer: {self.bits_per_weight:.3f} bits per weight"
+        step: Any = alternation_of(base).step
+        named = replace(base.steps[0], step=replace(step, rank=AUTO_SHARE) if step.rank == "auto" else step)
+        return replace(base, name=name, summary=summary, steps=(named,), rules=rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "objective": self.objective,
+            "asked_bits": self.asked_bits,
+            "bits_per_weight": self.bits_per_weight,
+            "options": [{**option.overrides(), "words": str(option)} for option in self.options],
+            "choices": [
+                {
+                    "layers": list(c.layers),
+                    "weights": sum(out * width for out, width in c.shapes),
+                    "chosen": c.chosen,
+                    "losses": [_finite(loss) for loss in c.losses],
+                    "bits": self._bits(c),
+                }
+                for c in self.choices
+            ],
+            "planned_loss": _finite(self.planned_loss),
+            "uniform": self.uniform,
+            "uniform_loss": _finite(self.uniform_loss),
+            "fallback": self.fallback,
+        }
+
+    def _bits(self, choice: Choice) -> list[float]:
+        weights = sum(out * width for out, width in choice.shapes)
+        return [sum(option.stored_bits(shape) for shape in choice.shapes) / weights for option in self.options]
+
+
+def _finite(loss: float) -> float | None:
+    """JSON has no infinity: an option that a layer cannot take, or no single option within the budget."""
+    return loss if math.isfinite(loss) else None
+
+
+def alternation_of(recipe: Recipe) -> NamedStep:
+    """The one step that a plan can vary; raises RecipeError for any other recipe."""
+    if len(recipe.steps) != 1 or recipe.steps[0].method != "alternation":
+        raise RecipeError(
+            f"recipe {recipe.name} cannot be planned: bits and ranks are chosen for a recipe whose one step is the joint "
+            'method alternation, such as "best"; its steps are '
+            + ", ".join(f"{named.kind} {named.method}" for named in recipe.steps)
+        )
+    if recipe.rules:
+        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules say already what layers become; take them out")
+    return recipe.steps[0]
+
+
+def asked_budget(recipe: Recipe, bits: float, objective: Objective) -> Budget:
+    """The budget of so many bits per weight for a recipe like `best`."""
+    if not _LEAST_BITS <= bits <= _MOST_BITS:
+        raise RecipeError(f"--bits {bits:g}: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
+    return Budget(options_for(_like(recipe), bits, objective), bits, objective)
+
+
+def auto_budget(recipe: Recipe, shapes: list[tuple[int, int]], objective: Objective) -> Budget:
+    """For rank = "auto": the recipe's own base with other ranks, within the cost of rank 0.1 everywhere."""
+    like = _like(recipe)
+    bits = sum(like.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
+    return Budget(tuple(replace(like, rank=rank) for rank in _AUTO_RANKS), bits, objective, like)
+
+
+def _like(recipe: Recipe) -> Option:
+    """What the recipe's own step makes of a layer, with rank 0.1 for "auto"."""
+    step: Any = alternation_of(recipe).step
+    rank = AUTO_SHARE if step.rank == "auto" else step.rank
+    return Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group, step.levels != "even")
+
+
+def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
+    """Raise RecipeError where even the cheapest options cost more; says the smallest budget that can be met."""
+    objective = budget.objective
+    cheapest = 0.0
+    for name, shape in shapes.items():
+        fitting = [option for option in budget.options if option.refuses(shape) is None]
+        if not fitting:
+            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; leave it out (leave = [...])")
+        cheapest += min(option.cost(shape, objective) for option in fitting)
+    own = list(shapes.values())
+    if cheapest > budget.cost(own):
+        low, high = budget.bits, 64.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if budget_of(own, middle, objective) >= cheapest else (middle, high)
+        raise RecipeError(
+            f"--bits {budget.bits:g} cannot be met: with everything counted (codes, scales, tables, masks, adapters) the "
+            f"smallest that the options for it allow for this model is {high:.3f} bits per weight, counted by {objective}; "
+            "ask for at least that"
+        )
+
+
+def refuse_few_windows(count: int) -> None:
+    """Raise DataError where there are too few calibration windows to plan on."""
+    if count < _LEAST_WINDOWS:
+        raise DataError(
+            f"a plan needs at least {_LEAST_WINDOWS} calibration windows, for statistics and two checks; there are {count}"
+        )
+
+
+def make_plan(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    recipe: Recipe,
+    windows: Tensor,
+    *,
+    budget: Budget,
+    device: torch.device,
+    progress: Observer,
+) -> Plan:
+    """Measure every option for every group, choose, and check the choice; the model comes out as it went in.
+
+    windows `[count, length]`: the calibration windows. Some (at most an eighth, at least one, about 4096 tokens) serve to
+    measure losses and as many others to check the choice; the rest serve for statistics.
+    """
+    step: Any = alternation_of(recipe).step
+    quick = replace(step, rounds=min(step.rounds, _ROUNDS), polish=min(step.polish, _POLISH), follow=0.0)
+    refuse_few_windows(len(windows))
+    options, objective = budget.options, budget.objective
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
+    held = max(1, min(len(windows) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // windows.shape[1]))
+    statistics, judged, checked = windows[: -2 * held], windows[-2 * held : -held], windows[-held:]
+    divergence, check = _Divergence(model, judged), _Divergence(model, checked)
+
+    groups: list[_Group] = []
+    losses: list[list[float]] = []
+    total = len(blocks) + 2
+    for done, (stages, stats) in enumerate(_walk(model, blocks, recipe.leaves, statistics, device)):
+        progress(Event("plan", done, total))
+        for stage in stages:
+            groups.append(_Group.of(model, stage))
+            losses.append([_loss(model, groups[-1], option, quick, stats, divergence, device) for option in options])
+
+    shapes = [shape for group in groups for shape in group.shapes]
+    costs = [[sum(option.cost(shape, objective) for shape in group.shapes) for option in options] for group in groups]
+    room = budget.cost(shapes)
+    chosen = choose_options(losses, costs, room)
+    if chosen is None:
+        raise NumericsError(
+            "no choice within the budget leaves the model's outputs finite for every layer; ask for more bits, or see what "
+            "recipe absmax does to it"
+        )
+    whole = [sum(own[i] for own in costs) for i in range(len(options))]
+    fitting = [i for i in range(len(options)) if whole[i] <= room and all(own[i] < float("inf") for own in losses)]
+    uniform = min(fitting, key=lambda i: sum(own[i] for own in losses), default=None)
+
+    def at_once(numbers: list[int]) -> float:
+        picked = {name: options[i] for group, i in zip(groups, numbers, strict=True) for name in group.layers}
+        return _loss_of_all(model, blocks, picked, quick, statistics, check, device)
+
+    progress(Event("plan", len(blocks), total))
+    planned_loss = at_once(chosen)
+    progress(Event("plan", len(blocks) + 1, total))
+    uniform_loss = float("inf") if uniform is None else at_once([uniform] * len(groups))
+    progress(Event("plan", total, total))
+    fallback = uniform is not None and uniform_loss < planned_loss
+    final = [uniform] * len(groups) if fallback and uniform is not None else chosen
+    choices = tuple(
+        Choice(group.layers, group.shapes, tuple(own), i) for group, own, i in zip(groups, losses, final, strict=True)
+    )
+    return Plan(objective, budget.bits, options, choices, planned_loss, uniform_loss, uniform, fallback)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that share an input, by full name, and their shapes."""
+
+    layers: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: list[str]) -> "_Group":
+        shapes = [weight_of(model.get_submodule(name)).shape for name in layers]
+        return cls(tuple(layers), tuple((shape[0], shape[1]) for shape in shapes))
+
+
+def _walk(
+    model: nn.Module, blocks: dict[str, nn.Module], leaves: Callable[[str], bool], windows: Tensor, device: torch.device
+) -> Iterator[tuple[list[list[str]], dict[str, Stats]]]:
+    """For each original block its layers by stages and the statistics of their inputs, by full name.
+
+    The model is on the CPU while the caller has its turn; what the caller changes of a block's weights does not reach the
+    inputs of the next.
+    """
+    flow = enter(model, blocks, windows)
+    for block_name, block in blocks.items():
+        linears = {n: m for n, m in linears_of(block).items() if not leaves(f"{block_name}.{n}")}
+        block.to(device)
+        stages = stages_of(block, block_name, linears, flow, device) if linears else []
+        stats = measure(block, block_name, linears, flow, Need.GRAM, device) if linears else {}
+        flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
+        block.to("cpu")
+        yield [[f"{block_name}.{n}" for n in stage] for stage in stages], {f"{block_name}.{n}": s for n, s in stats.items()}
+
+
+def _loss(
+    model: nn.Module,
+    group: _Group,
+    option: Option,
+    quick: Any,
+    stats: dict[str, Stats],
+    divergence: "_Divergence",
+    device: torch.device,
+) -> float:
+    if any(option.refuses(shape) is not None for shape in group.shapes):
+        return float("inf")
+    with _restored(model, list(group.layers)):
+        _compress(model, dict.fromkeys(group.layers, option), quick, stats, device)
+        return divergence.of(model)
+
+
+def _loss_of_all(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    picked: dict[str, Option],
+    quick: Any,
+    windows: Tensor,
+    check: "_Divergence",
+    device: torch.device,
+) -> float:
+    """The loss with every layer's option in the model at once; the statistics are measured again, a block at a time."""
+    with _restored(model, list(picked)):
+        for _, stats in _walk(model, blocks, lambda name: name not in picked, windows, device):
+            _compress(model, {name: picked[name] for name in stats}, quick, stats, device)
+        return check.of(model)
+
+
+def _compress(model: nn.Module, picked: dict[str, Option], quick: Any, stats: dict[str, Stats], device: torch.device) -> None:
+    """Put what the options make of these layers in their place, as dense weights."""
+    for name, option in picked.items():
+        linear = model.get_submodule(name)
+        step = replace(quick, **option.overrides())
+        try:
+            made = step(Layer.of(name, weight_of(linear).to(device)), stats[name])
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        put_weight(linear, dense_of(made.parts()))
+
+
+@contextmanager
+def _restored(model: nn.Module, layers: list[str]) -> Iterator[None]:
+    """Afterwards these layers have the weights that they had before."""
+    before = {name: weight_of(model.get_submodule(name)).clone() for name in layers}
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            put_weight(model.get_submodule(name), weight)
+
+
+class _Divergence:
+    """KL(original || changed) of the next-token distributions, per token in nats, on some windows."""
+
+    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+        self.windows = windows
+        self.expected = [logits.log_softmax(dim=-1) for logits in self._logits(model)]
+        if any(bool(logs.isnan().any()) for logs in self.expected):
+            raise NumericsError(
+                "the original model's logits hold NaN on the calibration text; there is nothing to compare with"
+            )
+
+    def _logits(self, model: nn.Module) -> Iterator[Tensor]:
+        for batch in self.windows.split(max(1, _JUDGED_TOKENS // self.windows.shape[1])):
+            # Given away outside of no_grad, which would else hold for whoever asks for the next batch.
+            with torch.no_grad():
+                logits = model(batch, use_cache=False).logits.float()
+            yield logits
+
+    def of(self, model: nn.Module) -> float:
+        """Of the model as it is now; infinite where its outputs are not numbers."""
+        total = 0.0
+        for expected, logits in zip(self.expected, self._logits(model), strict=True):
+            found = logits.log_softmax(dim=-1)
+            # A token that the original rules out (a masked, padded vocabulary) adds nothing.
+            terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - found))
+            total += float(terms.double().sum())
+        return max(0.0, total / self.windows.numel()) if math.isfinite(total) else math.inf

@@ -1,0 +1,149 @@
+"""The log of a run: JSON lines beside the output, a line per layer, written as blocks are finished.
+
+    OUT.log.jsonl             inside OUT, as slimlm.log.jsonl, where OUT is a folder already as the run begins
+
+    {"event": "run", ...}     as compressing begins or goes on: time (UTC), recipe, model, calibration, device, versions,
+                              blocks, and `after`, the number of blocks that an earlier run had finished
+    {"event": "layer", ...}   block (its number), name, shape, parts, bits, bits_per_weight, sparsity, rank, error, tokens,
+                              seconds, matched, notes
+    {"event": "block", ...}   block, name, error (mean of its layers), seconds; after the lines of its layers
+    {"event": "end", ...}     bits_per_weight, stored_bytes, seconds of all runs together, peak_memory
+    {"event": "stopped", ...} in place of `end`: why (the kind of error, without its words)
+
+Lines are only ever added, so the log outlives kills, goes on with a run, and stays when all is done; a run that begins anew
+adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines are
+written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
+half line that a kill may leave is cut off. Folders' names are nobody's business: models, texts and recipes go by their last
+name.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slimlm.events import BlockDone, Event, LayerDone
+from slimlm.record import LayerRecord, Record
+from slimlm.storage.journal import INSIDE_LOG, journal_folder
+
+
+def log_path(out: Path) -> Path:
+    """Where the log of a run that writes `out` is: where its journal is, beside `out` or inside."""
+    inside = journal_folder(out).parent == out.absolute()
+    return out.absolute() / INSIDE_LOG if inside else out.absolute().with_name(out.absolute().name + ".log.jsonl")
+
+
+@dataclass
+class RunLog:
+    """An observer that writes the log; see `open_log`."""
+
+    path: Path
+    _layers: dict[str, LayerDone] = field(default_factory=dict)
+    """of the block at hand, by full name"""
+
+    def __call__(self, event: Event) -> None:
+        if event.layer is not None:
+            self._layers[event.layer.record.name] = event.layer
+        logged = blocks_of(self.path) if any(block.seconds is None for block in event.blocks) else set()
+        lines = [line for block in event.blocks if block.number not in logged for line in self._lines_of(block)]
+        if event.blocks:
+            self._layers.clear()
+        if lines:
+            self.add(*lines)
+
+    def _lines_of(self, block: BlockDone) -> Iterator[dict[str, Any]]:
+        for record in block.records:
+            done = self._layers.get(record.name)
+            yield {
+                "event": "layer",
+                "block": block.number,
+                **_figures(record),
+                "tokens": None if done is None else done.tokens,
+                "seconds": None if done is None else round(done.seconds, 3),
+                "matched": record.matched,
+                "notes": record.notes,
+            }
+        seconds = None if block.seconds is None else round(block.seconds, 3)
+        yield {"event": "block", "block": block.number, "name": block.name, "error": block.error, "seconds": seconds}
+
+    def add(self, *lines: dict[str, Any]) -> None:
+        """Append these and bring them to the disk."""
+        with self.path.open("ab") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _figures(record: LayerRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "shape": record.shape,
+        "parts": record.parts,
+        "bits": record.bits,
+        "bits_per_weight": record.bits_per_weight,
+        "sparsity": record.sparsity,
+        "rank": record.rank,
+        "error": record.error,
+    }
+
+
+def blocks_of(path: Path) -> set[int]:
+    """The numbers of the blocks that the log holds of its last run, and of those that it goes on from."""
+    found: set[int] = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            # Somebody has edited the file: what it says besides still counts.
+            continue
+        if isinstance(entry, dict) and entry.get("event") == "run" and entry.get("after") == 0:
+            found.clear()
+        if isinstance(entry, dict) and entry.get("event") == "block":
+            found.add(entry["block"])
+    return found
+
+
+@contextmanager
+def open_log(out: Path, header: dict[str, Any]) -> Iterator[RunLog]:
+    """The log of the run that writes `out`, begun with `header` (see the head of this file); says why where it stops.
+
+    Raises OSError where the disk refuses.
+    """
+    log = RunLog(log_path(out))
+    new = not log.path.exists()
+    _cut_half_line(log.path)
+    log.add({"event": "run", "time": datetime.now(UTC).isoformat(timespec="seconds"), **header})
+    try:
+        yield log
+    except BaseException as error:
+        # On a full disk the run's own error is the one to be told.
+        with suppress(OSError):
+            if new and not blocks_of(log.path):
+                log.path.unlink()
+            else:
+                log.add({"event": "stopped", "why": type(error).__name__})
+        raise
+
+
+def end_of(record: Record) -> dict[str, Any]:
+    """The last line of a run that came to its end."""
+    return {
+        "event": "end",
+        "bits_per_weight": record.bits_per_weight,
+        "stored_bytes": record.stored_bytes,
+        "seconds": round(record.seconds, 3),
+        "peak_memory": record.peak_memory,
+    }
+
+
+def _cut_half_line(path: Path) -> None:
+    """Shorten the file to its last whole line."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

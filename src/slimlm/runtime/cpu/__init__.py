@@ -1,0 +1,1 @@
+"""The CPU kernels: their library, their functions and the processor that they run on."""

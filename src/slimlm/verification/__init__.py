@@ -1,0 +1,1 @@
+"""A finished folder checked from end to end."""

@@ -1,0 +1,284 @@
+"""Is a checkpoint what it says it is? From its folder alone, a tensor and a block at a time.
+
+Every shard, every tensor and the config against its recorded SHA-256, the index against the shards, every packed layer against
+its description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against
+both; whether the tokenizer opens; and then the model runs, block by block, on a few tokens or on a text. What must match the
+model in memory while it is compressed is compared in slimlm.run.assemble.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError
+from slimlm.evaluation.perplexity import Perplexity, perplexity
+from slimlm.inference.load import read_description, refuse_other, take
+from slimlm.models.experts import take_apart
+from slimlm.models.lazy import placeholder
+from slimlm.models.meta import empty_model, misfits
+from slimlm.models.opening import open_tokenizer, without_bars, words_of
+from slimlm.models.structure import linears_of, vocabulary_size
+from slimlm.record import Record, explosion
+from slimlm.storage import checkpoint
+from slimlm.storage.entries import own_entries, packed_names
+from slimlm.storage.mapping import MappedFile, map_file
+from slimlm.storage.streams import tensor_sum
+from slimlm.storage.tensor_checks import faults, not_finite
+from slimlm.verification.stored_model import StoredModel
+
+_CPU = torch.device("cpu")
+_TOKENS = 8
+"""on which a model runs where no text is given"""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in a checkpoint's folder."""
+
+    folder: str
+    problems: tuple[str, ...]
+    """in words that name the tensor or layer; none: the checkpoint is sound"""
+    notes: tuple[str, ...]
+    """what could not be checked, and warnings"""
+    shards: int
+    tensors: int
+    bytes: int
+    """of the shards"""
+    checksums: str
+    """of what they are recorded: "tensors", or "shards" alone in folders of older versions"""
+    compressed: int
+    """linear layers that are packed"""
+    left: tuple[str, ...]
+    """linear layers that stayed dense"""
+    embeddings: int
+    """that are packed"""
+    recorded: dict[str, Any] | None
+    """perplexity before and after that the run recorded"""
+    measured: dict[str, Any] | None
+    """perplexity on the windows given"""
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"sound": self.sound, **dataclasses.asdict(self)}
+
+    def raise_if_unsound(self) -> None:
+        """Raise CheckpointError, with the first problems, where there are any."""
+        if self.problems:
+            more = f"; and {len(self.problems) - 3} more" if len(self.problems) > 3 else ""
+            raise CheckpointError(f"verification of {self.folder} failed: {'; '.join(self.problems[:3])}{more}")
+
+
+def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
+    """Check everything that can be known of a checkpoint from its folder; see the top of this file.
+
+    windows: token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens. device: where
+    blocks run. Raises CheckpointError where the folder is no checkpoint, or so damaged that there is nothing to go through; all
+    else is told in `problems`.
+    """
+    folder = Path(folder)
+    record = checkpoint.read_record(folder)
+    refuse_other(str(folder))
+    about = read_description(folder)
+    recorded = checkpoint.recorded_files(folder)
+    files = {path.name: map_file(path) for path in checkpoint.check_files(folder)}
+    problems = [*_checksums(files, recorded, folder), *_index(files, folder), *_unopened(folder)]
+    stored = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
+
+    def release(tensors: Any) -> None:
+        wanted = list(tensors)
+        for file in files.values():
+            file.release(wanted)
+
+    problems += _packed(about, stored, release)
+    others = {name: tensor for name, tensor in stored.items() if name not in set(packed_names(about))}
+    try:
+        empty = empty_model(folder, stored, about.get("experts", ()))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    problems += misfits(empty, about, others)
+    linears = linears_of(empty)
+    left = tuple(name for name in linears if name not in about["layers"])
+    rows, notes = _rows(record)
+    if rows is not None:
+        problems += _record(rows, about, left)
+        if (warning := explosion(rows)) is not None:
+            notes.append(warning)
+    beside, about_them = _beside(folder)
+    problems += beside
+    notes += about_them
+    if any("tensors" not in entry for entry in recorded.values()):
+        notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
+    measured = None
+    if not problems:
+        skeleton = _skeleton(empty_model(folder, stored), about.get("experts", ()))
+        found = _run(StoredModel(skeleton, stored, release, about["layers"], about.get("embeddings", {})), windows, device)
+        problems += [found] if isinstance(found, str) else []
+        measured = found if isinstance(found, Perplexity) else None
+    compared = None if rows is None or rows.perplexity is None else dataclasses.asdict(rows.perplexity)
+    return Verified(
+        folder=str(folder),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        shards=len(files),
+        tensors=len(stored),
+        bytes=sum(entry["bytes"] for entry in recorded.values()),
+        checksums="tensors" if all("tensors" in entry for entry in recorded.values()) else "shards",
+        compressed=len(about["layers"]),
+        left=left,
+        embeddings=len(about.get("embeddings", {})),
+        recorded=compared,
+        measured=None if measured is None else dataclasses.asdict(measured),
+    )
+
+
+def _beside(folder: Path) -> tuple[list[str], list[str]]:
+    """Problems and notes on config, tokenizer and what else lies beside the weights. What a model computes hangs on its config;
+    the rest is a user's to edit."""
+    found = checkpoint.changed_beside(folder)
+    if found is None:
+        return [], ["the folder was written by an older slimlm: it records no checksums of its config and tokenizer"]
+    changed, gone = found
+    problems = [f"{name} is missing" for name in gone]
+    problems += [f"{name} is not what was written: its SHA-256 differs" for name in changed if name == "config.json"]
+    return problems, [f"{name} was changed since it was written" for name in changed if name != "config.json"]
+
+
+def _unopened(folder: Path) -> Iterator[str]:
+    """What transformers cannot open of the tokenizer and of the defaults for writing text."""
+    try:
+        open_tokenizer(str(folder))
+    except ModelError as error:
+        yield str(error)
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            yield f"generation_config.json cannot be opened: {words_of(error)}"
+
+
+def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder: Path) -> Iterator[str]:
+    """Shards and tensors that are not what was written. A shard is its header and its tensors without gaps: it is read once."""
+    for name, file in files.items():
+        whole = hashlib.sha256(file.header)
+        wanted = recorded[name].get("tensors")
+        for key, tensor in file.tensors.items():
+            sum_of = tensor_sum(tensor, whole)
+            file.release([tensor])
+            if wanted is not None and wanted.get(key) != sum_of:
+                yield f"{key} in {name} is not what was written: its SHA-256 is not the recorded one"
+        for key in sorted(set(wanted or {}) - set(file.tensors)):
+            yield f"{key} is recorded in {name}, which does not hold it"
+        if whole.hexdigest() != recorded[name]["sha256"]:
+            yield f"{folder / name} is corrupt: its SHA-256 is not the recorded one"
+    places: dict[str, str] = {}
+    for name, file in files.items():
+        for key in file.tensors:
+            if (first := places.setdefault(key, name)) != name:
+                yield f"{key} is stored twice, in {first} and in {name}"
+
+
+def _index(files: dict[str, MappedFile], folder: Path) -> Iterator[str]:
+    """Where the index and the shards disagree; transformers opens several shards by the index alone."""
+    path = folder / checkpoint.INDEX
+    if not path.is_file():
+        if len(files) > 1:
+            yield f"{path} is missing, and there are {len(files)} shards"
+        return
+    try:
+        places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{path} is damaged: {words_of(error)}"
+        return
+    held = {key: name for name, file in files.items() for key in file.tensors}
+    for key in sorted({*places, *held}):
+        if places.get(key) != held.get(key):
+            yield f"{key} is in {held.get(key, 'no shard')}; the index says {places.get(key, 'nothing of it')!r}"
+
+
+def _packed(about: dict[str, Any], stored: dict[str, Tensor], release: Any) -> Iterator[str]:
+    """What is wrong with single tensors: of packed layers, and NaN or infinity in the others."""
+    rest = dict(stored)
+    for name, entry in own_entries(about).items():
+        try:
+            own = take(rest, name, entry["tensors"])
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        for words in faults(entry, own):
+            yield f"{name}: {words}"
+        release(own.values())
+    for name, tensor in rest.items():
+        yield from not_finite(name, tensor)
+        release([tensor])
+
+
+def _rows(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
+    try:
+        return Record.from_dict(record), []
+    except CheckpointError as error:
+        return None, [f"what slimlm.json says of layers is not compared: {error}"]
+
+
+def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Iterator[str]:
+    """Where the record and the description disagree, and linear layers that neither accounts for."""
+    entries = own_entries(about)
+    rows = {row.name: row for row in (*record.layers, *record.ends)}
+    for name in left:
+        if name not in record.left:
+            yield f"{name} is a linear layer that is neither compressed nor recorded as left dense"
+    for name in sorted({*rows, *entries}):
+        if name not in rows or name not in entries:
+            where = ("compressed", "the record does not name it") if name in entries else ("recorded", "it is not compressed")
+            yield f"{name} is {where[0]}, and {where[1]}"
+            continue
+        row, entry = rows[name], entries[name]
+        bits = sum(8 * torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in entry["tensors"].values())
+        ranks = sum(part["rank"] for part in entry["parts"] if part["kind"] == "low_rank")
+        for what, ours, theirs in (
+            ("shape", entry["shape"], list(row.shape)),
+            ("stored bits", bits, row.bits),
+            ("rank", ranks, row.rank),
+        ):
+            if ours != theirs:
+                yield f"{name}: {what} {ours}, and the record says {theirs}"
+
+
+def _skeleton(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
+    """The dense model with placeholders, whose tables are computed, and whose experts in these modules are taken apart."""
+    config = empty.config
+    given = {}
+    for name, tensor in empty.state_dict().items():
+        given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with without_bars():
+        model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    for name in experts:
+        take_apart(model, name)
+    return model.eval().requires_grad_(False)
+
+
+def _run(model: StoredModel, windows: Tensor | None, device: torch.device) -> Perplexity | str | None:
+    """The perplexity on windows, or, without any, None where a few tokens give finite logits; else a problem in words."""
+    try:
+        assembled = model.assembled(device)
+        if windows is not None:
+            return perplexity(assembled, windows)
+        with torch.no_grad():
+            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.skeleton), use_cache=False).logits
+    except NumericsError as error:
+        return str(error)
+    return None if bool(logits.isfinite().all()) else "the model's logits hold NaN or infinity"

@@ -1,0 +1,176 @@
+"""A model that runs from its stored tensors, of which one block at a time is made: a dense one's, or a checkpoint's.
+
+What is outside the blocks keeps the 16 bits that it is stored in (slimlm.runtime.dense), so that it takes no memory beside the
+mapped files either.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimlm.calibration.capture import sent_to
+from slimlm.core.errors import CheckpointError
+from slimlm.models.lazy import skeleton_copy
+from slimlm.models.structure import blocks_of, swap
+from slimlm.runtime.dense import widen_activations
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+from slimlm.runtime.linear import CompressedLinear
+
+_CPU = torch.device("cpu")
+_Way = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""From a block's arguments to its output."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A skeleton, and the tensors that belong into it."""
+
+    skeleton: PreTrainedModel
+    """its parameters have shapes and no values (see slimlm.models.lazy)"""
+    tensors: dict[str, Tensor]
+    """as stored, by full name; of tied tensors one is enough"""
+    release: Callable[[Iterable[Tensor]], Any]
+    """drops the pages of those of these tensors that are views of a file"""
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """what a checkpoint's config says of compressed layers, by name"""
+    embeddings: Mapping[str, Any] = field(default_factory=dict)
+
+    def block(self, name: str, device: torch.device) -> nn.Module:
+        """A block in float32, on the device."""
+        block = skeleton_copy(self.skeleton.get_submodule(name))
+        self._put_compressed(block, name)
+        self._put_others(block, name)
+        for module in block.modules():
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.is_floating_point() and key not in getattr(module, "packed_names", ()):
+                    tensor.data = tensor.data.float()
+        return block.to(device)
+
+    def _run(self, name: str, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = self.block(name, device)(*sent_to(args, device), **sent_to(kwargs, device))
+        self.release(tensor for full, tensor in self.tensors.items() if full.startswith(f"{name}."))
+        return sent_to(output, _CPU)
+
+    def assembled(self, device: torch.device = _CPU, *, first: Tensor | None = None) -> PreTrainedModel:
+        """A model that makes each block, on the device, when its turn comes, and computes in float32.
+
+        first: in place of what the first block would be given `[windows, length, width]`.
+        """
+
+        def run_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return self._run(name, device, (first, *args[1:]), kwargs)
+            return self._run(name, device, args, {**kwargs, "hidden_states": first})
+
+        names = list(blocks_of(self.skeleton))
+        ways: dict[str, _Way] = {name: partial(self._run, name, device) for name in names}
+        if first is not None:
+            ways[names[0]] = partial(run_first, names[0])
+        return self._around(ways)
+
+    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
+        """What the last block gives for tokens `[windows, length]`; no logits are made. `first` as for `assembled`."""
+        model = self.assembled(device, first=first)
+        last = list(blocks_of(self.skeleton))[-1]
+        caught: list[Any] = []
+        handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
+        try:
+            with torch.no_grad():
+                model.base_model(ids, use_cache=False)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
+        """Logits `[windows, positions, vocabulary]` of each piece of these windows, from what the last block gives for them.
+
+        The blocks are not run; what follows them is computed in float32.
+        """
+        hidden = output[0] if isinstance(output, tuple) else output
+        given: list[Any] = []
+        model = self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: given[-1]))
+        for piece in pieces:
+            given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
+            # Given away outside of no_grad, which would else hold for whoever asks for the next piece.
+            with torch.no_grad():
+                logits = model(ids[piece], use_cache=False).logits
+            yield logits
+
+    def _around(self, ways: dict[str, _Way]) -> PreTrainedModel:
+        model = skeleton_copy(self.skeleton)
+        assert isinstance(model, PreTrainedModel)
+        for name, way in ways.items():
+            swap(model, name, _InPlace(self.skeleton.get_submodule(name), way))
+        self._put_compressed(model, "")
+        self._put_others(model, "")
+        widen_activations(model)
+        return model
+
+    def _put_compressed(self, module: nn.Module, prefix: str) -> None:
+        """Put compressed layers and embeddings where the module, which is called `prefix` in the model, has others."""
+        inside = f"{prefix}." if prefix else ""
+        blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.skeleton))
+        owners: dict[str, CompressedEmbedding] = {}
+        for full, about in self.embeddings.items():
+            if full.startswith(inside) and not full.startswith(blocks):
+                embedding = CompressedEmbedding(
+                    tuple(about["shape"]), about["parts"], self._own(full, about), torch.float32, factor=about["factor"]
+                )
+                swap(module, full.removeprefix(inside), embedding)
+                owners[full] = embedding
+        for full, about in self.layers.items():
+            if full.startswith(inside) and not full.startswith(blocks):
+                bias = self._tensor(f"{full}.bias").float() if about["bias"] else None
+                if "tied_to" in about:
+                    layer: CompressedLinear = TiedLinear(owners[about["tied_to"]], bias)
+                else:
+                    layer = CompressedLinear(tuple(about["shape"]), about["parts"], self._own(full, about), bias)
+                swap(module, full.removeprefix(inside), layer)
+
+    def _put_others(self, module: nn.Module, prefix: str) -> None:
+        packed = {id(t) for m in module.modules() for n in getattr(m, "packed_names", ()) for t in [getattr(m, n)]}
+        packed |= {id(m.bias) for m in module.modules() if isinstance(m, CompressedLinear) and m.bias is not None}
+        missing: dict[int, str] = {}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            full = f"{prefix}.{key}" if prefix else key
+            if id(tensor) in packed:
+                continue
+            if full not in self.tensors:
+                missing.setdefault(id(tensor), full)
+                continue
+            stored = self.tensors[full]
+            tensor.data = stored.float() if stored.dtype == torch.float64 else stored
+            packed.add(id(tensor))
+        if lost := [full for own, full in missing.items() if own not in packed]:
+            raise CheckpointError(f"{lost[0]} is missing: nothing is stored under that name")
+
+    def _own(self, full: str, about: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: self._tensor(f"{full}.{name}") for name in about["tensors"]}
+
+    def _tensor(self, full: str) -> Tensor:
+        if full not in self.tensors:
+            raise CheckpointError(f"{full} is missing: nothing is stored under that name")
+        return self.tensors[full]
+
+
+class _InPlace(nn.Module):
+    """Stands where a block was. What a decoder asks of its blocks beside running them, the skeleton's block answers."""
+
+    def __init__(self, shown: nn.Module, run: _Way) -> None:
+        super().__init__()
+        # In a tuple, so that the block does not become a part of this module.
+        self._shown, self._run = (shown,), run
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_shown"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)

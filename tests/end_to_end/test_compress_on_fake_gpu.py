@@ -1,0 +1,154 @@
+"""Compression on a card, without one: a whole block is compressed where every tensor says that it is elsewhere.
+
+Values are those of the CPU, to the bit: the same kernels run. What a card computes otherwise is test_on_a_card.py's.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimlm.calibration import capture
+from slimlm.calibration.capture import Flow, enter
+from slimlm.core.grid import Levels
+from slimlm.core.layer import Need, measured
+from slimlm.core.mask import Pattern
+from slimlm.core.parts import dense_of
+from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
+from slimlm.core.solvers.low_rank_descent import descend
+from slimlm.core.solvers.sweep import inverse_of, order_of, rounded_sweep
+from slimlm.models.structure import blocks_of, linears_of
+from slimlm.recipe import Recipe, open_recipe
+from slimlm.run.block import compress_block
+from slimlm.runtime.linear import CompressedLinear
+from slimlm.runtime.memory import free_on_card
+from tests.conftest import VOCABULARY, random_model
+from tests.fake_gpu import FAR, FarTensor, MixedDevicesError, far_device, near, send
+
+CPU = torch.device("cpu")
+LENGTH = 16
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def first_block(windows: int = 6) -> tuple[nn.Module, str, Flow, dict[str, torch.dtype]]:
+    model = random_model("llama")
+    # Attention of another device than the CPU is computed otherwise; spelled out, it is the same operations everywhere.
+    model.set_attn_implementation("eager")
+    blocks = blocks_of(model)
+    tokens = torch.randint(VOCABULARY, (windows, LENGTH), generator=torch.Generator().manual_seed(3))
+    flow = enter(model, blocks, tokens)
+    name, block = next(iter(blocks.items()))
+    return block.requires_grad_(False), name, flow, {key: tensor.dtype for key, tensor in model.state_dict().items()}
+
+
+def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor], list[Any]]:
+    """What a block becomes: the matrices of its layers on the CPU, and the records."""
+    block, name, flow, dtypes = first_block()
+    twin = copy.deepcopy(block)
+    if device != CPU:
+        block, twin = send(block), send(twin)
+    original = (twin, Flow(list(flow.hidden), flow.arguments))
+    records, _ = compress_block(block, name, flow, recipe, dtypes, device, original)
+    layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
+    assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
+    return {n: near(dense_of(layer.parts())) for n, layer in layers.items()}, records
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe for two layers of the seven, with few rounds where it has rounds."""
+    steps = []
+    for named in recipe.steps:
+        fields = {field.name for field in dataclasses.fields(named.step)}
+        few = {name: value for name, value in {"rounds": 3, "polish": 1}.items() if name in fields}
+        steps.append(dataclasses.replace(named, step=dataclasses.replace(named.step, **few)))
+    leave = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
+    return dataclasses.replace(recipe, steps=tuple(steps), leave=leave)
+
+
+RECIPES = ["best", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
+LONG = ["hassle-free", "oats"]
+"""They alternate for as long as `best`, through the same code."""
+
+
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [
+        *((name, 2**40) for name in RECIPES),
+        *(pytest.param(name, 2**40, marks=pytest.mark.slow) for name in LONG),
+        ("slim", 0),
+        ("gptq-32", 0),
+    ],
+    ids=lambda value: {0: "statistics on the CPU", 2**40: "statistics on the card"}.get(value, value),
+)
+def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
+    name: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick(open_recipe(name))
+    monkeypatch.setattr(capture, "free_on_card", lambda device: room)
+    expected, told = compressed(recipe, CPU)
+    with far_device() as counts:
+        found, also = compressed(recipe, FAR)
+    assert counts.operations > 100
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    assert [record.error for record in also] == [record.error for record in told]
+
+
+def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, name, flow, _ = first_block()
+    for room, place in ((2**40, FAR), (10_000, CPU)):
+        monkeypatch.setattr(capture, "free_on_card", lambda device, room=room: room)
+        with far_device():
+            sent = send(copy.deepcopy(block))
+            found = capture.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAR)
+            assert {measured(stats.gram).device for stats in found.values()} == {place}
+
+
+def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_on_card(torch.device("cuda", 0)) == 500
+
+
+def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:
+    """At 48 inputs in groups of 16; an earlier form asked at every input, and at every fourth for the order."""
+    width, out = 48, 24
+    x, weight = draw(200, width), draw(out, width)
+    gram = x.T @ x / len(x)
+    levels, pattern = Levels.of_bits(4), Pattern.parse("2:4")
+    with far_device() as counts:
+        weight, gram = weight.to(FAR), gram.to(FAR)
+        order = order_of(gram.diagonal(), group=16, pattern=pattern)
+        inverse = inverse_of(gram.index_select(0, order.inputs).index_select(1, order.inputs), damp=0.01)
+        assert counts.waits < 8
+        before = counts.waits
+        base = rounded_sweep(weight, inverse, order, levels=levels, group=16, pattern=pattern)
+        assert counts.waits - before < 8 * 3
+        before = counts.waits
+        polish(weight, gram, base, group=16, pattern=None)
+        assert counts.waits - before < 8 * 3
+        adapter = low_rank_part(weight, gram, AdapterFormat(0.25, 4, 16, True))
+        assert adapter is not None
+        before = counts.waits
+        descend(weight, gram, adapter)
+        assert counts.waits - before < 8
+
+
+def test_a_forgotten_device_is_found() -> None:
+    with far_device(), pytest.raises(MixedDevicesError, match=r"\[\[4\]\] on the CPU with tensors on the card"):
+        torch.zeros(4, device=FAR) + torch.ones(4)
+
+
+def test_what_is_written_in_place_and_through_views_is_written() -> None:
+    with far_device() as counts:
+        one = torch.zeros(2, 3, device=FAR)
+        one[1].add_(2)
+        torch.mul(one, one, out=one)
+        assert isinstance(one, FarTensor) and one.sum().item() == 12.0 and one[torch.tensor([1])].shape == (1, 3)
+    assert counts.waits == 1

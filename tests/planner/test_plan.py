@@ -1,0 +1,201 @@
+"""Plans on a tiny model: the budget holds, the model comes out unharmed, the recipe says it all, refusals in words."""
+
+import json
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimlm
+from slimlm import pipeline
+from slimlm.cli.app import app
+from slimlm.core.errors import DataError, RecipeError
+from slimlm.events import quiet
+from slimlm.models.structure import blocks_of
+from slimlm.planner.options import Budget, Option
+from slimlm.planner.plan import _Divergence, make_plan
+from slimlm.recipe import open_recipe, recipe_from_dict, to_toml
+from tests.conftest import random_model
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(256, (12, 32), generator=torch.Generator().manual_seed(0))
+
+
+FIRST = ["model.layers.0.*"]
+"""Of two blocks one is enough to plan; the other goes along as it is."""
+
+
+def quick_recipe(leave: list[str] | None = None, **options: object) -> slimlm.Recipe:
+    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group": 16, **options}
+    return recipe_from_dict({"name": "quick", "sequential": True, "leave": leave or [], "steps": [step]}, source="test")
+
+
+OPTIONS = [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]
+BUDGETS = [3.0, 4.7, 5.9]
+
+
+def planned(bits: float, model: torch.nn.Module, options: list[Option], leave: list[str] | None = None) -> pipeline.Plan:
+    budget = Budget(tuple(options), bits, "size")
+    recipe = quick_recipe(leave)
+    return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
+
+
+@cache
+def plan_of(bits: float) -> pipeline.Plan:
+    return planned(bits, random_model("llama"), OPTIONS, FIRST)
+
+
+@pytest.mark.parametrize("bits", BUDGETS)
+def test_the_plan_keeps_its_budget_and_uses_most_of_it(bits: float) -> None:
+    found = plan_of(bits)
+    assert found.bits_per_weight <= bits
+    assert found.bits_per_weight > bits - 1  # the options are 2 bits apart, and some of the 14 layers can always move up
+
+
+def test_the_model_comes_out_as_it_went_in() -> None:
+    model = random_model("gpt2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = planned(4.0, model, OPTIONS[::3])
+    assert len(found.choices) == 8  # both blocks
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_that_share_an_input_get_one_choice() -> None:
+    found = plan_of(BUDGETS[1])
+    names = [[layer.rpartition(".")[2] for layer in choice.layers] for choice in found.choices]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_more_bits_for_a_group_lose_less() -> None:
+    for choice in plan_of(BUDGETS[1]).choices:
+        two, four, six, _ = choice.losses
+        assert two > four > six > 0
+
+
+@pytest.mark.parametrize("bits", BUDGETS)
+def test_the_choice_is_never_worse_than_the_single_option_where_both_were_checked(bits: float) -> None:
+    found = plan_of(bits)
+    assert found.uniform is not None
+    assert found.fallback == (found.uniform_loss < found.planned_loss)
+    if found.fallback:
+        assert {choice.chosen for choice in found.choices} == {found.uniform}
+
+
+def test_too_few_windows_are_refused() -> None:
+    model = random_model("llama")
+    with pytest.raises(DataError, match="at least 3"):
+        make_plan(
+            model,
+            blocks_of(model),
+            quick_recipe(),
+            WINDOWS[:2],
+            budget=Budget((Option(4, 32, "", 0.0),), 5.0, "size"),
+            device=CPU,
+            progress=quiet,
+        )
+
+
+def test_a_planned_model_has_the_bits_that_the_plan_says(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"data": str(text_file), "samples": 24, "length": 48}
+    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=quick_recipe(FIRST, levels="even"), bits=4.8, **options)
+    record = result.record
+    assert record.plan is not None
+    # Room for tables of levels is planned and not used here.
+    assert record.plan["bits_per_weight"] - 0.2 < record.bits_per_weight <= record.plan["bits_per_weight"]
+    assert record.bits_per_weight <= 4.8
+    kinds = {layer.parts for layer in record.layers}
+    assert len(kinds) > 1 or record.plan["fallback"]
+    assert json.loads((tmp_path / "out" / "slimlm.json").read_text())["plan"]["asked_bits"] == 4.8
+
+
+def test_rank_auto_spends_the_bits_of_rank_a_tenth(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.05, 0.1, 0.2))  # half of them, for half the time
+    options = {"data": str(text_file), "samples": 24, "length": 48}
+    fixed = slimlm.compress(llama_folder, tmp_path / "fixed", recipe=quick_recipe(FIRST, levels="even"), **options)
+    recipe = quick_recipe(FIRST, levels="even", rank="auto")
+    auto = slimlm.compress(llama_folder, tmp_path / "auto", recipe=recipe, **options)
+    assert auto.record.bits_per_weight <= fixed.record.bits_per_weight
+    assert auto.record.bits_per_weight > 0.9 * fixed.record.bits_per_weight
+    assert {layer.sparsity for layer in auto.record.layers} == {0.5}
+    assert auto.record.plan is not None
+
+
+def test_the_saved_recipe_carries_the_plan_out(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "quick.toml"
+    recipe.write_text(to_toml(quick_recipe(FIRST, levels="even")))
+    where = ["--data", str(text_file), "--samples", "24", "--length", "48"]
+    saved = tmp_path / "planned.toml"
+    asked = ["--recipe", str(recipe), "--bits", "4.8", "--embedding-bits", "8"]
+    done = CliRunner().invoke(app, ["plan", str(llama_folder), *asked, "--save", str(saved), *where])
+    assert done.exit_code == 0, done.output
+    assert "down_proj" in done.output and "groups that take it" in done.output
+    planned = open_recipe(str(saved))
+    assert planned.embedding_bits == 8 and "embedding and head at 8 bits" in done.output
+    assert tomllib.loads(saved.read_text())["rules"] == [rule.to_dict() for rule in planned.rules]
+    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=planned, data=str(text_file), samples=24, length=48)
+    assert result.record.bits_per_weight <= 4.8
+    assert [end.parts for end in result.record.ends] == 2 * ["8-bit (groups of 32)"]
+    again = CliRunner().invoke(app, ["plan", str(llama_folder), "--bits", "4.8", "--save", str(saved), *where])
+    assert isinstance(again.exception, RecipeError) and "exists already" in str(again.exception)
+
+
+def test_the_json_of_a_plan_is_json(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.025, 0.2))
+    recipe = tmp_path / "quick.toml"
+    recipe.write_text(to_toml(quick_recipe(FIRST, levels="even", rank="auto")))
+    line = ["plan", str(llama_folder), "--recipe", str(recipe), "--json", "--data", str(text_file)]
+    done = CliRunner().invoke(app, [*line, "--samples", "24", "--length", "48"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert 0 < data["bits_per_weight"] <= data["asked_bits"]
+    # A rank of 0.025 is none for the 24 outputs of k and v: JSON has no infinity for what that loses.
+    assert [None in choice["losses"] for choice in data["choices"]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"recipe": "slim", "bits": 3.5}, "alternation"),
+        ({"bits": 1.6}, "smallest"),
+        ({"bits": 0.5}, "from 1.5 to 8.5"),
+        ({}, "nothing to plan"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: dict[str, object], said: str, llama_folder: Path, text_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        pipeline.plan(llama_folder, data=str(text_file), samples=24, length=48, **arguments)  # type: ignore[arg-type]
+
+
+def test_rules_and_a_budget_contradict_each_other(llama_folder: Path, text_file: Path) -> None:
+    data = quick_recipe().to_dict() | {"rules": [{"layers": ["*.down_proj"], "bits": 8}]}
+    with pytest.raises(RecipeError, match="rules"):
+        pipeline.plan(llama_folder, recipe=recipe_from_dict(data, source="test"), bits=4.0, data=str(text_file))
+
+
+def test_an_objective_without_a_budget_is_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--bits"):
+        slimlm.compress(llama_folder, tmp_path / "out", recipe="absmax", objective="speed", data=str(text_file))
+
+
+def test_a_planned_recipe_of_automatic_ranks_plans_no_more(llama_folder: Path, text_file: Path) -> None:
+    arguments = {"recipe": quick_recipe(rank="auto"), "data": str(text_file), "samples": 24, "length": 48}
+    _, planned = pipeline.plan(llama_folder, **arguments)  # type: ignore[arg-type]
+    assert not pipeline.has_auto_rank(planned)
+
+
+def test_a_model_that_overflows_under_an_option_makes_its_loss_infinite_and_not_nothing() -> None:
+    model = random_model("llama")
+    divergence = _Divergence(model, WINDOWS[:2])
+    assert divergence.of(model) < 1e-9
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(float("nan"))
+    assert divergence.of(model) == float("inf")

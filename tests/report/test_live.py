@@ -1,0 +1,170 @@
+"""What is shown of a run: figures that follow from its events, on a clock that the test turns."""
+
+import io
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from slimlm.cli.app import app
+from slimlm.events import BlockDone, BlockWatch, Event, LayerDone, both, quiet
+from slimlm.record import LayerRecord
+from slimlm.report.live import Course, Display, Lines, duration, shown
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(name: str, error: float) -> LayerRecord:
+    return LayerRecord(name, (8, 4), "4-bit (one scale)", 128, 0.0, 0, error)
+
+
+def block(number: int, seconds: float | None, *errors: float) -> BlockDone:
+    name = f"layers.{number - 1}"
+    return BlockDone(number, name, tuple(record(f"{name}.q{i}", error) for i, error in enumerate(errors)), seconds)
+
+
+def after(course: Course, clock: Clock, *blocks: BlockDone, total: int = 6) -> None:
+    """Let these blocks be finished in turn."""
+    for done in blocks:
+        clock.now += done.seconds or 0.0
+        course(Event("compress", done.number, total, blocks=(done,)))
+
+
+def test_the_time_left_is_that_of_the_finished_blocks_for_those_to_come() -> None:
+    clock = Clock()
+    course = Course(clock)
+    course(Event("compress", 0, 6))
+    assert course.left is None
+    after(course, clock, block(1, 10, 0.2), block(2, 20, 0.4))
+    assert course.left == pytest.approx(4 * 15)
+    clock.now += 5  # into the third block
+    assert course.left == pytest.approx(4 * 15 - 5)
+    clock.now += 1000  # it takes far longer than it should
+    assert course.left == 0
+
+
+def test_a_run_that_goes_on_counts_the_errors_of_all_blocks_and_the_pace_of_its_own() -> None:
+    clock = Clock()
+    course = Course(clock)
+    course(Event("compress", 3, 6, blocks=(block(1, None, 0.1), block(2, None, 0.2), block(3, None, 0.3))))
+    assert course.left is None and course.error == pytest.approx(0.2)
+    after(course, clock, block(4, 7, 0.6))
+    assert course.left == pytest.approx(2 * 7) and course.error == pytest.approx(0.3)
+
+
+def test_other_stages_have_a_pace_of_their_own() -> None:
+    clock = Clock()
+    course = Course(clock)
+    course(Event("compress", 6, 6, blocks=(block(1, None, 0.1),)))
+    clock.now += 100
+    course(Event("sample text", 0, 8))
+    clock.now += 6
+    course(Event("sample text", 2, 8))
+    assert course.left == pytest.approx(18) and course.error is None
+
+
+def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -> None:
+    clock, file = Clock(), io.StringIO()
+    lines = Lines(file, clock)
+    lines(Event("open the model", 0, 1))
+    lines(Event("open the model", 1, 1))
+    lines(Event("compress", 1, 3, blocks=(block(1, None, 0.5),)))
+    watch = BlockWatch(lines, "layers.1", 1, 3)
+    watch.doing("read")
+    watch.doing("measure", "q0", "q1")
+    watch.finished_layer(LayerDone(record("layers.1.q0", 0.25), 64, 2.0))
+    clock.now += 90
+    watch.finished(block(2, 90, 0.25, 0.75).records, 90)
+    lines(Event("compress", 3, 3, blocks=(block(3, 30),)))
+    assert file.getvalue().splitlines() == [
+        "open the model",
+        "block 1/3 layers.0: finished by an earlier run, as are those before it",
+        "block 2/3 layers.1: error 0.5000 (so far 0.5000), 90.0 s, about 90 s left",
+        "block 3/3 layers.2: nothing to compress (so far 0.5000), 30.0 s, about 0 s left",
+    ]
+
+
+def test_lines_of_other_stages_are_ten_seconds_apart() -> None:
+    clock, file = Clock(), io.StringIO()
+    lines = Lines(file, clock)
+    for done in range(40):
+        lines(Event("plan", done, 40))
+        clock.now += 1
+    assert file.getvalue().splitlines() == [
+        "plan",
+        "plan 10/40, about 30 s left",
+        "plan 20/40, about 20 s left",
+        "plan 30/40, about 10 s left",
+    ]
+
+
+def test_the_display_shows_block_layers_stage_errors_and_times() -> None:
+    clock = Clock()
+    display = Display(clock)
+    console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(display)
+    display(Event("compress", 0, 4))
+    after(display.course, clock, block(1, 60, 0.25, 0.75), total=4)
+    watch = BlockWatch(display, "model.layers.1", 1, 4)
+    watch.finished_layer(LayerDone(record("model.layers.1.mlp.down_proj", 0.125), 64, 2.0))
+    watch.doing("measure", "self_attn.q_proj", "self_attn.k_proj")
+    clock.now += 3
+    console.print(display)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "1 of 4 blocks",
+        "model.layers.1",
+        "measure the inputs: self_attn.q_proj, self_attn.k_proj",
+        "0.5000 mean of 2 layers, last 0.1250 (down_proj)",
+        "63 s, about 177 s left".replace("177 s", duration(177)),
+    ):
+        assert words in text
+
+
+def test_on_a_terminal_one_display_is_drawn_and_taken_away() -> None:
+    file = io.StringIO()
+    with shown(Console(file=file, force_terminal=True, width=80)) as observer:
+        assert isinstance(observer, Display)
+        observer(Event("compress", 1, 4))
+    assert "compress" in file.getvalue()
+    assert file.getvalue().endswith("\x1b[2K"), "the last thing written erases the display"
+
+
+def test_elsewhere_lines_go_to_standard_error_and_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    for silent in (False, True):
+        with shown(Console(file=io.StringIO()), silent=silent) as observer:
+            observer(Event("open the model", 0, 1))
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "open the model\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99, "99 s"), (187, "3:07 min"), (3599, "59:59 min"), (7500, "2:05 h"), (90000, "25:00 h")],
+)
+def test_times_are_said_in_a_unit_that_suits_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_both_observers_hear_everything() -> None:
+    first: list[Event] = []
+    second: list[Event] = []
+    event = Event("plan", 1, 2)
+    both(first.append, both(quiet, second.append))(event)
+    assert first == second == [event]
+
+
+def test_quiet_shows_no_progress(llama_folder, text_file, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    line = ["compress", str(llama_folder), "--recipe", "absmax", "--data", str(text_file), "--samples", "4", "--length", "32"]
+    plain = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "one")])
+    assert plain.exit_code == 0 and "block 2/2 model.layers.1: error" in plain.stderr
+    silent = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "two"), "--quiet"])
+    assert silent.exit_code == 0 and silent.stderr == "" and "written and verified" in silent.stdout

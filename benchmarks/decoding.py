@@ -1,4 +1,4 @@
-"""What one token costs per block beside its matrix products: transformers' forward and slimlm's lean step.
+"""What one token costs per block beside its matrix products: transformers' forward and slimlm's torch decoder.
 
     python benchmarks/decoding.py [--threads 1] [--steps 40] [--batch 1]
 
@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from slimlm.inference.decode import lean
-from slimlm.inference.decode.grouped import direct
+from slimlm.inference.decode.grouped import direct_call
+from slimlm.inference.decode.torch_decoder import TorchDecoder
 from slimlm.report.tables import plain_table
 
 PROMPT = 100
@@ -34,18 +34,18 @@ def llama(width: int, mlp: int, blocks: int, heads: int, key_heads: int) -> Llam
 
 
 def ways_of(model: LlamaForCausalLM, batch: int, steps: int) -> dict[str, Callable[[], object]]:
-    """One token by transformers' forward, by the lean step, and the products of the linear layers alone."""
+    """One token by transformers' forward, by the torch decoder, and the products of the linear layers alone."""
     prompt = torch.randint(256, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
     cache, token = DynamicCache(), prompt[:, 0]
     with torch.no_grad():
         model(prompt, past_key_values=cache)
-    step = lean.LeanStep(model, batch=batch, length=PROMPT + steps)
+    step = TorchDecoder(model, batch=batch, length=PROMPT + steps)
     step.fill(cache)
     layers = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
-    products = [(direct(layer), torch.randn(batch, layer.in_features)) for layer in layers]
+    products = [(direct_call(layer), torch.randn(batch, layer.in_features)) for layer in layers]
     return {
         "transformers": lambda: model(token[:, None], past_key_values=cache),
-        "lean step": lambda: step(token),
+        "torch decoder": lambda: step(token),
         "products alone": lambda: [product(x) for product, x in products],
     }
 

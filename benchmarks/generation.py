@@ -90,12 +90,12 @@ def open_slimlm(folder: Path, precision: str, threads: int) -> Opened:
     """A packed checkpoint through slimlm's own loop."""
     model = opened(str(folder), precision)  # type: ignore[arg-type]
     # The way through the model is checked once, before its first text.
-    generate(model, torch.zeros(1, 1, dtype=torch.long), max_new_tokens=2, ends=[])
+    generate(model, torch.zeros(1, 1, dtype=torch.long), max_new_tokens=2, stop_tokens=[])
 
     def do(job: Job, clock: Clock) -> Taken:
         prompts, moments = job.prompts(model.config.vocab_size), list[float]()
         began = clock()
-        generate(model, prompts, max_new_tokens=job.new + 1, ends=[], each=lambda _: moments.append(clock()))
+        generate(model, prompts, max_new_tokens=job.new + 1, stop_tokens=[], each=lambda _: moments.append(clock()))
         return Taken.of(began, moments)
 
     return do

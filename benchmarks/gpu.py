@@ -46,11 +46,11 @@ from slimlm.core.grid import storable
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
 from slimlm.inference.generate import Generated, generate
-from slimlm.runtime.backends.triton import Gpu, Ready, Together
-from slimlm.runtime.dispatch import Choice
+from slimlm.runtime.backends.triton import Gpu, PreparedOnGpu, StackedLayers
+from slimlm.runtime.dispatch import Selection
 from slimlm.runtime.gpu import device as card
 from slimlm.runtime.gpu import layout, products
-from slimlm.runtime.gpu.tuning import replayed_seconds
+from slimlm.runtime.gpu.tile_search import replayed_seconds
 from slimlm.runtime.linear import CompressedLinear
 
 RESULTS = Path(__file__).parent / "results"
@@ -130,7 +130,7 @@ def random_packed(rows: int, width: int, kind: Kind, where: torch.device) -> lay
     return layout.Packed(words, scale, levels, rows, width)
 
 
-def random_ready(shape: tuple[int, int], kind: Kind, where: torch.device) -> Ready:
+def random_ready(shape: tuple[int, int], kind: Kind, where: torch.device) -> PreparedOnGpu:
     """A layer with, where wanted, an adapter of 0.1 x the smaller side, 4 bits in groups of 128."""
     right = tail = None
     if kind.adapter:
@@ -141,7 +141,7 @@ def random_ready(shape: tuple[int, int], kind: Kind, where: torch.device) -> Rea
         tail = layout.Tail(layout.Packed(words, scale, None, shape[0], rank), 128, None)
     counters = torch.zeros(layout.MOST_TILES * max(shape) // 64 + 64, dtype=torch.int32, device=where)
     base = random_packed(*shape, kind, where)
-    return Ready(layout.Layer(base, right, tail, None, counters), None)
+    return PreparedOnGpu(layout.GpuLayer(base, right, tail, None, counters), None)
 
 
 def copies(make: Callable[[], Any], bytes_: float, where: torch.device) -> list[Any]:
@@ -336,7 +336,7 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
         tall = [random_ready((40960, 512), KINDS[name], where) for _ in range(2)]
         for batch in BATCHES:
             gpu.matmul(torch.randn(batch, 512, device=where, dtype=torch.bfloat16), tall[0])
-        Together(tall)(torch.randn(1, 512, device=where, dtype=torch.bfloat16))
+        StackedLayers(tall)(torch.randn(1, 512, device=where, dtype=torch.bfloat16))
     return rows
 
 
@@ -345,7 +345,7 @@ def check_together(name: str, shape: tuple[int, int], where: torch.device) -> fl
     each = [random_parts(shape, KINDS[name]) for _ in range(2)]
     ready = [Gpu().prepare(CompressedLinear.from_parts(parts, None).to(where).stored()) for parts in each]
     x, worst = torch.randn(1, shape[1], device=where, dtype=torch.bfloat16), 0.0
-    for parts, y in zip(each, Together(ready)(x), strict=True):
+    for parts, y in zip(each, StackedLayers(ready)(x), strict=True):
         expected = x.double() @ dense_of(parts).double().to(where).T
         worst = max(worst, float((y.double() - expected).abs().max() / expected.abs().max()))
     if not worst < ERRORS[torch.bfloat16]:
@@ -353,7 +353,7 @@ def check_together(name: str, shape: tuple[int, int], where: torch.device) -> fl
     return worst
 
 
-def replayed(gpu: Gpu, ready: Ready, x: Tensor) -> None:
+def replayed(gpu: Gpu, ready: PreparedOnGpu, x: Tensor) -> None:
     """Raise where a captured product gives another result than one that is launched."""
     fixed = x.clone()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device)
@@ -393,9 +393,9 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
 class Ours(CompressedLinear):
     """A layer of a model that nobody has compressed: it is in the kernels' layout and has no stored tensors."""
 
-    def __init__(self, ready: Ready, shape: tuple[int, int]) -> None:
+    def __init__(self, ready: PreparedOnGpu, shape: tuple[int, int]) -> None:
         super().__init__(shape, [], {}, None)
-        self._choice, self._prepared = Choice(Gpu(), None), ready
+        self._selection, self._prepared = Selection(Gpu(), None), ready
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ours":
         # There is nothing of torch's in it to move or to cast.
@@ -430,7 +430,7 @@ def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> di
     prompt = torch.randint(model.config.vocab_size, (batch, length), device=where)
 
     def once() -> Generated:
-        return generate(model, prompt, max_new_tokens=new, ends=[])
+        return generate(model, prompt, max_new_tokens=new, stop_tokens=[])
 
     # Of the same shapes as those that are timed: it compiles, compares with the model's own forward and captures.
     once()
@@ -445,7 +445,7 @@ def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> di
         "new_tokens_per_second": median(one.new_rate or 0.0 for one in made),
         "prompt_seconds": median(one.prompt_seconds for one in made),
         "peak_memory": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
-        "way": made[0].way,
+        "way": made[0].decode_path,
         "counted": f"tokens 2 to {new} of each text after prompts of {length}; median of {calls} after one of these shapes",
     }
 
@@ -725,7 +725,7 @@ def main() -> None:
         return
     name = "interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    run = {**this_run("gpu.py", "triton", "humming-kernels"), "card": name, "runs_on": card.words(where)}
+    run = {**this_run("gpu.py", "triton", "humming-kernels"), "card": name, "runs_on": card.describe(where)}
     keys = ("section", "contender", "shape", "batch", "dtype")
     results = Results(arguments.results / f"gpu-{slug(name)}.json", keys, run)
     if where.type == "cuda":

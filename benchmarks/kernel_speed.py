@@ -39,7 +39,7 @@ from slimlm.core.parts import dense_of, pack_parts
 from slimlm.report.tables import plain_table
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.cpu import native, processor
-from slimlm.runtime.cpu.kernels import Packed, Precision
+from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES, QUICK_SHAPES = [(4096, 4096), (4096, 11008), (768, 3072)], [(768, 3072)]
@@ -86,7 +86,7 @@ def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -
         parts = kind.parts(shape, generator)
         tensors = pack_parts(parts)
         blob = cpu.pack(Stored(shape, [part.describe() for part in parts], tensors, None))
-        copies = [Packed([blob.clone()], [None], [shape[0]], shape[1]) for _ in range(effort.copies(blob.numel()))]
+        copies = [PackedProducts([blob.clone()], [None], [shape[0]], shape[1]) for _ in range(effort.copies(blob.numel()))]
         bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / (shape[0] * shape[1])
         for precision in ("fast", "precise"):
             contender = Contender(f"slimlm {name}, {precision}", blob.numel(), partial(_packed_calls, copies, precision))
@@ -94,8 +94,8 @@ def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -
     return found
 
 
-def _packed_calls(copies: Sequence[Packed], precision: Precision, x: Tensor) -> list[Call]:
-    def call(packed: Packed) -> Tensor:
+def _packed_calls(copies: Sequence[PackedProducts], precision: Precision, x: Tensor) -> list[Call]:
+    def call(packed: PackedProducts) -> Tensor:
         return packed(x, precision)[0]
 
     return [partial(call, packed) for packed in copies]

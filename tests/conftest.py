@@ -1,6 +1,7 @@
 """Tiny random models of the real transformers classes, and the project's real data where it is there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Workers that run side by side (pytest -n) share the cores; torch and the commands that tests start read this.
@@ -45,9 +46,12 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from slimlm.runtime.cpu import native
+from slimlm.runtime.cpu import bindings, native
+from tests.fake_cuda import FakeCuda, install
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels: {native.status().reason}")
+KERNEL_VARIANTS: list[str] = [] if (library := native.library()) is None else library.slimlm_variants().decode().split()
+"""The variants of the CPU kernels that this processor can run, best first."""
 
 VOCABULARY = 256
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -207,3 +211,18 @@ def family(request: pytest.FixtureRequest) -> str:
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in float16 with its tokenizer."""
     return save(random_model("llama", torch.float16), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(params=KERNEL_VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each variant of the CPU kernels that this processor can run, in use."""
+    before = bindings.active_variant()
+    bindings.use_variant(request.param)
+    yield request.param
+    bindings.use_variant(before)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """torch.cuda with two fake GPUs."""
+    return install(monkeypatch)

@@ -1,10 +1,10 @@
-"""A card that is not there: its tensors lie in the CPU's memory, say that they are elsewhere, and refuse what a card refuses.
+"""A GPU that is not there: its tensors lie in the CPU's memory, report another device, and refuse what a GPU refuses.
 
-`FarTensor` wraps a CPU tensor. Inside `far_device()` operations on such tensors run on what they wrap, and tensors that
-are made on `FAR` are wrapped. It is called "meta", the one device beside "cpu" to which a torch built for the CPU can
-switch. An operation that mixes them with CPU tensors fails, as on a card, but for what a card allows: tensors without
-dimensions, and indices on the CPU. So code that forgets a device is found without one. Values read in Python
-(`float(tensor)`, `tolist`), each of which makes the CPU wait for a card, are counted.
+`FakeGpuTensor` wraps a CPU tensor. Inside `fake_gpu()` operations on such tensors run on the wrapped ones, and tensors that are
+made on `FAKE_GPU` are wrapped. That is the device "meta", the only one beside "cpu" to which a torch built for the CPU can
+switch. An operation that mixes them with CPU tensors fails, as on a GPU, except for what a GPU allows: tensors without
+dimensions, and indices on the CPU. So code that forgets a device is found without a GPU. Values read in Python
+(`float(tensor)`, `tolist`), each of which makes the CPU wait for a GPU, are counted.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-FAR = torch.device("meta")
+FAKE_GPU = torch.device("meta")
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # In inference mode some operations come whole: `to`, `item` and `is_nonzero`.
 _COPIES = {"_to_copy", "copy_", "_copy_from", "to"}
@@ -30,17 +30,22 @@ class MixedDevicesError(Exception):
     """Tensors of two devices met."""
 
 
-class FarTensor(Tensor):
-    """A tensor that says it is on the card."""
+class FakeGpuTensor(Tensor):
+    """A tensor that reports to be on the fake GPU."""
 
-    near: Tensor
+    wrapped: Tensor
 
     @staticmethod
-    def __new__(cls, near: Tensor) -> "FarTensor":
+    def __new__(cls, wrapped: Tensor) -> "FakeGpuTensor":
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=FAR
+            cls,
+            wrapped.shape,
+            strides=wrapped.stride(),
+            storage_offset=wrapped.storage_offset(),
+            dtype=wrapped.dtype,
+            device=FAKE_GPU,
         )
-        made.near = near
+        made.wrapped = wrapped
         return made  # type: ignore[no-any-return]
 
     def tolist(self) -> Any:
@@ -51,7 +56,7 @@ class FarTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise MixedDevicesError(f"{func} on a far tensor outside far_device()")
+        raise MixedDevicesError(f"{func} on a fake GPU tensor outside fake_gpu()")
 
 
 @dataclass
@@ -59,11 +64,11 @@ class Counts:
     """What happened inside."""
 
     waits: int = 0
-    """values read in Python, and far tensors copied to the CPU"""
+    """values read in Python, and tensors copied to the CPU"""
     operations: int = 0
 
 
-class _Far(TorchDispatchMode):
+class _Operations(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts = counts
@@ -72,46 +77,47 @@ class _Far(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given: list[Tensor] = []
         tree_map(lambda t: given.append(t) if isinstance(t, Tensor) else None, (args, kwargs))
-        far = [t for t in given if isinstance(t, FarTensor)]
+        fakes = [t for t in given if isinstance(t, FakeGpuTensor)]
         name = func.overloadpacket.__name__
         to = kwargs.get("device")
         wanted = None if to is None else torch.device(to)
-        self.counts.operations += bool(far)
-        if name in _READ and far:
+        self.counts.operations += bool(fakes)
+        if name in _READ and fakes:
             self.counts.waits += 1
-        if far and name not in _COPIES:
+        if fakes and name not in _COPIES:
             self._refuse_mixed(func, name, args, given)
-        if wanted is not None and wanted == FAR:
+        if wanted is not None and wanted == FAKE_GPU:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None) if wanted is not None else None
-        if name in ("_to_copy", "to") and wanted is not None and wanted.type == "cpu" and far:
+        if name in ("_to_copy", "to") and wanted is not None and wanted.type == "cpu" and fakes:
             self.counts.waits += 1
-        known = {id(t.near): t for t in far}
-        near_args, near_kwargs = tree_map(lambda t: t.near if isinstance(t, FarTensor) else t, (args, kwargs))
-        found = func(*near_args, **near_kwargs)
+        known = {id(t.wrapped): t for t in fakes}
+        cpu_args, cpu_kwargs = tree_map(lambda t: t.wrapped if isinstance(t, FakeGpuTensor) else t, (args, kwargs))
+        found = func(*cpu_args, **cpu_kwargs)
         if wanted is not None:
-            stays_far = wanted == FAR
+            on_gpu = wanted == FAKE_GPU
         elif name == "copy_":
-            stays_far = isinstance(args[0], FarTensor)
+            on_gpu = isinstance(args[0], FakeGpuTensor)
         else:
-            stays_far = bool(far)
-        if not stays_far:
+            on_gpu = bool(fakes)
+        if not on_gpu:
             return found
 
-        def wrapped(t: Any) -> Any:
-            # What was changed in place is the tensor that it was.
-            return (known[id(t)] if id(t) in known else FarTensor(t)) if isinstance(t, Tensor) else t
+        def rewrapped(t: Any) -> Any:
+            # A tensor that was changed in place keeps its wrapper.
+            return (known[id(t)] if id(t) in known else FakeGpuTensor(t)) if isinstance(t, Tensor) else t
 
-        return tree_map(wrapped, found)
+        return tree_map(rewrapped, found)
 
     @staticmethod
     def _refuse_mixed(func: Any, name: str, args: Any, given: list[Tensor]) -> None:
         indices: list[Tensor] = []
         if name in _INDEXED:
             tree_map(lambda t: indices.append(t) if isinstance(t, Tensor) else None, args[1])
-        near = [t for t in given if not isinstance(t, FarTensor) and t.ndim > 0 and not any(t is index for index in indices)]
-        if near:
-            raise MixedDevicesError(f"{func}: {[list(t.shape) for t in near]} on the CPU with tensors on the card")
+        allowed = {id(index) for index in indices}
+        real = [t for t in given if not isinstance(t, FakeGpuTensor) and t.ndim > 0 and id(t) not in allowed]
+        if real:
+            raise MixedDevicesError(f"{func}: {[list(t.shape) for t in real]} on the CPU with tensors on the GPU")
 
 
 class _Made(TorchFunctionMode):
@@ -119,29 +125,29 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]) == FAR:
-            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(FAR)
+        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]) == FAKE_GPU:
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(FAKE_GPU)
         return func(*args, **kwargs)
 
 
 @contextmanager
-def far_device() -> Iterator[Counts]:
-    """Meanwhile there is a card, `FAR`. Inference mode, in which views of wrappers fail, only leaves gradients out."""
+def fake_gpu() -> Iterator[Counts]:
+    """Within this context there is a GPU, `FAKE_GPU`. Inference mode, in which views of wrappers fail, is `torch.no_grad`."""
     counts = Counts()
-    with _Far(counts), _Made(), mock.patch.object(torch, "inference_mode", torch.no_grad):
+    with _Operations(counts), _Made(), mock.patch.object(torch, "inference_mode", torch.no_grad):
         yield counts
 
 
-def send(module: nn.Module) -> nn.Module:
-    """The module's parameters and buffers on the card; what `module.to` cannot do, as wrappers are no plain tensors."""
+def to_fake_gpu(module: nn.Module) -> nn.Module:
+    """Move a module's parameters and buffers to the fake GPU, which `module.to` cannot do, as wrappers are no plain tensors."""
     for own in module.modules():
         for name, parameter in list(own.named_parameters(recurse=False)):
-            setattr(own, name, nn.Parameter(FarTensor(parameter.detach()), requires_grad=False))
+            setattr(own, name, nn.Parameter(FakeGpuTensor(parameter.detach()), requires_grad=False))
         for name, buffer in list(own.named_buffers(recurse=False)):
-            own.register_buffer(name, FarTensor(buffer))
+            own.register_buffer(name, FakeGpuTensor(buffer))
     return module
 
 
-def near(tensor: Tensor) -> Tensor:
-    """What a tensor wraps, or itself."""
-    return tensor.near if isinstance(tensor, FarTensor) else tensor
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The CPU tensor that a tensor wraps, or itself."""
+    return tensor.wrapped if isinstance(tensor, FakeGpuTensor) else tensor

@@ -15,6 +15,10 @@ from typing import Literal
 
 from slimlm.record import LayerRecord
 
+Notify = Callable[[str], None]
+"""A function that is given messages for the user, one at a time."""
+
+
 Doing = Literal["read", "measure", "steps", "match", "propagate"]
 """To a block, in this order: its weights are read, inputs of layers measured, the recipe's steps applied to a layer (the two
 by turns where a recipe is sequential), the block matched where the recipe asks for it, and its outputs computed and kept."""

@@ -140,7 +140,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, text_fi
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
     """The command line in little time; gives standard output and error."""
-    quick = model_speed.Settings(prompt=8, new=3, repeats=1, effort=SHORT)
+    quick = model_speed.Settings(prompt_tokens=8, new_tokens=3, repeats=1, effort=SHORT)
     monkeypatch.setattr("slimlm.cli.app.QUICK", quick)
 
     def typed(*words: str | Path) -> tuple[str, str]:
@@ -163,15 +163,15 @@ def test_bench_measures_every_layer_and_the_whole_model_at_every_batch(
     ways = {"slimlm", "torch float32", "torch bfloat16"}
     # q, o and gate, up have other shapes than k, v and down.
     shapes = {(48, 48): 4, (24, 48): 4, (88, 48): 4, (48, 88): 2}
-    assert {(*row["shape"], row["batch"], row["way"]) for row in layers} == {
+    assert {(*row["shape"], row["batch"], row["contender"]) for row in layers} == {
         (*shape, batch, way) for shape in shapes for batch in (1, 4, 16) for way in ways
     }
     assert {tuple(row["shape"]): row["layers"] for row in layers} == shapes
-    assert {(row["batch"], row["way"]) for row in whole} == {(batch, way) for batch in (1, 4, 16) for way in ways}
+    assert {(row["batch"], row["contender"]) for row in whole} == {(batch, way) for batch in (1, 4, 16) for way in ways}
     assert all(row["seconds"] > 0 and row["kernels"] == "reference" for row in layers)
-    assert all(row["ratio"] == 1 for row in layers if row["way"] == "torch float32")
+    assert all(row["ratio"] == 1 for row in layers if row["contender"] == "torch float32")
     assert all(row["new_tokens_per_second"] > 0 and row["prompt_tokens_per_second"] > 0 for row in whole)
-    assert {row["made_by"] for row in whole} == {"the lean step"}
+    assert {row["decode_path"] for row in whole} == {"fast decode with torch"}
 
 
 def test_bytes_per_step_are_those_of_all_weights_but_the_embedding(run: Callable[..., tuple[str, str]], packed: Path) -> None:
@@ -179,7 +179,7 @@ def test_bytes_per_step_are_those_of_all_weights_but_the_embedding(run: Callable
     model = slimlm.load(packed)
     dense = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     rest = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    by_way = {row["way"]: row["bytes_per_step"] for row in result["generation"]}
+    by_way = {row["contender"]: row["bytes_per_step"] for row in result["generation"]}
     # The reference multiplies by float32 matrices; what is not compressed stays in its 16 bits.
     assert by_way == {
         "slimlm": 4 * dense + 2 * rest,
@@ -199,11 +199,11 @@ def test_of_a_packed_embedding_a_step_reads_the_head_alone(
     model = slimlm.load(tmp_path / "out", kernels="reference")
     multiplied = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     rest = sum(p.numel() for p in model.parameters())
-    by_way = {row["way"]: row["bytes_per_step"] for row in result["generation"]}
+    by_way = {row["contender"]: row["bytes_per_step"] for row in result["generation"]}
     assert by_way["slimlm"] == 4 * multiplied + 2 * rest
     assert by_way["torch bfloat16"] == 2 * (multiplied + rest)
     assert [256, 48] in [row["shape"] for row in result["layers"]]
-    assert {row["made_by"] for row in result["generation"]} == {"the lean step"}
+    assert {row["decode_path"] for row in result["generation"]} == {"fast decode with torch"}
 
 
 def test_kernels_read_what_is_stored_of_a_layer(packed: Path) -> None:
@@ -211,7 +211,7 @@ def test_kernels_read_what_is_stored_of_a_layer(packed: Path) -> None:
     layer = next(m for m in model.modules() if isinstance(m, model_speed.CompressedLinear))
     stored = sum(tensor.nbytes for tensor in layer.packed().values())
     expected = {"cpu, fast": stored, "reference": 4 * layer.in_features * layer.out_features}
-    assert model_speed.read_bytes(layer) == expected[model_speed.runs_on(layer)]
+    assert model_speed.read_bytes(layer) == expected[model_speed.describe_backend(layer)]
 
 
 def test_the_dense_model_may_be_named(run: Callable[..., tuple[str, str]], packed: Path, llama_folder: Path) -> None:
@@ -231,8 +231,8 @@ def test_a_dense_model_that_would_not_fit_is_left_out_and_a_note_says_so(
     monkeypatch.setattr(model_speed, "total_and_free", lambda: (10_000, 10_000))
     out, err = run(packed, "--batch", 1, "--json")
     result = json.loads(out)
-    assert {row["way"] for row in result["generation"]} == {"slimlm"}
-    assert {row["way"] for row in result["layers"]} == {"slimlm", "torch float32", "torch bfloat16"}
+    assert {row["contender"] for row in result["generation"]} == {"slimlm"}
+    assert {row["contender"] for row in result["layers"]} == {"slimlm", "torch float32", "torch bfloat16"}
     assert result["against"] is None
     assert "no dense model beside it" in err.replace("\n", " ")
 

@@ -37,7 +37,7 @@ def test_generate_is_fast_unless_told_otherwise_and_says_what_ran(
     status, _, err = typed(monkeypatch, capsys, "generate", packed, "--prompt", "one", "--max-new-tokens", 4, *asked)
     line = next(line for line in err.splitlines() if line.startswith("kernels: "))
     assert status == 0
-    assert f"made by {'the CPU kernels, all blocks in one call' if said else 'the lean step'}" in err
+    assert f"made by {'fast decode in the CPU kernels, all blocks in one call' if said else 'fast decode with torch'}" in err
     assert line.endswith(f", {said}; 14 of 14 layers" if said else "kernels: reference; 14 of 14 layers")
 
 

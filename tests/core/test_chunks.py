@@ -9,7 +9,7 @@ from torch import Tensor
 from slimlm.core import bits, chunks, grid, mask
 from slimlm.core.grid import Levels
 from slimlm.core.mask import Pattern, choose
-from tests.fake_gpu import FAR, far_device, near
+from tests.fake_gpu import FAKE_GPU, fake_gpu, unwrapped
 
 SIZES = ((grid, "_POINTS_AT_ONCE"), (grid, "_POINTS_OF_CANDIDATES"), (mask, "_SCORES_AT_ONCE"), (bits, "_CODES_AT_ONCE"))
 EVEN = Levels.of_bits(4)
@@ -60,8 +60,8 @@ def test_a_card_is_given_larger_pieces_and_a_processor_what_its_cache_holds(monk
     operations = []
     for times in (32, 1):
         monkeypatch.setattr(chunks, "ON_A_CARD", times)
-        with far_device() as counts:
-            grid.best_scale(draw(4096, 64).to(FAR), torch.ones(4096, 64, device=FAR), EVEN)
+        with fake_gpu() as counts:
+            grid.best_scale(draw(4096, 64).to(FAKE_GPU), torch.ones(4096, 64, device=FAKE_GPU), EVEN)
         operations.append(counts.operations)
     assert operations[0] < 0.6 * operations[1]
 
@@ -69,10 +69,10 @@ def test_a_card_is_given_larger_pieces_and_a_processor_what_its_cache_holds(monk
 def test_the_masses_of_a_histogram_are_added_on_a_card_in_any_order() -> None:
     values, weights = draw(40_000), draw(40_000).square()
     here = grid.distribution(values[None], weights[None])[1][0]
-    with far_device():
+    with fake_gpu():
         order = torch.randperm(40_000, generator=torch.Generator().manual_seed(1))
         found = [
-            near(grid.distribution(v[None].to(FAR), w[None].to(FAR))[1][0])
+            unwrapped(grid.distribution(v[None].to(FAKE_GPU), w[None].to(FAKE_GPU))[1][0])
             for v, w in ((values, weights), (values[order], weights[order]))
         ]
     assert torch.equal(*found)

@@ -1,6 +1,6 @@
-"""Compression on a card, without one: a whole block is compressed where every tensor says that it is elsewhere.
+"""Compression on a GPU, without one: a whole block is compressed where every tensor reports to be elsewhere.
 
-Values are those of the CPU, to the bit: the same kernels run. What a card computes otherwise is test_on_a_card.py's.
+Values are those of the CPU, to the bit: the same kernels run. Where a GPU computes otherwise is for test_compress_on_gpu.py.
 """
 
 import copy
@@ -25,9 +25,9 @@ from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.run.block import compress_block
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.memory import free_on_card
+from slimlm.runtime.memory import free_on_gpu
 from tests.conftest import VOCABULARY, random_model
-from tests.fake_gpu import FAR, FarTensor, MixedDevicesError, far_device, near, send
+from tests.fake_gpu import FAKE_GPU, FakeGpuTensor, MixedDevicesError, fake_gpu, to_fake_gpu, unwrapped
 
 CPU = torch.device("cpu")
 LENGTH = 16
@@ -53,12 +53,12 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     block, name, flow, dtypes = first_block()
     twin = copy.deepcopy(block)
     if device != CPU:
-        block, twin = send(block), send(twin)
+        block, twin = to_fake_gpu(block), to_fake_gpu(twin)
     original = (twin, Flow(list(flow.hidden), flow.arguments))
     records, _ = compress_block(block, name, flow, recipe, dtypes, device, original)
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
-    return {n: near(dense_of(layer.parts())) for n, layer in layers.items()}, records
+    return {n: unwrapped(dense_of(layer.parts())) for n, layer in layers.items()}, records
 
 
 def quick(recipe: Recipe) -> Recipe:
@@ -91,10 +91,10 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
     name: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = quick(open_recipe(name))
-    monkeypatch.setattr(capture, "free_on_card", lambda device: room)
+    monkeypatch.setattr(capture, "free_on_gpu", lambda device: room)
     expected, told = compressed(recipe, CPU)
-    with far_device() as counts:
-        found, also = compressed(recipe, FAR)
+    with fake_gpu() as counts:
+        found, also = compressed(recipe, FAKE_GPU)
     assert counts.operations > 100
     assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
     assert [record.error for record in also] == [record.error for record in told]
@@ -102,18 +102,18 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
 
 def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block, name, flow, _ = first_block()
-    for room, place in ((2**40, FAR), (10_000, CPU)):
-        monkeypatch.setattr(capture, "free_on_card", lambda device, room=room: room)
-        with far_device():
-            sent = send(copy.deepcopy(block))
-            found = capture.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAR)
+    for room, place in ((2**40, FAKE_GPU), (10_000, CPU)):
+        monkeypatch.setattr(capture, "free_on_gpu", lambda device, room=room: room)
+        with fake_gpu():
+            sent = to_fake_gpu(copy.deepcopy(block))
+            found = capture.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAKE_GPU)
             assert {measured(stats.gram).device for stats in found.values()} == {place}
 
 
 def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert free_on_card(torch.device("cuda", 0)) == 500
+    assert free_on_gpu(torch.device("cuda", 0)) == 500
 
 
 def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:
@@ -122,8 +122,8 @@ def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_
     x, weight = draw(200, width), draw(out, width)
     gram = x.T @ x / len(x)
     levels, pattern = Levels.of_bits(4), Pattern.parse("2:4")
-    with far_device() as counts:
-        weight, gram = weight.to(FAR), gram.to(FAR)
+    with fake_gpu() as counts:
+        weight, gram = weight.to(FAKE_GPU), gram.to(FAKE_GPU)
         order = order_of(gram.diagonal(), group=16, pattern=pattern)
         inverse = inverse_of(gram.index_select(0, order.inputs).index_select(1, order.inputs), damp=0.01)
         assert counts.waits < 8
@@ -141,14 +141,14 @@ def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_
 
 
 def test_a_forgotten_device_is_found() -> None:
-    with far_device(), pytest.raises(MixedDevicesError, match=r"\[\[4\]\] on the CPU with tensors on the card"):
-        torch.zeros(4, device=FAR) + torch.ones(4)
+    with fake_gpu(), pytest.raises(MixedDevicesError, match=r"\[\[4\]\] on the CPU with tensors on the GPU"):
+        torch.zeros(4, device=FAKE_GPU) + torch.ones(4)
 
 
 def test_what_is_written_in_place_and_through_views_is_written() -> None:
-    with far_device() as counts:
-        one = torch.zeros(2, 3, device=FAR)
+    with fake_gpu() as counts:
+        one = torch.zeros(2, 3, device=FAKE_GPU)
         one[1].add_(2)
         torch.mul(one, one, out=one)
-        assert isinstance(one, FarTensor) and one.sum().item() == 12.0 and one[torch.tensor([1])].shape == (1, 3)
+        assert isinstance(one, FakeGpuTensor) and one.sum().item() == 12.0 and one[torch.tensor([1])].shape == (1, 3)
     assert counts.waits == 1

@@ -72,7 +72,7 @@ def test_a_saved_model_gives_the_logits_and_greedy_text_of_the_original_class_wi
     ours = slimlm.load(squeezed.out, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(squeezed.out, dtype=torch.float32)
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    made = generate(ours, ids[:, :8], max_new_tokens=10, ends=[]).tokens
+    made = generate(ours, ids[:, :8], max_new_tokens=10, stop_tokens=[]).tokens
     for model in (ours, theirs):
         slimlm.use_kernels(model, "reference")
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -83,7 +83,7 @@ def test_a_saved_model_gives_the_logits_and_greedy_text_of_the_original_class_wi
     assert torch.allclose(dense(ids).logits, ours(ids).logits, **CLOSE)
     options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones(2, 8), "eos_token_id": None}
     expected = dense.generate(ids[:, :8], **options)[:, 8:]
-    assert torch.equal(expected, generate(ours, ids[:, :8], max_new_tokens=10, ends=[]).tokens)
+    assert torch.equal(expected, generate(ours, ids[:, :8], max_new_tokens=10, stop_tokens=[]).tokens)
     # Precise kernels, by whatever way slimlm generates.
     assert torch.equal(expected, made)
 

@@ -137,7 +137,7 @@ def test_it_is_compressed_opened_and_written_with(
     assert torch.allclose(dense(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
     options_of = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     written = ours.generate(ids[:, :8], attention_mask=torch.ones(2, 8, dtype=torch.long), **options_of)[:, 8:]
-    assert torch.equal(generate(ours, ids[:, :8], max_new_tokens=8, ends=[]).tokens, written)
+    assert torch.equal(generate(ours, ids[:, :8], max_new_tokens=8, stop_tokens=[]).tokens, written)
 
 
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4, **ENDS}

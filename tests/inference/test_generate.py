@@ -21,10 +21,10 @@ from transformers import (
 
 import slimlm
 from slimlm.cli.app import main
-from slimlm.inference import generate as generation
-from slimlm.inference.generate import Pieces, end_tokens, generate, room_for
+from slimlm.inference.decode import selection
+from slimlm.inference.generate import TextStream, generate, room_for, stop_tokens_of
 from tests.conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
-from tests.fake_gpu import FAR, far_device
+from tests.fake_gpu import FAKE_GPU, fake_gpu
 
 MORE: dict[str, Any] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, **ENDS, sliding_window=None)),
@@ -32,7 +32,7 @@ MORE: dict[str, Any] = {
     "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA_LIKE, **ENDS, tie_word_embeddings=True)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**LLAMA_LIKE, **ENDS, head_dim=12)),
 }
-LEAN = {"llama", "llama-tied", "mistral", "qwen2", "qwen2-tied", "qwen3"}
+FAST = {"llama", "llama-tied", "mistral", "qwen2", "qwen2-tied", "qwen3"}
 
 
 def model_of(family: str, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
@@ -56,41 +56,41 @@ def reference(model: PreTrainedModel, prompt: Tensor, count: int, **options: Any
 def test_greedy_tokens_are_those_of_transformers(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name, monkeypatch)
     prompt = prompt_of(batch)
-    made = generate(model, prompt, max_new_tokens=30, ends=[])
+    made = generate(model, prompt, max_new_tokens=30, stop_tokens=[])
     assert torch.equal(made.tokens, reference(model, prompt, 30, eos_token_id=None))
-    assert ("lean" in made.way) == (name in LEAN), made.way
+    assert ("fast decode" in made.decode_path) == (name in FAST), made.decode_path
     assert (made.stopped, made.batch, made.prompt_tokens) == ("length", batch, 8)
 
 
-def test_a_compressed_model_takes_the_lean_step(tmp_path: Path, llama_folder: Path, text_file: Path) -> None:
+def test_a_compressed_model_is_decoded_fast(tmp_path: Path, llama_folder: Path, text_file: Path) -> None:
     slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=8, length=32)
     model = slimlm.load(tmp_path / "out", dtype=torch.float32)
-    made = generate(model, prompt_of(1), max_new_tokens=20, ends=[])
-    assert made.way == "the lean step"
+    made = generate(model, prompt_of(1), max_new_tokens=20, stop_tokens=[])
+    assert made.decode_path == "fast decode with torch"
     assert torch.equal(made.tokens, reference(model, prompt_of(1), 20, eos_token_id=None))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_writing_stops_at_an_end_token_and_a_text_that_ended_repeats_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name, monkeypatch)
-    free = generate(model, prompt_of(2), max_new_tokens=20, ends=[]).tokens
+    free = generate(model, prompt_of(2), max_new_tokens=20, stop_tokens=[]).tokens
     # A token of the first text that the second, which must not end, does not have.
     first = next(token for token in free[0, 3:].tolist() if token not in free[1])
     ending = free[0].tolist().index(first)
-    both = generate(model, prompt_of(2), max_new_tokens=20, ends=[first])
+    both = generate(model, prompt_of(2), max_new_tokens=20, stop_tokens=[first])
     assert both.stopped == "length"
     assert torch.equal(both.tokens[1], free[1])
     assert torch.equal(both.tokens[0, : ending + 1], free[0, : ending + 1])
     assert set(both.tokens[0, ending:].tolist()) == {first}
-    alone = generate(model, prompt_of(2)[:1], max_new_tokens=20, ends=[first, 255])
+    alone = generate(model, prompt_of(2)[:1], max_new_tokens=20, stop_tokens=[first, 255])
     assert alone.stopped == "end"
     assert torch.equal(alone.tokens[0], free[0, : ending + 1])
 
 
 def test_without_ends_the_model_s_own_end_a_text() -> None:
     model = random_model("llama")
-    assert end_tokens(model) == [0]
-    free = generate(model, prompt_of(1), max_new_tokens=10, ends=[]).tokens[0]
+    assert stop_tokens_of(model) == [0]
+    free = generate(model, prompt_of(1), max_new_tokens=10, stop_tokens=[]).tokens[0]
     model.generation_config.eos_token_id = [int(free[3]), 77]
     assert generate(model, prompt_of(1), max_new_tokens=10).stopped == "end"
 
@@ -98,7 +98,7 @@ def test_without_ends_the_model_s_own_end_a_text() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_context_is_filled_and_never_exceeded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name, monkeypatch)
-    made = generate(model, prompt_of(1, 60), max_new_tokens=50, ends=[])
+    made = generate(model, prompt_of(1, 60), max_new_tokens=50, stop_tokens=[])
     assert made.tokens.shape == (1, 4)
     assert made.stopped == "context"
     with pytest.raises(slimlm.SlimlmError, match="the prompt has 64 tokens; the model's context holds 64"):
@@ -107,7 +107,7 @@ def test_the_context_is_filled_and_never_exceeded(name: str, monkeypatch: pytest
 
 
 def test_one_token_comes_from_the_prompt_alone() -> None:
-    made = generate(random_model("llama"), prompt_of(1), max_new_tokens=1, ends=[])
+    made = generate(random_model("llama"), prompt_of(1), max_new_tokens=1, stop_tokens=[])
     assert made.tokens.shape == (1, 1)
     assert made.new_rate is None
     assert made.prompt_rate > 0
@@ -129,13 +129,13 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another() -> None:
     state = torch.get_rng_state()
 
     def drawn(seed: int, temperature: float = 1.0) -> list[int]:
-        made = generate(model, prompt_of(1), max_new_tokens=20, temperature=temperature, seed=seed, ends=[])
+        made = generate(model, prompt_of(1), max_new_tokens=20, temperature=temperature, seed=seed, stop_tokens=[])
         return list(made.tokens[0].tolist())
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
     # At a temperature near 0 the likeliest token is drawn.
-    assert drawn(1, 1e-4) == generate(model, prompt_of(1), max_new_tokens=20, ends=[]).tokens[0].tolist()
+    assert drawn(1, 1e-4) == generate(model, prompt_of(1), max_new_tokens=20, stop_tokens=[]).tokens[0].tolist()
     assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers must be left alone"
 
 
@@ -148,52 +148,62 @@ def test_from_logits_that_are_not_finite_no_token_comes(value: str, temperature:
         generate(model, prompt_of(1), max_new_tokens=3, temperature=temperature)
 
 
-def test_a_model_whose_lean_step_disagrees_is_run_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = generate(random_model("llama"), prompt_of(1), max_new_tokens=10, ends=[]).tokens
+def test_a_model_whose_fast_decoder_disagrees_is_run_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(random_model("llama"), prompt_of(1), max_new_tokens=10, stop_tokens=[]).tokens
     model = random_model("llama")
-    monkeypatch.setattr("slimlm.inference.decode.lean.attend", lambda queries, keys, values: queries)
-    made = generate(model, prompt_of(1), max_new_tokens=10, ends=[])
-    assert "static cache (its logits differ by" in made.way
+    monkeypatch.setattr("slimlm.inference.decode.torch_decoder.attend", lambda queries, keys, values: queries)
+    made = generate(model, prompt_of(1), max_new_tokens=10, stop_tokens=[])
+    assert "static cache (its logits differ by" in made.decode_path
     assert torch.equal(made.tokens, expected)
 
 
 def test_a_model_without_a_static_cache_gets_one_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("gpt2", monkeypatch)
-    expected = generate(model, prompt_of(1), max_new_tokens=10, ends=[]).tokens
+    expected = generate(model, prompt_of(1), max_new_tokens=10, stop_tokens=[]).tokens
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
-    made = generate(model, prompt_of(1), max_new_tokens=10, ends=[])
-    assert "a growing cache, as transformers has no static one" in made.way
+    made = generate(model, prompt_of(1), max_new_tokens=10, stop_tokens=[])
+    assert "a growing cache, as transformers has no static one" in made.decode_path
     assert torch.equal(made.tokens, expected)
 
 
-def test_each_step_is_told_as_it_comes() -> None:
+def test_each_step_is_reported_as_it_comes() -> None:
     told: list[list[int]] = []
-    made = generate(random_model("llama"), prompt_of(3), max_new_tokens=5, ends=[], each=told.append)
+    made = generate(random_model("llama"), prompt_of(3), max_new_tokens=5, stop_tokens=[], each=told.append)
     assert torch.equal(torch.tensor(told).T, made.tokens)
 
 
-@pytest.mark.parametrize("ends", [[], [255]], ids=["no ends", "an end"])
-def test_a_card_is_waited_for_once_for_every_token(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its model is a table of logits: what is counted is what `generate` asks for."""
+class TableDecoder:
+    """A model that is a table of logits `[token, next token]`."""
+
+    path = "a table"
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        return self(prompt[:, -1])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.table.index_select(0, tokens)
+
+
+@pytest.mark.parametrize("stop_tokens", [[], [255]], ids=["no stop tokens", "a stop token"])
+def test_a_gpu_is_waited_for_once_for_every_token(stop_tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is what `generate` asks for, as the decoder is a table."""
     table = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     table[:, 255] = -9
-    monkeypatch.setattr(generate.lean, "refuses", lambda model, length: None)
-    monkeypatch.setattr(generate.lean, "disagrees", lambda model: None)
-    waits, told = list[int](), list[list[int]]()
-    with far_device() as counts:
-        far = table.to(FAR)
-
-        def read(model: object, prompt: Tensor, *rest: object) -> Any:
-            return far.index_select(0, prompt[:, -1]), lambda tokens: far.index_select(0, tokens), lambda: "a table"
-
-        monkeypatch.setattr(generation, "_read", read)
-        prompt = torch.tensor([[3], [4]]).to(FAR)
+    waits, reported = list[int](), list[list[int]]()
+    with fake_gpu() as counts:
+        decoder = TableDecoder(table.to(FAKE_GPU))
+        monkeypatch.setattr(selection, "refuses", lambda model, length: None)
+        monkeypatch.setattr(selection, "decoder_for", lambda model, batch, length: decoder)
+        prompt = torch.tensor([[3], [4]]).to(FAKE_GPU)
         for count in (10, 20):
             before = counts.waits
-            made = generate(random_model("llama"), prompt, max_new_tokens=count, ends=ends, each=told.append)
+            made = generate(random_model("llama"), prompt, max_new_tokens=count, stop_tokens=stop_tokens, each=reported.append)
             waits.append(counts.waits - before)
     assert waits[1] - waits[0] == 10
-    assert made.tokens.T.tolist() == told[10:]
+    assert made.tokens.T.tolist() == reported[10:]
 
 
 TEXT = "naïve café, 北京 and 東京; \U0001f600\U0001f680 done\n"
@@ -212,7 +222,7 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
-    pieces = Pieces(tokenizer)
+    pieces = TextStream(tokenizer)
     return [*(pieces.put([token]) for token in tokens), pieces.end()]
 
 
@@ -255,7 +265,7 @@ def test_the_command_prints_the_text_and_on_standard_error_how_fast_it_came(
     assert out.startswith("one two")
     assert "prompt: 8 tokens" in err
     assert "tokens/s after the first" in err
-    assert "made by the lean step" in err
+    assert "made by fast decode with torch" in err
 
 
 def test_the_command_gives_one_object_with_text_counts_seconds_and_rates(

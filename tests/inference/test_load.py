@@ -22,10 +22,10 @@ from slimlm.inference.generate import generate
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.cpu import native
-from slimlm.runtime.cpu.kernels import LAYOUT
+from slimlm.runtime.cpu.bindings import LAYOUT
 from slimlm.runtime.dense import DenseLinear
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import multipliers, words
+from slimlm.runtime.whole_model import describe, packed_layers
 from slimlm.storage import checkpoint
 from slimlm.storage.kernel_cache import cache_path
 from tests.conftest import ENDS, FAMILIES, needs_kernels, random_model, save
@@ -225,7 +225,7 @@ def test_kernels_give_the_reference_s_logits_and_the_second_load_packs_nothing(
     folder = Path(shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache")))
     expected = slimlm.load(folder, dtype=torch.float32, kernels="reference")(IDS).logits
     first = slimlm.load(folder)
-    assert words(first).endswith(f"precise; {len(compressed(first))} of {len(compressed(first))} layers")
+    assert describe(first).endswith(f"precise; {len(compressed(first))} of {len(compressed(first))} layers")
     # Activations of 16 bits; adapters and the head add in another order.
     assert float((first(IDS).logits - expected).abs().max()) < 1e-3 * float(expected.abs().max())
     monkeypatch.setattr(cpu, "pack", None)
@@ -238,7 +238,7 @@ def test_kernels_give_the_reference_s_logits_and_the_second_load_packs_nothing(
 @needs_kernels
 def test_without_keep_nothing_is_written(copy: Path) -> None:
     model = slimlm.load(copy, keep=False)
-    assert "precise; 14 of 14 layers" in words(model)
+    assert "precise; 14 of 14 layers" in describe(model)
     assert not (copy / ".cache").exists()
 
 
@@ -264,18 +264,18 @@ def test_a_head_of_16_bits_is_tied_as_before_and_multiplied_exactly(tmp_path: Pa
     # Float32 sums of 48 terms, by the kernels (few rows) and by torch (many).
     for rows in (1, 5, 40):
         torch.testing.assert_close(head(x[:rows]), x[:rows] @ head.weight.float().T, rtol=1e-5, atol=1e-5)
-    made = generate(model, IDS[:1], max_new_tokens=10, ends=[])
-    assert made.way == "the CPU kernels, all blocks in one call"
+    made = generate(model, IDS[:1], max_new_tokens=10, stop_tokens=[])
+    assert made.decode_path == "fast decode in the CPU kernels, all blocks in one call"
 
 
 @needs_kernels
 def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_alone: Path) -> None:
     told: list[str] = []
-    model = slimlm.load(pruned_alone, tell=told.append)
+    model = slimlm.load(pruned_alone, notify=told.append)
     [line] = told
     # The fifteenth is the head, of 16 bits.
     assert line.startswith("14 of 15 layers, model.layers.0.self_attn.q_proj among them, run without kernels: its base is")
-    assert words(model).startswith("reference; 14 of 14 layers; its base is pruned but not quantized")
+    assert describe(model).startswith("reference; 14 of 14 layers; its base is pruned but not quantized")
     expected = slimlm.load(pruned_alone, dtype=torch.float32, kernels="reference")(IDS).logits
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)  # float32, other order of addition
 
@@ -316,7 +316,7 @@ def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(
 
     monkeypatch.setattr(cpu, "pack", watched)
     model = slimlm.load(folder, kernels="precise", keep=keep)
-    layers = multipliers(model).values()
+    layers = packed_layers(model).values()
     sizes = [sum(t.numel() * t.element_size() for t in layer.stored().tensors.values()) for layer in layers]
     # Around what is read the system maps up to 64 kB that it has at hand, here around eight tensors.
     assert len(found) == len(sizes) and max(found) < max(sizes) + 1.5 * MIB
@@ -332,13 +332,13 @@ def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(
 def test_casts_and_moves_to_the_same_place_keep_the_mapped_bytes(wide: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(wide, tmp_path / "wide", ignore=shutil.ignore_patterns(".cache")))
     model = slimlm.load(folder)
-    before = {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()}
+    before = {name: layer.prepare().blob.data_ptr() for name, layer in packed_layers(model).items()}
     x = torch.randint(4096, (1, 8), generator=torch.Generator().manual_seed(0))
     expected = model(x).logits
     # Transformers refuses to cast quantized models; torch does not.
     for move in (model.to, lambda place: torch.nn.Module.to(model, place, torch.float32)):
         move("cpu")
-        assert {name: layer.prepare().blob.data_ptr() for name, layer in multipliers(model).items()} == before
+        assert {name: layer.prepare().blob.data_ptr() for name, layer in packed_layers(model).items()} == before
         torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-3)  # float32 sums of 1024 terms
     assert resident(cache_path(folder, LAYOUT)) > 0
 
@@ -359,7 +359,7 @@ def test_other_weights_are_packed_anew(copy: Path) -> None:
     record["files"]["model.safetensors"]["sha256"] = "0" * 64
     (copy / checkpoint.RECORD).write_text(json.dumps(record))
     told: list[str] = []
-    slimlm.load(copy, tell=told.append)
+    slimlm.load(copy, notify=told.append)
     assert len(told) == 1 and "was made from another checkpoint" in told[0]
 
 
@@ -379,9 +379,9 @@ def test_kept_packings_are_no_part_of_the_checkpoint(copy: Path) -> None:
 def test_a_model_that_transformers_loads_runs_on_kernels_too(copy: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
     assert torch.equal(model(IDS).logits, slimlm.load(copy, dtype=torch.float32)(IDS).logits)
-    assert "precise; 14 of 14 layers" in words(model)
+    assert "precise; 14 of 14 layers" in describe(model)
     slimlm.use_kernels(model, "reference")
-    assert words(model) == "reference; 14 of 14 layers"
+    assert describe(model) == "reference; 14 of 14 layers"
 
 
 @needs_kernels
@@ -400,9 +400,9 @@ def test_a_choice_made_later_packs_nothing_again(copy: Path, monkeypatch: pytest
 def test_without_a_library_everything_runs_by_the_reference_and_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.OVERRIDE, "/nowhere/slimlm_cpu.so")
     told: list[str] = []
-    model = slimlm.load(copy, tell=told.append)
+    model = slimlm.load(copy, notify=told.append)
     assert len(told) == 1 and "there are no CPU kernels" in told[0]
-    assert words(model).startswith("reference; 14 of 14 layers; there are no CPU kernels")
+    assert describe(model).startswith("reference; 14 of 14 layers; there are no CPU kernels")
     assert torch.equal(model(IDS).logits, slimlm.load(copy, kernels="reference")(IDS).logits)
 
 

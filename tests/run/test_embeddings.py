@@ -36,7 +36,7 @@ from slimlm.recipe import open_recipe, shipped
 from slimlm.run.embeddings import GROUP, compress_ends, ends_of
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import multipliers
+from slimlm.runtime.whole_model import packed_layers
 from tests.conftest import ENDS, LLAMA_LIKE, needs_kernels, random_model, save
 from tests.storage.test_mapping import MIB, needs_smaps, resident
 
@@ -125,11 +125,11 @@ def test_slimlm_and_transformers_load_the_same_and_save_the_same(family: str, tm
 def test_the_kernels_multiply_by_the_head_and_generation_looks_rows_up(family: str, tmp_path: Path, text_file: Path) -> None:
     squeezed(random_model(family, torch.bfloat16), tmp_path, text_file)
     model = slimlm.load(tmp_path / "out", kernels="precise")
-    assert "lm_head" in multipliers(model)
+    assert "lm_head" in packed_layers(model)
     expected = slimlm.load(tmp_path / "out", dtype=torch.float32, kernels="reference")
     assert float((model(IDS).logits - expected(IDS).logits).abs().max()) < 1e-3 * float(expected(IDS).logits.abs().max())
-    made = generate(model, IDS[:, :6], max_new_tokens=12, ends=[])
-    assert made.way == "the CPU kernels, all blocks in one call"
+    made = generate(model, IDS[:, :6], max_new_tokens=12, stop_tokens=[])
+    assert made.decode_path == "fast decode in the CPU kernels, all blocks in one call"
     text = IDS[:, :6]
     for _ in range(12):
         text = torch.cat([text, model(text).logits[:, -1:].argmax(dim=-1)], dim=1)

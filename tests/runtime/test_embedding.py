@@ -105,8 +105,8 @@ def ends(order: tuple[str, str]) -> nn.ModuleDict:
     return nn.ModuleDict({name: modules[name] for name in order})
 
 
-def on_a_gpu(tensor: Tensor) -> Tensor:
-    """A tensor without numbers that says it is on a GPU."""
+def on_fake_gpu(tensor: Tensor) -> Tensor:
+    """A tensor without numbers that reports to be on a GPU."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
@@ -118,11 +118,11 @@ def test_a_tied_head_that_moved_to_another_device_chooses_anew(order: tuple[str,
     head = model["head"]
     head.use_kernels("auto")
     head(torch.ones(2, WIDTH))
-    assert head.choice().backend.name == "cpu" and head.stored().blob is not None
+    assert head.selection().backend.name == "cpu" and head.stored().blob is not None
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model._apply(on_a_gpu)
+        model._apply(on_fake_gpu)
         assert head.weight.device.type == "cuda"
-        assert head.choice().backend.name != "cpu"
+        assert head.selection().backend.name != "cpu"
         assert head.stored().blob is None
         head.kernels = "precise"
         head.forget()

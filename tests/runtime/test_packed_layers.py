@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from slimlm.core.errors import KernelError
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
-from slimlm.inference.decode.grouped import joint
+from slimlm.inference.decode.grouped import grouped_call
 from slimlm.runtime.dense import DenseLinear, WideEmbedding, widen_activations
 from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import precisely, prefer_fast, prospect, use_kernels, words
+from slimlm.runtime.whole_model import describe, describe_backends, precise_kernels, prefer_fast, use_kernels
 from tests.conftest import needs_kernels
 
 pytestmark = needs_kernels
@@ -109,7 +109,7 @@ def test_layers_that_share_an_input_are_one_call_with_the_same_results(monkeypat
     layers = [layer("fast", out=out, seed=out, bias=out > 20) for out in (48, 16, 24)]
     x = draw(2, WIDTH)
     expected = [one(x) for one in layers]
-    together = joint(layers)
+    together = grouped_call(layers)
     for one in layers:
         monkeypatch.setattr(one, "forward", None)
     for ours, theirs in zip(together(x), expected, strict=True):
@@ -121,7 +121,7 @@ def test_layers_of_two_precisions_or_kinds_are_called_in_turn() -> None:
     dense = nn.Linear(WIDTH, 4)
     for layers in ([layer("fast"), layer("precise")], [layer("fast"), layer("reference")], [layer("fast"), dense]):
         with torch.no_grad():
-            assert all(torch.equal(ours, one(x)) for ours, one in zip(joint(layers)(x), layers, strict=True))
+            assert all(torch.equal(ours, one(x)) for ours, one in zip(grouped_call(layers)(x), layers, strict=True))
 
 
 def together(count: int, work: Callable[[int], None]) -> None:
@@ -200,20 +200,20 @@ def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing
     refused = CompressedLinear.from_parts((Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5"),), None)
     model = nn.Sequential(layer("reference"), layer("reference"), refused)
     use_kernels(model, "auto")
-    assert words(model).endswith("its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits")
-    assert ", precise; 2 of 3 layers; reference; 1 of 3 layers" in words(model)
+    assert describe(model).endswith("its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits")
+    assert ", precise; 2 of 3 layers; reference; 1 of 3 layers" in describe(model)
     prefer_fast(model)
-    assert ", fast; 2 of 3 layers" in words(model)
+    assert ", fast; 2 of 3 layers" in describe(model)
     with pytest.raises(KernelError, match="2: the precise kernels were asked for"):
         use_kernels(model, "precise")
-    assert ", fast; 2 of 3 layers" in words(model)
-    assert "; 2 of 3 layers; reference for 1: its base is pruned" in prospect([one.descriptions for one in model])
-    assert words(nn.Linear(2, 2)) is None
+    assert ", fast; 2 of 3 layers" in describe(model)
+    assert "; 2 of 3 layers; reference for 1: its base is pruned" in describe_backends([one.descriptions for one in model])
+    assert describe(nn.Linear(2, 2)) is None
 
 
 def test_fast_layers_are_precise_within_the_context_and_no_other_changes() -> None:
     model = nn.Sequential(layer("fast"), layer("auto"), layer("reference"))
-    with precisely(model):
+    with precise_kernels(model):
         assert [one.kernels for one in model] == ["precise", "auto", "reference"]
     assert [one.kernels for one in model] == ["fast", "auto", "reference"]
 
@@ -221,7 +221,7 @@ def test_fast_layers_are_precise_within_the_context_and_no_other_changes() -> No
 def test_precise_layers_that_were_asked_for_stay_precise() -> None:
     model = nn.Sequential(layer("precise"))
     prefer_fast(model)
-    assert ", precise; 1 of 1 layers" in words(model)
+    assert ", precise; 1 of 1 layers" in describe(model)
 
 
 def small(dtype: torch.dtype, *, tied: bool) -> nn.Module:
@@ -283,7 +283,7 @@ def test_a_dense_head_whose_weight_is_an_embedding_s_follows_it() -> None:
     widen_activations(model)
     embed, head = model["embed"], model["head"]
     head.use_kernels("auto")
-    assert head.choice().backend.name == "cpu"
+    assert head.selection().backend.name == "cpu"
 
     def product() -> Tensor:
         return x @ head.weight.float().T + head.bias.float()

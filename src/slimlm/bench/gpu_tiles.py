@@ -1,50 +1,61 @@
-"""What `slimlm bench OUT --tune` does: find the fastest tiles of the GPU kernels for a checkpoint's layers on this card."""
+"""Find the fastest tiles of the GPU kernels for a checkpoint's layers on this machine's GPU (`slimlm bench`)."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from slimlm.core.errors import KernelError
+from slimlm.events import Notify
 from slimlm.inference.load import load
-from slimlm.runtime.backends.triton import Gpu, Ready
-from slimlm.runtime.gpu import device, products, tiles, tuning
-from slimlm.runtime.gpu.tuning import Report, Timer
-from slimlm.runtime.whole_model import multipliers
+from slimlm.runtime.backends.triton import Gpu, PreparedOnGpu
+from slimlm.runtime.gpu import device, products, tile_search, tiles
+from slimlm.runtime.gpu.tile_search import Report, Search, Timer
+from slimlm.runtime.whole_model import packed_layers
 
-_CARD = torch.device("cuda")
+_GPU = torch.device("cuda")
 
 
 def tune_kernels(
     source: str,
     *,
     report: Report,
-    tell: Callable[[str], None],
-    where: torch.device = _CARD,
-    timer: Timer = tuning.replayed_seconds,
+    notify: Notify,
+    where: torch.device = _GPU,
+    timer: Timer = tile_search.replayed_seconds,
 ) -> dict[str, Any]:
-    """Measure, write the card's table into the user's cache, and use it from now on; gives what was found, as plain data.
+    """Measure tiles, write the GPU's table into the user's cache, and use it from now on.
 
-    where, timer: the card that is measured, and what takes the times. Raises KernelError, before anything is read, where the
-    kernels cannot run there.
+    Args:
+        source: the checkpoint's folder or hub name.
+        report: is called with the stage and how far it is.
+        notify: is called with what a user should know of the checkpoint.
+        where: the GPU that is measured.
+        timer: gives the seconds of a call.
+
+    Returns:
+        What was found, as plain data for JSON: "model", "gpu", "dtype", "path" of the table, "rows" (tile_search.Finding) and
+        "fused_up_to".
+
+    Raises:
+        KernelError: the kernels cannot run there (nothing is read then), or take none of the layers.
     """
     if (reason := device.refuses(where)) is not None:
         raise KernelError(f"there are no GPU kernels to tune: {reason}")
-    model = load(source, device=where, tell=tell)
+    model = load(source, device=where, notify=notify)
     dtype = next((p.dtype for p in model.parameters() if p.dtype in products.NARROW), torch.bfloat16)
-    layers = [layer for layer in multipliers(model).values() if isinstance(layer.choice().backend, Gpu)]
-    ready = [own.layer for layer in layers if isinstance(own := layer.prepare(), Ready)]
-    where = ready[0].base.words.device if ready else where
-    table, rows = tuning.tune(tuning.products_of(ready), where, dtype, timer, report)
-    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "interpreted"
-    path = tiles.write(card, table)
-    tiles.forget()
+    layers = [layer for layer in packed_layers(model).values() if isinstance(layer.selection().backend, Gpu)]
+    prepared = [own.layer for layer in layers if isinstance(own := layer.prepare(), PreparedOnGpu)]
+    where = prepared[0].base.words.device if prepared else where
+    table, findings = tile_search.search_tiles(tile_search.weights_of(prepared), Search(where, dtype, timer), report)
+    gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else "interpreted"
+    path = tiles.write(gpu, table)
+    tiles.forget_tables()
     return {
         "model": source,
-        "card": card,
+        "gpu": gpu,
         "dtype": str(dtype).removeprefix("torch."),
         "path": str(path),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(found) for found in findings],
         "fused_up_to": table.fused_up_to,
     }

@@ -1,13 +1,13 @@
-"""How long products take, measured so that whatever else the machine does spoils the comparison least.
+"""How long products take, measured so that other programs on the machine disturb the comparison least.
 
-Contenders are timed in turn in random order, round after round, in one process; figures are the median and the 20th
-percentile over rounds. Each has enough copies of its weights that none is still in a cache when its turn comes again, as
-in a model, where other layers come between. With one thread the clock is the process's CPU time, which other
-programs' time slices do not enter. With several it is the wall clock, which means something on an idle machine only:
-rounds in which other programs took much of the processor are repeated, and what they took is recorded beside the
-figures, as is the load average.
+Contenders are timed one after another in random order, round after round, in one process; figures are the median and the 20th
+percentile over rounds. Each has so many copies of its weights that none is still in a cache when it is used again, as in a
+model, where other layers come between. With one thread the clock is the process's CPU time, which does not count other
+programs. With several threads it is the wall clock, which is meaningful on an idle machine only: rounds in which other programs
+took much of the processor are repeated, and their share is recorded beside the figures, as is the load average.
 """
 
+import itertools
 import os
 import platform
 import random
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from slimlm.runtime.cpu import native, processor
 
 ROTATED = 160_000_000
-"""Bytes of weights that a contender goes through before it comes back to the first: several times the largest caches."""
+"""Bytes of weights that a contender goes through before it uses the first again: several times the largest caches."""
 
 Call = Callable[[], Any]
 
@@ -39,13 +38,13 @@ class Contender:
 
     name: str
     bytes: int
-    """that one product reads of the weight"""
+    """of the weight, read by one product"""
     calls: Callable[[Tensor], Sequence[Call]]
-    """for an input `[batch, in]`: the product by each copy of the weight"""
+    """from an input `[batch, in]` to the products by each copy of the weight"""
     products: int = 1
     """in one call"""
     output: Callable[[Any], Tensor] = torch.as_tensor
-    """what a call gave as a tensor `[batch, out]`"""
+    """from the result of a call to a tensor `[batch, out]`"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Timing:
 
     @classmethod
     def of(cls, taken: Sequence[float]) -> "Timing":
+        """The timing of rounds that took so many seconds each."""
         fast = quantiles(taken, n=5, method="inclusive")[0] if len(taken) > 1 else taken[0]
         return cls(median(taken), fast, len(taken))
 
@@ -70,17 +70,17 @@ class Effort:
 
     rounds: int = 9
     burst: float = 0.02
-    """seconds that a contender is timed for in one round, if its copies last that long"""
+    """seconds for which a contender is timed in one round, if its copies last that long"""
     rotated: int = ROTATED
     pause: float = 0.005
-    """seconds before a contender's turn, for threads of the one before that still spin"""
+    """seconds before a contender is timed, in which waiting threads of the one before stop"""
     disturbed: float = 0.08
-    """of the processor's time; with several threads, rounds in which others take more are repeated"""
-    patience: int = 3
-    """times the rounds that are run at most for the sake of quiet ones"""
+    """share of the processor's time; with several threads, rounds in which other programs take more are repeated"""
+    most_repeats: int = 3
+    """at most so many times the rounds are run to get quiet ones"""
 
     def copies(self, bytes_: int) -> int:
-        """Of a weight of this size."""
+        """The number of copies of a weight of this many bytes."""
         return max(1, -(-self.rotated // bytes_))
 
 
@@ -92,23 +92,23 @@ QUICK = Effort(rounds=3, burst=0.002, rotated=40_000_000)
 class _Runner:
     contender: Contender
     calls: Sequence[Call]
-    turn: Iterator[Call] = field(init=False)
+    cycle: Iterator[Call] = field(init=False)
     burst: int = 1
     """calls timed in one round; with the untimed one before them at most one pass over the copies"""
 
     def __post_init__(self) -> None:
-        self.turn = cycle(self.calls)
+        self.cycle = itertools.cycle(self.calls)
 
     def warm(self, effort: Effort, clock: Callable[[], float]) -> None:
-        """Learn how many calls a burst holds."""
-        next(self.turn)()
+        """Find out how many calls a burst holds."""
+        next(self.cycle)()
         taken = self.timed(1, clock)
         fitting = round(effort.burst / max(taken, 1e-7))
         self.burst = max(1, min(fitting, len(self.calls) - 1))
 
     def timed(self, count: int, clock: Callable[[], float]) -> float:
         """Seconds of one call."""
-        calls = [next(self.turn) for _ in range(count)]
+        calls = [next(self.cycle) for _ in range(count)]
         began = clock()
         for call in calls:
             call()
@@ -116,29 +116,37 @@ class _Runner:
 
 
 def clock_for(threads: int) -> Callable[[], float]:
-    """CPU time of this process for one thread, the wall clock for several."""
+    """The clock in seconds: CPU time of this process for one thread, the wall clock for several."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
 @dataclass(frozen=True)
 class Race:
-    """What a race gave."""
+    """The result of a comparison."""
 
     timings: dict[str, Timing]
     """by the contenders' names"""
     elsewhere: float | None
-    """share of the processor's time that other programs took meanwhile; None where the system does not tell"""
+    """share of the processor's time that other programs took meanwhile; None where the system does not report it"""
     load: float | None
     """load average at the end"""
 
 
 def race(contenders: Sequence[Contender], x: Tensor, *, threads: int, effort: Effort, seed: int = 0) -> Race:
-    """Seconds of one product x W^T by each contender, for x `[batch, in]`; torch must be set to as many threads."""
+    """The time of one product x W^T by each contender.
+
+    Args:
+        contenders: the ways to multiply.
+        x: `[batch, in]`.
+        threads: of torch, which must be set to as many (`at_threads`).
+        effort: how long to measure.
+        seed: of the order of contenders in each round.
+    """
     clock, order = clock_for(threads), random.Random(seed)
     runners = [_Runner(contender, contender.calls(x)) for contender in contenders]
     rounds: list[tuple[float, dict[str, float]]] = []
-    limit = effort.rounds * (1 if threads == 1 else effort.patience)
-    told = True
+    limit = effort.rounds * (1 if threads == 1 else effort.most_repeats)
+    known = True
     with torch.inference_mode():
         for runner in runners:
             runner.warm(effort, clock)
@@ -146,12 +154,12 @@ def race(contenders: Sequence[Contender], x: Tensor, *, threads: int, effort: Ef
             before = processor_seconds()
             seconds = _round(order.sample(runners, len(runners)), effort, clock)
             taken = taken_elsewhere(before, processor_seconds())
-            told = told and taken is not None
+            known = known and taken is not None
             rounds.append((taken or 0.0, seconds))
-    # The quietest; with one thread all of them.
-    kept = sorted(rounds, key=lambda each: each[0])[: effort.rounds]
-    timings = {c.name: Timing.of([seconds[c.name] for _, seconds in kept]) for c in contenders}
-    return Race(timings, fmean(taken for taken, _ in kept) if told else None, load_average())
+    # The quietest rounds; with one thread all of them.
+    quietest = sorted(rounds, key=lambda each: each[0])[: effort.rounds]
+    timings = {c.name: Timing.of([seconds[c.name] for _, seconds in quietest]) for c in contenders}
+    return Race(timings, fmean(taken for taken, _ in quietest) if known else None, load_average())
 
 
 def _quiet(rounds: Sequence[tuple[float, Any]], effort: Effort) -> int:
@@ -159,17 +167,17 @@ def _quiet(rounds: Sequence[tuple[float, Any]], effort: Effort) -> int:
 
 
 def _round(runners: Sequence[_Runner], effort: Effort, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of one product by each in turn."""
+    """Seconds of one product by each contender, one after another."""
     taken = {}
     for runner in runners:
         time.sleep(effort.pause)
-        next(runner.turn)()
+        next(runner.cycle)()
         taken[runner.contender.name] = runner.timed(runner.burst, clock) / runner.contender.products
     return taken
 
 
 def processor_seconds() -> tuple[float, float, float] | None:
-    """Of all cores together since the start: passed, and worked by anybody; and worked by this process."""
+    """Seconds since the start, of all cores together: passed, and worked by all processes; and worked by this process."""
     try:
         ticks = [int(each) for each in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
         rate = os.sysconf("SC_CLK_TCK")
@@ -181,7 +189,7 @@ def processor_seconds() -> tuple[float, float, float] | None:
 
 
 def taken_elsewhere(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> float | None:
-    """Share of the cores' time between two looks at which somebody else worked."""
+    """The share of the cores' time between two calls of `processor_seconds` in which other processes worked."""
     if before is None or after is None:
         return None
     passed, worked, own = (late - early for early, late in zip(before, after, strict=True))
@@ -189,7 +197,7 @@ def taken_elsewhere(before: tuple[float, float, float] | None, after: tuple[floa
 
 
 def dense(name: str, weights: Sequence[Tensor]) -> Contender:
-    """torch's product by copies of a dense weight `[out, in]`, in its dtype."""
+    """The contender that multiplies by copies of a dense weight `[out, in]` with torch, in the weight's dtype."""
     dtype = weights[0].dtype
 
     def calls(x: Tensor) -> list[Call]:
@@ -200,26 +208,26 @@ def dense(name: str, weights: Sequence[Tensor]) -> Contender:
 
 
 def random_dense(name: str, shape: tuple[int, int], dtype: torch.dtype, copies: int) -> Contender:
-    """torch's product by that many random weights of a shape."""
+    """The contender that multiplies by copies of a random dense weight of a shape (out, in) with torch."""
     first = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     return dense(name, [first, *(first.clone() for _ in range(copies - 1))])
 
 
 def read_bandwidth(threads: int, *, bytes_: int = 268_435_456, rounds: int = 9) -> float:
-    """Bytes per second at which this many threads read memory: the best round of the best of torch's reductions.
+    """Bytes per second at which so many threads read memory: the best round of the best of torch's reductions.
 
     A product of a weight that is read once can hardly be faster than its bytes at this rate. Torch's loops neither
     prefetch nor use huge pages, so kernels that do may read somewhat faster.
     """
     values = torch.ones(bytes_ // 16384, 4096)
     vector, clock = torch.ones(4096), clock_for(threads)
-    ways: list[Call] = [partial(values.sum, dim=1), partial(values.mv, vector), values.sum]
+    reductions: list[Call] = [partial(values.sum, dim=1), partial(values.mv, vector), values.sum]
     best = float("inf")
     with at_threads(threads):
         for _ in range(rounds):
-            for way in ways:
+            for reduction in reductions:
                 began = clock()
-                way()
+                reduction()
                 best = min(best, clock() - began)
     return values.numel() * 4 / best
 
@@ -236,7 +244,7 @@ def at_threads(count: int) -> Iterator[None]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run, mean over the last minute, this one among them; None where the system does not tell."""
+    """The mean number of processes that could run in the last minute, this one included; None where it is not reported."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):

@@ -1,8 +1,8 @@
 """How fast a compressed model runs on this machine: its layers, shape by shape, and the whole, beside a dense model.
 
-Layers are timed as `speed` says, each pass going through the checkpoint's own layers of one kind. A whole model is timed
-through `slimlm.generate`: the prompt by its first token, further tokens by the time between them. The models
-are timed one after another, since several do not fit into every memory, so their figures share a machine but not a minute.
+Layers are timed as layer_speed.py describes, with the checkpoint's own layers of one kind as copies of a weight. A whole model
+is timed through `generate`: the prompt by its first token, further tokens by the time between them. Models are timed one after
+another, because several do not fit into every memory; so their figures are of one machine, but not of the same minute.
 """
 
 import json
@@ -30,12 +30,13 @@ from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import total_and_free
-from slimlm.runtime.whole_model import multipliers, prefer_fast
+from slimlm.runtime.whole_model import packed_layers, prefer_fast
 
 _DTYPES = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
 _ROOM = 0.7
-"""Of the free memory, what a dense model may take."""
+"""The share of the free memory that a dense model may take."""
 Report = Callable[[str, int, int], None]
+"""Called with a stage, the number of its items that are done, and their total."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,38 @@ class Settings:
     kernels: Kernels = "auto"
     batches: tuple[int, ...] = (1, 4, 16)
     threads: int = 1
-    prompt: int = 128
-    """tokens of each text"""
-    new: int = 32
-    """tokens after the first"""
+    prompt_tokens: int = 128
+    """of each text"""
+    new_tokens: int = 32
+    """of each text, after the first"""
     repeats: int = 3
     effort: Effort = layer_speed.USUAL
 
 
-QUICK = Settings(prompt=16, new=4, repeats=1, effort=layer_speed.QUICK)
+QUICK = Settings(prompt_tokens=16, new_tokens=4, repeats=1, effort=layer_speed.QUICK)
 """Coarse figures in little time."""
 
 
 def model_speed(source: str, settings: Settings, *, against: str | None = None, report: Report | None = None) -> dict[str, Any]:
-    """Everything that `slimlm bench` shows, as plain data.
+    """Time the layers of a checkpoint and the whole model, beside a dense model.
 
-    The dense model is `against`, or one of random weights in the shape of the compressed one; it is left out, and a note
-    says so, where it would not fit into memory.
+    Args:
+        source: the checkpoint's folder or hub name.
+        settings: what to measure, and how long.
+        against: folder or hub name of the dense model; None: random weights in the shapes of the compressed model. It is left
+            out, with a note, where it would not fit into memory.
+        report: is called with the stage and how far it is.
+
+    Returns:
+        The figures, as plain data for JSON.
+
+    Raises:
+        SlimlmError: the settings are out of range, or need more positions than the model's context has.
+        ModelError: the dense model has other layers.
     """
-    tell = report or _silent
-    if min(settings.batches, default=0) < 1 or min(settings.threads, settings.prompt, settings.new) < 1:
-        raise SlimlmError("--batch, --threads, --prompt-tokens and --new-tokens must each be at least 1")
+    report = report or _silent
+    if min(settings.batches, default=0) < 1 or min(settings.threads, settings.prompt_tokens, settings.new_tokens) < 1:
+        raise SlimlmError("batches, threads, prompt_tokens and new_tokens must each be at least 1")
     with layer_speed.at_threads(settings.threads):
         bandwidth = layer_speed.read_bandwidth(settings.threads, bytes_=max(8_000_000, settings.effort.rotated))
         model = opened(source, settings.kernels)
@@ -80,8 +92,8 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
             "machine": layer_speed.machine(),
             "versions": {name: version(name) for name in ("slimlm", "torch", "transformers")},
             "read_bandwidth": bandwidth,
-            "layers": list(_layer_rows(model, dense, settings, bandwidth, tell)),
-            "generation": list(_generation_rows(model, dense, settings, bandwidth, tell)),
+            "layers": list(_layer_rows(model, dense, settings, bandwidth, report)),
+            "generation": list(_generation_rows(model, dense, settings, bandwidth, report)),
             "notes": notes,
         }
     # The load may have changed since the beginning.
@@ -90,14 +102,14 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Reports nothing."""
+    """Ignores the report."""
 
 
 def opened(source: str, kernels: Kernels) -> PreTrainedModel:
     """The model as `slimlm generate` runs it, ready to multiply: "auto" is "fast" where there are kernels."""
     model = load(source, kernels=kernels)
     prefer_fast(model)
-    for layer in multipliers(model).values():
+    for layer in packed_layers(model).values():
         layer.prepare()
     return model
 
@@ -108,16 +120,16 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
 
 def _refuse_length(model: nn.Module, settings: Settings) -> None:
     context = context_length(model)
-    wanted = settings.prompt + settings.new + 1
+    wanted = settings.prompt_tokens + settings.new_tokens + 1
     if context is not None and wanted > context:
         raise SlimlmError(
-            f"--prompt-tokens {settings.prompt} and --new-tokens {settings.new} need {wanted} positions; "
+            f"prompt_tokens {settings.prompt_tokens} and new_tokens {settings.new_tokens} need {wanted} positions; "
             f"the model's context holds {context}"
         )
 
 
 def _dense_model(source: str, against: str | None, model: nn.Module) -> tuple[PreTrainedModel | None, list[str]]:
-    """The dense model in float32, or none and a note why."""
+    """The dense model in float32, or None and a note with the reason."""
     layers = sum(layer.in_features * layer.out_features for _, layer in _compressed(model))
     others = sum(parameter.numel() for parameter in model.parameters())
     # float32, and once more half of it while bfloat16 is made.
@@ -140,17 +152,17 @@ def _refuse_other_layers(against: str, dense: nn.Module, model: nn.Module) -> No
     for name, layer in _compressed(model):
         shape = (layer.out_features, layer.in_features)
         if name not in modules:
-            raise ModelError(f"--against {against} has no layer {name}; give the model that was compressed")
+            raise ModelError(f"the dense model {against} has no layer {name}; give the model that was compressed")
         if (found := tuple(weight_of(modules[name]).shape)) != shape:
-            raise ModelError(f"--against {against}: its {name} is {found}, and {shape} was compressed; give that model")
+            raise ModelError(f"{name} of the dense model {against} is {found}, and {shape} was compressed; give that model")
 
 
 # Layers
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Layers that are alike but for their values."""
+class _Alike:
+    """Layers that differ in their values only."""
 
     names: list[str]
     layers: list[CompressedLinear]
@@ -160,36 +172,36 @@ class _Group:
         return self.layers[0].out_features, self.layers[0].in_features
 
 
-def _groups(model: nn.Module) -> list[_Group]:
-    found: dict[str, _Group] = {}
+def _groups(model: nn.Module) -> list[_Alike]:
+    found: dict[str, _Alike] = {}
     for name, layer in _compressed(model):
         key = json.dumps([layer.out_features, layer.in_features, layer.descriptions])
-        group = found.setdefault(key, _Group([], []))
+        group = found.setdefault(key, _Alike([], []))
         group.names.append(name)
         group.layers.append(layer)
     return list(found.values())
 
 
 def read_bytes(layer: CompressedLinear) -> int:
-    """That one product reads of a layer: what is stored of it, or the dense matrix that the reference makes of it."""
-    if layer.choice().backend.name == "reference":
+    """Bytes of a layer that one product reads: its stored tensors, or the dense float32 matrix that the reference makes."""
+    if layer.selection().backend.name == "reference":
         return 4 * layer.in_features * layer.out_features
     return sum(tensor.nbytes for tensor in layer.packed().values())
 
 
 def _layer_rows(
-    model: nn.Module, dense: nn.Module | None, settings: Settings, bandwidth: float, tell: Report
+    model: nn.Module, dense: nn.Module | None, settings: Settings, bandwidth: float, report: Report
 ) -> Iterator[dict[str, Any]]:
     groups = _groups(model)
     for done, group in enumerate(groups):
-        tell("layers", done, len(groups))
-        choice = group.layers[0].choice()
+        report("layers", done, len(groups))
+        selection = group.layers[0].selection()
         about = {
             "shape": list(group.shape),
             "layers": len(group.layers),
             "parts": parts_words(group.layers[0].parts()),
-            "kernels": runs_on(group.layers[0]),
-            "refused": choice.refused,
+            "kernels": describe_backend(group.layers[0]),
+            "refused": selection.refused,
         }
         contenders = [_packed(group), *_dense_layers(group, dense, settings.effort)]
         for batch in settings.batches:
@@ -200,17 +212,17 @@ def _layer_rows(
                 yield {
                     **about,
                     "batch": batch,
-                    "way": contender.name,
+                    "contender": contender.name,
                     **_figures(timing, contender.bytes + 4 * batch * sum(group.shape), bandwidth),
                     "ratio": race.timings["torch float32"].seconds / timing.seconds,
                     "elsewhere": race.elsewhere,
                 }
-    tell("layers", len(groups), len(groups))
+    report("layers", len(groups), len(groups))
 
 
-def runs_on(layer: CompressedLinear) -> str:
-    """Who multiplies, in words."""
-    backend = layer.choice().backend
+def describe_backend(layer: CompressedLinear) -> str:
+    """The backend of a layer, such as "cpu, fast"."""
+    backend = layer.selection().backend
     precision = getattr(backend, "precision", None)
     return backend.name if precision is None else f"{backend.name}, {precision}"
 
@@ -225,7 +237,7 @@ def _figures(timing: Timing, bytes_: int, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def _packed(group: _Group) -> Contender:
+def _packed(group: _Alike) -> Contender:
     def calls(x: Tensor) -> list[Call]:
         return [_call(layer, x) for layer in group.layers]
 
@@ -236,8 +248,8 @@ def _call(layer: CompressedLinear, x: Tensor) -> Call:
     return lambda: layer.forward(x)
 
 
-def _dense_layers(group: _Group, dense: nn.Module | None, effort: Effort) -> list[Contender]:
-    """torch's products by the dense model's layers of those names, or by random ones where there is no such model."""
+def _dense_layers(group: _Alike, dense: nn.Module | None, effort: Effort) -> list[Contender]:
+    """torch's products by the dense model's layers of these names, or by random weights where there is no such model."""
     out, width = group.shape
     found = []
     for name, dtype in _DTYPES.items():
@@ -255,28 +267,28 @@ def _dense_layers(group: _Group, dense: nn.Module | None, effort: Effort) -> lis
 
 
 def _generation_rows(
-    model: PreTrainedModel, dense: PreTrainedModel | None, settings: Settings, bandwidth: float, tell: Report
+    model: PreTrainedModel, dense: PreTrainedModel | None, settings: Settings, bandwidth: float, report: Report
 ) -> Iterator[dict[str, Any]]:
-    ways = ["slimlm", *([] if dense is None else _DTYPES)]
-    for done, way in enumerate(ways):
-        tell("whole models", done, len(ways))
-        if way != "slimlm":
+    contenders = ["slimlm", *([] if dense is None else _DTYPES)]
+    for done, contender in enumerate(contenders):
+        report("whole models", done, len(contenders))
+        if contender != "slimlm":
             assert dense is not None
-            model = dense.to(_DTYPES[way])
+            model = dense.to(_DTYPES[contender])
         for batch in settings.batches:
-            yield {"way": way, **whole(model, batch, settings), **_bound(model, batch, bandwidth)}
-    tell("whole models", len(ways), len(ways))
+            yield {"contender": contender, **generation_speed(model, batch, settings), **_bound(model, batch, bandwidth)}
+    report("whole models", len(contenders), len(contenders))
 
 
-def whole(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, Any]:
-    """Tokens per second of prompt and text, all texts together; medians."""
+def generation_speed(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, Any]:
+    """Tokens per second of prompt and text, of all texts together; medians."""
     clock = layer_speed.clock_for(settings.threads)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (batch, settings.prompt), generator=generator)
-    reading, writing, way = [], [], ""
+    prompt = torch.randint(model.config.vocab_size, (batch, settings.prompt_tokens), generator=generator)
+    prompt_seconds, token_seconds, decode_path = [], [], ""
     before = layer_speed.processor_seconds()
-    # The way through the model is checked once, before its first text.
-    generate(model, prompt[:, :1], max_new_tokens=1, ends=[])
+    # The fast decoder is compared with the model once, before its first text.
+    generate(model, prompt[:, :1], max_new_tokens=1, stop_tokens=[])
     for _ in range(settings.repeats):
         moments: list[float] = []
 
@@ -284,27 +296,27 @@ def whole(model: PreTrainedModel, batch: int, settings: Settings) -> dict[str, A
             moments.append(clock())
 
         began = clock()
-        made = generate(model, prompt, max_new_tokens=settings.new + 1, ends=[], each=note)
-        reading.append(moments[0] - began)
-        writing += [late - early for early, late in pairwise(moments)]
-        way = made.way
+        made = generate(model, prompt, max_new_tokens=settings.new_tokens + 1, stop_tokens=[], each=note)
+        prompt_seconds.append(moments[0] - began)
+        token_seconds += [late - early for early, late in pairwise(moments)]
+        decode_path = made.decode_path
     elsewhere = layer_speed.taken_elsewhere(before, layer_speed.processor_seconds())
-    prompts, tokens = Timing.of(reading), Timing.of(writing)
+    prompts, tokens = Timing.of(prompt_seconds), Timing.of(token_seconds)
     return {
         "batch": batch,
-        "prompt_tokens": settings.prompt,
-        "prompt_tokens_per_second": batch * settings.prompt / prompts.seconds,
-        "new_tokens": settings.new,
+        "prompt_tokens": settings.prompt_tokens,
+        "prompt_tokens_per_second": batch * settings.prompt_tokens / prompts.seconds,
+        "new_tokens": settings.new_tokens,
         "new_tokens_per_second": batch / tokens.seconds,
         "new_tokens_per_second_p80": batch / tokens.fast,
-        "made_by": way,
+        "decode_path": decode_path,
         "elsewhere": elsewhere,
         "load_average": layer_speed.load_average(),
     }
 
 
 def _bound(model: PreTrainedModel, batch: int, bandwidth: float) -> dict[str, Any]:
-    """What a step must read of the weights, and how many tokens per second reading alone would allow."""
+    """Bytes of weights that a step must read, and the tokens per second that reading alone would allow."""
     packed = sum(read_bytes(layer) for _, layer in _compressed(model))
     # A step looks up a row of the embedding; only where a dense head is the same matrix is all of it read.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -316,5 +328,5 @@ def _bound(model: PreTrainedModel, batch: int, bandwidth: float) -> dict[str, An
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write the figures, with the moment they were finished."""
+    """Write the figures to a file, with the time at which they were finished."""
     path.write_text(json.dumps({"finished": int(time.time()), **result}, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from slimlm.core.layer import Need, Stats
 from slimlm.distributed.group import ALONE, Group
 from slimlm.models.opening import words_of
 from slimlm.models.structure import weight_of
-from slimlm.runtime.memory import free_on_card
+from slimlm.runtime.memory import free_on_gpu
 
 _TOKENS_AT_ONCE = 8192
 
@@ -337,7 +337,7 @@ _SHARE_OF_CARD = 0.25
 
 def _resting_place(sums: Iterable["_Sums"], device: torch.device) -> torch.device:
     """Where statistics lie until steps use them: on the device where all take at most a quarter of what is free there."""
-    fits = device.type == "cpu" or sum(own.bytes() for own in sums) <= _SHARE_OF_CARD * free_on_card(device)
+    fits = device.type == "cpu" or sum(own.bytes() for own in sums) <= _SHARE_OF_CARD * free_on_gpu(device)
     return device if fits else torch.device("cpu")
 
 

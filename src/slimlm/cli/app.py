@@ -33,7 +33,7 @@ from slimlm.evaluation.activations import ActivationFormat, rounded_activations
 from slimlm.evaluation.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.events import Event, Observer
-from slimlm.inference.generate import Pieces, end_tokens, room_for
+from slimlm.inference.generate import TextStream, room_for, stop_tokens_of
 from slimlm.inference.generate import generate as generate_tokens
 from slimlm.inference.load import read_description
 from slimlm.models.opening import open_tokenizer, read_config
@@ -59,8 +59,8 @@ from slimlm.report.tables import (
     verified_table,
 )
 from slimlm.runtime.dispatch import Kernels
-from slimlm.runtime.whole_model import prefer_fast, prospect
-from slimlm.runtime.whole_model import words as kernel_words
+from slimlm.runtime.whole_model import describe as describe_kernels
+from slimlm.runtime.whole_model import describe_backends, prefer_fast
 from slimlm.storage import checkpoint
 from slimlm.verification.folder import verify as verify_folder
 
@@ -294,13 +294,13 @@ def _check_kernels(where: torch.device, kernels: Kernels) -> None:
 
 
 def _tell_kernels(opened: OpenModel) -> None:
-    if (words := kernel_words(opened.model)) is not None:
+    if (words := describe_kernels(opened.model)) is not None:
         notes.print(f"kernels: {words}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _prospect(folder: Path) -> str:
     """Who would multiply a checkpoint's layers here."""
-    return prospect([about["parts"] for about in read_description(folder)["layers"].values()])
+    return describe_backends([about["parts"] for about in read_description(folder)["layers"].values()])
 
 
 @app.command(name="eval")
@@ -376,7 +376,7 @@ def generate(
     if not start + ids:
         raise SlimlmError("the prompt is empty and the tokenizer has no token to begin with; give --prompt some text")
     room_for(opened.model, len(start + ids))
-    pieces, text = Pieces(tokenizer), io.StringIO()
+    pieces, text = TextStream(tokenizer), io.StringIO()
 
     def show(piece: str) -> None:
         text.write(piece)
@@ -392,13 +392,15 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        ends=sorted({*end_tokens(opened.model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
+        stop_tokens=sorted(
+            {*stop_tokens_of(opened.model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+        ),
         each=lambda tokens: show(pieces.put(tokens)),
     )
     show(pieces.end())
     if as_json:
         written = {"text": text.getvalue()[begun:], **made.to_dict()}
-        _print_json({"model": model, "prompt": prompt, "kernels": kernel_words(opened.model), **written})
+        _print_json({"model": model, "prompt": prompt, "kernels": describe_kernels(opened.model), **written})
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -456,8 +458,8 @@ def bench(
         kernels=kernels,
         threads=threads or torch.get_num_threads(),
         batches=tuple(batch) if batch else usual.batches,
-        prompt=prompt_tokens or usual.prompt,
-        new=new_tokens or usual.new,
+        prompt_tokens=prompt_tokens or usual.prompt_tokens,
+        new_tokens=new_tokens or usual.new_tokens,
     )
     with shown(notes) as observer:
         result = model_speed(str(out), settings, against=against, report=lambda *at: observer(Event(*at)))
@@ -477,7 +479,7 @@ def bench(
 
 def _tune(source: str, as_json: bool) -> None:
     with shown(notes) as observer:
-        found = tune_kernels(source, report=lambda *at: observer(Event(*at)), tell=_tell)
+        found = tune_kernels(source, report=lambda *at: observer(Event(*at)), notify=_tell)
     if as_json:
         _print_json(found)
         return
@@ -626,7 +628,7 @@ def _evaluated(
         measured = perplexity(opened.model, windows, progress=told)
     return {
         "model": opened.source,
-        "kernels": kernel_words(opened.model),
+        "kernels": describe_kernels(opened.model),
         "activations": activations or "as they are",
         "bits_per_weight": opened.bits_per_weight,
         "bytes": opened.bytes,

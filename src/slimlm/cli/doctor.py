@@ -100,7 +100,7 @@ def table(found: Findings) -> Table:
         *[(f"  {v.name}", "in use" if v.active else v.why_not or "") for v in kernels.variants],
         *([("  built by", f"{kernels.compiler}, with {kernels.flags}")] if kernels.compiler else []),
     ]
-    rows.append(("GPU kernels", f"none: {found.gpu_kernels}" if found.gpu_kernels else gpu.words(torch.device("cuda", 0))))
+    rows.append(("GPU kernels", f"none: {found.gpu_kernels}" if found.gpu_kernels else gpu.describe(torch.device("cuda", 0))))
     return pairs_table(rows)
 
 

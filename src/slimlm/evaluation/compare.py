@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
-from slimlm.inference.load import Tell, load
+from slimlm.events import Notify
+from slimlm.inference.load import load
 from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
 from slimlm.models.structure import blocks_of, linears_of
-from slimlm.runtime.dispatch import Kernels, available
+from slimlm.runtime.dispatch import Kernels, uses_cpu_kernels
 from slimlm.runtime.gpu import device as gpu
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
@@ -32,7 +33,7 @@ class OpenModel:
 
 
 def open_any(
-    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, tell: Tell = warnings.warn
+    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, tell: Notify = warnings.warn
 ) -> OpenModel:
     """Open a slimlm checkpoint or a dense model on a device; raises where it has no tokenizer.
 
@@ -43,9 +44,9 @@ def open_any(
     method = quantization_of(read_config(source), source).get("quant_method")
     if method == checkpoint.METHOD:
         # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
-        ready = available(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
+        ready = uses_cpu_kernels(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
         dtype = "auto" if ready else torch.float32
-        model = load(source, dtype=dtype, device=device, kernels=kernels, tell=tell)
+        model = load(source, dtype=dtype, device=device, kernels=kernels, notify=tell)
         tokenizer = open_tokenizer(source)
         inside = (module for block in blocks_of(model).values() for module in block.modules())
         layers = [module for module in inside if isinstance(module, CompressedLinear)]

@@ -1,7 +1,7 @@
-"""Text from a model: the prompt at once, then a token at a time, with the keys and values kept in a cache of fixed size.
+"""Text from a model: the prompt at once, then one token at a time, with the keys and values in a cache of fixed size.
 
-Llama-like models are taken through by `runtime/lean.py`; all others, and those of which something is not understood, by
-their own forward. Either way the greedy tokens are those of transformers' `generate`.
+Models that are built like Llama are decoded fast (decode/selection.py); all others, and those of which something is not known,
+by their own forward. Either way the greedy tokens are those of transformers' `generate`.
 """
 
 import inspect
@@ -17,31 +17,32 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from slimlm.core.errors import DataError, NumericsError, SlimlmError
 from slimlm.data.windows import refuse_unknown_tokens
-from slimlm.inference.decode import lean
+from slimlm.inference.decode import selection
+from slimlm.inference.decode.cuda_graph import CudaGraphDecoder
 from slimlm.models.structure import context_length
 
-Step = Callable[[Tensor], Tensor]
+NextLogits = Callable[[Tensor], Tensor]
 """From one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
 _UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was written, and how fast."""
+    """The generated tokens, and how fast they came."""
 
     tokens: Tensor
-    """[batch, new] on the CPU, without the prompt; a text that ended before the others repeats its end token"""
+    """`[batch, new]` on the CPU, without the prompt; a text that ended before the others repeats its end token"""
     batch: int
     prompt_tokens: int
     """of each text"""
     prompt_seconds: float
-    """from the prompt to the first new token; on a card also what captures the next ones, if that was not done before"""
+    """from the prompt to the first new token; on a GPU with the capture of the next ones, unless that was done before"""
     new_seconds: float
     """from the first new token to the last"""
     stopped: Literal["end", "length", "context"]
     """every text came to an end token; as many tokens as were asked for; the model's context is full"""
-    way: str
-    """what made the tokens after the first, in words"""
+    decode_path: str
+    """what made the tokens after the first, such as "fast decode with torch"; with the reason where it is not fast decode"""
 
     @property
     def prompt_rate(self) -> float:
@@ -65,7 +66,7 @@ class Generated:
             "prompt_tokens_per_second": self.prompt_rate,
             "new_tokens_per_second": self.new_rate,
             "stopped": self.stopped,
-            "way": self.way,
+            "decode_path": self.decode_path,
         }
 
 
@@ -76,65 +77,83 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    ends: Sequence[int] | None = None,
+    stop_tokens: Sequence[int] | None = None,
     each: Callable[[list[int]], None] | None = None,
 ) -> Generated:
-    """Go on from prompts of equal length `[batch, prompt]`: the likeliest token each time, or drawn at a temperature.
+    """Continue prompts of equal length: with the likeliest token each time, or one that is drawn at a temperature.
 
-    Writes until every text has come to one of `ends` (None: those of the model's generation config), `max_new_tokens` are
-    written or the context is full. `each` is called with every step's tokens, one of each text. Before a Llama-like
-    model writes for the first time, the way through it is compared with its own forward on 8 tokens. On a card memory and
-    captured steps are kept for the model's next text of about this length (lean.keep).
-    Raises SlimlmError for options out of range, DataError for prompts that are empty, fill the context or hold tokens that the
-    model does not have, NumericsError for logits that are not finite.
+    Generates until every text has come to a stop token, `max_new_tokens` are generated or the context is full. Before a model
+    that is built like Llama generates for the first time, its fast decoder is compared with its own forward on 8 tokens. On a
+    GPU the decoder's memory and captured graphs are kept for the model's next text of about this length.
+
+    Args:
+        model: a causal language model, on the device of the prompts.
+        prompt: token ids `[batch, prompt]`.
+        max_new_tokens: at least 1.
+        temperature: 0: the likeliest token.
+        seed: of the generator that tokens are drawn with.
+        stop_tokens: end a text; None: those of the model's generation config.
+        each: is called with every step's tokens, one of each text.
+
+    Raises:
+        SlimlmError: options are out of range.
+        DataError: prompts are empty, fill the context or hold tokens that the model does not have.
+        NumericsError: logits are not finite.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError(f"at least 1 new token and a temperature of 0 or more; got {max_new_tokens} and {temperature}")
-    length = prompt.shape[1]
-    if length < 1 or prompt.shape[0] < 1:
-        raise DataError("the prompt is empty; a model goes on from at least one token")
+    batch, length = prompt.shape
+    if length < 1 or batch < 1:
+        raise DataError("the prompt is empty; a model continues at least one token")
     refuse_unknown_tokens(prompt, model)
-    room = room_for(model, length)
-    count = min(max_new_tokens, room)
-    stops = torch.tensor(end_tokens(model) if ends is None else ends, dtype=torch.long, device=prompt.device)
+    count = min(max_new_tokens, room_for(model, length))
+    stops = stop_tokens_of(model) if stop_tokens is None else stop_tokens
     choose = _chooser(temperature, seed, prompt.device)
-    reason = lean.refuses(model, length + count - 1) or lean.disagrees(model)
-    written: list[Tensor] = []
-    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-
-    def write(chosen: _Chosen) -> bool:
-        """Keep a step's tokens; whether every text has ended. What Python has to know of them is waited for once."""
-        nonlocal ended
-        tokens = chosen.tokens
-        if written and len(stops) and len(tokens) > 1:
-            tokens = torch.where(ended, written[-1], tokens)
-        if len(stops):
-            ended = ended | torch.isin(tokens, stops)
-        *told, finite, done = torch.cat((tokens, torch.stack((chosen.finite, ended.all())))).tolist()
-        if not finite:
-            raise NumericsError(chosen.otherwise)
-        written.append(tokens)
-        if each is not None:
-            each(told)
-        return bool(done)
-
+    reason = selection.refuses(model, length + count - 1)
+    texts = _Texts(batch, torch.tensor(stops, dtype=torch.long, device=prompt.device), each)
     began = time.perf_counter()
-    logits, step, way = _read(model, prompt, count, reason)
-    done = write(choose(logits))
-    read = time.perf_counter()
+    logits, step, path = _prefill(model, prompt, count, reason)
+    texts.add(choose(logits))
+    prefilled = time.perf_counter()
     with torch.inference_mode() if reason is None else torch.no_grad():
-        while not done and len(written) < count:
-            done = write(choose(step(written[-1])))
+        while not texts.done and len(texts.columns) < count:
+            texts.add(choose(step(texts.columns[-1])))
     finished = time.perf_counter()
     if reason is None:
-        lean.keep(model, step)
-    stopped: Literal["end", "length", "context"] = "end" if done else "length" if count == max_new_tokens else "context"
-    tokens = torch.stack(written, dim=1).cpu()
-    return Generated(tokens, prompt.shape[0], length, read - began, finished - read, stopped, way())
+        selection.KEPT.keep(model, step)
+    stopped: Literal["end", "length", "context"] = "end" if texts.done else "length" if count == max_new_tokens else "context"
+    tokens = torch.stack(texts.columns, dim=1).cpu()
+    return Generated(tokens, batch, length, prefilled - began, finished - prefilled, stopped, path())
 
 
-def end_tokens(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text, by the model's generation config, else its config."""
+class _Texts:
+    """The tokens that were generated so far, and whether every text has ended."""
+
+    def __init__(self, batch: int, stops: Tensor, each: Callable[[list[int]], None] | None) -> None:
+        self.columns: list[Tensor] = []
+        """`[batch]` each"""
+        self.done = False
+        self._stops, self._each = stops, each
+        self._ended = torch.zeros(batch, dtype=torch.bool, device=stops.device)
+
+    def add(self, chosen: "_Chosen") -> None:
+        """Append a step's tokens. What Python has to know of them is read from the device once."""
+        tokens = chosen.tokens
+        if self.columns and len(self._stops) and len(tokens) > 1:
+            tokens = torch.where(self._ended, self.columns[-1], tokens)
+        if len(self._stops):
+            self._ended = self._ended | torch.isin(tokens, self._stops)
+        *values, finite, done = torch.cat((tokens, torch.stack((chosen.finite, self._ended.all())))).tolist()
+        if not finite:
+            raise NumericsError(chosen.otherwise)
+        self.columns.append(tokens)
+        self.done = bool(done)
+        if self._each is not None:
+            self._each(values)
+
+
+def stop_tokens_of(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, by the model's generation config, else by its config."""
     for config in (getattr(model, "generation_config", None), model.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
@@ -143,18 +162,22 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 
 def room_for(model: PreTrainedModel, prompt_tokens: int) -> int:
-    """How many tokens the model's context has room for after a prompt; raises DataError where there is none."""
+    """The number of tokens for which the model's context has room after a prompt.
+
+    Raises:
+        DataError: there is room for none.
+    """
     context = context_length(model)
     if context is not None and prompt_tokens >= context:
         raise DataError(f"the prompt has {prompt_tokens} tokens; the model's context holds {context}, so nothing can follow")
     return sys.maxsize if context is None else context - prompt_tokens
 
 
-class Pieces:
-    """Text out of tokens as they come; the pieces join to the whole text, and no character is torn.
+class TextStream:
+    """Text from tokens as they come: the pieces make up the whole text, and no character is split.
 
-    Tokens are decoded with those of the piece before, on which a space at the edge may depend; tokens that end within a
-    character wait for the rest of it.
+    Tokens are decoded together with those of the piece before, on which a space at the edge may depend; tokens that end within
+    a character wait for the rest of it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,7 +186,7 @@ class Pieces:
         self.waiting: list[int] = []
 
     def put(self, tokens: list[int]) -> str:
-        """The text that these tokens complete; may be empty."""
+        """The text that these tokens complete, which may be empty."""
         self.waiting += tokens
         text = self._decode(self.before + self.waiting)
         return "" if text.endswith(_UNFINISHED) else self._take(text)
@@ -181,25 +204,31 @@ class Pieces:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _read(model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None) -> tuple[Tensor, Step, Callable[[], str]]:
-    """The logits `[batch, vocabulary]` after the prompt, what goes on from there, and what its name is by then."""
+def _prefill(
+    model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None
+) -> tuple[Tensor, NextLogits, Callable[[], str]]:
+    """The logits `[batch, vocabulary]` after the prompt, a function that continues from there, and one that names the latter.
+
+    reason: why the model cannot be decoded fast; None: it can.
+    """
     length = prompt.shape[1] + count - 1
     if reason is None:
-        step = lean.stepper(model, batch=prompt.shape[0], length=length)
-        logits = step.read(prompt)
-        if count > 1 and isinstance(step, lean.StaticStep):
-            step.warm_up()
-        return logits, step, lambda: step.way
+        decoder = selection.decoder_for(model, batch=prompt.shape[0], length=length)
+        logits = decoder.prefill(prompt)
+        if count > 1 and isinstance(decoder, CudaGraphDecoder):
+            decoder.warm_up()
+        # The native decoder's path may change as it goes.
+        return logits, decoder, lambda: decoder.path
     cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
-    way = f"the model's forward with {kind} ({reason})"
-    return logits, lambda tokens: _forward(model, tokens[:, None], cache), lambda: way
+    path = f"the model's forward with {kind} ({reason})"
+    return logits, lambda tokens: _forward(model, tokens[:, None], cache), lambda: path
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
     """A cache of fixed size where transformers has one for this model, else one that grows; and its name."""
     if getattr(model.config, "alibi", False):
-        # Falcon adds distances for the tokens there are to a mask for all of a static cache.
+        # Falcon adds distances between the tokens so far to a mask over all positions of a static cache.
         return DynamicCache(config=model.config), "a growing cache, as its alibi does not fit a static one"
     if getattr(model, "_can_compile_fullgraph", False):
         return StaticCache(config=model.config, max_cache_len=length), "a static cache"
@@ -211,33 +240,33 @@ def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
     """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward."""
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    # A cache under another name than the model's own would be passed over in silence.
+    # A cache under another name than the model's own would be ignored in silence.
     name = next((name for name in _CACHES if name in known), None)
     if name is None:
         raise SlimlmError(
-            f"{type(model).__name__} takes no cache by the name of {' or '.join(_CACHES)}; slimlm cannot write with it"
+            f"{type(model).__name__} takes no cache by the name of {' or '.join(_CACHES)}; slimlm cannot generate with it"
         )
     return model(tokens, **{name: cache}, use_cache=True, **last).logits[:, -1]
 
 
 _CACHES = ("past_key_values", "cache_params")
-"""What transformers' classes call the cache that they are given."""
+"""The names under which transformers' classes take their cache."""
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Tokens of which it is not yet known whether they count."""
+    """Tokens of which it is not known yet whether they are valid."""
 
     tokens: Tensor
     """[batch]"""
     finite: Tensor
-    """whether the logits were that the tokens come from, bool without dimensions"""
+    """whether the logits were finite that the tokens come from, bool without dimensions"""
     otherwise: str
-    """what to say where they were not"""
+    """the error where they were not"""
 
 
 def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], _Chosen]:
-    """From logits `[batch, vocabulary]` to tokens: the likeliest, or drawn with a generator of its own."""
+    """A function from logits `[batch, vocabulary]` to tokens: the likeliest, or drawn with a generator of its own."""
     if temperature == 0:
         return _likeliest
     generator = torch.Generator(device).manual_seed(seed)
@@ -246,7 +275,7 @@ def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[T
     def draw(logits: Tensor) -> _Chosen:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
         finite = shares.isfinite().all()
-        # To draw from what is not finite is an error of its own, on a card one that cannot be recovered from.
+        # To draw from what is not finite is an error by itself, on a GPU one that cannot be recovered from.
         tokens = torch.multinomial(torch.where(finite, shares, 1.0), 1, generator=generator)[:, 0]
         return _Chosen(tokens, finite, otherwise)
 
@@ -255,6 +284,6 @@ def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[T
 
 def _likeliest(logits: Tensor) -> _Chosen:
     tokens = logits.argmax(dim=-1)
-    # NaN counts as the largest, so that it is enough to look at what was chosen.
+    # NaN counts as the largest, so that it is enough to check what was chosen.
     finite = logits.gather(-1, tokens[:, None]).isfinite().all()
     return _Chosen(tokens, finite, "there is no likeliest token: the model's logits are not finite")

@@ -1,9 +1,9 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
-what was read and can be dropped again, and nothing twice. Importing this module also registers the format with
-transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` works after `import slimlm`; what that holds in
-memory is up to transformers.
+`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds only
+what was read, nothing twice, and what was read can be dropped again. Importing this module also registers the format with
+transformers (hf_quantizer.py), so that `AutoModelForCausalLM.from_pretrained(folder)` works after `import slimlm`; what that
+keeps in memory is up to transformers.
 """
 
 import warnings
@@ -14,33 +14,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, SlimlmError
-from slimlm.models.experts import take_apart
+from slimlm.events import Notify
+from slimlm.inference.hf_quantizer import register_with_transformers
 from slimlm.models.meta import empty_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
-from slimlm.runtime.cpu.kernels import LAYOUT, whole
+from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import Kernels, available
+from slimlm.runtime.dispatch import Kernels, uses_cpu_kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import multipliers, unpacks, use_kernels
+from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
 from slimlm.storage.mapping import map_file
 
-Tell = Callable[[str], None]
+register_with_transformers()
+
 Release = Callable[[Iterable[Tensor]], int]
-"""Drops the pages of those of these tensors that are views of a file; gives the bytes dropped."""
+"""Drops the memory pages of those of these tensors that are views of a file, and gives the bytes that were dropped."""
 
 
 def _warn(text: str) -> None:
@@ -54,27 +52,36 @@ def load(
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
     keep: bool = True,
-    tell: Tell = _warn,
+    notify: Notify = _warn,
 ) -> PreTrainedModel:
-    """A compressed model from its folder (or a hub name), on a device.
+    """Open a compressed model on a device.
 
     On the CPU its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
-    outside the compressed layers that another dtype was asked for are copies.
+    outside the compressed layers for which another dtype was asked are copies.
 
-    kernels: who multiplies; "precise" (activations in 16-bit integers), "fast" (8-bit), "gpu", "reference" (dense matrices), or
-    "auto": precise kernels on the CPU and GPU kernels on a GPU for every layer that they take, the reference for others. For
-    float32 activations on a GPU, for which its kernels unpack weights at every product, "auto" is the reference, too, where
-    dense matrices take up to half of the free memory there. The kernels' layers are packed anew, one at a time. On the CPU the
-    pages of their stored tensors are dropped, and with `keep` the packed layers are written beside the checkpoint and mapped
-    by the next load; on a GPU they are all that the card holds, and the stored tensors stay views of the files, on the CPU.
-    `slimlm.use_kernels` chooses again later.
-    dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
-    16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
-    tell: hears what a user should know, such as which layers no kernel takes, and why.
+    Kernels pack the layers again, one at a time. On the CPU the memory pages of their stored tensors are dropped, and with
+    `keep` the packed layers are written beside the checkpoint and mapped by the next `load`; on a GPU they are all that the GPU
+    holds, and the stored tensors stay views of the files, on the CPU.
 
-    Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model; the
-    files' sizes and headers are checked, not their checksums: `slimlm inspect` does that. Raises KernelError where kernels
-    asked for by name do not take some layer, and SlimlmError for a card that is not there.
+    Args:
+        source: folder or hub name of a checkpoint.
+        dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in
+            the 16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the
+            original's dtype.
+        device: the CPU or a GPU.
+        kernels: the arithmetic of products: "precise" (CPU kernels, activations in 16-bit integers), "fast" (8-bit), "gpu" (GPU
+            kernels), "reference" (dense matrices), or "auto": precise kernels on the CPU and GPU kernels on a GPU for every
+            layer that they take, the reference for others. For float32 activations on a GPU, for which its kernels unpack
+            weights at every product, "auto" is the reference, too, where dense matrices take up to half of the free memory
+            there. `slimlm.use_kernels` selects again later.
+        keep: whether to write layers that the CPU kernels packed beside the checkpoint.
+        notify: is called with what a user should know, such as which layers no kernel takes, and why; by default a warning.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or newer than this version. The files' sizes and headers are
+            checked, not their checksums: `slimlm.verify` does that.
+        KernelError: kernels that were asked for by name do not take some layer.
+        SlimlmError: there is no such GPU.
     """
     source, where = str(source), torch.device(device)
     if (reason := absent(where)) is not None:
@@ -107,15 +114,19 @@ def load(
         model.to(where)
         release(stored.values())
         release(tensor for tensors in packed.values() for tensor in tensors.values())
-    elif dtype == "auto" and available(kernels):
+    elif dtype == "auto" and uses_cpu_kernels(kernels):
         widen_activations(model)
     if kernels != "reference":
-        _pack(model, kernels, folder, packed, release, keep=keep, tell=tell)
+        _pack(model, kernels, folder, packed, release, keep=keep, notify=notify)
     return model
 
 
 def refuse_other(source: str) -> None:
-    """Raise CheckpointError where a folder or hub name is no checkpoint of slimlm's, or of a newer slimlm."""
+    """Check that a folder or hub name is a checkpoint of slimlm.
+
+    Raises:
+        CheckpointError: it is none, or one of a newer version.
+    """
     about = quantization_of(read_config(source), source)
     if about.get("quant_method") != checkpoint.METHOD:
         raise CheckpointError(
@@ -126,14 +137,27 @@ def refuse_other(source: str) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint's folder; raises CheckpointError where it does not make sense."""
+    """The `quantization_config` of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
     about = quantization_of(read_config(str(folder)), str(folder))
     check_description(about, folder)
     return about
 
 
 def take(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
-    """Take a layer's or embedding's tensors out of those stored; raises CheckpointError where they are not as described."""
+    """Remove a layer's or embedding's tensors from those stored and return them.
+
+    Args:
+        stored: all tensors by full name.
+        layer: the module's full name.
+        described: dtype and shape of its tensors by name.
+
+    Raises:
+        CheckpointError: a tensor is missing or not as described.
+    """
     found = {}
     for name, (dtype, shape) in described.items():
         tensor = stored.pop(f"{layer}.{name}", None)
@@ -145,10 +169,10 @@ def take(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> di
 
 
 def _widened(stored: dict[str, Tensor], dtype: torch.dtype | str, release: Release) -> dict[str, Tensor]:
-    """The tensors in the wider dtype asked for, cast one by one.
+    """The tensors in the wider dtype that was asked for, cast one by one.
 
-    Transformers would cast them too, but several at a time, with the originals in memory meanwhile. A cast to a
-    wider dtype changes no value; a narrower one is left to transformers, which knows what a model keeps wide.
+    Transformers would cast them, too, but several at a time, with the originals in memory meanwhile. A cast to a wider dtype
+    changes no value; a cast to a narrower one is left to transformers, which knows what a model keeps wide.
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(wanted, torch.dtype):
@@ -169,11 +193,11 @@ def _filled(
     others: dict[str, Tensor],
     dtype: torch.dtype | str,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model that a folder's config describes, made of these tensors, and what transformers says of the others.
+    """The model that a folder's config describes, made of these tensors, and what transformers reports of the others.
 
-    Transformers takes tensors in place of files only from a model's own class, so the class is found by an empty model.
-    It spends a millisecond on each tensor, of which compressed layers have several: it is given layers with one, `weight`,
-    which the initialization of some models looks at.
+    Transformers takes tensors in place of files only from a model's own class, which is that of the empty model. It spends a
+    millisecond on each tensor, of which compressed layers have several: it is given layers with one, `weight`, which the
+    initialization of some models reads.
     """
     config, about = empty.config, dict(empty.config.quantization_config)
     layers, embeddings = about["layers"], about.get("embeddings", {})
@@ -203,7 +227,7 @@ def _short(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """As transformers finds it: in its own file, or else what the model's config says of generation."""
+    """The generation config as transformers finds it: in its own file, or else in the model's config."""
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
@@ -217,28 +241,28 @@ def _pack(
     release: Release,
     *,
     keep: bool,
-    tell: Tell,
+    notify: Notify,
 ) -> None:
-    """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others.
+    """Select the backend of each layer, report which layers no kernel takes, and pack the others.
 
-    stored: each layer's own tensors as the files have them, for which those on a card are given up.
+    stored: each layer's tensors as the files have them, which replace their copies on a GPU.
     """
     use_kernels(model, kernels)
-    layers = multipliers(model)
-    reasons = {name: layer.choice().refused for name, layer in layers.items()}
+    layers = packed_layers(model)
+    reasons = {name: layer.selection().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
-        tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
-    if (unpacked := unpacks(model)) is not None:
-        tell(unpacked)
+        notify(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
+    if (unpacked := unpacking_reason(model)) is not None:
+        notify(unpacked)
     for name, layer in layers.items():
-        if layer.choice().backend.name == "gpu":
+        if layer.selection().backend.name == "gpu":
             layer.prepare()
-            # At once, so that the card holds the stored tensors of the layers to come and no others. A tied head has none.
+            # At once, so that the GPU holds the stored tensors of the layers to come and no others. A tied head has none.
             if name in stored and isinstance(layer, CompressedLinear):
-                layer.rest(stored[name])
-    taken = [name for name, layer in layers.items() if layer.choice().backend.name == "cpu"]
-    if not taken:
+                layer.offload(stored[name])
+    on_cpu = [name for name, layer in layers.items() if layer.selection().backend.name == "cpu"]
+    if not on_cpu:
         return
 
     def make(name: str) -> Tensor:
@@ -248,93 +272,11 @@ def _pack(
         return packed
 
     if keep:
-        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), taken, make, whole, tell)
+        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
     else:
-        blobs = {name: make(name) for name in taken}
-    # Once more for all: pages that two layers share were kept until now.
-    release(tensor for name in taken for tensor in layers[name].stored().tensors.values())
-    for name in taken:
+        blobs = {name: make(name) for name in on_cpu}
+    # Once more for all: pages that two layers share stayed until now.
+    release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
+    for name in on_cpu:
         layers[name].adopt(blobs[name])
         layers[name].prepare()
-
-
-class _CheckpointConfig(PreTrainedConfig):
-    """Stands in config.json for the model's own type; gives that type's config back."""
-
-    model_type = checkpoint.MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        own = {**config_dict, "model_type": config_dict.get("slimlm_model_type")}
-        own.pop("slimlm_model_type", None)
-        return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
-
-
-@register_quantization_config(checkpoint.METHOD)
-class SlimlmConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint."""
-
-    def __init__(
-        self,
-        format: int = checkpoint.FORMAT,
-        layers: dict[str, Any] | None = None,
-        embeddings: dict[str, Any] | None = None,
-        experts: list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        self.quant_method = checkpoint.METHOD
-        self.format = format
-        self.layers = layers or {}
-        self.embeddings = embeddings or {}
-        self.experts = experts or []
-        checkpoint.check_format(format, "the checkpoint")
-
-
-@register_quantizer(checkpoint.METHOD)
-class SlimlmQuantizer(HfQuantizer):
-    """Puts empty compressed modules into the skeleton of the model, for transformers to load the packed tensors into.
-
-    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
-    """
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for file in (kwargs.get("checkpoint_files") or [])[:1]:
-            if (Path(file).parent / checkpoint.RECORD).is_file():
-                checkpoint.check_files(Path(file).parent)
-        for name in self.quantization_config.experts:
-            take_apart(model, name)
-        for name, about in self.quantization_config.embeddings.items():
-            swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
-        for name, about in self.quantization_config.layers.items():
-            layer = CompressedLinear.empty(about)
-            if "tied_to" in about:
-                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
-            layer.kernels = "auto"
-            swap(model, name, layer)
-        if self.quantization_config.embeddings:
-            _leave_untied(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
-        return model
-
-    def is_serializable(self) -> bool:
-        """`save_pretrained` writes the packed tensors back."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The packed tensors are frozen."""
-        return False
-
-
-def _leave_untied(model: PreTrainedModel, packed: set[str]) -> None:
-    """Let transformers tie no parameter of these modules in this model: not now, and not by `tie_weights` later."""
-
-    def others(pairs: Any) -> Any:
-        return {a: b for a, b in pairs.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
-
-    model.all_tied_weights_keys = others(model.all_tied_weights_keys)
-    model._tied_weights_keys = model.all_tied_weights_keys
-
-
-AutoConfig.register(checkpoint.MODEL_TYPE, _CheckpointConfig)

@@ -19,7 +19,7 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
         kind = (row["shape"], row["parts"])
         first = (f"{row['shape'][0]} x {row['shape'][1]}", str(row["layers"]), row["parts"]) if kind != before else ("", "", "")
         before = kind
-        way = f"slimlm ({row['kernels']})" if row["way"] == "slimlm" else row["way"]
+        way = f"slimlm ({row['kernels']})" if row["contender"] == "slimlm" else row["contender"]
         figures = (
             f"{row['seconds'] * 1e6:.1f}",
             f"{row['ratio']:.2f}",
@@ -38,13 +38,13 @@ def generation_speed_table(result: dict[str, Any]) -> Table:
     """A row per model and batch: tokens per second of prompt and text, and what reading the weights alone would allow."""
     rows = [
         (
-            row["way"],
+            row["contender"],
             str(row["batch"]),
             f"{row['prompt_tokens_per_second']:.1f}",
             f"{row['new_tokens_per_second']:.1f}",
             f"{row['new_tokens_per_second_bound']:.1f}",
             f"{row['bytes_per_step'] / 1e6:.1f}",
-            row["made_by"],
+            row["decode_path"],
         )
         for row in result["generation"]
     ]
@@ -75,8 +75,8 @@ def speed_picture(result: dict[str, Any], path: Path) -> str | None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=110)
     for panel, key, words in zip(panels, ("new", "prompt"), ("new tokens", "prompt tokens"), strict=True):
-        for way in dict.fromkeys(row["way"] for row in result["generation"]):
-            own = [row for row in result["generation"] if row["way"] == way]
+        for way in dict.fromkeys(row["contender"] for row in result["generation"]):
+            own = [row for row in result["generation"] if row["contender"] == way]
             batches, rates = [row["batch"] for row in own], [row[f"{key}_tokens_per_second"] for row in own]
             panel.plot(batches, rates, marker="o", label=way, color=_COLOURS.get(way))
             if key == "new":
@@ -111,5 +111,5 @@ def tiles_table(result: dict[str, Any]) -> Table:
         figures = f"{before * 1e6:.1f}", f"{after * 1e6:.1f}", f"{before / after:.2f}"
         rows.append((row["kind"], words, str(row["batch"]), *figures))
     return plain_table(
-        f"tiles on {result['card']}, {result['dtype']}", ("layers", "tile", "batch", "us before", "us", "ratio"), rows, left=2
+        f"tiles on {result['gpu']}, {result['dtype']}", ("layers", "tile", "batch", "us before", "us", "ratio"), rows, left=2
     )

@@ -105,7 +105,7 @@ def generation_words(made: dict[str, Any]) -> tuple[str, str]:
     after = f", {rate:.1f} tokens/s after the first" if rate is not None else ""
     return (
         f"prompt: {made['prompt_tokens']} tokens, {made['prompt_tokens_per_second']:.1f} tokens/s",
-        f"new: {made['new_tokens']} tokens{after} ({stopped[made['stopped']]}); made by {made['way']}",
+        f"new: {made['new_tokens']} tokens{after} ({stopped[made['stopped']]}); made by {made['decode_path']}",
     )
 
 

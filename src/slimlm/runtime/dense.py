@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from slimlm.core.parts import Plain, pack_parts
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.embedding import CompressedEmbedding
-from slimlm.runtime.linear import Multiplier, Shared
+from slimlm.runtime.linear import PackedLayer, Shared
 
 NARROW = (torch.bfloat16, torch.float16)
 _FEW = 32
@@ -41,7 +41,7 @@ class DenseLinear(Shared, nn.Linear):
 
     def stored(self) -> Stored:
         """The weight as the one part that it is."""
-        self._follow()
+        self._check_sources()
         part = Plain(self.weight.detach())
         return Stored(part.shape, [part.describe()], pack_parts((part,)), self.bias, self._blob)
 
@@ -49,7 +49,7 @@ class DenseLinear(Shared, nn.Linear):
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         few = x.numel() <= _FEW * self.in_features
         # A weight that learns is not the one that was packed.
-        if few and not self.weight.requires_grad and (choice := self.choice()).backend.name == "cpu":
+        if few and not self.weight.requires_grad and (choice := self.selection()).backend.name == "cpu":
             return choice.backend.matmul(x, self.prepare())
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dtype == self.weight.dtype:
@@ -103,7 +103,7 @@ def widen_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, CompressedEmbedding):
             module.activations = torch.float32
-        if isinstance(module, Multiplier | WideEmbedding | CompressedEmbedding):
+        if isinstance(module, PackedLayer | WideEmbedding | CompressedEmbedding):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dtype in NARROW:

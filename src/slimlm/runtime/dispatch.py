@@ -1,4 +1,4 @@
-"""Who multiplies: the fastest backend that takes a layer, and why the others do not."""
+"""Backend selection: the fastest backend that can multiply by a layer, and why faster ones cannot."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,46 +11,59 @@ from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.cpu import native
 
 Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
-"""Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, dense ones ("reference").
+"""The arithmetic of products: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, or dense
+matrices ("reference").
 
-"auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference". For a
-whole model on a GPU (use.use_kernels) it is "reference", too, where activations are float32 and there is room for it."""
+"auto" is "precise" on the CPU and "gpu" on a GPU for every layer that these kernels take, else "reference". For a whole model
+with float32 activations on a GPU (`whole_model.use_kernels`) it is "reference", too, where there is memory for it."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """A backend for one layer."""
 
     backend: Backend
     refused: str | None
-    """why a faster one was not taken, in words; None where none was passed over"""
+    """why a faster backend does not multiply by the layer; None: this one is the fastest, or the one that was asked for"""
 
 
-def available(wanted: Kernels) -> bool:
-    """Whether CPU kernels are asked for and there are any on this machine."""
-    return wanted not in ("reference", "gpu") and native.library() is not None
+def uses_cpu_kernels(kernels: Kernels) -> bool:
+    """Whether this choice of kernels includes the CPU kernels and their library can be used on this machine."""
+    return kernels not in ("reference", "gpu") and native.library() is not None
 
 
 _REFERENCE = Reference()
 _NAMED: dict[str, Cpu | Gpu] = {"precise": Cpu("precise"), "fast": Cpu("fast"), "gpu": Gpu()}
 
 
-def passed_over(reason: str) -> Choice:
-    """The reference, where kernels would take a layer and are not the faster ones."""
-    return Choice(_REFERENCE, reason)
+def reference_because(reason: str) -> Selection:
+    """The reference backend for a layer that kernels could take but should not.
+
+    Args:
+        reason: why not the kernels; reported to the user.
+    """
+    return Selection(_REFERENCE, reason)
 
 
-def choose(stored: Stored, wanted: Kernels) -> Choice:
-    """The backend for a layer. Raises KernelError where kernels are asked for by name and none takes the layer."""
-    if wanted not in get_args(Kernels):
-        raise KernelError(f"kernels = {wanted!r}: give one of {', '.join(get_args(Kernels))}")
-    if wanted == "reference":
-        return Choice(_REFERENCE, None)
+def select_backend(stored: Stored, kernels: Kernels) -> Selection:
+    """The backend that multiplies by a layer.
+
+    Args:
+        stored: the layer's parts and the device on which it multiplies.
+        kernels: the arithmetic that was asked for.
+
+    Raises:
+        KernelError: `kernels` is none of the choices, or names kernels that do not take this layer.
+    """
+    if kernels not in get_args(Kernels):
+        raise KernelError(f"kernels = {kernels!r}: give one of {', '.join(get_args(Kernels))}")
+    if kernels == "reference":
+        return Selection(_REFERENCE, None)
     automatic = "gpu" if stored.device.type == "cuda" else "precise"
-    backend = _NAMED[automatic if wanted == "auto" else wanted]
+    backend = _NAMED[automatic if kernels == "auto" else kernels]
     reason = backend.refuses(stored)
     if reason is None:
-        return Choice(backend, None)
-    if wanted != "auto":
-        raise KernelError(f'the {wanted} kernels were asked for, but {reason}; "auto" would take the reference there')
-    return Choice(_REFERENCE, reason)
+        return Selection(backend, None)
+    if kernels != "auto":
+        raise KernelError(f'the {kernels} kernels were asked for, but {reason}; "auto" would take the reference there')
+    return Selection(_REFERENCE, reason)

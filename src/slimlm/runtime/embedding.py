@@ -126,7 +126,7 @@ class TiedLinear(Shared, CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
-        self._follow()
+        self._check_sources()
         return super().forward(x)
 
 

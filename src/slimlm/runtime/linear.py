@@ -10,61 +10,69 @@ from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.dispatch import Choice, Kernels, choose, passed_over
+from slimlm.runtime.dispatch import Kernels, Selection, reference_because, select_backend
 
 
-class Multiplier(nn.Module):
-    """A layer for whose products somebody is chosen, at the first of them or by `use_kernels`."""
+class PackedLayer(nn.Module):
+    """A linear layer with a backend, which is selected at the first product or by `use_kernels`."""
 
     in_features: int
     out_features: int
     kernels: Kernels = "reference"
-    """who was asked for"""
-    _choice: Choice | None = None
+    """the arithmetic that was asked for"""
+    _selection: Selection | None = None
     _prepared: Any = None
     _blob: Tensor | None = None
-    """what the kernels packed the stored tensors into, once they did"""
+    """the stored tensors as the CPU kernels packed them, once they did"""
     preparations: int = 0
-    """how often it was repacked: with another number what was prepared lies elsewhere"""
+    """how often the layer was prepared; a graph that was captured under another number reads memory that was freed"""
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
         raise NotImplementedError
 
-    def use_kernels(self, kernels: Kernels) -> Choice:
-        """Choose who multiplies from now on; raises KernelError where kernels asked for by name do not take this layer."""
-        choice = choose(self.stored(), kernels)
-        self.kernels, self._choice, self._prepared = kernels, choice, None
-        return choice
+    def use_kernels(self, kernels: Kernels) -> Selection:
+        """Select the backend anew and return the selection.
 
-    def pass_kernels_over(self, reason: str) -> None:
-        """Let the reference multiply for this reason, until somebody is chosen anew."""
-        self._choice, self._prepared = passed_over(reason), None
+        Raises:
+            KernelError: kernels that were asked for by name do not take this layer.
+        """
+        selection = select_backend(self.stored(), kernels)
+        self.kernels, self._selection, self._prepared = kernels, selection, None
+        return selection
 
-    def choice(self) -> Choice:
-        """Who multiplies."""
-        return self._choice or self.use_kernels(self.kernels)
+    def use_reference(self, reason: str) -> None:
+        """Let the reference multiply, for a reason that is reported to the user, until the next selection."""
+        self._selection, self._prepared = reference_because(reason), None
+
+    def selection(self) -> Selection:
+        """The selected backend."""
+        return self._selection or self.use_kernels(self.kernels)
 
     def prepare(self) -> Any:
-        """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
+        """Repack for the selected backend now, unless that is done, rather than at the first product."""
         if self._prepared is None:
-            self._prepared = self.choice().backend.prepare(self.stored())
+            self._prepared = self.selection().backend.prepare(self.stored())
             self.preparations += 1
-            if isinstance(self._prepared, cpu.Prepared):
+            if isinstance(self._prepared, cpu.PreparedOnCpu):
                 self._blob = self._prepared.blob
         return self._prepared
 
     def prepared(self) -> Any:
-        """What was repacked; None: nothing yet."""
+        """What the backend repacked; None: nothing yet."""
         return self._prepared
 
     def adopt(self, blob: Tensor) -> None:
-        """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
+        """Use bytes that the CPU kernels packed this layer's stored tensors into earlier.
+
+        Args:
+            blob: uint8 `[bytes]`; may be a view of a file.
+        """
         self._blob, self._prepared = blob, None
 
     def forget(self) -> None:
-        """Choose and repack anew, because the stored tensors are others or elsewhere."""
-        self._choice = self._prepared = self._blob = None
+        """Drop the selection and what was repacked, because the stored tensors changed or moved."""
+        self._selection = self._prepared = self._blob = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -72,14 +80,14 @@ class Multiplier(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy repacks for itself: what is prepared holds addresses."""
-        return {**self.__dict__, "_choice": None, "_prepared": None, "_blob": None}
+        return {**self.__dict__, "_selection": None, "_prepared": None, "_blob": None}
 
 
-class CompressedLinear(Multiplier):
+class CompressedLinear(PackedLayer):
     """A linear layer whose weight is a sum of packed parts.
 
     Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it never
-    changes them (only the bias follows a cast). Who multiplies is chosen at the first product, or by `use_kernels`.
+    changes them (only the bias follows a cast).
     """
 
     def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
@@ -90,7 +98,7 @@ class CompressedLinear(Multiplier):
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._works_on: torch.device | None = None
+        self._compute_device: torch.device | None = None
 
     @classmethod
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
@@ -126,88 +134,91 @@ class CompressedLinear(Multiplier):
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
         shape = self.out_features, self.in_features
-        return Stored(shape, self.descriptions, self.packed(), self.bias, self._blob, self._works_on)
+        return Stored(shape, self.descriptions, self.packed(), self.bias, self._blob, self._compute_device)
 
-    def rest(self, elsewhere: dict[str, Tensor]) -> None:
-        """Let the stored tensors be these equal ones on the CPU, and the layer go on where it is, as it is prepared.
+    def offload(self, tensors: dict[str, Tensor]) -> None:
+        """Keep the stored tensors on the CPU, while the layer goes on multiplying where it is, as it is prepared.
 
-        So a card holds the kernels' layout alone. Saving reads the tensors where they rest; a move to another device ends it.
+        So a GPU holds the kernels' layout alone. Saving reads the tensors from the CPU; a move to another device ends this.
+
+        Args:
+            tensors: copies of the stored tensors on the CPU, by name.
         """
-        self._works_on = self.stored().device
+        self._compute_device = self.stored().device
         for name in self.packed_names:
-            setattr(self, name, elsewhere[name])
+            setattr(self, name, tensors[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         prepared = self._prepared
         if prepared is None:
             prepared = self.prepare()
-        assert self._choice is not None
-        return self._choice.backend.matmul(x, prepared)
+        assert self._selection is not None
+        return self._selection.backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:
         kinds = " + ".join(d["kind"] for d in self.descriptions)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before, choice, blob = self.packed(), self._choice, self._blob
+        before, selection, blob = self.packed(), self._selection, self._blob
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
         self.forget()
-        if self._works_on is not None:
-            if fn(torch.empty(0, dtype=torch.uint8, device=self._works_on)).device == self._works_on:
-                # A cast, or a move to where it is: what rests goes on resting.
+        if self._compute_device is not None:
+            if fn(torch.empty(0, dtype=torch.uint8, device=self._compute_device)).device == self._compute_device:
+                # A cast, or a move to where it is: the stored tensors stay on the CPU.
                 for name, tensor in before.items():
                     setattr(self, name, tensor)
-                self._choice = choice
+                self._selection = selection
             else:
-                self._works_on = None
+                self._compute_device = None
             return self
         if all(
             now.device == old.device and now.data_ptr() == old.data_ptr()
             for now, old in zip(self.packed().values(), before.values(), strict=True)
         ):
             # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
-            self._choice, self._blob = choice, blob
+            self._selection, self._blob = selection, blob
         return self
 
 
-class Shared(Multiplier):
-    """A layer whose stored tensors are another module's, too, which may move, cast, replace or write to them.
+class Shared(PackedLayer):
+    """A layer whose stored tensors belong to another module, too, which may move, cast, replace or write to them.
 
-    The layer is not told of that, so it looks at every use whether they are still what it was chosen and packed for. (A
-    compiled graph does not look.)
+    The layer is not notified of that, so it checks at every use whether they are still those that its backend was selected
+    and prepared for. (A compiled graph does not check.)
     """
 
     _made_of: "tuple[Source, ...]" = ()
-    """what the choice and the kernels' bytes are of"""
+    """the tensors that the selection and the packed bytes are of"""
 
     def sources(self) -> Sequence[Tensor]:
         """The tensors that are packed for kernels."""
         raise NotImplementedError
 
-    def choice(self) -> Choice:
-        """Who multiplies."""
-        self._follow()
-        return super().choice()
+    def selection(self) -> Selection:
+        """The selected backend."""
+        self._check_sources()
+        return super().selection()
 
     def prepare(self) -> Any:
-        """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
-        self._follow()
+        """Repack for the selected backend now, unless that is done, rather than at the first product."""
+        self._check_sources()
         return super().prepare()
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
-        self._follow()
+        self._check_sources()
         return super().stored()
 
     def adopt(self, blob: Tensor) -> None:
-        """Take what the kernels packed this layer's stored tensors into before; it may be a view of a file."""
-        self._follow()
+        """Use bytes, uint8 `[bytes]`, that the CPU kernels packed this layer's stored tensors into earlier."""
+        self._check_sources()
         super().adopt(blob)
 
-    def _follow(self) -> None:
-        """Forget what was made of tensors that are others now."""
+    def _check_sources(self) -> None:
+        """Drop what was made of tensors that have changed since."""
         if torch.compiler.is_compiling():
             return
         now = self.sources()
@@ -217,7 +228,7 @@ class Shared(Multiplier):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
-        # The bias may be another; what became of the stored tensors is seen at the next use.
+        # The bias may have changed; what became of the stored tensors is checked at the next use.
         self._prepared = None
         return self
 

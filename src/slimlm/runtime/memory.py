@@ -1,4 +1,4 @@
-"""How much memory there is for this process, of the machine and of a card."""
+"""How much memory there is for this process, of the machine and of a GPU."""
 
 import os
 from pathlib import Path
@@ -46,8 +46,8 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def free_on_card(device: torch.device) -> int:
-    """Bytes that a card has free, those among them that torch holds and nothing uses; 0: the device is no card."""
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that a GPU has free, among them those that torch has reserved and nothing uses; 0: the device is no GPU."""
     if device.type != "cuda":
         return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,59 +1,73 @@
-"""Who multiplies in a whole model: choose it, and say it in words."""
+"""Backend selection for all layers of a model, and its description."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from slimlm.core.errors import KernelError
 from slimlm.core.parts import Description
 from slimlm.runtime.backends import cpu, triton
-from slimlm.runtime.cpu import kernels, native
+from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.dense import WideEmbedding
-from slimlm.runtime.dispatch import Kernels, choose
+from slimlm.runtime.dispatch import Kernels, select_backend
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.gpu import device, products
-from slimlm.runtime.linear import CompressedLinear, Multiplier
-from slimlm.runtime.memory import free_on_card
+from slimlm.runtime.linear import CompressedLinear, PackedLayer
+from slimlm.runtime.memory import free_on_gpu
 
 
-def multipliers(model: nn.Module) -> dict[str, Multiplier]:
-    """The layers for which somebody is chosen, by name: the compressed ones and dense ones of 16 bits."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Multiplier)}
+@runtime_checkable
+class _LanguageModel(Protocol):
+    """What transformers' models have in common, as far as it is needed here."""
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The layers that have a backend, by name: the compressed ones and the dense ones of 16 bits."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """Choose who multiplies in all layers from now on: "auto", "precise", "fast", "gpu" or "reference".
+    """Select the backend of all layers of a model anew.
 
-    Raises KernelError, and changes nothing, where kernels asked for by name do not take some layer. What was packed or mapped
-    for one precision serves the other. For activations of 32 bits "auto" is the reference on a card that has room for it.
+    What was packed or mapped for one precision of the CPU kernels serves the other, too.
+
+    Args:
+        model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.
+        kernels: "auto", "precise", "fast", "gpu" or "reference", as in `slimlm.load`. With float32 activations "auto" is the
+            reference on a GPU that has memory for the dense matrices.
+
+    Raises:
+        KernelError: kernels that were asked for by name do not take some layer; nothing is changed then.
     """
-    layers = multipliers(model)
+    layers = packed_layers(model)
     for name, layer in layers.items():
         try:
-            choose(layer.stored(), kernels)
+            select_backend(layer.stored(), kernels)
         except KernelError as error:
             raise KernelError(f"{name}: {error}") from error
     for layer in layers.values():
         layer.use_kernels(kernels)
     if kernels == "auto" and (dtype := _unpacked_for(model)) is not None:
-        _pass_gpu_over([layer for layer in layers.values() if isinstance(layer.choice().backend, triton.Gpu)], dtype)
+        _prefer_reference([layer for layer in layers.values() if isinstance(layer.selection().backend, triton.Gpu)], dtype)
 
 
-def activations(model: nn.Module) -> torch.dtype | None:
-    """The dtype of what the model's input embedding gives, and so of activations; None: it has no such embedding."""
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+def activation_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the input embedding's output, and so of the activations; None: the model has no input embedding."""
+    embedding = model.get_input_embeddings() if isinstance(model, _LanguageModel) else None
     if isinstance(embedding, WideEmbedding | CompressedEmbedding):
         return embedding.activations
     weight = getattr(embedding, "weight", None)
     return weight.dtype if isinstance(weight, torch.Tensor) else None
 
 
-def unpacks(model: nn.Module) -> str | None:
-    """Why GPU kernels unpack weights for every product of this model, in words; None: they multiply them packed."""
+def unpacking_reason(model: nn.Module) -> str | None:
+    """Why the GPU kernels unpack weights for every product of this model; None: they multiply by packed weights."""
     dtype = _unpacked_for(model)
     return f"{_name(dtype)}: weights are unpacked for every product; {_PACKED}" if dtype is not None else None
 
@@ -62,40 +76,40 @@ _PACKED = "dtype=torch.bfloat16 multiplies them packed"
 
 
 def _unpacked_for(model: nn.Module) -> torch.dtype | None:
-    """The dtype of activations that layers on GPU kernels unpack their weights for; None: it is none of these."""
-    dtype = activations(model)
+    """The dtype of activations for which the GPU kernels unpack weights; None: no layer of the model is concerned."""
+    dtype = activation_dtype(model)
     if dtype is None or dtype in products.NARROW:
         return None
-    taken = any(isinstance(layer.choice().backend, triton.Gpu) for layer in multipliers(model).values())
-    return dtype if taken else None
+    concerned = any(isinstance(layer.selection().backend, triton.Gpu) for layer in packed_layers(model).values())
+    return dtype if concerned else None
 
 
 def _name(dtype: torch.dtype) -> str:
     return f"activations are {str(dtype).removeprefix('torch.')}"
 
 
-def _pass_gpu_over(layers: Sequence[Multiplier], dtype: torch.dtype) -> None:
-    """Let the reference multiply, which unpacks weights once, where dense matrices of this dtype take half of what is free."""
+def _prefer_reference(layers: Sequence[PackedLayer], dtype: torch.dtype) -> None:
+    """Use the reference, which unpacks weights once, where dense matrices of this dtype take up to half of the free memory."""
     dense = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
-    if 2 * dense > free_on_card(layers[0].stored().device):
+    if 2 * dense > free_on_gpu(layers[0].stored().device):
         return
     for layer in layers:
-        layer.pass_kernels_over(
+        layer.use_reference(
             f"{_name(dtype)}: GPU kernels would unpack weights for every product, and there is room to do it once; {_PACKED}"
         )
 
 
 def prefer_fast(model: nn.Module) -> None:
-    """Let the layers that run on precise kernels because of "auto" run on fast ones."""
-    for layer in multipliers(model).values():
-        if layer.kernels == "auto" and layer.choice().backend.name == "cpu":
+    """Switch the layers for which "auto" selected precise CPU kernels to fast ones."""
+    for layer in packed_layers(model).values():
+        if layer.kernels == "auto" and layer.selection().backend.name == "cpu":
             layer.use_kernels("fast")
 
 
 @contextmanager
-def precisely(model: nn.Module) -> Iterator[None]:
-    """Within this context layers that run on fast kernels run on precise ones."""
-    fast = [layer for layer in multipliers(model).values() if layer.kernels == "fast"]
+def precise_kernels(model: nn.Module) -> Iterator[None]:
+    """Within this context layers on fast CPU kernels run on precise ones."""
+    fast = [layer for layer in packed_layers(model).values() if layer.kernels == "fast"]
     for layer in fast:
         layer.use_kernels("precise")
     try:
@@ -105,37 +119,41 @@ def precisely(model: nn.Module) -> Iterator[None]:
             layer.use_kernels("fast")
 
 
-def words(model: nn.Module) -> str | None:
-    """Who multiplies the compressed layers, such as "cpu avx2, fast; 84 of 84 layers"; None where there are none.
+def describe(model: nn.Module) -> str | None:
+    """The backends of a model's compressed layers, such as "cpu avx2, fast; 84 of 84 layers"; None: it has no such layer.
 
-    Of GPU kernels also how many launches serve several layers at once, which is settled when text is first written.
+    For GPU kernels it also says how many launches serve several layers at once, which is known once the model has generated.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
     if not layers:
         return None
     counts: Counter[str] = Counter()
     for layer in layers:
-        backend = layer.choice().backend
-        own = backend.name
+        backend = layer.selection().backend
+        name = backend.name
         if isinstance(backend, cpu.Cpu):
-            own = f"cpu {kernels.active()}, {backend.precision}"
+            name = f"cpu {bindings.active_variant()}, {backend.precision}"
         elif isinstance(backend, triton.Gpu):
-            own = f"gpu {device.words(layer.stored().device)}"
-        counts[own] += 1
-    joints = [joint for layer in layers if isinstance(own := layer.prepared(), triton.Ready) and (joint := own.joint)]
-    reasons = sorted({reason for layer in layers if (reason := layer.choice().refused) is not None})
-    if (unpacked := unpacks(model)) is not None:
+            name = f"gpu {device.describe(layer.stored().device)}"
+        counts[name] += 1
+    stacks = [stack for layer in layers if isinstance(own := layer.prepared(), triton.PreparedOnGpu) and (stack := own.stack)]
+    reasons = sorted({reason for layer in layers if (reason := layer.selection().refused) is not None})
+    if (unpacked := unpacking_reason(model)) is not None:
         reasons.append(unpacked)
     found = [f"{name}; {count} of {len(layers)} layers" for name, count in counts.most_common()]
-    if joints:
-        found.append(f"{len(joints)} of them, which share inputs, in {len({id(joint) for joint in joints})} launches")
+    if stacks:
+        found.append(f"{len(stacks)} of them, which share inputs, in {len({id(stack) for stack in stacks})} launches")
     return "; ".join([*found, *reasons])
 
 
-def prospect(layers: Sequence[Sequence[Description]]) -> str:
-    """Who would multiply layers of these parts on this machine's CPU, and why not the kernels where they would not."""
+def describe_backends(layers: Sequence[Sequence[Description]]) -> str:
+    """The backends that layers of these parts would have on this machine's CPU, and why not the kernels where they would not.
+
+    Args:
+        layers: for each layer the descriptions of its parts.
+    """
     if native.library() is None:
         return f"reference; {len(layers)} of {len(layers)} layers; there are no CPU kernels: {native.status().reason}"
     reasons = Counter(reason for parts in layers if (reason := cpu.unfit(parts)) is not None)
-    found = [f"cpu {kernels.active()}; {len(layers) - reasons.total()} of {len(layers)} layers"]
+    found = [f"cpu {bindings.active_variant()}; {len(layers) - reasons.total()} of {len(layers)} layers"]
     return "; ".join([*found, *(f"reference for {count}: {reason}" for reason, count in reasons.most_common())])

@@ -1,7 +1,6 @@
 """All blocks in one call of the kernels: the logits of the model's own forward, in float64."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,27 +10,19 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from slimlm.core.errors import KernelError
 from slimlm.core.parts import Plain
-from slimlm.inference.decode.lean import LeanStep, disagrees, refuses, stepper
-from slimlm.inference.decode.native_decoder import PackedDecoder
+from slimlm.inference.decode.native_decoder import NativeDecoder
+from slimlm.inference.decode.selection import decoder_for, disagrees
+from slimlm.inference.decode.structure import refuses
+from slimlm.inference.decode.torch_decoder import TorchDecoder
 from slimlm.inference.generate import generate
 from slimlm.models.structure import linears_of
-from slimlm.runtime.cpu import kernels, native
+from slimlm.runtime.cpu import native
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import use_kernels
 from tests.conftest import ENDS, LLAMA_LIKE
-from tests.inference.decode.test_lean import ROPES, llama
-from tests.runtime.cpu.test_kernels import VARIANTS
+from tests.inference.decode.conftest import ROPES, llama
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there are no CPU kernels")
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each variant of the kernels that this processor can run."""
-    before = kernels.active()
-    kernels.use(request.param)
-    yield request.param
-    kernels.use(before)
 
 
 def packed(model: PreTrainedModel, precision: Any = "precise") -> PreTrainedModel:
@@ -49,10 +40,10 @@ def tokens_of(batch: int, count: int) -> Tensor:
 
 
 def logits(model: PreTrainedModel, tokens: Tensor, prompt: int) -> Tensor:
-    """After the prompt and after each further token `[batch, further + 1, vocabulary]`, by the quickest way."""
-    step = stepper(model, batch=tokens.shape[0], length=tokens.shape[1])
-    assert isinstance(step, PackedDecoder)
-    return torch.stack([step.read(tokens[:, :prompt]), *(step(column) for column in tokens[:, prompt:].unbind(1))], dim=1)
+    """After the prompt and after each further token `[batch, further + 1, vocabulary]`, by the fastest decoder."""
+    step = decoder_for(model, batch=tokens.shape[0], length=tokens.shape[1])
+    assert isinstance(step, NativeDecoder)
+    return torch.stack([step.prefill(tokens[:, :prompt]), *(step(column) for column in tokens[:, prompt:].unbind(1))], dim=1)
 
 
 def expected(model: PreTrainedModel, tokens: Tensor, prompt: int) -> Tensor:
@@ -60,7 +51,7 @@ def expected(model: PreTrainedModel, tokens: Tensor, prompt: int) -> Tensor:
         return copy.deepcopy(model).double()(tokens).logits[:, prompt - 1 :]
 
 
-def far(found: Tensor, right: Tensor) -> float:
+def difference(found: Tensor, right: Tensor) -> float:
     """The largest difference as a share of the largest logit."""
     return float((found - right).abs().max() / right.abs().max())
 
@@ -70,7 +61,7 @@ def far(found: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_logits_are_those_of_the_model_s_own_forward(rope: dict[str, Any], batch: int) -> None:
     model, tokens = llama(rope_parameters=rope, attention_bias=True, mlp_bias=True), tokens_of(batch, 30)
-    assert far(logits(packed(model), tokens, 20), expected(model, tokens, 20)) < 1e-5
+    assert difference(logits(packed(model), tokens, 20), expected(model, tokens, 20)) < 1e-5
 
 
 # Heads of 2 to 80 coordinates; one to six queries for a key head: sets of four and single ones.
@@ -91,14 +82,14 @@ def words(shape: dict[str, Any]) -> str:
 @pytest.mark.parametrize("prompt", [1, 2, 7])
 def test_heads_of_every_shape(shape: dict[str, Any], prompt: int) -> None:
     model, tokens = llama(**shape), tokens_of(2, 12)
-    assert far(logits(packed(model), tokens, prompt), expected(model, tokens, prompt)) < 1e-5
+    assert difference(logits(packed(model), tokens, prompt), expected(model, tokens, prompt)) < 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 3, 150])
 def test_long_prompts_go_through_in_pieces(batch: int) -> None:
     model, prompt = llama(max_position_embeddings=400), {1: 300, 3: 90, 150: 3}[batch]
     tokens = tokens_of(batch, prompt + 2)
-    assert far(logits(packed(model), tokens, prompt), expected(model, tokens, prompt)) < 1e-5
+    assert difference(logits(packed(model), tokens, prompt), expected(model, tokens, prompt)) < 1e-5
 
 
 def test_queries_and_keys_with_norms_of_their_own() -> None:
@@ -108,7 +99,7 @@ def test_queries_and_keys_with_norms_of_their_own() -> None:
         for parameter in model.parameters():
             parameter.normal_(std=0.15) if parameter.ndim == 2 else parameter.uniform_(0.5, 1.5)
     tokens = tokens_of(2, 20)
-    assert far(logits(packed(model), tokens, 9), expected(model, tokens, 9)) < 1e-5
+    assert difference(logits(packed(model), tokens, 9), expected(model, tokens, 9)) < 1e-5
 
 
 @pytest.mark.usefixtures("variant")
@@ -116,7 +107,7 @@ def test_keys_and_values_in_half_precision_round_once() -> None:
     model, tokens = llama(), tokens_of(2, 40)
     found = logits(packed(model, "fast"), tokens, 25)
     # Plain weights are multiplied in float32, so what is lost is the caches' float16: 2^-12 of each key and value.
-    assert 1e-6 < far(found, expected(model, tokens, 25)) < 2e-3
+    assert 1e-6 < difference(found, expected(model, tokens, 25)) < 2e-3
 
 
 def scaled(model: PreTrainedModel, up: str, down: str, power: int, blocks: list[int]) -> PreTrainedModel:
@@ -138,9 +129,9 @@ def test_keys_and_values_that_float16_does_not_hold_are_kept_in_float32(up: str,
     right = expected(model, tokens, 20)
     # The first block has kept its own in float16 when the second finds that they do not fit.
     beyond = packed(scaled(model, up, down, power, [1]), "fast")
-    assert far(logits(beyond, tokens, 20), right) < 1e-5
-    made = generate(beyond, tokens, max_new_tokens=5, ends=[])
-    assert made.way.endswith("with keys and values in float32, as float16 does not hold them")
+    assert difference(logits(beyond, tokens, 20), right) < 1e-5
+    made = generate(beyond, tokens, max_new_tokens=5, stop_tokens=[])
+    assert made.decode_path.endswith("with keys and values in float32, as float16 does not hold them")
     assert disagrees(beyond) is None
 
 
@@ -155,28 +146,28 @@ def test_a_token_that_float16_does_not_hold_leaves_those_before_it() -> None:
         model.get_input_embeddings().weight[255, 0] = 1e3
         first.self_attn.v_proj.weight[:, 0] *= 2.0**20
     own = packed(model, "fast")
-    step = stepper(own, batch=1, length=12)
-    assert isinstance(step, PackedDecoder)
-    found = torch.stack([step.read(tokens[:, :8]), *(step(column) for column in tokens[:, 8:9].unbind(1))], dim=1)
+    step = decoder_for(own, batch=1, length=12)
+    assert isinstance(step, NativeDecoder)
+    found = torch.stack([step.prefill(tokens[:, :8]), *(step(column) for column in tokens[:, 8:9].unbind(1))], dim=1)
     assert step.keys.dtype == torch.float16
     found = torch.cat((found, *(step(column)[:, None] for column in tokens[:, 9:].unbind(1))), dim=1)
     assert step.values.dtype == torch.float32
-    assert far(found, expected(model, tokens, 8)) < 2e-3  # what was kept before was rounded to float16
+    assert difference(found, expected(model, tokens, 8)) < 2e-3  # what was kept before was rounded to float16
 
 
 def test_heads_of_zeros_are_kept_in_half_precision() -> None:
     model, tokens = llama(), tokens_of(1, 10)
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.v_proj").weight.zero_()
-    made = generate(packed(model, "fast"), tokens, max_new_tokens=3, ends=[])
-    assert made.way == "the CPU kernels, all blocks in one call"
+    made = generate(packed(model, "fast"), tokens, max_new_tokens=3, stop_tokens=[])
+    assert made.decode_path == "fast decode in the CPU kernels, all blocks in one call"
 
 
 def test_gates_far_out_do_not_overflow() -> None:
     model, tokens = llama(), tokens_of(1, 8)
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.gate_proj").weight.mul_(300)
-    assert far(logits(packed(model), tokens, 4), expected(model, tokens, 4)) < 1e-5
+    assert difference(logits(packed(model), tokens, 4), expected(model, tokens, 4)) < 1e-5
 
 
 def test_nan_in_one_text_stays_in_it() -> None:
@@ -186,8 +177,8 @@ def test_nan_in_one_text_stays_in_it() -> None:
     right = expected(model, tokens, 3)
     model.get_input_embeddings().weight.data[255] = float("nan")
     found = logits(packed(model), tokens, 3)
-    assert far(found[0], right[0]) < 1e-5
-    assert far(found[1, :2], right[1, :2]) < 1e-5
+    assert difference(found[0], right[0]) < 1e-5
+    assert difference(found[1, :2], right[1, :2]) < 1e-5
     assert found[1, 2:].isnan().all(), "every later token sees it"
 
 
@@ -195,11 +186,11 @@ def test_nan_at_the_end_of_a_prompt_does_not_reach_what_comes_before() -> None:
     model, tokens = llama(), tokens_of(1, 8)
     tokens[tokens == 255] = 3
     model.get_input_embeddings().weight.data[255] = float("nan")
-    step = stepper(packed(model), batch=1, length=20)
-    step.read(torch.cat((tokens, torch.full((1, 4), 255)), dim=1))
+    step = decoder_for(packed(model), batch=1, length=20)
+    step.prefill(torch.cat((tokens, torch.full((1, 4), 255)), dim=1))
     step.position = 8
     found = step(tokens[:, 0])
-    assert far(found, expected(model, torch.cat((tokens, tokens[:, :1]), dim=1), 9)[:, 0]) < 1e-5
+    assert difference(found, expected(model, torch.cat((tokens, tokens[:, :1]), dim=1), 9)[:, 0]) < 1e-5
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -217,18 +208,18 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 def test_more_tokens_than_there_is_room_for_are_refused() -> None:
-    step = stepper(packed(llama()), batch=1, length=5)
+    step = decoder_for(packed(llama()), batch=1, length=5)
     with pytest.raises(KernelError, match="6 tokens after position 0 are more than a cache of 5 holds"):
-        step.read(tokens_of(1, 6))
-    step.read(tokens_of(1, 5))
+        step.prefill(tokens_of(1, 6))
+    step.prefill(tokens_of(1, 5))
     with pytest.raises(KernelError, match="1 tokens after position 5"):
         step(tokens_of(1, 1)[0])
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
-    step = stepper(packed(llama()), batch=2, length=5)
+    step = decoder_for(packed(llama()), batch=2, length=5)
     with pytest.raises(KernelError, match="embeddings of 2 x 3 tokens are"):
-        step.read(tokens_of(1, 3))
+        step.prefill(tokens_of(1, 3))
 
 
 def test_it_agrees_with_the_model_s_own_forward_on_the_probe() -> None:
@@ -259,27 +250,27 @@ def with_a_narrower_mlp(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("change", [in_two_precisions, with_a_dense_layer, with_another_epsilon, with_a_narrower_mlp])
-def test_models_that_do_not_fit_into_one_call_are_stepped_through_with_torch(change: Any) -> None:
+def test_models_that_do_not_fit_into_one_call_are_decoded_with_torch(change: Any) -> None:
     model = packed(llama(intermediate_size=96))
     change(model)
     assert refuses(model, 30) is None
-    assert isinstance(stepper(model, batch=1, length=30), LeanStep)
+    assert isinstance(decoder_for(model, batch=1, length=30), TorchDecoder)
     assert disagrees(model) is None
-    assert generate(model, tokens_of(1, 20), max_new_tokens=2, ends=[]).way == "the lean step"
+    assert generate(model, tokens_of(1, 20), max_new_tokens=2, stop_tokens=[]).decode_path == "fast decode with torch"
 
 
-def test_the_way_that_is_probed_is_the_way_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_that_is_probed_is_the_one_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed(llama(intermediate_size=96))
     in_two_precisions(model)
     # Wrong where torch steps, and not in the one call of the kernels that the probe's precise layers would allow.
-    monkeypatch.setattr("slimlm.inference.decode.lean.attend", lambda queries, keys, values: queries)
+    monkeypatch.setattr("slimlm.inference.decode.torch_decoder.attend", lambda queries, keys, values: queries)
     assert "differ by" in str(disagrees(model))
     use_kernels(model, "precise")
     assert disagrees(model) is None
 
 
-def test_a_refusal_of_the_kernels_is_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = stepper(packed(llama()), batch=1, length=5)
+def test_an_error_of_the_kernels_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = decoder_for(packed(llama()), batch=1, length=5)
     monkeypatch.setattr(step, "_call", lambda *_: 5)
     with pytest.raises(KernelError, match="refused to decode: stored tensors of other sizes"):
-        step.read(tokens_of(1, 3))
+        step.prefill(tokens_of(1, 3))

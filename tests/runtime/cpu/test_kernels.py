@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.inference.decode import native_decoder
 from slimlm.runtime.backends.cpu import pack
-from slimlm.runtime.cpu import kernels, native
-from slimlm.runtime.cpu.kernels import Packed, Precision
+from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 from slimlm.runtime.linear import CompressedLinear
+from tests.conftest import KERNEL_VARIANTS
 
 LIBRARY = native.library()
-VARIANTS: list[str] = [] if LIBRARY is None else LIBRARY.slimlm_variants().decode().split()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there are no CPU kernels here")
 
 BOUND: dict[Precision, float] = {"precise": 1e-3, "fast": 3e-2}
@@ -41,14 +41,6 @@ SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every variant that this processor can run, in turn."""
-    kernels.use(request.param)
-    yield request.param
-    kernels.use(VARIANTS[0])
 
 
 def random_scale(shape: tuple[int, int], group: grid.Group, dtype: torch.dtype) -> Tensor:
@@ -77,14 +69,14 @@ def pruned(inner: Elementwise, pattern: str | float) -> Pruned:
     return Pruned(inner, choose(torch.rand(inner.shape), parsed), str(parsed))
 
 
-def layer(parts: Sequence[Part], bias: Tensor | None = None) -> Packed:
+def layer(parts: Sequence[Part], bias: Tensor | None = None) -> PackedProducts:
     """The parts as the kernels hold them."""
     return several([parts], [bias])
 
 
-def several(layers: Sequence[Sequence[Part]], biases: Sequence[Tensor | None]) -> Packed:
+def several(layers: Sequence[Sequence[Part]], biases: Sequence[Tensor | None]) -> PackedProducts:
     blobs = [pack(CompressedLinear.from_parts(tuple(parts), None).stored()) for parts in layers]
-    return Packed(blobs, biases, [parts[0].shape[0] for parts in layers], layers[0][0].shape[1])
+    return PackedProducts(blobs, biases, [parts[0].shape[0] for parts in layers], layers[0][0].shape[1])
 
 
 def assert_near(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, precision: Precision, about: object) -> None:
@@ -246,7 +238,7 @@ def test_what_is_unpacked_is_what_multiplies(precision: Precision) -> None:
         assert isinstance(part, LowRank)
         matrices += [part.right.dense(), part.left.dense().T]
     for i, matrix in enumerate(matrices):
-        found = kernels.unpack(blob, i, (matrix.shape[0], matrix.shape[1]), precision)
+        found = bindings.unpack(blob, i, (matrix.shape[0], matrix.shape[1]), precision)
         # Even grids and plain values are exact but for rounding; of a table, levels are rounded to 7 or 12 bits.
         table = i in (3, 4)
         bound = (1e-3 if precision == "precise" else 3e-2) if table else 1e-6
@@ -330,7 +322,7 @@ def test_the_number_of_threads_changes_nothing(variant: str) -> None:
     packed = layer(parts, torch.randn(770))
     before = torch.get_num_threads()
     try:
-        for batch in (1, 3, 13) if variant == VARIANTS[0] else (3,):
+        for batch in (1, 3, 13) if variant == KERNEL_VARIANTS[0] else (3,):
             x = torch.randn(batch, 352)
             found = []
             for threads in (1, 2, 3, 5):
@@ -364,13 +356,13 @@ def test_all_variants_agree() -> None:
     try:
         for precision in BOUND:
             found = {}
-            for name in VARIANTS:
-                kernels.use(name)
+            for name in KERNEL_VARIANTS:
+                bindings.use_variant(name)
                 found[name] = packed(x, precision)[0]
             for one in found.values():
                 assert (one - found["portable"]).norm() <= (1e-5 if precision == "precise" else 3e-3) * one.norm()
     finally:
-        kernels.use(VARIANTS[0])
+        bindings.use_variant(KERNEL_VARIANTS[0])
 
 
 # What is refused
@@ -448,10 +440,10 @@ def aligned(content: Tensor) -> Tensor:
 
 def test_a_blob_that_is_cut_short_or_longer_is_refused() -> None:
     blob = small_blob()
-    assert kernels.whole(blob)
+    assert bindings.is_valid(blob)
     for size in (0, 1, 47, 48, 64, 100, 128, 500, 1000, blob.numel() - 64, blob.numel() - 1):
-        assert not kernels.whole(aligned(blob[:size])), size
-    assert not kernels.whole(aligned(torch.cat([blob, blob[:64]])))
+        assert not bindings.is_valid(aligned(blob[:size])), size
+    assert not bindings.is_valid(aligned(torch.cat([blob, blob[:64]])))
 
 
 def test_a_short_blob_that_claims_to_be_whole_is_refused() -> None:
@@ -461,7 +453,7 @@ def test_a_short_blob_that_claims_to_be_whole_is_refused() -> None:
         cut[8:16] = torch.tensor([size], dtype=torch.int64).view(torch.uint8)
         for matrices in (1, 3, 17):
             cut[32:36] = torch.tensor([matrices], dtype=torch.int32).view(torch.uint8)
-            assert not kernels.whole(cut), (size, matrices)
+            assert not bindings.is_valid(cut), (size, matrices)
 
 
 def test_a_byte_changed_in_the_headers_and_tables_is_noticed() -> None:
@@ -473,9 +465,9 @@ def test_a_byte_changed_in_the_headers_and_tables_is_noticed() -> None:
     for at in places:
         for flipped in (1, 0x80):
             blob[at] ^= flipped
-            assert not kernels.whole(blob), at
+            assert not bindings.is_valid(blob), at
             blob[at] ^= flipped
-    assert kernels.whole(blob)
+    assert bindings.is_valid(blob)
 
 
 def test_offsets_that_lead_anywhere_are_not_followed() -> None:
@@ -484,17 +476,17 @@ def test_offsets_that_lead_anywhere_are_not_followed() -> None:
         for value in (0, -64, 2**63 - 64, -(2**63), 2**62, blob.numel(), blob.numel() - 64, 64):
             damaged = aligned(blob)
             damaged[place : place + 8] = torch.tensor([value], dtype=torch.int64).view(torch.uint8)
-            assert not kernels.whole(damaged), (place, value)
+            assert not bindings.is_valid(damaged), (place, value)
 
 
 def test_a_blob_on_any_address_multiplies_in_python_and_is_refused_in_c() -> None:
     blob = small_blob()
     moved = torch.empty(blob.numel() + 64, dtype=torch.uint8)[32 : 32 + blob.numel()].copy_(blob)
-    assert not kernels.whole(moved)
+    assert not bindings.is_valid(moved)
     x = torch.randn(3, 84)
     for precision in BOUND:
-        [expected] = Packed([blob], [None], [20], 84)(x, precision)
-        [found] = Packed([moved], [None], [20], 84)(x, precision)
+        [expected] = PackedProducts([blob], [None], [20], 84)(x, precision)
+        [found] = PackedProducts([moved], [None], [20], 84)(x, precision)
         assert torch.equal(expected, found)
 
 
@@ -553,10 +545,10 @@ C_COMPILER = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)
 
 
 MIRRORS: list[tuple[str, type[ctypes.Structure]]] = [
-    ("SlimlmMatrix", kernels.Matrix),
-    ("SlimlmProduct", kernels.Product),
-    ("SlimlmBlock", native_decoder._Block),
-    ("SlimlmDecoder", native_decoder._Decoder),
+    ("SlimlmMatrix", bindings.Matrix),
+    ("SlimlmProduct", bindings.Product),
+    ("SlimlmBlock", native_decoder.BlockStruct),
+    ("SlimlmDecoder", native_decoder.DecoderStruct),
 ]
 
 
@@ -576,8 +568,8 @@ def test_structures_lie_in_memory_as_in_c(name: str, mirror: type[ctypes.Structu
 
 
 def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
-    library, blob, x, y = kernels._library(), small_blob(), torch.randn(2, 84), torch.empty(2, 20)
-    good = kernels.Product(blob.data_ptr(), blob.numel(), None, y.data_ptr())
+    library, blob, x, y = bindings.functions(), small_blob(), torch.randn(2, 84), torch.empty(2, 20)
+    good = bindings.Product(blob.data_ptr(), blob.numel(), None, y.data_ptr())
     kinds = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     kinds += (ctypes.c_int32, ctypes.c_int32)
 
@@ -590,8 +582,8 @@ def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
 
     right = (address(good), 1, x.data_ptr(), 0, 2, 84, 1, 1)
     assert products(*right) == 0
-    nowhere = kernels.Product(blob.data_ptr(), blob.numel(), None, None)
-    other = kernels.Product(blob.data_ptr(), blob.numel() - 64, None, y.data_ptr())
+    nowhere = bindings.Product(blob.data_ptr(), blob.numel(), None, None)
+    other = bindings.Product(blob.data_ptr(), blob.numel() - 64, None, y.data_ptr())
     wrong: dict[int, tuple[Any, ...]] = {0: (None, address(nowhere), address(other)), 1: (0, -1), 2: (None,), 3: (-1, 1, 3)}
     wrong |= {4: (-1,), 5: (-84, 0, 83, 85), 6: (-1, 2)}
     for place, values in wrong.items():
@@ -600,6 +592,6 @@ def test_arguments_that_make_no_sense_are_refused_in_c() -> None:
     assert products(*right[:7], -5) == 0, "any number of threads below one is one"
     assert library.slimlm_packed_bytes(None, 1) < 0
     for count in (0, 2, 19):
-        assert library.slimlm_packed_bytes(ctypes.byref(kernels.Matrix()), count) < 0
+        assert library.slimlm_packed_bytes(ctypes.byref(bindings.Matrix()), count) < 0
     assert library.slimlm_unpack(blob.data_ptr(), blob.numel(), 3, 0, y.data_ptr()) != 0
     assert library.slimlm_use(b"no such variant") != 0

@@ -1,4 +1,4 @@
-"""Compile the GPU kernels for cards that are not there, and count what their machine code does.
+"""Compile the GPU kernels for GPUs that are not there, and count what their machine code does.
 
 Needs Triton and no GPU: its package carries the assembler and the disassembler.
 
@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slimlm.runtime.gpu import kernels
+from slimlm.runtime.gpu import triton_kernels
 from slimlm.runtime.gpu.layout import ROWS
 from slimlm.runtime.gpu.tiles import Tile, tile_for
 
@@ -45,23 +45,23 @@ class Variant:
 
     batch: int
     sparse: bool = True
-    table: bool = False
+    has_codebook: bool = False
     spans: int = 0
     """scales in a block of inputs; 0: one for all"""
     tail: int = 0
     """0: none; 1: packed; 2: floats"""
-    tail_table: bool = False
+    tail_has_codebook: bool = False
     tail_floats: str = "fp16"
-    joint: bool = False
+    stacked: bool = False
     split: bool = True
     dtype: str = "fp16"
 
     @property
     def name(self) -> str:
-        kind = ("2:4" if self.sparse else "dense") + (" table" if self.table else "")
+        kind = ("2:4" if self.sparse else "dense") + (" codebook" if self.has_codebook else "")
         scale = f" {self.spans} spans" if self.spans else ""
-        tail = ("", " adapter", f" {self.tail_floats} adapter")[self.tail] + (" of tables" if self.tail_table else "")
-        rest = f"{' joint' if self.joint else ''}{'' if self.split else ' unsplit'}"
+        tail = ("", " adapter", f" {self.tail_floats} adapter")[self.tail] + (" of codebooks" if self.tail_has_codebook else "")
+        rest = f"{' stacked' if self.stacked else ''}{'' if self.split else ' unsplit'}"
         return f"{kind}{scale}{tail}{rest} {self.dtype} batch {self.batch}"
 
 
@@ -70,7 +70,7 @@ class Unpacked:
     """One specialization of the kernel that unpacks a weight."""
 
     sparse: bool = True
-    table: bool = False
+    has_codebook: bool = False
     spans: int = 0
     tail: bool = False
     dtype: str = "bf16"
@@ -78,7 +78,8 @@ class Unpacked:
     @property
     def name(self) -> str:
         kind = "adapter" if self.tail else "2:4" if self.sparse else "dense"
-        return f"unpack {kind}{' table' if self.table else ''}{f' {self.spans} spans' if self.spans else ''} {self.dtype}"
+        codebook, spans = " codebook" if self.has_codebook else "", f" {self.spans} spans" if self.spans else ""
+        return f"unpack {kind}{codebook}{spans} {self.dtype}"
 
 
 def variants() -> Iterator[Variant | Unpacked]:
@@ -91,50 +92,51 @@ def variants() -> Iterator[Variant | Unpacked]:
     yield Variant(1, spans=8)
     yield Variant(16, dtype="bf16")
     yield Variant(1, sparse=False, spans=4)
-    yield Variant(1, tail=1, joint=True)
-    yield Variant(16, table=True, spans=8, tail=1, dtype="bf16")
+    yield Variant(1, tail=1, stacked=True)
+    yield Variant(16, has_codebook=True, spans=8, tail=1, dtype="bf16")
     yield Variant(1, split=False)
     yield Variant(16, tail=2)
-    yield Variant(16, table=True, spans=8, tail=1, tail_table=True, dtype="bf16")
+    yield Variant(16, has_codebook=True, spans=8, tail=1, tail_has_codebook=True, dtype="bf16")
     yield Unpacked()
-    yield Unpacked(table=True, spans=8)
+    yield Unpacked(has_codebook=True, spans=8)
     yield Unpacked(dtype="fp32")
     yield Unpacked(sparse=False, spans=4)
-    yield Unpacked(sparse=False, table=True, spans=1)
+    yield Unpacked(sparse=False, has_codebook=True, spans=1)
     yield Unpacked(sparse=False, tail=True)
 
 
 def largest() -> Iterator[Variant]:
-    """What takes the most shared memory of the tiles that all cards but the largest have, for each of these tiles."""
+    """What takes the most shared memory of the tiles that all GPUs but the largest have, for each of these tiles."""
     for batch in (8, 16, 32, 128):
-        yield Variant(batch, table=True, spans=8, tail=2, tail_floats="fp32", dtype="bf16")
-        yield Variant(batch, sparse=False, table=True, spans=16, tail=2, tail_floats="fp32", dtype="bf16")
+        yield Variant(batch, has_codebook=True, spans=8, tail=2, tail_floats="fp32", dtype="bf16")
+        yield Variant(batch, sparse=False, has_codebook=True, spans=16, tail=2, tail_floats="fp32", dtype="bf16")
 
 
 def compiled(variant: Variant | Unpacked, capability: int) -> Any:
-    """The kernel for one card; products have their bias."""
-    mode = {0: kernels.TENSOR, 1: kernels.BLOCK}.get(variant.spans, kernels.SPANS)
+    """The kernel for one GPU; products have their bias."""
+    mode = {0: triton_kernels.TENSOR, 1: triton_kernels.BLOCK}.get(variant.spans, triton_kernels.SPANS)
     fixed = {
-        "sparse": variant.sparse, "table": variant.table, "scale_mode": mode.value, "spans": max(1, variant.spans),
-        "tail": variant.tail, "tile": ROWS,
+        "sparse": variant.sparse, "has_codebook": variant.has_codebook, "scale_mode": mode.value,
+        "spans": max(1, variant.spans), "tail": variant.tail, "tile": ROWS,
     }  # fmt: skip
     options = {"num_warps": 8 if variant.dtype == "fp32" else 4}
     pointers = {
-        "words": "*i32", "bits": "*i32", "counters": "*i32", "members": "*i32", "levels": "*fp32", "tail_levels": "*fp32",
+        "words": "*i32", "bits": "*i32", "counters": "*i32", "members": "*i32", "codebook": "*fp32",
+        "tail_codebook": "*fp32",
         "scale": "*fp16" if variant.spans == 1 else "*fp32", "partial": "*fp32", "tail_scale": "*fp16",
     }  # fmt: skip
     pointers |= dict.fromkeys(("x", "y", "t", "bias", "out"), f"*{variant.dtype}")
     if isinstance(variant, Unpacked):
-        return _compiled(kernels.unpack_kernel, fixed, pointers, capability, options)
+        return _compiled(triton_kernels.unpack_kernel, fixed, pointers, capability, options)
     tile = tile_of(variant, capability)
     del fixed["tail"]
     fixed |= {
-        "has_bias": True, "tail_kind": variant.tail, "tail_table": variant.tail_table, "split": variant.split,
-        "joint": variant.joint, "tile": tile.rows, "tokens": tile.tokens,
+        "has_bias": True, "tail_kind": variant.tail, "tail_has_codebook": variant.tail_has_codebook, "split": variant.split,
+        "stacked": variant.stacked, "tile": tile.rows, "tokens": tile.tokens,
     }  # fmt: skip
     pointers["tail"] = f"*{variant.tail_floats}" if variant.tail == 2 else "*i32"
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return _compiled(kernels.product_kernel, fixed, pointers, capability, options)
+    return _compiled(triton_kernels.product_kernel, fixed, pointers, capability, options)
 
 
 def tile_of(variant: Variant, capability: int) -> Tile:
@@ -224,12 +226,12 @@ def room(capability: int) -> dict[str, int]:
 
 
 def record(names: Sequence[str]) -> None:
-    """Write down the variants of these names, or all, for all cards; what else was written stays."""
+    """Write down the variants of these names, or all, for all GPUs; what else was written stays."""
     known = json.loads(RECORD.read_text(encoding="utf-8")) if names else {}
     found = {"triton": triton.__version__}
-    for card in CAPABILITIES:
-        merged = {**known.get(f"sm_{card}", {}), **measure(card, names)}
-        found[f"sm_{card}"] = {variant.name: merged[variant.name] for variant in variants()}
+    for capability in CAPABILITIES:
+        merged = {**known.get(f"sm_{capability}", {}), **measure(capability, names)}
+        found[f"sm_{capability}"] = {variant.name: merged[variant.name] for variant in variants()}
     RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

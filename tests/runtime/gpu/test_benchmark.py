@@ -71,7 +71,7 @@ def test_what_is_checked_is_laid_out_as_what_is_timed(gpu: ModuleType) -> None:
     """So the kernels that the checks compile are those that are timed."""
 
     def form(factor: Any) -> Any:
-        tensors = (factor.words, factor.scale, factor.levels)
+        tensors = (factor.words, factor.scale, factor.codebook)
         return [None if t is None else (t.dtype, t.ndim, t.shape[2:] if t.ndim == 3 else t.numel() == 1) for t in tensors]
 
     for kind in gpu.KINDS.values():

@@ -11,10 +11,10 @@ from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.dispatch import choose
+from slimlm.runtime.dispatch import select_backend
 from slimlm.runtime.gpu import device, layout, tiles
 from slimlm.runtime.linear import CompressedLinear
-from tests.runtime.gpu.test_products import REASON, WHERE, adapter, codes, draw, pruned, table
+from tests.runtime.gpu.layers import REASON, WHERE, adapter, codes, draw, pruned, table
 
 SHAPE = (24, 48)
 
@@ -128,22 +128,22 @@ def test_an_old_card_is_the_reason(capability: tuple[int, int], words: str | Non
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a card")
-    reason = device.lacks_card(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a GPU")
+    reason = device.lacks_gpu(torch.device("cuda"))
     assert (reason is None) if words is None else words in str(reason)
 
 
 def test_a_torch_without_cuda_and_another_device_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert "built for the CPU alone" in str(device.lacks_card(torch.device("cuda")))
+    assert "built for the CPU alone" in str(device.lacks_gpu(torch.device("cuda")))
     monkeypatch.setattr(device, "triton_version", lambda: "3.7.1")
     monkeypatch.setattr(device, "interpreted", lambda: False)
     assert "the layer is on cpu" in str(Gpu().refuses(stored(codes(SHAPE, 8))))
 
 
-def on_a_card(monkeypatch: pytest.MonkeyPatch, reason: str | None, *parts: Part) -> Stored:
-    """A layer that says it lies on a GPU, which can or cannot run the kernels."""
+def on_fake_gpu(monkeypatch: pytest.MonkeyPatch, reason: str | None, *parts: Part) -> Stored:
+    """A layer that reports to be on a GPU, which can or cannot run the kernels."""
     monkeypatch.setattr(device, "refuses", lambda where: reason)
     made = stored(*parts)
     made.__dict__["device"] = torch.device("cuda")
@@ -151,37 +151,37 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, reason: str | None, *parts: Part)
 
 
 def test_on_a_gpu_auto_is_the_gpu_kernels_and_elsewhere_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(stored(codes(SHAPE, 8)), "auto").backend.name != "gpu"
-    assert choose(on_a_card(monkeypatch, None, codes(SHAPE, 8)), "auto").backend.name == "gpu"
+    assert select_backend(stored(codes(SHAPE, 8)), "auto").backend.name != "gpu"
+    assert select_backend(on_fake_gpu(monkeypatch, None, codes(SHAPE, 8)), "auto").backend.name == "gpu"
 
 
-def test_where_they_cannot_run_the_reference_does_for_the_reason_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for reason, part in (("no card", codes(SHAPE, 8)), (None, codes(SHAPE, 8, bits=5))):
-        layer = on_a_card(monkeypatch, reason, part)
-        choice = choose(layer, "auto")
-        assert choice.backend.name == "reference" and choice.refused == (
+def test_where_they_cannot_run_the_reference_does_for_the_reason_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, part in (("no GPU", codes(SHAPE, 8)), (None, codes(SHAPE, 8, bits=5))):
+        layer = on_fake_gpu(monkeypatch, reason, part)
+        selection = select_backend(layer, "auto")
+        assert selection.backend.name == "reference" and selection.refused == (
             reason or "codes of 5 bits; the GPU kernels take up to 4"
         )
-        with pytest.raises(KernelError, match=f"the gpu kernels were asked for, but {choice.refused}"):
-            choose(layer, "gpu")
+        with pytest.raises(KernelError, match=f"the gpu kernels were asked for, but {selection.refused}"):
+            select_backend(layer, "gpu")
 
 
 def test_without_triton_layers_asked_onto_the_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "triton_version", lambda: None)
     with pytest.raises(KernelError, match="the gpu kernels were asked for, but Triton is not installed"):
-        choose(stored(codes(SHAPE, 8)), "gpu")
+        select_backend(stored(codes(SHAPE, 8)), "gpu")
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A card that is said to be there, of which Triton has not been asked yet."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that is reported, on which Triton has not been tried yet."""
     monkeypatch.setattr(device, "triton_version", lambda: "3.7.1")
-    monkeypatch.setattr(device, "lacks_card", lambda where: None)
+    monkeypatch.setattr(device, "lacks_gpu", lambda where: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a card")
-    device._cannot_start.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "a GPU")
+    device.cannot_start.cache_clear()
     yield
-    device._cannot_start.cache_clear()
+    device.cannot_start.cache_clear()
 
 
 FAILURES = {
@@ -195,7 +195,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("said", FAILURES)
 def test_where_triton_can_start_nothing_its_words_are_the_reason(
-    said: str, card: None, monkeypatch: pytest.MonkeyPatch
+    said: str, fake_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[torch.device] = []
 
@@ -203,20 +203,22 @@ def test_where_triton_can_start_nothing_its_words_are_the_reason(
         tried.append(where)
         raise FAILURES[said]
 
-    monkeypatch.setattr(device, "_start_one", fails)
+    monkeypatch.setattr(device, "start_one", fails)
     layer = stored(codes(SHAPE, 8))
     layer.__dict__["device"] = torch.device("cuda")
-    choice = choose(layer, "auto")
-    assert choice.backend.name == "reference" and re.search(f"cannot start a kernel on a card: .*{said}", str(choice.refused))
-    assert len(str(choice.refused)) < 400 and "and more" not in str(choice.refused)
+    selection = select_backend(layer, "auto")
+    assert selection.backend.name == "reference" and re.search(
+        f"cannot start a kernel on a GPU: .*{said}", str(selection.refused)
+    )
+    assert len(str(selection.refused)) < 400 and "and more" not in str(selection.refused)
     with pytest.raises(KernelError, match="the gpu kernels were asked for, but Triton cannot start a kernel"):
-        choose(layer, "gpu")
-    assert tried == [torch.device("cuda", 0)], "a card is tried once"
+        select_backend(layer, "gpu")
+    assert tried == [torch.device("cuda", 0)], "a GPU is tried once"
     assert device.refuses(torch.device("cuda", 1)) and tried[1:] == [torch.device("cuda", 1)], "and another by itself"
 
 
-def test_a_card_on_which_a_kernel_starts_is_taken(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_start_one", lambda where: None)
+def test_a_gpu_on_which_a_kernel_starts_is_taken(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "start_one", lambda where: None)
     assert device.refuses(torch.device("cuda")) is None
 
 
@@ -237,7 +239,7 @@ def test_the_kernel_that_is_tried_runs() -> None:
         (0, "cpu", None),
     ],
 )
-def test_a_card_that_is_not_there_is_absent(there: int, where: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_absent(there: int, where: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     assert device.absent(torch.device(where)) == words

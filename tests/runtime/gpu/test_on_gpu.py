@@ -1,6 +1,6 @@
-"""What only a card can show: graphs, streams, a whole model. `python -m pytest -m gpu` runs these where there is one.
+"""What only a GPU can show: graphs, streams, a whole model. `python -m pytest -m gpu` runs these where there is one.
 
-The laws of the products (test_products.py) run on the card, too, where there is one.
+The laws of the products (test_products.py) run on the GPU, too, where there is one.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ import slimlm
 from slimlm.inference.generate import generate
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import words
-from tests.runtime.gpu.test_products import REASON, WHERE, combinations, draw, layer
+from slimlm.runtime.whole_model import describe
+from tests.runtime.gpu.layers import REASON, WHERE, combinations, draw, layer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def test_a_checkpoint_opens_on_the_card_and_writes_what_the_reference_writes(
 ) -> None:
     slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
     model = slimlm.load(tmp_path / "out", device=WHERE)
-    assert str(words(model)).startswith("gpu triton")
+    assert str(describe(model)).startswith("gpu triton")
     prompt = torch.arange(8, device=WHERE)[None]
     logits = model(prompt).logits.float()
     reference = slimlm.load(tmp_path / "out", device=WHERE, kernels="reference", dtype=torch.float32)(prompt).logits
@@ -79,14 +79,14 @@ def test_text_from_replayed_steps_is_that_of_the_models_own_forward(
     slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
     model = slimlm.load(tmp_path / "out", device=WHERE)
     made = generate(model, torch.arange(8, device=WHERE)[None], max_new_tokens=16)
-    assert made.way == "the lean step, replayed from a CUDA graph"
-    assert "launches" in str(words(model)), "queries, keys and values are one launch"
+    assert made.decode_path == "fast decode with torch, replayed from a CUDA graph"
+    assert "launches" in str(describe(model)), "queries, keys and values are one launch"
     again = generate(model, torch.arange(8, device=WHERE)[None], max_new_tokens=16)
     assert torch.equal(again.tokens, made.tokens), "the second text goes by the first one's graph"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
-def test_a_model_on_a_card_that_is_not_the_current_one_writes_the_same_text(
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_a_gpu_that_is_not_the_current_one_writes_the_same_text(
     llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
@@ -94,7 +94,9 @@ def test_a_model_on_a_card_that_is_not_the_current_one_writes_the_same_text(
     for where in ("cuda:0", "cuda:1"):
         model = slimlm.load(tmp_path / "out", device=where)
         made.append(generate(model, torch.arange(8, device=where)[None], max_new_tokens=16))
-    assert made[1].way == "the lean step, replayed from a CUDA graph" and torch.equal(made[0].tokens, made[1].tokens)
+    assert made[1].decode_path == "fast decode with torch, replayed from a CUDA graph" and torch.equal(
+        made[0].tokens, made[1].tokens
+    )
 
 
 def test_a_card_holds_the_kernels_layout_alone_and_what_is_saved_is_what_was_opened(

@@ -1,4 +1,4 @@
-"""Models whose activations are float32: that GPU kernels unpack for them is told, and passed over where there is room."""
+"""Models whose activations are float32: GPU kernels unpack weights for them, or the reference does where there is room."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from slimlm.runtime import whole_model
 from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.memory import free_on_card
-from slimlm.runtime.whole_model import activations, use_kernels, words
+from slimlm.runtime.memory import free_on_gpu
+from slimlm.runtime.whole_model import activation_dtype, describe, use_kernels
 from tests.conftest import random_model, save
 
 UNPACKED = "activations are float32: weights are unpacked for every product; dtype=torch.bfloat16 multiplies them packed"
@@ -32,17 +32,17 @@ def out(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 @pytest.fixture
-def on_a_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTrainedModel]:
-    """The checkpoint in a dtype, on a card that is pretended; what it has free lacks some bytes of twice the dense matrices."""
+def on_fake_gpu(out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTrainedModel]:
+    """The checkpoint in a dtype, on a fake GPU, whose free memory lacks some bytes of twice the dense matrices."""
 
     def opened(dtype: torch.dtype, lacking: int = 0) -> PreTrainedModel:
         model = slimlm.load(out, dtype=dtype, kernels="reference")
         free = sum(2 * 4 * layer.in_features * layer.out_features for layer in layers_of(model)) - lacking
-        monkeypatch.setattr(device, "refuses", lambda where: None if where.type == "cuda" else "no card")
-        monkeypatch.setattr(device, "words", lambda where: "a card")
-        monkeypatch.setattr(whole_model, "free_on_card", lambda where: free if where.type == "cuda" else 0)
+        monkeypatch.setattr(device, "refuses", lambda where: None if where.type == "cuda" else "no GPU")
+        monkeypatch.setattr(device, "describe", lambda where: "a GPU")
+        monkeypatch.setattr(whole_model, "free_on_gpu", lambda where: free if where.type == "cuda" else 0)
         for layer in layers_of(model):
-            layer._works_on = torch.device("cuda")
+            layer._compute_device = torch.device("cuda")
         return model
 
     return opened
@@ -58,52 +58,52 @@ def test_activations_are_what_the_embedding_gives(embedding_bits: int, tmp_path:
     options = {"recipe": "slim", "data": str(text_file), "samples": 4, "length": 32, "device": "cpu"}
     slimlm.compress(model, tmp_path / "out", embedding_bits=embedding_bits, **options)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert activations(slimlm.load(tmp_path / "out", dtype=dtype, kernels="reference")) == dtype
-    assert activations(torch.nn.Linear(2, 2)) is None
+        assert activation_dtype(slimlm.load(tmp_path / "out", dtype=dtype, kernels="reference")) == dtype
+    assert activation_dtype(torch.nn.Linear(2, 2)) is None
 
 
-def test_of_itself_a_card_with_room_multiplies_dense_matrices_and_says_why(on_a_card: Callable[..., PreTrainedModel]) -> None:
-    model = on_a_card(torch.float32)
+def test_of_itself_a_gpu_with_room_multiplies_dense_matrices_and_says_why(on_fake_gpu: Callable[..., PreTrainedModel]) -> None:
+    model = on_fake_gpu(torch.float32)
     use_kernels(model, "auto")
     layers = layers_of(model)
-    assert {layer.choice().backend.name for layer in layers} == {"reference"} and {layer.kernels for layer in layers} == {
+    assert {layer.selection().backend.name for layer in layers} == {"reference"} and {layer.kernels for layer in layers} == {
         "auto"
     }
-    assert words(model) == f"reference; {len(layers)} of {len(layers)} layers; {ONCE}"
+    assert describe(model) == f"reference; {len(layers)} of {len(layers)} layers; {ONCE}"
 
 
 @pytest.mark.parametrize(("kernels", "lacking"), [("auto", 1), ("gpu", 0)])
 def test_without_room_and_by_name_the_kernels_stay_and_what_they_do_is_said(
-    kernels: Kernels, lacking: int, on_a_card: Callable[..., PreTrainedModel]
+    kernels: Kernels, lacking: int, on_fake_gpu: Callable[..., PreTrainedModel]
 ) -> None:
-    model = on_a_card(torch.float32, lacking)
+    model = on_fake_gpu(torch.float32, lacking)
     use_kernels(model, kernels)
-    assert str(words(model)).startswith("gpu a card;") and str(words(model)).endswith(f"; {UNPACKED}")
+    assert str(describe(model)).startswith("gpu a GPU;") and str(describe(model)).endswith(f"; {UNPACKED}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_activations_of_16_bits_are_multiplied_packed_and_nothing_is_said(
-    dtype: torch.dtype, on_a_card: Callable[..., PreTrainedModel]
+    dtype: torch.dtype, on_fake_gpu: Callable[..., PreTrainedModel]
 ) -> None:
-    model = on_a_card(dtype)
+    model = on_fake_gpu(dtype)
     use_kernels(model, "auto")
-    assert str(words(model)).startswith("gpu a card;") and "activations" not in str(words(model))
+    assert str(describe(model)).startswith("gpu a GPU;") and "activations" not in str(describe(model))
 
 
-def test_a_choice_for_other_activations_is_made_anew(on_a_card: Callable[..., PreTrainedModel]) -> None:
-    model = on_a_card(torch.float32)
+def test_a_selection_for_other_activations_is_made_anew(on_fake_gpu: Callable[..., PreTrainedModel]) -> None:
+    model = on_fake_gpu(torch.float32)
     use_kernels(model, "auto")
     model.get_input_embeddings().bfloat16()
     use_kernels(model, "auto")
-    assert str(words(model)).startswith("gpu a card;")
+    assert str(describe(model)).startswith("gpu a GPU;")
 
 
-def test_loading_tells_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_reports_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "refuses", lambda where: None)
     told: list[str] = []
-    slimlm.load(out, kernels="gpu", tell=told.append)
+    slimlm.load(out, kernels="gpu", notify=told.append)
     assert told == [UNPACKED]
 
 
-def test_a_device_that_is_no_card_has_no_room() -> None:
-    assert free_on_card(torch.device("cpu")) == 0
+def test_a_device_that_is_no_gpu_has_no_room() -> None:
+    assert free_on_gpu(torch.device("cpu")) == 0

@@ -1,1 +1,1 @@
-"""Faster decoding of Llama-like models: their structure recognized, one call of the kernels per step."""
+"""Fast decoding of models that are built like Llama."""

@@ -3,30 +3,39 @@
 Every linear layer must be in the kernels' layout, in one precision, and activations are float32. csrc/decoder.h has the
 arithmetic: RMS norms, rotary embedding, attention over a cache of fixed size and SwiGLU lie between the packed products, so
 that a token costs one call in place of several hundred operations, and a prompt makes no tensor larger than a few of its rows.
-Keys and values are kept in float32 for precise kernels. For fast ones they are kept in float16 as long as that holds them: from
-the first one on that is too large, or whose head's numbers are all below 2^-16, in float32.
+Keys and values are stored in float32 for precise kernels. For fast ones they are stored in float16 until a number comes that
+float16 does not hold, because it is too large or all numbers of its head are below 2^-16; from there on in float32.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimlm.core.errors import KernelError
+from slimlm.inference.decode.structure import (
+    activation_dtype,
+    device_of,
+    embedding_of,
+    head_norms,
+    linears_of_block,
+    rms_norms,
+)
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu import native
-from slimlm.runtime.cpu.kernels import BEYOND_HALF, PRECISIONS, Product, float_type, found, product
-from slimlm.runtime.linear import Multiplier
+from slimlm.runtime.cpu.bindings import BEYOND_HALF, PRECISIONS, Product, describe_error, float_type, single_product
+from slimlm.runtime.linear import PackedLayer
 
 PRODUCTS = ("queries", "keys", "values", "attention_out", "gate", "up", "down")
 """The linear layers of a block, in the order of csrc/kernels.h."""
 _ROWS = 128
-"""Prompt tokens, all texts together, that go through the blocks at once: as many as the products take at once."""
+"""Prompt tokens, of all texts together, that go through the blocks at once: as many as the products take at once."""
 
 
-class _Block(ctypes.Structure):
+class BlockStruct(ctypes.Structure):
     """Mirrors SlimlmBlock."""
 
     _fields_ = (
@@ -36,7 +45,7 @@ class _Block(ctypes.Structure):
     )
 
 
-class _Decoder(ctypes.Structure):
+class DecoderStruct(ctypes.Structure):
     """Mirrors SlimlmDecoder."""
 
     _fields_ = (
@@ -49,111 +58,116 @@ class _Decoder(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Norms:
-    """The weights of a block's RMS norms, float32: `[width]`, and `[head_dim]` where queries and keys have their own."""
+def refuses(model: Any) -> str | None:
+    """Why the blocks of a model cannot go through the kernels in one call; None: they can.
 
-    attention: Tensor
-    mlp: Tensor
-    query: Tensor | None
-    key: Tensor | None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a model is made of, for `PackedDecoder`."""
-
-    embed: Callable[[Tensor], Tensor]
-    """from tokens to float32 rows `[..., width]`"""
-    norms: Sequence[Norms]
-    """of each block"""
-    products: Sequence[Sequence[Multiplier]]
-    """the linear layers of each block, in the order of PRODUCTS"""
-    last_norm: Tensor
-    """float32 `[width]`"""
-    head: Multiplier
-    epsilon: float
-    """of all norms"""
-    head_dim: int
-    scaling: float
-    """of queries times keys"""
-    turn: Callable[[int], tuple[Tensor, Tensor]]
-    """from a length to cosines and sines, float32 `[length, head_dim]` each, as transformers' rotary modules give them"""
+    Args:
+        model: a model that `structure.refuses` accepts.
+    """
+    if activation_dtype(model) != torch.float32 or device_of(model).type != "cpu":
+        return "its activations are not float32 on the CPU"
+    if len({float(norm.variance_epsilon) for norm in rms_norms(model).values()}) > 1:
+        return "its norms differ in their epsilon"
+    layers = [linears_of_block(block) for block in model.model.layers]
+    if len({tuple((layer.in_features, layer.out_features) for layer in own) for own in layers}) > 1:
+        return "its blocks differ in the sizes of their layers"
+    return _refuses_layers([*(layer for own in layers for layer in own), model.lm_head])
 
 
-def refuses(modules: Sequence[nn.Module]) -> str | None:
-    """Why these linear layers (the head among them) cannot be multiplied within one call, in words; None: they can."""
+def _refuses_layers(modules: Sequence[nn.Module]) -> str | None:
+    """Why these linear layers cannot be multiplied within one call; None: they can."""
     if native.library() is None:
         return f"there are no CPU kernels: {native.status().reason}"
     precisions = set()
     for module in modules:
-        choice = module.choice() if isinstance(module, Multiplier) else None
-        if choice is None or not isinstance(choice.backend, cpu.Cpu):
+        selection = module.selection() if isinstance(module, PackedLayer) else None
+        if selection is None or not isinstance(selection.backend, cpu.Cpu):
             return f"a {type(module).__name__} among its layers is not multiplied by the CPU kernels"
-        precisions.add(choice.backend.precision)
+        precisions.add(selection.backend.precision)
     return None if len(precisions) == 1 else "some of its layers run on fast kernels and some on precise ones"
 
 
-class PackedDecoder:
-    """A model with room for `length` positions of `batch` texts of equal length.
+class NativeDecoder:
+    """A model with room for `length` positions of `batch` texts of equal length, decoded by the CPU kernels.
 
     It holds the model's weights as they are now, and takes the calls of one thread at a time.
+
+    Args:
+        model: a model that `refuses` accepts.
+        batch: number of texts.
+        length: number of positions.
     """
 
-    def __init__(self, parts: Parts, *, batch: int, length: int) -> None:
-        self.embed, self.batch, self.length, self.position = parts.embed, batch, length, 0
-        first = parts.products[0]
-        width, mlp, dim = first[0].in_features, first[4].out_features, parts.head_dim
-        key_heads = first[1].out_features // dim
-        self.width, self.vocabulary = width, parts.head.out_features
-        backend = parts.head.choice().backend
-        assert isinstance(backend, cpu.Cpu), "refuses() says so"
-        self.way = "the CPU kernels, all blocks in one call"
+    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
+        llama: Any = model.model
+        head: Any = model.lm_head
+        layers = [linears_of_block(block) for block in llama.layers]
+        attention, queries, keys, gate = llama.layers[0].self_attn, layers[0][0], layers[0][1], layers[0][4]
+        dim: int = attention.head_dim
+        key_heads = keys.out_features // dim
+        self.path = "fast decode in the CPU kernels, all blocks in one call"
+        """what makes the tokens, for people"""
+        self.embed, self.batch, self.length, self.position = embedding_of(model), batch, length, 0
+        self.width, self.vocabulary = queries.in_features, head.out_features
+        backend = head.selection().backend
+        assert isinstance(backend, cpu.Cpu), "refuses() checks that"
         self._precision = PRECISIONS[backend.precision]
-        kept = torch.float16 if backend.precision == "fast" else torch.float32
-        self.keys = torch.zeros(len(parts.products), batch * key_heads, length, dim, dtype=kept)
+        cache_dtype = torch.float16 if backend.precision == "fast" else torch.float32
+        self.keys = torch.zeros(len(layers), batch * key_heads, length, dim, dtype=cache_dtype)
         """[blocks, batch x key heads, length, head_dim]"""
         self.values = torch.zeros_like(self.keys)
         """as the keys"""
-        cos, sin = (turn.float() for turn in parts.turn(length))
-        signed = torch.cat((-sin[:, : dim // 2], sin[:, dim // 2 :]), dim=-1)
         # The library knows addresses only; this list keeps alive what lies there.
-        self._alive: list[object] = [parts]
-        blocks = (_Block * len(parts.products))()
-        for block, norms, layers in zip(blocks, parts.norms, parts.products, strict=True):
-            block.attention_norm, block.mlp_norm = self._at(norms.attention), self._at(norms.mlp)
-            block.query_norm, block.key_norm = self._at(norms.query), self._at(norms.key)
-            for name, layer in zip(PRODUCTS, layers, strict=True):
-                setattr(block, name, self._product(layer))
-        self._blocks = blocks
-        self._decoder = _Decoder(
-            blocks=ctypes.addressof(blocks),
-            last_norm=self._at(parts.last_norm),
-            head=self._product(parts.head),
-            query_cos=self._at(cos * parts.scaling),
-            query_sin=self._at(signed * parts.scaling),
+        self._alive: list[object] = []
+        self._blocks = self._structures_of(llama.layers, layers)
+        cos, sin = (angles[0].float() for angles in llama.rotary_emb(llama.norm.weight, torch.arange(length)[None]))
+        signed_sin = torch.cat((-sin[:, : dim // 2], sin[:, dim // 2 :]), dim=-1)
+        self._decoder = DecoderStruct(
+            blocks=ctypes.addressof(self._blocks),
+            last_norm=self._at(llama.norm.weight),
+            head=self._product(head),
+            query_cos=self._at(cos * attention.scaling),
+            query_sin=self._at(signed_sin * attention.scaling),
             key_cos=self._at(cos),
-            key_sin=self._at(signed),
-            count=len(blocks),
+            key_sin=self._at(signed_sin),
+            count=len(layers),
             batch=batch,
-            width=width,
-            mlp=mlp,
+            width=self.width,
+            mlp=gate.out_features,
             key_heads=key_heads,
-            group=first[0].out_features // dim // key_heads,
+            group=queries.out_features // dim // key_heads,
             dim=dim,
             length=length,
             vocabulary=self.vocabulary,
-            epsilon=parts.epsilon,
+            epsilon=float(llama.norm.variance_epsilon),
         )
-        self._keep_in(kept)
+        self._store_in(cache_dtype)
         library = native.library()
-        assert library is not None, "refuses() says whether there is one"
+        assert library is not None, "refuses() checks that"
         self._call = library.slimlm_decode
         pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
         self._call.argtypes = [pointer, pointer, i64, i64, pointer, i32, i32]
 
-    def read(self, prompt: Tensor) -> Tensor:
-        """Begin anew with prompts `[batch, tokens]`; gives the logits `[batch, vocabulary]` after them."""
+    def _structures_of(self, modules: Any, layers: Sequence[Sequence[PackedLayer]]) -> Any:
+        """The blocks as the library takes them; caches come later."""
+        blocks = (BlockStruct * len(layers))()
+        for block, module, products in zip(blocks, modules, layers, strict=True):
+            block.attention_norm = self._at(module.input_layernorm.weight)
+            block.mlp_norm = self._at(module.post_attention_layernorm.weight)
+            norms = head_norms(module.self_attn)
+            block.query_norm, block.key_norm = (
+                self._at(norms[name].weight) if name in norms else None for name in ("q_norm", "k_norm")
+            )
+            for name, layer in zip(PRODUCTS, products, strict=True):
+                setattr(block, name, self._product(layer))
+        return blocks
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Compute prompts `[batch, tokens]`; gives the logits `[batch, vocabulary]` after them.
+
+        Raises:
+            KernelError: there is no room for as many tokens, or the batch has another size.
+        """
         self.position = 0
         pieces = prompt.split(max(1, _ROWS // self.batch), dim=1)
         for piece in pieces[:-1]:
@@ -169,18 +183,18 @@ class PackedDecoder:
         return logits
 
     def _pass(self, tokens: Tensor, logits: Tensor | None) -> None:
-        """Take tokens `[batch, count]` through the blocks; the logits after them go into `logits`, if that is asked for."""
+        """Tokens `[batch, count]` through the blocks; the logits after them go into `logits`, unless that is None."""
         count = tokens.shape[1]
         if count > self.length - self.position:
             raise KernelError(f"{count} tokens after position {self.position} are more than a cache of {self.length} holds")
         error = self._try(tokens, logits)
         if error == BEYOND_HALF:
-            # What was kept before this pass is within float16, and stays as it is.
-            self._keep_in(torch.float32)
-            self.way += ", with keys and values in float32, as float16 does not hold them"
+            # What was stored before this pass is within float16, and keeps its values.
+            self._store_in(torch.float32)
+            self.path += ", with keys and values in float32, as float16 does not hold them"
             error = self._try(tokens, logits)
         if error:
-            raise KernelError(f"the CPU kernels refused to decode: {found(error)}")
+            raise KernelError(f"the CPU kernels refused to decode: {describe_error(error)}")
         self.position += count
 
     def _try(self, tokens: Tensor, logits: Tensor | None) -> int:
@@ -192,22 +206,22 @@ class PackedDecoder:
         arguments = x.data_ptr(), count, self.position, to, self._precision, torch.get_num_threads()
         return int(self._call(ctypes.addressof(self._decoder), *arguments))
 
-    def _keep_in(self, dtype: torch.dtype) -> None:
-        """Keep keys and values in this dtype from now on, those that there are among them."""
+    def _store_in(self, dtype: torch.dtype) -> None:
+        """Store keys and values in this dtype from now on, and convert those that are stored."""
         self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
         for block, keys, values in zip(self._blocks, self.keys, self.values, strict=True):
             block.key_cache, block.value_cache = keys.data_ptr(), values.data_ptr()
         self._decoder.cache_type = float_type(dtype)
 
     def _at(self, tensor: Tensor | None) -> int | None:
-        """Where this tensor's float32 numbers lie, for as long as the decoder lives."""
+        """The address of a tensor's float32 values, valid as long as the decoder lives."""
         if tensor is None:
             return None
-        kept = tensor.detach().float().contiguous()
-        self._alive.append(kept)
-        return kept.data_ptr()
+        values = tensor.detach().float().contiguous()
+        self._alive.append(values)
+        return values.data_ptr()
 
-    def _product(self, layer: Multiplier) -> Product:
-        ready = layer.prepare()
-        self._alive.append(ready)
-        return product(ready.packed)
+    def _product(self, layer: PackedLayer) -> Product:
+        prepared = layer.prepare()
+        self._alive.append(prepared)
+        return single_product(prepared.packed)

@@ -22,13 +22,13 @@ class Stored:
     bias: Tensor | None
     blob: Tensor | None = None
     """what a kernel backend packed these parts into before, uint8 `[bytes]`; None: nothing was kept"""
-    works_on: torch.device | None = None
-    """where the layer multiplies, if that is not where its tensors rest"""
+    compute_device: torch.device | None = None
+    """where the layer multiplies; None: where its tensors are"""
 
     @cached_property
     def device(self) -> torch.device:
         """Where the layer multiplies."""
-        return self.works_on or next(iter(self.tensors.values())).device
+        return self.compute_device or next(iter(self.tensors.values())).device
 
     def parts(self) -> tuple[Part, ...]:
         """The parts, unpacked, where the layer multiplies."""

@@ -18,14 +18,14 @@ from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts import Description, dense_of, under
 from slimlm.runtime.backends import Stored
-from slimlm.runtime.cpu import kernels, native
-from slimlm.runtime.cpu.kernels import Matrix, Packed, Precision
+from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu.bindings import Matrix, PackedProducts, Precision
 
 _MOST_ADAPTERS = 8
 
 
 @dataclass
-class Prepared:
+class PreparedOnCpu:
     """A layer in the kernels' layout."""
 
     blob: Tensor
@@ -35,8 +35,8 @@ class Prepared:
     stored: Stored
 
     @cached_property
-    def packed(self) -> Packed:
-        return Packed([self.blob], [self.bias], [self.stored.shape[0]], self.stored.shape[1])
+    def packed(self) -> PackedProducts:
+        return PackedProducts([self.blob], [self.bias], [self.stored.shape[0]], self.stored.shape[1])
 
 
 class Cpu:
@@ -55,12 +55,12 @@ class Cpu:
             return f"the layer is on {stored.device}, and these kernels run on the CPU"
         return unfit(stored.descriptions) or _lacks_zero(stored)
 
-    def prepare(self, stored: Stored) -> Prepared:
+    def prepare(self, stored: Stored) -> PreparedOnCpu:
         """Pack a layer, unless it was before; raises CheckpointError where its tensors do not fit its description."""
         blob = pack(stored) if stored.blob is None else stored.blob
-        return Prepared(blob, None if stored.bias is None else stored.bias.detach().float(), stored)
+        return PreparedOnCpu(blob, None if stored.bias is None else stored.bias.detach().float(), stored)
 
-    def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
+    def matmul(self, x: Tensor, prepared: PreparedOnCpu) -> Tensor:
         """x W^T + bias, in the dtype of x."""
         if torch.is_grad_enabled() and _wants_gradient(x, prepared):
             return _Product.apply(x, prepared.stored.bias, prepared, self.precision)
@@ -123,7 +123,7 @@ def pack(stored: Stored) -> Tensor:
         for side, width in (("right", stored.shape[1]), ("left", stored.shape[0])):
             shape = about["rank"], width
             matrices.append(_matrix(about[side], under(side, tensors), shape, side == "left", alive))
-    return kernels.pack(matrices)
+    return bindings.pack(matrices)
 
 
 def _matrix(
@@ -140,11 +140,11 @@ def _matrix(
     found = Matrix(rows=shape[0], columns=shape[1], transposed=int(transposed), values=address(""))
     found.values_bytes = alive[-1].numel() * alive[-1].element_size()
     if inner["kind"] == "plain":
-        found.type = kernels.float_type(getattr(torch, inner["dtype"]))
+        found.type = bindings.float_type(getattr(torch, inner["dtype"]))
         return found
     scale = tensors["scale"]
     found.bits = inner["bits"]
-    found.scale_type = kernels.float_type(scale.dtype if scale.dtype == torch.float16 else torch.float32)
+    found.scale_type = bindings.float_type(scale.dtype if scale.dtype == torch.float16 else torch.float32)
     sizes = grid.scale_shape(shape, inner["group"])
     found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32, sizes)
     found.scale_rows, found.scale_columns = sizes
@@ -159,7 +159,7 @@ def _matrix(
     return found
 
 
-def _wants_gradient(x: Tensor, prepared: Prepared) -> bool:
+def _wants_gradient(x: Tensor, prepared: PreparedOnCpu) -> bool:
     bias = prepared.stored.bias
     return x.requires_grad or (bias is not None and bias.requires_grad)
 
@@ -168,7 +168,7 @@ class _Product(torch.autograd.Function):
     """The product with gradients to x and the bias; the weight is unpacked for the backward pass and dropped again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: Prepared, precision: Precision) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, prepared: PreparedOnCpu, precision: Precision) -> Tensor:
         del bias  # of the prepared layer; an argument so that its gradient is asked for
         ctx.prepared = prepared
         return prepared.packed(x, precision)[0]
@@ -185,7 +185,7 @@ class _Product(torch.autograd.Function):
 @torch.library.custom_op("slimlm::packed_linear", mutates_args=())
 def _product(x: Tensor, blob: Tensor, bias: Tensor | None, out: int, precision: str) -> Tensor:
     """What torch.compile sees: one operation that it does not look into."""
-    return Packed([blob], [bias], [out], x.shape[-1])(x, "fast" if precision == "fast" else "precise")[0]
+    return PackedProducts([blob], [bias], [out], x.shape[-1])(x, "fast" if precision == "fast" else "precise")[0]
 
 
 @_product.register_fake

@@ -1,9 +1,9 @@
-"""slimlm's own kernels for NVIDIA GPUs, written in Triton: 2:4 or dense codes of up to 4 bits, tables of 16 levels, an adapter.
+"""slimlm's own kernels for NVIDIA GPUs, written in Triton: 2:4 or dense codes of up to 4 bits, codebooks, an adapter.
 
-One launch multiplies by the base, adds the adapter's second half and the bias; one before it takes the adapter's first half.
-Activations are float16 or bfloat16 there, sums float32. For more tokens than `tiles.fused_up_to`, and for activations of
-32 or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients flow to the
-activations and the bias; the parts are frozen.
+One launch multiplies by the base, adds the product with the adapter's second factor and the bias; one before it multiplies by
+the adapter's first factor. Activations are float16 or bfloat16 there, sums float32. For more tokens than `tiles.fused_up_to`,
+and for activations of 32 or 64 bits, the weight is unpacked for one product (in float32 then) and cuBLAS multiplies. Gradients
+flow to the activations and the bias; the parts are frozen.
 
 No GPU has run these kernels yet: Triton's interpreter has, and the machine code has been read (docs/gpu.md).
 """
@@ -16,19 +16,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimlm.runtime.backends import Stored
-from slimlm.runtime.gpu import device, layout, products
-from slimlm.runtime.gpu.layout import Joint, Layer, Packed, Values
+from slimlm.runtime.gpu import device, layout, products, stacking
+from slimlm.runtime.gpu.layout import GpuLayer, Packed, Values
+from slimlm.runtime.gpu.products import SecondFactor
+from slimlm.runtime.gpu.stacking import Stack
 
 
 @dataclass
-class Ready:
-    """A layer in the kernels' layout."""
+class PreparedOnGpu:
+    """A layer in the kernels' layout, with its bias."""
 
-    layer: Layer
+    layer: GpuLayer
     bias: Tensor | None
     """`[out]`, the layer's own, in its dtype"""
-    joint: Joint | None = None
-    """the weight of which this layer is a piece"""
+    stack: Stack | None = None
+    """the stacked weight of which this layer is a view"""
 
 
 class Gpu:
@@ -37,72 +39,83 @@ class Gpu:
     name = "gpu"
 
     def refuses(self, stored: Stored) -> str | None:
-        """Without Triton or a card that it can use, off that card, and for parts that the layout does not hold."""
+        """Why the kernels cannot run here, or do not take the layer; None: they can.
+
+        They need Triton and a GPU that it can use, and layers that are on this GPU and fit the layout.
+        """
         return device.refuses(stored.device) or layout.unfit(stored.descriptions, stored.shape)
 
-    def prepare(self, stored: Stored) -> Ready:
-        """Pack a layer where its tensors lie; raises CheckpointError where these do not fit its description."""
+    def prepare(self, stored: Stored) -> PreparedOnGpu:
+        """Pack a layer on the device where its tensors are.
+
+        Raises:
+            CheckpointError: the tensors do not fit their description.
+        """
         # What is made in inference mode could not be kept for gradients later.
         with torch.inference_mode(False):
             for dtype in products.NARROW:
                 products.constants(stored.device, dtype)
-            return Ready(layout.lay_out(stored), stored.bias)
+            return PreparedOnGpu(layout.lay_out(stored), stored.bias)
 
-    def matmul(self, x: Tensor, prepared: Ready) -> Tensor:
-        """x W^T + bias, in the dtype of x. One layer must not run on two streams at the same time."""
-        layer, t = prepared.layer, None
-        tail: tuple[Tensor, Tensor | None, Tensor | None, int] | None = None
+    def matmul(self, x: Tensor, prepared: PreparedOnGpu) -> Tensor:
+        """x W^T + bias `[..., out]` for x `[..., in]`, in the dtype of x; not for one layer on two streams at the same time."""
+        layer = prepared.layer
+        second = None
         if layer.tail is not None and layer.right is not None:
-            t = _first_half(x, layer.right, layer.counters)
-            own = layer.tail
-            if own.packed is not None:
-                tail = own.packed.words, own.packed.scale, own.packed.levels, own.group
-            elif own.values is not None:
-                tail = own.values, None, None, own.group
+            second = _second_factor(_times_right(x, layer.right, layer.counters), layer.tail)
         if layer.input_scale is not None:
             x = x * layer.input_scale.to(x.dtype)
-        return products.product(x, layer.base, layer.counters, bias=prepared.bias, t=t, tail=tail)
+        return products.product(x, layer.base, layer.counters, bias=prepared.bias, second=second)
 
 
-class Together:
+def _times_right(x: Tensor, right: Packed | Values, counters: Tensor) -> Tensor:
+    """x times the adapter's first factor, `[..., ranks]`."""
+    if isinstance(right, Packed):
+        return products.product(x, right, counters)
+    return F.linear(x, right.of(x.dtype))
+
+
+def _second_factor(t: Tensor, tail: layout.Tail) -> SecondFactor | None:
+    if tail.packed is not None:
+        return SecondFactor(t, tail.packed.words, tail.packed.scale, tail.packed.codebook, tail.group)
+    return None if tail.values is None else SecondFactor(t, tail.values, None, None, tail.group)
+
+
+class StackedLayers:
     """Layers that share their input, multiplied in one launch (two with adapters).
 
-    They become pieces of one weight, where they are not yet, and still multiply by themselves, too: with gradients, for more
-    tokens than `tiles.fused_up_to` and for activations of 32 or 64 bits.
+    They become views of one weight, unless they are already, and can still multiply by themselves, as they do with gradients,
+    for more tokens than `tiles.fused_up_to` and for activations of 32 or 64 bits.
+
+    Args:
+        prepared: layers that `stacking.refuses` accepts.
     """
 
-    def __init__(self, ready: Sequence[Ready]) -> None:
-        self.ready = tuple(ready)
-        joint = ready[0].joint
-        if joint is None or [id(own.layer) for own in ready] != [id(piece) for piece in joint.layers]:
+    def __init__(self, prepared: Sequence[PreparedOnGpu]) -> None:
+        self.prepared = tuple(prepared)
+        stack = prepared[0].stack
+        if stack is None or [id(own.layer) for own in prepared] != [id(view) for view in stack.layers]:
             with torch.inference_mode(False):
-                joint = layout.join([own.layer for own in ready])
-            for own, piece in zip(ready, joint.layers, strict=True):
-                own.layer, own.joint = piece, joint
-        self.joint: Joint = joint
+                stack = stacking.stack([own.layer for own in prepared])
+            for own, view in zip(prepared, stack.layers, strict=True):
+                own.layer, own.stack = view, stack
+        self.stack: Stack = stack
         self.bias = self._biases()
 
     def _biases(self) -> Tensor | None:
-        """Of all rows `[rows]`, zero where a layer has none and where rows fill up."""
-        found = [own.bias for own in self.ready if own.bias is not None]
+        """The biases of all rows `[rows]`, zero for padding and layers without one."""
+        found = [own.bias for own in self.prepared if own.bias is not None]
         if not found:
             return None
-        bias = found[0].new_zeros(self.joint.base.rows)
-        for own, rows in zip(self.ready, self.joint.rows, strict=True):
+        bias = found[0].new_zeros(self.stack.base.rows)
+        for own, rows in zip(self.prepared, self.stack.rows, strict=True):
             if own.bias is not None:
                 bias[rows] = own.bias
         return bias.detach()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Each layer's x W^T + bias."""
-        if not products.fits_one_launch(x, self.joint.base) or (torch.is_grad_enabled() and x.requires_grad):
-            return tuple([Gpu().matmul(x, own) for own in self.ready])
-        y = products.joint_product(x, self.joint, self.bias)
-        return tuple([y[..., rows] for rows in self.joint.rows])
-
-
-def _first_half(x: Tensor, right: Packed | Values, counters: Tensor) -> Tensor:
-    """x R^T `[..., ranks]`."""
-    if isinstance(right, Packed):
-        return products.product(x, right, counters)
-    return F.linear(x, right.of(x.dtype))
+        """Each layer's x W^T + bias `[..., out]` for x `[..., in]`."""
+        if not products.fits_one_launch(x, self.stack.base) or (torch.is_grad_enabled() and x.requires_grad):
+            return tuple([Gpu().matmul(x, own) for own in self.prepared])
+        y = products.stacked_product(x, self.stack, self.bias)
+        return tuple([y[..., rows] for rows in self.stack.rows])

@@ -1,6 +1,6 @@
-"""What the GPU kernels need of this machine, and why it cannot be had where it cannot, in words.
+"""What the GPU kernels need of this machine, and why they cannot run where they cannot.
 
-What only a launch can tell is found by one: the first question about a card takes as long as Triton takes to compile.
+Whether Triton can start kernels is found by a launch, so the first question about a GPU takes as long as Triton compiles.
 """
 
 import os
@@ -12,11 +12,11 @@ from importlib.util import find_spec
 import torch
 
 OLDEST_TRITON = (3, 6)
-"""Older ones have not been tried. Which one torch was built for is torch's to say."""
-OLDEST_CARD = (8, 0)
+"""Older versions have not been tried."""
+LEAST_CAPABILITY = (8, 0)
 """Compute capability (Ampere): asynchronous copies, and tensor cores for bfloat16."""
 _LONGEST = 300
-"""Characters of an error that are given on: commands that failed can be long."""
+"""Characters of an error that are reported: the commands that it quotes can be long."""
 
 
 def interpreted() -> bool:
@@ -32,14 +32,14 @@ def triton_version() -> str | None:
     try:
         return version("triton")
     except PackageNotFoundError:
-        # Some builds of torch carry it under another name.
+        # Some builds of torch bring it under another name.
         import triton
 
         return str(triton.__version__)
 
 
 def lacks_triton() -> str | None:
-    """Why there is no Triton to compile the kernels with; None: there is."""
+    """Why there is no Triton to compile the kernels with; None: there is one."""
     found = triton_version()
     if found is None:
         return "Triton is not installed: python -m pip install 'slimlm[gpu]'"
@@ -57,39 +57,44 @@ def refuses(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the layer is on {device}, and these kernels run on NVIDIA GPUs"
-    if (reason := lacks_card(device)) is not None:
+    if (reason := lacks_gpu(device)) is not None:
         return reason
-    return _cannot_start(torch.cuda.current_device() if device.index is None else device.index)
+    return cannot_start(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _cannot_start(index: int) -> str | None:
-    """Why Triton can start no kernel on the card of this number, found by starting one; None: it can.
+def cannot_start(index: int) -> str | None:
+    """Why Triton can start no kernel on the GPU of this number, found by starting one; None: it can.
 
-    Triton compiles a driver of its own at the first launch, for which it needs a C compiler, Python's headers and libcuda, and
-    calls an assembler that may be older than the card. A card is tried once in a process.
+    At the first launch Triton compiles a driver of its own, for which it needs a C compiler, Python's headers and libcuda, and
+    calls an assembler that may be older than the GPU. Each GPU is tried once in a process.
     """
     try:
-        _start_one(torch.device("cuda", index))
-    except Exception as error:  # Whatever it is, the kernels would meet it, too.
+        start_one(torch.device("cuda", index))
+    except Exception as error:  # Whatever it is, the kernels would fail with it, too.
         return f"Triton cannot start a kernel on {torch.cuda.get_device_name(index)}: {_in_one_line(error)}"
     return None
 
 
-def _start_one(device: torch.device) -> None:
+def start_one(device: torch.device) -> None:
+    """Start the smallest kernel there is on a device.
+
+    Raises:
+        Exception: what Triton and the driver raise where they cannot.
+    """
     from slimlm.runtime.gpu import trial
 
     trial.start(device)
 
 
 def _in_one_line(error: Exception) -> str:
-    """What kind of error it is and the first line of what it says, cut where that is long."""
+    """The kind of an error and the first line of its text, cut where that is long."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:_LONGEST]}" if said else type(error).__name__
 
 
 def absent(device: torch.device) -> str | None:
-    """Why torch cannot put a model on this device, in words; None: it can, or the device is no card."""
+    """Why torch cannot put a model on this device; None: it can, or the device is no GPU."""
     if device.type != "cuda":
         return None
     if not torch.cuda.is_available():
@@ -98,25 +103,25 @@ def absent(device: torch.device) -> str | None:
     return f"torch finds {count} CUDA devices, counted from 0" if (device.index or 0) >= count else None
 
 
-def lacks_card(device: torch.device) -> str | None:
-    """Why a card that torch would call `device` cannot run the kernels, Triton aside; None: it can."""
+def lacks_gpu(device: torch.device) -> str | None:
+    """Why the GPU that torch calls `device` cannot run the kernels, apart from Triton; None: it can."""
     if torch.version.hip is not None:
         return "this torch was built for AMD GPUs, and the kernels for NVIDIA's"
     if torch.version.cuda is None:
         return "this torch was built for the CPU alone"
     if not torch.cuda.is_available():
-        return "torch could use an NVIDIA GPU and sees none: there is no card, or no driver"
+        return "torch could use an NVIDIA GPU and sees none: there is no GPU, or no driver"
     found = torch.cuda.get_device_capability(device)
-    if found < OLDEST_CARD:
+    if found < LEAST_CAPABILITY:
         return (
             f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and the kernels need "
-            f"{OLDEST_CARD[0]}.{OLDEST_CARD[1]} or later"
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or later"
         )
     return None
 
 
-def words(device: torch.device) -> str:
-    """The card and who compiles for it, such as "triton 3.7.1, sm_90"."""
+def describe(device: torch.device) -> str:
+    """The version of Triton and the GPU's architecture, such as "triton 3.7.1, sm_90"."""
     if device.type != "cuda":
         return f"triton {triton_version()}, interpreted"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,6 +1,6 @@
-"""How a layer lies in a GPU's memory: made at load from a checkpoint's parts, never written to disk.
+"""The layout of a layer in a GPU's memory, made at load from a checkpoint's parts and never written to disk.
 
-Codes of up to 4 bits are nibbles of int32 words: in two's complement on the even grid, as indices under a table of levels.
+Codes of up to 4 bits are nibbles of int32 words: numbers in two's complement on an even grid, indices into a codebook.
 
 A 2:4 weight, `[blocks, 3, rows, 8]`: a block is 256 inputs and word c of a row stands for 32 of them, 8 groups of four.
 Nibble g of the three planes is group g's first kept value, its second, and a bit for each of its places, two of which are set.
@@ -12,10 +12,9 @@ Any other weight, `[blocks, rows, 8]`: a block is 64 inputs, word c stands for 8
 Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with one for as many inputs as divide both the group
 and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves.
 
-Rows are filled up with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
+Rows are padded with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
 
-Layers that share their input (q, k and v; gate and up) can be one weight, their rows below each other (`join`). Each of them
-then is a piece of it, and nothing lies in memory twice.
+Layers that share their input can be stacked into one weight (stacking.py).
 """
 
 from collections.abc import Sequence
@@ -31,16 +30,16 @@ from slimlm.core.parts import Codebook, Description, Elementwise, LowRank, Plain
 from slimlm.runtime.backends import Stored
 
 ROWS = 64
-"""Rows are filled up to a multiple of this, and so are ranks."""
+"""Rows are padded to a multiple of this, and so are ranks."""
 SPARSE_BLOCK, DENSE_BLOCK = 256, 128
 """Inputs of which scales lie together; a 2:4 weight's words come in blocks of 256, others' in blocks of 64."""
 LARGEST_CODE = 4
 """Bits of the largest code that a nibble holds."""
 MOST_TILES = 4
-"""Tiles of tokens in the largest launch; tiles.py has the weight unpacked for more tokens than these hold."""
+"""Tiles of tokens in the largest launch; for more tokens than these hold the weight is unpacked (tiles.py)."""
 
 _SLICE = 2**22
-"""Weights that are packed at a time; the work in between takes some tens of bytes for each."""
+"""Weights that are packed at a time; the intermediate tensors take some tens of bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +50,26 @@ class Packed:
     """int32, `[blocks, 3, rows, 8]` or `[blocks, rows, 8]`"""
     scale: Tensor
     """`[1]`, `[rows]` or `[blocks, rows, spans]`, in its storage dtype; of a tail `[groups of rows, ranks]`"""
-    levels: Tensor | None
-    """float32 `[16]`; None: the even grid"""
+    codebook: Tensor | None
+    """float32 `[16]`; None: the codes are numbers"""
     rows: int
     width: int
 
     @property
     def sparse(self) -> bool:
-        """Whether two of four are stored."""
+        """Whether the weight is stored as 2:4."""
         return self.words.ndim == 4
 
     def bytes(self) -> int:
-        """What lies in memory."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.levels) if t is not None)
+        """Bytes in the GPU's memory."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.codebook) if t is not None)
 
 
-class Held:
-    """Floats that lie on a card in the 16-bit dtypes of the activations that they have met, mostly one, and in no other.
+class CachedCasts:
+    """A float tensor that lies on a GPU in the 16-bit dtypes of activations that it was multiplied with, mostly one.
 
-    What is stored is often float16 and activations bfloat16: every product would convert it. What is converted once is kept for
-    good, as a captured graph may read it; what is stored, where no product reads it as it is, goes to main memory.
+    What is stored is often float16 where activations are bfloat16, so that every product would cast it. A cast is kept for
+    good, as a captured graph may read it; the stored tensor, where no product reads it as it is, moves to the CPU.
     """
 
     def __init__(self, stored: Tensor) -> None:
@@ -79,7 +78,7 @@ class Held:
         self._used: dict[torch.dtype, Tensor] = {}
 
     def of(self, dtype: torch.dtype) -> Tensor:
-        """In a dtype. Its first product must not be one that is captured."""
+        """The tensor in a dtype; the first call for a dtype must not be captured in a CUDA graph."""
         if (found := self._used.get(dtype)) is not None:
             return found
         if dtype.itemsize > 2 or torch.compiler.is_compiling():
@@ -92,58 +91,58 @@ class Held:
         return made
 
     def bytes_of_a_row(self) -> int:
-        """What lies on the card for each row."""
-        held = list(self._used.values()) or [self.stored]
-        return sum(own.shape[1] * own.element_size() for own in held)
+        """Bytes in the GPU's memory for each row."""
+        present = list(self._used.values()) or [self.stored]
+        return sum(own.shape[1] * own.element_size() for own in present)
 
 
 @dataclass(frozen=True)
 class Values:
     """An adapter's first factor as floats `[ranks, in]`."""
 
-    held: Held
+    casts: CachedCasts
     rows: slice
-    """which ranks of what is held, where several layers hold it together"""
+    """the ranks of this layer, where several layers share a tensor"""
 
     @classmethod
     def made(cls, values: Tensor) -> "Values":
-        """All rows of a tensor, which is kept."""
-        return cls(Held(values), slice(0, len(values)))
+        """All rows of a tensor."""
+        return cls(CachedCasts(values), slice(0, len(values)))
 
     def part(self, first: int, height: int) -> "Values":
-        """Some of the rows, held together with the others."""
-        return Values(self.held, slice(self.rows.start + first, self.rows.start + first + height))
+        """Some of the rows, in the same tensor."""
+        return Values(self.casts, slice(self.rows.start + first, self.rows.start + first + height))
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
 
     def of(self, dtype: torch.dtype) -> Tensor:
-        """The values in a dtype, as by `Held.of`."""
-        return self.held.of(dtype)[self.rows]
+        """The values in a dtype, as by `CachedCasts.of`."""
+        return self.casts.of(dtype)[self.rows]
 
     def stored(self) -> Tensor:
-        """The values in the dtype that they are stored in, on the card."""
-        return self.held.stored[self.rows].to(self.held.device)
+        """The values in the dtype that they are stored in, on the GPU."""
+        return self.casts.stored[self.rows].to(self.casts.device)
 
     def bytes(self) -> int:
-        """What lies in memory on the card."""
-        return len(self) * self.held.bytes_of_a_row()
+        """Bytes in the GPU's memory."""
+        return len(self) * self.casts.bytes_of_a_row()
 
 
 @dataclass(frozen=True)
 class Tail:
-    """An adapter's second factor, `[out, rank]`: packed, or as the 16 or 32 bits that it is."""
+    """An adapter's second factor `[out, rank]`: packed, or floats of 16 or 32 bits."""
 
     packed: Packed | None
     group: int
-    """rows that share the scales of a packed one's ranks"""
+    """rows of a packed factor that share the scales of its ranks"""
     values: Tensor | None
-    """`[rows, ranks]`, filled up with zeros"""
+    """`[rows, ranks]`, padded with zeros"""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer ready to multiply."""
+class GpuLayer:
+    """A layer in the kernels' layout."""
 
     base: Packed
     right: Packed | Values | None
@@ -152,39 +151,15 @@ class Layer:
     input_scale: Tensor | None
     """`[in]`"""
     counters: Tensor
-    """int32 zeros, one for each tile of the largest launch; zeros again whenever a launch is over"""
+    """int32 zeros, one for each tile of the largest launch; they are zero again after every launch"""
 
     def bytes(self) -> int:
-        """What lies in memory, the counters left out."""
+        """Bytes in the GPU's memory, without the counters."""
         tail = self.tail
         values = None if tail is None else tail.values
         factors = (self.base, self.right, None if tail is None else tail.packed)
         sizes = sum(factor.bytes() for factor in factors if factor is not None)
         return sizes + (0 if values is None else values.numel() * values.element_size())
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Layers that share their input as one weight, each with its own adapter."""
-
-    base: Packed
-    """all rows below each other, those that fill up included"""
-    right: Packed | Values | None
-    """the adapters' first factors, likewise"""
-    tail: Tail | None
-    """the second factors below each other; as many ranks as the largest has, and its `group` means nothing"""
-    members: Tensor
-    """int32 `[rows / 64, 8]`: whose rows these are. Where its levels begin, and its ranks in t; how many blocks of 64 ranks it
-    has; its first row, and its first group of rows in the tail's scales; where the tail's levels begin; rows of such a group"""
-    right_members: Tensor | None
-    """the same of the first factors, of which levels alone matter"""
-    counters: Tensor
-    step: int
-    """128, or 64 where some layer has an odd number of 64 rows: no tile may have rows of two layers"""
-    layers: tuple[Layer, ...]
-    """the layers as pieces of the above"""
-    rows: tuple[slice, ...]
-    """where in the base's rows each layer's are, those that fill up left out"""
 
 
 def unfit(descriptions: Sequence[Description], shape: tuple[int, int]) -> str | None:
@@ -231,7 +206,7 @@ def _unfit(about: Description, multiple: int | None, width: int) -> str | None:
     return None
 
 
-def lay_out(stored: Stored) -> Layer:
+def lay_out(stored: Stored) -> GpuLayer:
     """Pack a layer that `unfit` has no word against, where its tensors lie; raises CheckpointError for damaged ones."""
     base, *extras = stored.parts()
     input_scale = None
@@ -247,11 +222,11 @@ def lay_out(stored: Stored) -> Layer:
         right, tail = _right(extra.right), _tail(extra.left)
     tallest = max(padded_rows(packed), padded_rows(right) if isinstance(right, Packed) else 0)
     counters = torch.zeros(MOST_TILES * tallest // ROWS, dtype=torch.int32, device=stored.device)
-    return Layer(packed, right, tail, input_scale, counters)
+    return GpuLayer(packed, right, tail, input_scale, counters)
 
 
 def padded_rows(packed: Packed) -> int:
-    """Rows with those that fill up."""
+    """The number of rows, padding included."""
     return packed.words.shape[-2]
 
 
@@ -369,139 +344,3 @@ def _tail(part: Elementwise) -> Tail:
     each = _filled(scale, grid.scale_shape((1, padded), group)[1], ranks).contiguous()
     words = _dense_words(_nibbles(part).T, padded, ranks)
     return Tail(Packed(words, each, _levels(part), out, ranks), group, None)
-
-
-def apart(layers: Sequence[Layer]) -> str | None:
-    """Why layers cannot be one weight, in words; None: they can."""
-    if any(layer.input_scale is not None for layer in layers):
-        return "inputs of one of them are scaled"
-    for what, kinds in (
-        ("bases", [_kind(layer.base) for layer in layers]),
-        ("first factors", [_kind(layer.right) for layer in layers]),
-        ("second factors", [None if layer.tail is None else _kind(layer.tail.packed or layer.tail.values) for layer in layers]),
-    ):
-        if len(set(kinds)) > 1:
-            return f"their {what} are of different kinds"
-    return None
-
-
-def _kind(factor: Packed | Values | Tensor | None) -> tuple[object, ...]:
-    """What has to agree."""
-    if factor is None:
-        return ()
-    if isinstance(factor, Values):
-        return (factor.held.stored.dtype,)
-    if not isinstance(factor, Packed):
-        return (factor.dtype,)
-    # One scale for all can be given to every row.
-    spans = factor.scale.shape[2:]
-    inputs = factor.width if factor.scale.ndim != 2 else None
-    return (inputs, factor.sparse, factor.levels is not None, factor.scale.ndim == 3, spans)
-
-
-def join(layers: Sequence[Layer]) -> Joint:
-    """One weight of layers that `apart` has no word against."""
-    heights = [padded_rows(layer.base) for layer in layers]
-    firsts = [sum(heights[:i]) for i in range(len(heights))]
-    base = _joined([layer.base for layer in layers])
-    right, right_members = _joined_right([layer.right for layer in layers])
-    ranks = [0 if layer.right is None else _height(layer.right) for layer in layers]
-    tails = [layer.tail for layer in layers if layer.tail is not None]
-    tail = _joined_tails(tails) if tails else None
-    groups = [0 if own.packed is None else len(own.packed.scale) for own in tails] or [0] * len(layers)
-    own_groups = [own.group for own in tails] or [1] * len(layers)
-    table = [
-        [16 * i, sum(ranks[:i]), ranks[i] // ROWS, firsts[i], sum(groups[:i]), 16 * i, own_groups[i], 0]
-        for i, height in enumerate(heights)
-        for _ in range(height // ROWS)
-    ]
-    where = base.words.device
-    counters = torch.zeros(MOST_TILES * max(sum(heights), sum(ranks)) // ROWS, dtype=torch.int32, device=where)
-    members = torch.tensor(table, dtype=torch.int32).to(where)
-    pieces = []
-    for i, (layer, first, height) in enumerate(zip(layers, firsts, heights, strict=True)):
-        begin = sum(ranks[:i])
-        own_right = None if right is None else _piece(right, begin, ranks[i], ranks[i], i)
-        own_tail = None if tail is None else _tail_piece(tail, layer, (first, height), sum(groups[:i]), i)
-        piece = _piece(base, first, height, layer.base.rows, i)
-        assert isinstance(piece, Packed)
-        pieces.append(Layer(piece, own_right, own_tail, None, counters))
-    rows = tuple(slice(first, first + layer.base.rows) for layer, first in zip(layers, firsts, strict=True))
-    step = 2 * ROWS if all(height % (2 * ROWS) == 0 for height in heights) else ROWS
-    return Joint(base, right, tail, members, right_members, counters, step, tuple(pieces), rows)
-
-
-def _height(factor: Packed | Values) -> int:
-    return padded_rows(factor) if isinstance(factor, Packed) else len(factor)
-
-
-def _joined(factors: Sequence[Packed]) -> Packed:
-    words = torch.cat([factor.words for factor in factors], dim=-2)
-    if factors[0].scale.ndim == 3:
-        scale = _cat([factor.scale for factor in factors], dim=1)
-    else:
-        scale = _cat([factor.scale.expand(padded_rows(factor)) for factor in factors], dim=0)
-    return Packed(words, scale, _joined_levels(factors), words.shape[-2], factors[0].width)
-
-
-def _joined_levels(factors: Sequence[Packed]) -> Tensor | None:
-    levels = [factor.levels for factor in factors if factor.levels is not None]
-    return torch.cat(levels) if levels else None
-
-
-def _cat(scales: Sequence[Tensor], dim: int) -> Tensor:
-    """In the widest of their dtypes: where one is float32, float16 did not hold it."""
-    wide = torch.float32 if any(scale.dtype == torch.float32 for scale in scales) else scales[0].dtype
-    return torch.cat([scale.to(wide) for scale in scales], dim=dim)
-
-
-def _joined_right(factors: Sequence[Packed | Values | None]) -> tuple[Packed | Values | None, Tensor | None]:
-    values = [factor for factor in factors if isinstance(factor, Values)]
-    if values:
-        return Values.made(torch.cat([factor.stored() for factor in values])), None
-    packed = [factor for factor in factors if isinstance(factor, Packed)]
-    if not packed:
-        return None, None
-    right = _joined(packed)
-    table = [[16 * i, 0, 0, 0, 0, 0, 1, 0] for i, own in enumerate(packed) for _ in range(padded_rows(own) // ROWS)]
-    return right, torch.tensor(table, dtype=torch.int32).to(right.words.device)
-
-
-def _joined_tails(tails: Sequence[Tail]) -> Tail:
-    pad = torch.nn.functional.pad
-    values = [tail.values for tail in tails if tail.values is not None]
-    if values:
-        ranks = max(own.shape[1] for own in values)
-        return Tail(None, 1, torch.cat([pad(own, (0, ranks - own.shape[1])) for own in values]))
-    packed = [tail.packed for tail in tails if tail.packed is not None]
-    ranks = max(own.width for own in packed)
-    words = torch.cat([pad(own.words, (0, 0, 0, 0, 0, ranks // ROWS - len(own.words))) for own in packed], dim=1)
-    scale = _cat([pad(own.scale, (0, ranks - own.scale.shape[1])) for own in packed], dim=0)
-    return Tail(Packed(words, scale, _joined_levels(packed), words.shape[1], ranks), 1, None)
-
-
-def _piece(factor: Packed | Values, first: int, height: int, rows: int, number: int) -> Packed | Values:
-    """Of a joint factor one layer's rows, as views."""
-    if isinstance(factor, Values):
-        return factor.part(first, height)
-    own = slice(first, first + height)
-    scale = factor.scale[:, own] if factor.scale.ndim == 3 else factor.scale[own]
-    return Packed(factor.words[..., own, :], scale, _piece_of_levels(factor, number), rows, factor.width)
-
-
-def _piece_of_levels(factor: Packed, number: int) -> Tensor | None:
-    return None if factor.levels is None else factor.levels[16 * number : 16 * number + 16]
-
-
-def _tail_piece(joint: Tail, layer: Layer, own: tuple[int, int], group: int, number: int) -> Tail:
-    assert layer.tail is not None
-    first, height = own
-    if joint.values is not None:
-        assert layer.tail.values is not None
-        return Tail(None, 1, joint.values[first : first + height, : layer.tail.values.shape[1]])
-    packed, before = joint.packed, layer.tail.packed
-    assert packed is not None and before is not None
-    words = packed.words[: len(before.words), first : first + height]
-    scale = packed.scale[group : group + len(before.scale), : before.scale.shape[1]]
-    levels = _piece_of_levels(packed, number)
-    return Tail(Packed(words, scale, levels, before.rows, before.width), layer.tail.group, None)

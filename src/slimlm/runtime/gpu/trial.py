@@ -1,4 +1,4 @@
-"""The smallest kernel there is, started to see whether Triton can start any."""
+"""The smallest kernel there is, started to find out whether Triton can start kernels at all."""
 
 from typing import Any
 
@@ -19,7 +19,11 @@ _KERNEL = triton.jit(_write)
 
 
 def start(device: torch.device) -> None:
-    """Write a number on a device and read it; raises what Triton and the driver raise, and KernelError where it is another."""
+    """Write a number on a device by a kernel and read it.
+
+    Raises:
+        KernelError: another number was written. What Triton and the driver raise is raised, too.
+    """
     with torch.inference_mode(False):
         out = torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda":

@@ -73,7 +73,7 @@ class Product(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def functions() -> ctypes.CDLL:
     """The library with its signatures; raises KernelError where there is none."""
     found = native.library()
     if found is None:
@@ -99,15 +99,15 @@ def float_type(dtype: torch.dtype) -> int:
     return _TYPES[dtype]
 
 
-def use(variant: str) -> None:
+def use_variant(variant: str) -> None:
     """Run this variant from now on (see `native.status`), for tests and measurements; raises KernelError for an unknown one."""
-    if _library().slimlm_use(variant.encode()):
+    if functions().slimlm_use(variant.encode()):
         raise KernelError(f"there is no variant {variant!r} of the kernels that this processor can run")
 
 
-def active() -> str:
+def active_variant() -> str:
     """The name of the variant that runs."""
-    return str(_library().slimlm_active().decode())
+    return str(functions().slimlm_active().decode())
 
 
 def pack(matrices: Sequence[Matrix]) -> Tensor:
@@ -116,24 +116,24 @@ def pack(matrices: Sequence[Matrix]) -> Tensor:
     Raises CheckpointError where the stored tensors do not fit their shape.
     """
     array = (Matrix * len(matrices))(*matrices)
-    library = _library()
-    size = library.slimlm_packed_bytes(array, len(matrices))
+    kernels = functions()
+    size = kernels.slimlm_packed_bytes(array, len(matrices))
     _check(-size if size < 0 else 0)
     blob = torch.empty(size, dtype=torch.uint8)
-    _check(library.slimlm_pack(array, len(matrices), blob.data_ptr(), size))
+    _check(kernels.slimlm_pack(array, len(matrices), blob.data_ptr(), size))
     return blob
 
 
 def unpack(blob: Tensor, index: int, shape: tuple[int, int], precision: Precision) -> Tensor:
     """What matrix `index` of the bytes stands for in products of this precision: float32 `[out, in]`."""
     dense = torch.zeros(shape)
-    _check(_library().slimlm_unpack(blob.data_ptr(), blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
+    _check(functions().slimlm_unpack(blob.data_ptr(), blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
     return dense
 
 
-def whole(blob: Tensor) -> bool:
+def is_valid(blob: Tensor) -> bool:
     """Whether bytes from a file are a packed layer of this layout, by their sizes and the sum over their headers."""
-    return _library().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
+    return functions().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
 
 
 class _Call:
@@ -151,7 +151,7 @@ class _Call:
         self.arguments = products, count, self.x, self.kind, self.batch, width_, self.precision, self.threads
 
 
-class Packed:
+class PackedProducts:
     """Layers that share an input, ready to multiply: bytes, biases, and the arguments of earlier calls to use again."""
 
     def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
@@ -159,7 +159,7 @@ class Packed:
         self.blobs = [blob if blob.data_ptr() % 64 == 0 else blob.clone() for blob in blobs]
         self.biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
         self.outs, self.width = tuple(outs), width
-        self._run = _library().slimlm_products
+        self._run = functions().slimlm_products
         self._calls: list[_Call] = []
         """as many as threads have multiplied at once; a list's pop and append need no lock"""
 
@@ -192,17 +192,17 @@ class Packed:
         return ys
 
 
-def product(packed: Packed) -> Product:
+def single_product(packed: PackedProducts) -> Product:
     """A single layer, for calls that multiply within; the result knows addresses only, so `packed` must outlive it."""
     [blob], [bias] = packed.blobs, packed.biases
     return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
 
 
-def found(error: int) -> str:
+def describe_error(error: int) -> str:
     """What an error code of the kernels stands for, in words."""
     return _ERRORS.get(error, f"error {error} of csrc/kernels.h")
 
 
 def _check(error: int) -> None:
     if error:
-        raise CheckpointError(f"the CPU kernels found {found(error)}")
+        raise CheckpointError(f"the CPU kernels found {describe_error(error)}")

@@ -1,8 +1,7 @@
-"""CUDA streams and graphs that are pretended, as far as a capture needs them: what goes to which card, and what is replayed.
+"""CUDA streams and graphs of two fake GPUs, as far as a capture needs them: which GPU computes what, and what is replayed.
 
-A card's kernels are the calls themselves, run on the CPU. Inside a capture a call whose tensors lie on the capturing stream's
-card is kept for the graph and leaves its result unmade, as a card would; one on another card runs at once, and the graph
-stays empty.
+A GPU's kernels are the calls themselves, run on the CPU. Inside a capture a call whose tensors are on the capturing stream's
+GPU is recorded in the graph; one whose tensors are on another GPU runs at once, and the graph stays empty.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of one card."""
+    """A stream of one GPU."""
 
     device: torch.device
 
     def wait_stream(self, other: "Stream") -> None:
-        """Streams of two cards have no need to wait for each other here."""
+        """Streams of two GPUs have no need to wait for each other here."""
         assert self.device == other.device
 
 
@@ -39,13 +38,13 @@ class Graph:
 
 
 @dataclass
-class Cards:
-    """Two cards, the first of which is the current one."""
+class FakeCuda:
+    """Two GPUs, the first of which is the current one."""
 
     current: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     capturing: tuple[Graph, Stream] | None = None
     used: list[torch.device] = field(default_factory=list)
-    """the cards that were current whenever a graph was captured"""
+    """the GPUs that were current whenever a graph was captured"""
 
     @contextmanager
     def device(self, wanted: Any) -> Iterator[None]:
@@ -58,7 +57,7 @@ class Cards:
 
     @contextmanager
     def graph(self, graph: Graph, stream: Stream | None = None) -> Iterator[None]:
-        """As torch.cuda.graph: without a stream, one of the current card."""
+        """As torch.cuda.graph: without a stream, one of the current GPU."""
         self.used.append(self.current)
         self.capturing = graph, stream or Stream(self.current)
         try:
@@ -67,7 +66,7 @@ class Cards:
             self.capturing = None
 
     def on(self, where: torch.device, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A call whose tensors lie on this card."""
+        """A call whose tensors are on this GPU."""
 
         def launched() -> Tensor:
             made = call()
@@ -78,14 +77,14 @@ class Cards:
         return launched
 
 
-def pretend_cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
-    """Let torch.cuda be two such cards."""
-    cards = Cards()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(torch.device(device or cards.current)))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(torch.device(device or cards.current)))
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Replace what torch.cuda offers by two fake GPUs."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(torch.device(device or cuda.current)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(torch.device(device or cuda.current)))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", cards.graph)
-    monkeypatch.setattr(torch.cuda, "device", cards.device)
+    monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
+    monkeypatch.setattr(torch.cuda, "device", cuda.device)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    return cards
+    return cuda

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from slimlm.core.parts import Part
-from slimlm.inference.decode.grouped import joint
-from slimlm.runtime.backends.triton import Gpu, Together
-from slimlm.runtime.gpu import layout, tiles
+from slimlm.inference.decode.grouped import grouped_call
+from slimlm.runtime.backends.triton import Gpu, StackedLayers
+from slimlm.runtime.gpu import layout, stacking, tiles
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.whole_model import words
-from tests.runtime.gpu.test_products import (
+from slimlm.runtime.whole_model import describe
+from tests.runtime.gpu.layers import (
     ERRORS,
     REASON,
     WHERE,
@@ -69,8 +69,8 @@ def built(parts: Sequence[tuple[Part, ...]], *, bias: bool = True) -> list[Compr
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 1), (torch.bfloat16, 9)], ids=str)
 def test_each_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype, batch: int) -> None:
     parts, x = trios()[name], draw(batch, WIDTH, seed=4).to(dtype)
-    together = joint(built(parts))
-    assert isinstance(together, Together)
+    together = grouped_call(built(parts))
+    assert isinstance(together, StackedLayers)
     for own, y in zip(parts, together(x.to(WHERE)), strict=True):
         assert y.dtype == dtype and error(y, exact(own, x)) < ERRORS[dtype]
 
@@ -81,7 +81,7 @@ def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:
     x = draw(2, WIDTH, seed=4).to(WHERE, torch.float16)
     layers = built(trios()[name])
     before = [one(x) for one in layers]
-    joint(layers)
+    grouped_call(layers)
     assert all(torch.equal(one(x), y) for one, y in zip(layers, before, strict=True))
     wide = x.float()
     for own, one in zip(trios()[name], layers, strict=True):
@@ -91,7 +91,7 @@ def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:
 @interpreted
 def test_all_inputs_that_one_launch_does_not_take_go_through_the_layers_by_themselves() -> None:
     parts = trios()["2:4 groups of 32 + adapters"]
-    together = joint(built(parts))
+    together = grouped_call(built(parts))
     many, wide = draw(tiles.FUSED_UP_TO + 1, WIDTH).to(WHERE, torch.float16), draw(2, WIDTH).to(WHERE)
     for x in (many, wide):
         for own, y in zip(parts, together(x), strict=True):
@@ -108,7 +108,7 @@ def test_only_some_have_a_bias() -> None:
     layers = [layer(own, bias=i == 1) for i, own in enumerate(parts)]
     x = draw(1, WIDTH, seed=4).half()
     for i, (own, y) in enumerate(
-        zip(parts, Together([Gpu().prepare(one.stored()) for one in layers])(x.to(WHERE)), strict=True)
+        zip(parts, StackedLayers([Gpu().prepare(one.stored()) for one in layers])(x.to(WHERE)), strict=True)
     ):
         assert error(y, exact(own, x, bias=i == 1)) < ERRORS[torch.float16]
 
@@ -116,23 +116,23 @@ def test_only_some_have_a_bias() -> None:
 @interpreted
 def test_joined_layers_lie_in_memory_once_and_are_joined_once() -> None:
     layers = built(trios()["2:4 groups of 32 + adapters"])
-    one = joint(layers)
-    assert isinstance(one, Together)
+    one = grouped_call(layers)
+    assert isinstance(one, StackedLayers)
     places = {own.prepared().layer.base.words.untyped_storage().data_ptr() for own in layers}
-    assert places == {one.joint.base.words.untyped_storage().data_ptr()}
-    again = joint(layers)
-    assert isinstance(again, Together) and again.joint is one.joint
-    fewer = joint(layers[:2])
-    assert isinstance(fewer, Together) and len(fewer.joint.layers) == 2, "two of three are a weight of their own"
-    joint(layers)
+    assert places == {one.stack.base.words.untyped_storage().data_ptr()}
+    again = grouped_call(layers)
+    assert isinstance(again, StackedLayers) and again.stack is one.stack
+    fewer = grouped_call(layers[:2])
+    assert isinstance(fewer, StackedLayers) and len(fewer.stack.layers) == 2, "two of three are a weight of their own"
+    grouped_call(layers)
     model = nn.ModuleList(layers)
-    assert "3 of them, which share inputs, in 1 launches" in str(words(model))
+    assert "3 of them, which share inputs, in 1 launches" in str(describe(model))
 
 
 @interpreted
 def test_the_operation_is_well_behaved() -> None:
     ready = [Gpu().prepare(one.stored()) for one in built(trios()["2:4 groups of 32 + adapters"])]
-    own = Together(ready).joint
+    own = StackedLayers(ready).stack
     assert own.tail is not None and own.tail.packed is not None and isinstance(own.right, layout.Packed)
     x = draw(2, 1, WIDTH).to(WHERE, torch.float16)
     t = draw(2, 1, own.right.rows).to(WHERE, torch.float16)
@@ -140,7 +140,7 @@ def test_the_operation_is_well_behaved() -> None:
     arguments: tuple[Any, ...] = (x, own.base.words, own.base.scale, None, None, t, tail.words, tail.scale, None, own.members)
     arguments += (own.counters, own.base.rows, WIDTH, own.step)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.slimlm.gpu_joint_product.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.slimlm.gpu_stacked_product.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_operation_is_well_behaved() -> None:
 def test_layers_of_different_kinds_stay_apart_for_a_reason(others: tuple[Part, ...], words_: str) -> None:
     parts = ((pruned(codes((24, 48), "row")),), others)
     ready = [layout.lay_out(CompressedLinear.from_parts(own, None).stored()) for own in parts]
-    assert layout.apart(ready) == words_
+    assert stacking.refuses(ready) == words_
 
 
 def test_second_factors_of_different_kinds_are_the_reason() -> None:
@@ -166,16 +166,16 @@ def test_second_factors_of_different_kinds_are_the_reason() -> None:
     ready = [
         layout.lay_out(CompressedLinear.from_parts((base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")
     ]
-    assert layout.apart(ready) == "their second factors are of different kinds"
+    assert stacking.refuses(ready) == "their second factors are of different kinds"
 
 
 def test_one_scale_and_scales_of_rows_are_one_kind() -> None:
     parts = [pruned(codes((24, 48), "row")), pruned(codes((130, 48), "tensor"))]
-    own = layout.join([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts])
+    own = stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts])
     assert own.base.scale.shape == (64 + 192,) and own.step == 64 and own.rows == (slice(0, 24), slice(64, 194))
     assert own.members[:, 3].tolist() == [0, 64, 64, 64]
 
 
 def test_a_width_of_whole_tiles_lets_tiles_be_tall() -> None:
     parts = [pruned(codes((128, 48), "row")), pruned(codes((256, 48), "row"))]
-    assert layout.join([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts]).step == 128
+    assert stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts]).step == 128

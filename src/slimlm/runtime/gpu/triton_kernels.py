@@ -1,6 +1,6 @@
 """The Triton kernels: y = x W^T (+ t L^T) (+ bias) with W as it is packed, and W unpacked into a matrix.
 
-Importing this file imports Triton; `products.py` does so at the first launch. The layout is said in `layout.py`.
+Importing this file imports Triton; `products.py` does so at the first launch. `layout.py` describes the layout.
 
 The weight is the left operand of the tensor cores: a tile `[rows, 16]` of it is made in registers and multiplied by 16 inputs
 of a few tokens, `[16, tokens]`. The 16 are two neighbouring inputs under each of the 8 words of a row, so that a word turns
@@ -74,9 +74,9 @@ def _floats(words, number: tl.constexpr, even_bits, odd_bits, dtype: tl.constexp
 
 
 @triton.jit
-def _looked_up(levels, words, shift: tl.constexpr):
-    """The levels, float32, that the nibbles of words at a bit name."""
-    return tl.load(levels + ((words >> shift) & 15))
+def _looked_up(codebook, words, shift: tl.constexpr):
+    """The values, float32, that the nibbles of words at a bit are indices of."""
+    return tl.load(codebook + ((words >> shift) & 15))
 
 
 @triton.jit
@@ -100,17 +100,17 @@ def _dot(weight, x, total):
 
 @triton.jit
 def _sparse_block(
-    total, at, plane, scale, levels, x_at, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
+    total, at, plane, scale, codebook, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, has_codebook: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 256 inputs of a 2:4 weight; `scale` `[rows, 8]` is per word, 32 inputs."""
     first = tl.load(at)
     second = tl.load(at + plane)
     places = tl.load(at + 2 * plane)
-    if table:
+    if has_codebook:
         for group in tl.static_range(8):
-            one = _looked_up(levels, first, 4 * group)
-            two = _looked_up(levels, second, 4 * group)
+            one = _looked_up(codebook, first, 4 * group)
+            two = _looked_up(codebook, second, 4 * group)
             if scaled:
                 one = one * scale.to(tl.float32)
                 two = two * scale.to(tl.float32)
@@ -151,11 +151,11 @@ def _sparse_block(
 
 
 @triton.jit
-def _dense_weight(words, levels, number: tl.constexpr, even_bits, odd_bits, dtype: tl.constexpr, table: tl.constexpr):
-    """Inputs 2 x number and the next of every word's eight, `[rows, 16]`; levels in float32, codes in `dtype`."""
-    if table:
-        low = _looked_up(levels, words, 4 * number)
-        high = _looked_up(levels, words, 4 * number + 16)
+def _dense_weight(words, codebook, number: tl.constexpr, even_bits, odd_bits, dtype: tl.constexpr, has_codebook: tl.constexpr):
+    """Inputs 2 x number and the next of every word's eight, `[rows, 16]`; values of a codebook in float32, codes in `dtype`."""
+    if has_codebook:
+        low = _looked_up(codebook, words, 4 * number)
+        high = _looked_up(codebook, words, 4 * number + 16)
         weight = _side_by_side(low, high)
     else:
         weight = _floats(words, number, even_bits, odd_bits, dtype)
@@ -164,16 +164,16 @@ def _dense_weight(words, levels, number: tl.constexpr, even_bits, odd_bits, dtyp
 
 @triton.jit
 def _dense_block(
-    total, at, scale, levels, x_at, even_bits, odd_bits,
-    dtype: tl.constexpr, table: tl.constexpr, scaled: tl.constexpr,
+    total, at, scale, codebook, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, has_codebook: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     """Add the product with 64 inputs of a dense weight; `scale` `[rows, 8]` is per word, 8 inputs."""
     words = tl.load(at)
     if scaled:
         scale = _side_by_side(scale, scale)
     for number in tl.static_range(4):
-        weight = _dense_weight(words, levels, number, even_bits, odd_bits, dtype, table)
-        if scaled and table:
+        weight = _dense_weight(words, codebook, number, even_bits, odd_bits, dtype, has_codebook)
+        if scaled and has_codebook:
             weight = weight * scale.to(tl.float32)
         elif scaled:
             weight = _scaled(weight, scale, dtype)
@@ -183,14 +183,14 @@ def _dense_block(
 
 @triton.jit
 def _tail_block(
-    total, at, scale_at, levels, t_at, even_bits, odd_bits, dtype: tl.constexpr, table: tl.constexpr
+    total, at, scale_at, codebook, t_at, even_bits, odd_bits, dtype: tl.constexpr, has_codebook: tl.constexpr
 ):  # fmt: skip
     """Add the product with 64 ranks of the adapter's second factor; `scale_at` `[rows, 16]`: a scale per row and rank."""
     words = tl.load(at)
     for number in tl.static_range(4):
-        weight = _dense_weight(words, levels, number, even_bits, odd_bits, dtype, table)
+        weight = _dense_weight(words, codebook, number, even_bits, odd_bits, dtype, has_codebook)
         scale = tl.load(scale_at + 2 * number)
-        if table:
+        if has_codebook:
             weight = weight * scale.to(tl.float32)
         else:
             weight = _scaled(weight, scale, dtype)
@@ -200,17 +200,17 @@ def _tail_block(
 
 @triton.jit(do_not_specialize=["batch", "blocks", "share", "splits", "tail_blocks"])
 def product_kernel(
-    x, words, scale, levels, bias, y, partial, counters, bits, t, tail, tail_scale, tail_levels, members,
+    x, words, scale, codebook, bias, y, partial, counters, bits, t, tail, tail_scale, tail_codebook, members,
     batch, rows, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
-    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
-    has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_table: tl.constexpr, split: tl.constexpr,
-    joint: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
+    sparse: tl.constexpr, has_codebook: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
+    has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_has_codebook: tl.constexpr, split: tl.constexpr,
+    stacked: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
     """y `[batch, rows]`: a program makes `tile` rows for `tokens` tokens from its `share` of the blocks of inputs.
 
     x has whole blocks of inputs: loads under a mask at its end would not be copied ahead.
     padded: rows from one plane of words to the next, which are more than this layer's where it lies among others.
-    Where several layers are one weight (`joint`), `members` says what differs among them for every 64 rows (layout.Joint).
+    Where layers are stacked into one weight, `members` says what differs among them for every 64 rows (stacking.Stack).
 
     Where the blocks are split, partial sums meet in memory; the program that comes last adds them in their order, so that
     the result is the same every time, and leaves its counter at zero for the next launch.
@@ -231,14 +231,14 @@ def product_kernel(
     begin = part * share
     end = tl.minimum(begin + share, blocks)
     tail_row = row
-    if joint:
+    if stacked:
         member = members + (tl.program_id(0) * (tile // 64)) * 8
-        levels += tl.load(member)
+        codebook += tl.load(member)
         t += tl.load(member + 1)
         tail_blocks = tl.load(member + 2)
         tail_row = row - tl.load(member + 3)
         tail_scale += tl.load(member + 4) * tail_width
-        tail_levels += tl.load(member + 5)
+        tail_codebook += tl.load(member + 5)
         tail_group = tl.load(member + 6)
 
     place = row[:, None] * 8 + column[None, :]
@@ -260,7 +260,7 @@ def product_kernel(
             else:
                 own = 0.0
             total = _sparse_block(
-                total, at, plane, own, levels, x_at, even_bits, odd_bits, dtype, table, scaled
+                total, at, plane, own, codebook, x_at, even_bits, odd_bits, dtype, has_codebook, scaled
             )  # fmt: skip
             at += 3 * plane
         else:
@@ -271,8 +271,8 @@ def product_kernel(
                 else:
                     own = 0.0
                 total = _dense_block(
-                    total, at + half * plane, own, levels, x_at + half * 64, even_bits, odd_bits,
-                    dtype, table, scaled,
+                    total, at + half * plane, own, codebook, x_at + half * 64, even_bits, odd_bits,
+                    dtype, has_codebook, scaled,
                 )  # fmt: skip
             at += 2 * plane
         if scale_mode == BLOCK:
@@ -289,8 +289,8 @@ def product_kernel(
         for block in range(part, tail_blocks, splits):
             total = _tail_block(
                 total, tail + block * plane + place,
-                tail_scale + group[:, None] * tail_width + (block * 64 + ranks)[None, :], tail_levels,
-                t + source[None, :] * t_stride + (block * 64 + ranks)[:, None], even_bits, odd_bits, dtype, tail_table,
+                tail_scale + group[:, None] * tail_width + (block * 64 + ranks)[None, :], tail_codebook,
+                t + source[None, :] * t_stride + (block * 64 + ranks)[:, None], even_bits, odd_bits, dtype, tail_has_codebook,
             )  # fmt: skip
     elif tail_kind == DENSE_TAIL:
         rank = tl.arange(0, 64)
@@ -323,31 +323,33 @@ def product_kernel(
 
 
 @triton.jit
-def _named(words, levels, shift: tl.constexpr, table: tl.constexpr):
-    """What the nibbles of words at a bit are: levels, float32, or codes as they are stored."""
-    if table:
-        found = _looked_up(levels, words, shift)
+def _named(words, codebook, shift: tl.constexpr, has_codebook: tl.constexpr):
+    """What the nibbles of words at a bit are: values of a codebook, float32, or codes as they are stored."""
+    if has_codebook:
+        found = _looked_up(codebook, words, shift)
     else:
         found = (words >> shift) & 15
     return found
 
 
 @triton.jit
-def _eight(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+def _eight(words, codebook, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, has_codebook: tl.constexpr):
     """All nibbles of words `[rows, n]`, `[rows, 8 n]`: number 4 h + 2 m + l of a word lies at bit h high + m middle + l low."""
-    # Levels are looked up before they are joined: afterwards the nibbles would cross threads for it.
-    at0 = tl.join(_named(words, levels, 0, table), _named(words, levels, high, table))
-    at1 = tl.join(_named(words, levels, low, table), _named(words, levels, high + low, table))
-    at2 = tl.join(_named(words, levels, middle, table), _named(words, levels, high + middle, table))
-    at3 = tl.join(_named(words, levels, middle + low, table), _named(words, levels, high + middle + low, table))
+    # Values are looked up before they are joined: afterwards the nibbles would cross threads for it.
+    at0 = tl.join(_named(words, codebook, 0, has_codebook), _named(words, codebook, high, has_codebook))
+    at1 = tl.join(_named(words, codebook, low, has_codebook), _named(words, codebook, high + low, has_codebook))
+    at2 = tl.join(_named(words, codebook, middle, has_codebook), _named(words, codebook, high + middle, has_codebook))
+    at3 = tl.join(
+        _named(words, codebook, middle + low, has_codebook), _named(words, codebook, high + middle + low, has_codebook)
+    )
     return tl.reshape(tl.join(tl.join(at0, at2), tl.join(at1, at3)), [words.shape[0], 8 * words.shape[1]])
 
 
 @triton.jit
-def _values(words, levels, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, table: tl.constexpr):
+def _values(words, codebook, high: tl.constexpr, middle: tl.constexpr, low: tl.constexpr, has_codebook: tl.constexpr):
     """What all nibbles of words stand for, float32, in the order of `_eight`."""
-    found = _eight(words, levels, high, middle, low, table)
-    if not table:
+    found = _eight(words, codebook, high, middle, low, has_codebook)
+    if not has_codebook:
         found = ((found ^ 8) - 8).to(tl.float32)
     return found
 
@@ -361,8 +363,8 @@ def _repeated(tile, times: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
-    words, scale, levels, out, rows, padded, out_stride, scale_stride, scale_group,
-    sparse: tl.constexpr, table: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
+    words, scale, codebook, out, rows, padded, out_stride, scale_stride, scale_group,
+    sparse: tl.constexpr, has_codebook: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
     tile: tl.constexpr,
 ):  # fmt: skip
     """The matrix that a packed weight stands for, in the dtype of `out`; 256 (2:4) or 64 inputs of `tile` rows a program.
@@ -394,9 +396,9 @@ def unpack_kernel(
     if sparse:
         at = words + block * 3 * plane + place
         factor = _repeated(factor, 8)
-        one = (_values(tl.load(at), levels, 16, 8, 4, table) * factor).to(dtype)
-        two = (_values(tl.load(at + plane), levels, 16, 8, 4, table) * factor).to(dtype)
-        kept = _eight(tl.load(at + 2 * plane), levels, 16, 8, 4, False)
+        one = (_values(tl.load(at), codebook, 16, 8, 4, has_codebook) * factor).to(dtype)
+        two = (_values(tl.load(at + plane), codebook, 16, 8, 4, has_codebook) * factor).to(dtype)
+        kept = _eight(tl.load(at + 2 * plane), codebook, 16, 8, 4, False)
         none = tl.full(one.shape, 0.0, dtype)
         at0, at1, at2, at3 = (kept & 1) != 0, (kept & 2) != 0, (kept & 4) != 0, (kept & 8) != 0
         value0 = tl.where(at0, one, none)
@@ -406,7 +408,7 @@ def unpack_kernel(
         values = tl.reshape(tl.join(tl.join(value0, value2), tl.join(value1, value3)), [tile, inputs])
     else:
         # Input 2 j + h of a word's eight lies at bits 16 h + 4 j.
-        values = _values(tl.load(words + block * plane + place), levels, 8, 4, 16, table)
+        values = _values(tl.load(words + block * plane + place), codebook, 8, 4, 16, has_codebook)
         if tail:
             values *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
         else:

@@ -1,5 +1,5 @@
 // A whole pass through the blocks of a Llama-like decoder: for each text some new tokens, whose keys and values join those
-// kept of the tokens before. One token each is a step of writing, many are the reading of a prompt. Between two products lie
+// kept of the tokens before. One token each is a decoding step, many are the prefill of a prompt. Between two products lie
 // a few microseconds of arithmetic; a general library would take longer to call.
 
 #ifndef SLIMLM_DECODER_H
@@ -206,14 +206,14 @@ private:
         }
     }
 
-    // x [dim] turned by the angles of its position; `sine` carries the sign of each coordinate's partner.
+    // x [dim] rotated by the angles of its position; `sine` carries the sign of each coordinate's partner.
     static void turn(const float* x, const float* cosine, const float* sine, int64_t dim, float* y) {
         const int64_t half = dim / 2;
         for (int64_t i = 0; i < half; ++i) y[i] = x[i] * cosine[i] + x[i + half] * sine[i];
         for (int64_t i = half; i < dim; ++i) y[i] = x[i] * cosine[i] + x[i - half] * sine[i];
     }
 
-    // The new tokens' keys, turned, and values into the cache of T; then every query over what it sees. Whether T holds them.
+    // The new tokens' keys, rotated, and values into the cache of T; then every query over what it sees. Whether T holds them.
     template <class T>
     bool attend(const SlimlmBlock& block, const float* queries, const float* keys, const float* values, float* mixed) {
         const SlimlmDecoder& d = *about_;

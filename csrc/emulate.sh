@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run tests of the kernels on an x86-64 machine without AVX-512 against a library whose AVX-512 variant is emulated (slowly):
 #
-#     csrc/emulate.sh tests/runtime/test_kernels.py [more of pytest's arguments]
+#     csrc/emulate.sh tests/runtime/cpu/test_kernels.py [more of pytest's arguments]
 #
 # Those tests run every variant that the library offers. PYTHON names the interpreter, CXX the compiler.
 set -euo pipefail

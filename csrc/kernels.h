@@ -25,8 +25,8 @@ enum SlimlmError {
     SLIMLM_OK = 0,
     SLIMLM_BAD_ARGUMENT = 1,
     SLIMLM_BAD_BLOB = 2,          // not a blob, another layout, or cut short
-    SLIMLM_NO_ZERO_LEVEL = 3,     // a table without the level zero under a mask that leaves out more than 2:4 does
-    SLIMLM_NOT_TWO_OF_FOUR = 4,   // more than two kept in four inputs
+    SLIMLM_NO_ZERO_LEVEL = 3,     // a codebook without zero under a mask other than 2:4
+    SLIMLM_NOT_TWO_OF_FOUR = 4,   // a mask with more than two weights in four inputs
     SLIMLM_WRONG_SIZE = 5,        // stored tensors do not have the sizes that the shape asks for
     SLIMLM_NO_MEMORY = 6,
     SLIMLM_BEYOND_HALF = 7,       // a key or value that a float16 cache does not hold: too large, or a head's all too small
@@ -35,26 +35,26 @@ enum SlimlmError {
 enum SlimlmType { SLIMLM_F32 = 0, SLIMLM_F16 = 1, SLIMLM_BF16 = 2 };
 
 enum SlimlmPrecision {
-    SLIMLM_FAST = 0,     // activations as 8-bit integers per 128 inputs, tables of levels as 7-bit integers
-    SLIMLM_PRECISE = 1,  // activations as 16-bit integers, tables as 12-bit integers
+    SLIMLM_FAST = 0,     // activations as 8-bit integers per 128 inputs, codebooks as 7-bit integers
+    SLIMLM_PRECISE = 1,  // activations as 16-bit integers, codebooks as 12-bit integers
 };
 
-// One stored matrix, as a checkpoint holds it (docs/checkpoint-format.md).
+// One stored matrix, as in a checkpoint (docs/checkpoint-format.md).
 typedef struct SlimlmMatrix {
     int64_t rows, columns;        // of the stored matrix; the left factor of a low-rank part is stored transposed
     int32_t transposed;           // 1: the matrix that multiplies is the transpose of the stored one
-    int32_t bits;                 // 2 to 8, with levels 1 to 4; 0: plain values of `type`
+    int32_t bits;                 // 2 to 8, with a codebook 1 to 4; 0: plain values of `type`
     int32_t type;                 // SlimlmType of `values` where bits is 0
     int32_t two_of_four;          // 1: lay out as 2:4; 0: a mask, if any, becomes zero codes
     const void* values;           // codes, rows of packed bits; or plain values
     int64_t values_bytes;
-    const uint8_t* keep;          // one bit per weight, rows start on bytes; NULL: all stay
+    const uint8_t* keep;          // the mask, one bit per weight, rows start on bytes; NULL: no mask
     const void* scale;            // [scale_rows, scale_columns], NULL for plain values
     int32_t scale_type;           // SLIMLM_F16 or SLIMLM_F32
     int64_t scale_rows, scale_columns;
     int64_t group;                // inputs that share a scale; 0: the whole row or matrix
-    const uint16_t* levels;       // float16 [2^bits]; NULL: the even grid
-    const uint16_t* input_scale;  // float16 [columns]; NULL: ones
+    const uint16_t* levels;       // the codebook, float16 [2^bits]; NULL: codes are numbers
+    const uint16_t* input_scale;  // the channel scale, float16 [columns]; NULL: ones
 } SlimlmMatrix;
 
 SLIMLM_API int slimlm_abi(void);
@@ -90,7 +90,7 @@ typedef struct SlimlmProduct {
 SLIMLM_API int slimlm_products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch,
                                int64_t in, int32_t precision, int32_t threads);
 
-// One block of a Llama-like decoder; `y` of its products is not looked at. Numbers are float32 where nothing else is said.
+// One block of a Llama-like decoder; `y` of its products is not used. Numbers are float32 where nothing else is said.
 typedef struct SlimlmBlock {
     const float *attention_norm, *mlp_norm;         // [width], of the RMS norms
     const float *query_norm, *key_norm;             // [dim] or NULL
@@ -111,7 +111,7 @@ typedef struct SlimlmDecoder {
 
 // Takes `tokens` more tokens of each text through all blocks. x [batch, tokens, width] are their embeddings and become the
 // hidden states after the last block; `position` tokens of each text are in the caches already, and these join them. logits
-// [batch, vocabulary] are those after each text's last token; NULL where nobody asks. After SLIMLM_BEYOND_HALF x and what the
+// [batch, vocabulary] are those after each text's last token; NULL where they are not needed. After SLIMLM_BEYOND_HALF x and what the
 // caches hold from `position` on are lost; what they hold before it is not.
 SLIMLM_API int slimlm_decode(const SlimlmDecoder* decoder, float* x, int64_t tokens, int64_t position, float* logits,
                              int32_t precision, int32_t threads);

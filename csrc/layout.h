@@ -14,8 +14,8 @@
 //          5 to 8   the upper bits (2, 2, 3 or 4 of them) as above, then the lower four as for 4 bits
 // plain   = MatrixHeader, then the values in row order.
 //
-// Every weight is table[code]; the even grid is such a table, too. A level is at most 63 in size, so that two products with
-// activations of 8 bits fit 16 bits; levels of 12 bits are two tables: 64 x upper + lower.
+// Every weight is table[code], for a codebook and for codes that are numbers. A value is at most 63 in size, so that two
+// products with activations of 8 bits fit 16 bits; values of 12 bits are two tables: 64 x upper + lower.
 
 #ifndef SLIMLM_LAYOUT_H
 #define SLIMLM_LAYOUT_H

@@ -49,7 +49,7 @@ constexpr bool two_weights(Mode mode) { return mode == kTablePrecise || mode == 
 constexpr bool two_planes(Mode mode) { return mode == kEvenPrecise || mode == kTablePrecise || mode == kWidePrecise; }
 constexpr bool large(Mode mode) { return mode == kTable || mode == kTablePrecise; }
 constexpr bool wide(Mode mode) { return mode == kWide || mode == kWidePrecise; }
-// The products of both lower halves are below what the precise mode promises, and are left out for tables.
+// The products of both lower halves are below the precision of the precise mode, and are left out for codebooks.
 constexpr bool has_term(Mode mode, int weight, int plane) { return !(mode == kTablePrecise && weight == 1 && plane == 1); }
 // Dense codes of an even grid multiply as they are, unsigned, by signed activations: what is too much is the same for all
 // rows, half the range of the codes times the sum of the activations.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run tests of the kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer:
 #
-#     csrc/sanitize.sh tests/runtime/test_native.py [more of pytest's arguments]
+#     csrc/sanitize.sh tests/runtime/cpu/test_native.py [more of pytest's arguments]
 #
 # The library goes into a temporary folder, and SLIMLM_KERNEL_LIBRARY leads slimlm to it. PYTHON names the interpreter, CXX the
 # compiler. Linux with g++, or with a clang++ whose sanitizers can be preloaded.

@@ -1,6 +1,6 @@
 // Multiplies random layers of every format by each variant that runs here, and compares with plain sums over what
 // `slimlm_unpack` says the layers stand for. For machines without Python and torch (csrc/check_arm.sh runs it under
-// emulation); the full law is in tests/runtime/test_kernels.py.
+// emulation); the full law is in tests/runtime/cpu/test_kernels.py.
 
 #include <cmath>
 #include <cstdio>

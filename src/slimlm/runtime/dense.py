@@ -1,9 +1,9 @@
-"""Dense layers that keep the 16 bits they are stored in among float32 activations.
+"""Dense layers whose weights stay in the 16 bits that they are stored in, among float32 activations.
 
-What lies outside the compressed layers (embeddings, the head, layers that a recipe leaves) is mostly stored in bfloat16 or
-float16. Widened to float32 it takes twice the memory, and as it is torch multiplies it slowly at few rows and rounds every
-activation. Here weights stay as they are stored and activations are float32: an embedding widens the rows it looks up, a
-linear layer multiplies few rows by the kernels, and for many widens a slice of its weight at a time.
+What is outside the compressed layers (embeddings, lm_head, layers that a recipe ignores) is mostly stored in bfloat16 or
+float16. Widened to float32 it takes twice the memory; in 16 bits torch multiplies it slowly at few rows and rounds every
+activation. Here weights stay as they are stored and activations are float32: an embedding widens the rows that it looks up, a
+linear layer multiplies few rows by the CPU kernels, and for many rows it widens a slice of its weight at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from slimlm.runtime.linear import PackedLayer, Shared
 
 NARROW = (torch.bfloat16, torch.float16)
 _FEW = 32
-"""Rows up to which the kernels are ahead of widening the weight for a product by torch."""
+"""Rows up to which the kernels are faster than widening the weight for a product by torch."""
 _SLICE = 2**22
 """Weights that are widened at a time."""
 
@@ -48,9 +48,9 @@ class DenseLinear(Shared, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         few = x.numel() <= _FEW * self.in_features
-        # A weight that learns is not the one that was packed.
-        if few and not self.weight.requires_grad and (choice := self.selection()).backend.name == "cpu":
-            return choice.backend.matmul(x, self.prepare())
+        # A weight that is trained is not the one that was packed.
+        if few and not self.weight.requires_grad and (selection := self.selection()).backend.name == "cpu":
+            return selection.backend.matmul(x, self.prepare())
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, bias)
@@ -60,7 +60,7 @@ class DenseLinear(Shared, nn.Linear):
 
 
 class WideEmbedding(nn.Embedding):
-    """An embedding that widens what it looks up; `activations` is the dtype of its output."""
+    """An embedding that casts the rows that it looks up; `activations` is the dtype of its output."""
 
     activations: torch.dtype
 
@@ -73,7 +73,7 @@ class WideEmbedding(nn.Embedding):
         return layer.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows `[..., width]` of these tokens."""
+        """The rows `[..., width]` of tokens `[...]`."""
         return F.embedding(ids, self.weight).to(self.activations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideEmbedding":
@@ -85,10 +85,10 @@ class WideEmbedding(nn.Embedding):
 
 
 def widen_activations(model: nn.Module) -> None:
-    """Let this model, in memory, compute in float32: embeddings and linear layers as above, all else cast but what is packed.
+    """Make a model compute in float32 without widening its embeddings and linear layers; other parameters are cast.
 
-    Only plain `nn.Embedding` and `nn.Linear` keep their 16 bits. Tied parameters stay tied, so one that another kind of
-    module shares is cast, too.
+    Only plain `nn.Embedding` and `nn.Linear` stay in 16 bits, as above; packed tensors stay as they are. Tied parameters stay
+    tied, so one that another kind of module shares is cast, too.
     """
     kinds = (nn.Embedding, nn.Linear)
     modules = dict(model.named_modules())

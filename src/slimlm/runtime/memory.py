@@ -7,7 +7,7 @@ import torch
 
 
 def total_and_free() -> tuple[int | None, int | None]:
-    """Bytes, of the machine or of the container, whichever is less; None where the system does not tell."""
+    """The total and the free bytes of the machine or the container, whichever are fewer; None where they are not reported."""
     try:
         page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -26,7 +26,7 @@ def total_and_free() -> tuple[int | None, int | None]:
 
 
 def in_words(size: int) -> str:
-    """Bytes in a unit that suits them."""
+    """A number of bytes with a unit, such as "1.5 GiB"."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -34,7 +34,7 @@ def in_words(size: int) -> str:
 
 
 def resident() -> int | None:
-    """Bytes that this process holds at the moment; None where the system does not tell."""
+    """Bytes of memory that this process uses at the moment; None where the system does not report it."""
     found = next(iter(_lines(Path("/proc/self/statm"))), "").split()
     return int(found[1]) * os.sysconf("SC_PAGE_SIZE") if len(found) > 1 else None
 

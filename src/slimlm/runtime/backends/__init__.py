@@ -1,4 +1,4 @@
-"""Ways to multiply by a sum of parts. `reference` is always right; faster ones answer for it or say why not."""
+"""Backends, which multiply by a sum of parts. The reference takes every layer; faster ones give a reason where they do not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from slimlm.core.parts import Description, Part, unpack_parts
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer's parts as they lie in a checkpoint; a kernel packs them without making a dense matrix of them."""
+    """A layer's parts as a checkpoint stores them; kernels pack them without making a dense matrix of them."""
 
     shape: tuple[int, int]
     """out, in"""
@@ -21,31 +21,31 @@ class Stored:
     tensors: dict[str, Tensor]
     bias: Tensor | None
     blob: Tensor | None = None
-    """what a kernel backend packed these parts into before, uint8 `[bytes]`; None: nothing was kept"""
+    """these parts as the CPU kernels packed them earlier, uint8 `[bytes]`; None: they did not"""
     compute_device: torch.device | None = None
     """where the layer multiplies; None: where its tensors are"""
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the layer multiplies."""
+        """The device on which the layer multiplies."""
         return self.compute_device or next(iter(self.tensors.values())).device
 
     def parts(self) -> tuple[Part, ...]:
-        """The parts, unpacked, where the layer multiplies."""
+        """The parts, unpacked, on the device on which the layer multiplies."""
         there = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
         return unpack_parts(list(self.descriptions), there, self.shape)
 
 
 class Backend(Protocol):
-    """One way to multiply activations by a layer's parts."""
+    """Multiplies activations by a layer's parts."""
 
     name: str
 
     def refuses(self, stored: Stored) -> str | None:
-        """None when it can; otherwise the reason, in words for the user."""
+        """Why it does not take a layer, for the user; None: it does."""
 
     def prepare(self, stored: Stored) -> Any:
-        """Repack once, at load or first use, or take the blob that was kept."""
+        """Repack a layer once, at load or first use, unless it was packed earlier."""
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, the bias added, in the dtype of x."""

@@ -1,4 +1,4 @@
-"""slimlm's own kernels for CPUs: 2:4, 2 to 8 bits, tables of levels and low-rank parts, multiplied as they are packed.
+"""slimlm's own kernels for CPUs: 2:4, 2 to 8 bits, codebooks and low-rank parts, multiplied without unpacking them.
 
 Activations are float32 or bfloat16 (other types are widened to float32 on the way in and narrowed on the way out) and
 become integers inside, with one scale for 128 of them: 8 bits in "fast", 16 bits in "precise", which errs by less than
@@ -36,6 +36,7 @@ class PreparedOnCpu:
 
     @cached_property
     def packed(self) -> PackedProducts:
+        """The layer ready to multiply."""
         return PackedProducts([self.blob], [self.bias], [self.stored.shape[0]], self.stored.shape[1])
 
 
@@ -48,7 +49,7 @@ class Cpu:
         self.precision: Precision = precision
 
     def refuses(self, stored: Stored) -> str | None:
-        """Without kernels, off the CPU, and for parts that the layout does not hold."""
+        """Why the kernels cannot run here, or do not take the layer; None: they can."""
         if native.library() is None:
             return f"there are no CPU kernels: {native.status().reason}"
         if stored.device.type != "cpu":
@@ -56,12 +57,16 @@ class Cpu:
         return unfit(stored.descriptions) or _lacks_zero(stored)
 
     def prepare(self, stored: Stored) -> PreparedOnCpu:
-        """Pack a layer, unless it was before; raises CheckpointError where its tensors do not fit its description."""
+        """Pack a layer, unless that was done earlier.
+
+        Raises:
+            CheckpointError: its tensors do not fit their description.
+        """
         blob = pack(stored) if stored.blob is None else stored.blob
         return PreparedOnCpu(blob, None if stored.bias is None else stored.bias.detach().float(), stored)
 
     def matmul(self, x: Tensor, prepared: PreparedOnCpu) -> Tensor:
-        """x W^T + bias, in the dtype of x."""
+        """x W^T + bias `[..., out]` for x `[..., in]`, in the dtype of x."""
         if torch.is_grad_enabled() and _wants_gradient(x, prepared):
             return _Product.apply(x, prepared.stored.bias, prepared, self.precision)
         if torch.compiler.is_compiling():
@@ -184,7 +189,7 @@ class _Product(torch.autograd.Function):
 
 @torch.library.custom_op("slimlm::packed_linear", mutates_args=())
 def _product(x: Tensor, blob: Tensor, bias: Tensor | None, out: int, precision: str) -> Tensor:
-    """What torch.compile sees: one operation that it does not look into."""
+    """The product as one operation that is opaque to torch.compile."""
     return PackedProducts([blob], [bias], [out], x.shape[-1])(x, "fast" if precision == "fast" else "precise")[0]
 
 

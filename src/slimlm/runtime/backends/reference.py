@@ -1,6 +1,6 @@
 """The reference: add up the dense parts once, then multiply.
 
-Always right and as fast as the dense layer; it spends the dense layer's memory beside the packed tensors.
+It takes every part and is as fast as the dense layer; it needs the dense layer's memory beside the packed tensors.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from slimlm.runtime.backends import Stored
 
 
 @dataclass
-class Dense:
-    """The sum of the parts, kept in the dtype and on the device that it was last multiplied in."""
+class DenseWeight:
+    """The sum of the parts, in the dtype and on the device of its last product."""
 
     weight: Tensor
     """`[out, in]`"""
@@ -22,7 +22,7 @@ class Dense:
     stored: Stored
 
     def fit(self, x: Tensor) -> None:
-        """Make weight and bias anew, from the parts, where x is of another dtype or elsewhere."""
+        """Make weight and bias again from the parts, where x has another dtype or device."""
         if self.weight.dtype == x.dtype and self.weight.device == x.device:
             return
         self.weight = dense_of(self.stored.parts()).to(x)
@@ -35,15 +35,15 @@ class Reference:
     name = "reference"
 
     def refuses(self, stored: Stored) -> str | None:
-        """It takes every part on every device."""
+        """None: it takes every part on every device."""
         del stored
         return None
 
-    def prepare(self, stored: Stored) -> Dense:
+    def prepare(self, stored: Stored) -> DenseWeight:
         """The sum of the parts `[out, in]`, added in float32."""
-        return Dense(dense_of(stored.parts()), None if stored.bias is None else stored.bias.float(), stored)
+        return DenseWeight(dense_of(stored.parts()), None if stored.bias is None else stored.bias.float(), stored)
 
-    def matmul(self, x: Tensor, prepared: Dense) -> Tensor:
-        """x W^T + bias."""
+    def matmul(self, x: Tensor, prepared: DenseWeight) -> Tensor:
+        """x W^T + bias `[..., out]` for x `[..., in]`."""
         prepared.fit(x)
         return torch.nn.functional.linear(x, prepared.weight, prepared.bias)

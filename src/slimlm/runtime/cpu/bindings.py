@@ -1,6 +1,6 @@
 """The CPU kernels as Python functions: pack a layer into one block of bytes, multiply by it.
 
-What the C functions want and give is said in csrc/kernels.h, the layout of the bytes in csrc/layout.h.
+csrc/kernels.h documents the C functions, csrc/layout.h the layout of the bytes.
 """
 
 import ctypes
@@ -19,18 +19,18 @@ Precision = Literal["fast", "precise"]
 """Activations as 8-bit or as 16-bit integers, one scale for 128 of them."""
 
 LAYOUT = "cpu-1"
-"""Names the layout of the bytes, for files that hold them (csrc/kernels.h: SLIMLM_LAYOUT)."""
+"""The name of the layout of the bytes, for files that hold them (csrc/kernels.h: SLIMLM_LAYOUT)."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 2}
 PRECISIONS = {"fast": 0, "precise": 1}
-"""The numbers that the library knows them by."""
+"""The library's numbers for precisions."""
 BEYOND_HALF = 7
-"""What the kernels answer where a float16 cache does not hold a key or a value (csrc/kernels.h)."""
+"""The error code for a key or a value that a float16 cache does not hold (csrc/kernels.h)."""
 _ERRORS = {
     1: "an argument that the kernels do not take",
     2: "a packed layer that is damaged, or of another layout",
-    3: "a mask that leaves weights out under a table of levels without zero",
+    3: "a mask over a codebook without zero",
     4: "a mask that keeps more than two of four",
     5: "stored tensors of other sizes than the layer's shape asks for",
     6: "not enough memory",
@@ -74,9 +74,13 @@ class Product(ctypes.Structure):
 
 @cache
 def functions() -> ctypes.CDLL:
-    """The library with its signatures; raises KernelError where there is none."""
-    found = native.library()
-    if found is None:
+    """The library with the signatures of its functions.
+
+    Raises:
+        KernelError: there is none.
+    """
+    library = native.library()
+    if library is None:
         raise KernelError(f"there are no CPU kernels: {native.status().reason}")
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any] | None]] = {
@@ -89,31 +93,42 @@ def functions() -> ctypes.CDLL:
         "slimlm_active": (ctypes.c_char_p, []),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(found, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return found
+    return library
 
 
 def float_type(dtype: torch.dtype) -> int:
-    """The number that the kernels know a floating-point type by."""
+    """The library's number for a floating-point type."""
     return _TYPES[dtype]
 
 
 def use_variant(variant: str) -> None:
-    """Run this variant from now on (see `native.status`), for tests and measurements; raises KernelError for an unknown one."""
+    """Run this variant of the kernels from now on (see `native.status`), for tests and measurements.
+
+    Raises:
+        KernelError: there is no such variant, or the processor cannot run it.
+    """
     if functions().slimlm_use(variant.encode()):
         raise KernelError(f"there is no variant {variant!r} of the kernels that this processor can run")
 
 
 def active_variant() -> str:
-    """The name of the variant that runs."""
+    """The name of the variant that is in use."""
     return str(functions().slimlm_active().decode())
 
 
 def pack(matrices: Sequence[Matrix]) -> Tensor:
-    """A layer's bytes, uint8 `[size]`: the base, then right and left factor of each low-rank part.
+    """A layer in the kernels' layout.
 
-    Raises CheckpointError where the stored tensors do not fit their shape.
+    Args:
+        matrices: the base, then the right and the left factor of each low-rank part.
+
+    Returns:
+        uint8 `[bytes]`.
+
+    Raises:
+        CheckpointError: the stored tensors do not fit their shape.
     """
     array = (Matrix * len(matrices))(*matrices)
     kernels = functions()
@@ -125,19 +140,29 @@ def pack(matrices: Sequence[Matrix]) -> Tensor:
 
 
 def unpack(blob: Tensor, index: int, shape: tuple[int, int], precision: Precision) -> Tensor:
-    """What matrix `index` of the bytes stands for in products of this precision: float32 `[out, in]`."""
+    """The matrix that products of a precision multiply by.
+
+    Args:
+        blob: a packed layer, uint8 `[bytes]`.
+        index: 0 for the base, then the factors in the order of `pack`.
+        shape: out, in.
+        precision: of the products.
+
+    Returns:
+        float32 `[out, in]`.
+    """
     dense = torch.zeros(shape)
     _check(functions().slimlm_unpack(blob.data_ptr(), blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
     return dense
 
 
 def is_valid(blob: Tensor) -> bool:
-    """Whether bytes from a file are a packed layer of this layout, by their sizes and the sum over their headers."""
+    """Whether bytes from a file, uint8 `[bytes]`, are a packed layer of this layout, by sizes and the sum of its headers."""
     return functions().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
 
 
 class _Call:
-    """The arguments of one call of `slimlm_products`, made once; no other call may use them meanwhile."""
+    """The arguments of a call of `slimlm_products`, made once and used again; two calls must not use them at the same time."""
 
     def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
         self.x, self.kind, self.batch = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int64()
@@ -152,19 +177,37 @@ class _Call:
 
 
 class PackedProducts:
-    """Layers that share an input, ready to multiply: bytes, biases, and the arguments of earlier calls to use again."""
+    """Packed layers that share an input, multiplied in one call.
+
+    Args:
+        blobs: the packed layers, uint8 `[bytes]` each.
+        biases: `[out]` each, or None.
+        outs: number of outputs of each layer.
+        width: number of inputs.
+    """
 
     def __init__(self, blobs: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[int], width: int) -> None:
-        # The call only knows addresses; these keep what lies there alive.
+        # The call holds addresses only; these lists keep alive what lies there.
         self.blobs = [blob if blob.data_ptr() % 64 == 0 else blob.clone() for blob in blobs]
         self.biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
         self.outs, self.width = tuple(outs), width
         self._run = functions().slimlm_products
         self._calls: list[_Call] = []
-        """as many as threads have multiplied at once; a list's pop and append need no lock"""
+        """those not in use, as many as threads have multiplied at once; a list's pop and append need no lock"""
 
     def __call__(self, x: Tensor, precision: Precision) -> list[Tensor]:
-        """x `[..., in]` times each layer, `[..., out]` in the type of x; float32 and bfloat16 as they are, others widened."""
+        """The product with each layer.
+
+        Args:
+            x: activations `[..., in]` on the CPU; other dtypes than float32 and bfloat16 are widened to float32.
+            precision: of the activations inside.
+
+        Returns:
+            `[..., out]` for each layer, in the dtype of x.
+
+        Raises:
+            KernelError: the activations are elsewhere or of another width.
+        """
         if not x.is_cpu:
             raise KernelError(f"the layer is packed for the CPU, and the activations are on {x.device}; move both to one place")
         kind = _ACTIVATIONS.get(x.dtype)
@@ -193,13 +236,13 @@ class PackedProducts:
 
 
 def single_product(packed: PackedProducts) -> Product:
-    """A single layer, for calls that multiply within; the result knows addresses only, so `packed` must outlive it."""
+    """One layer as an argument of `slimlm_decode`; it holds addresses only, so `packed` must outlive it."""
     [blob], [bias] = packed.blobs, packed.biases
     return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
 
 
 def describe_error(error: int) -> str:
-    """What an error code of the kernels stands for, in words."""
+    """The meaning of an error code of the kernels."""
     return _ERRORS.get(error, f"error {error} of csrc/kernels.h")
 
 

@@ -1,8 +1,8 @@
-"""The CPU kernels' shared library: where it lies, whether it can be used, and if not, why, in words.
+"""The CPU kernels' shared library: where it is, whether it can be used, and why not where it cannot.
 
-The build of the package leaves `slimlm_cpu.so` in the folder above, and a record `slimlm_cpu.json` of how it was built or
-why it was not (csrc/build.py). Nothing is opened before it is asked for, and nothing is built here. SLIMLM_KERNEL_LIBRARY names
-another library to use in its place.
+The build of the package (csrc/build.py) puts `slimlm_cpu.so` into the folder above, and a record `slimlm_cpu.json` of how it
+was built or why it was not. The library is opened at the first use, and nothing is built here. The environment variable
+SLIMLM_KERNEL_LIBRARY names another library to use in its place.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import Any
 from slimlm.runtime.cpu import processor
 
 ABI = 2
-"""The signatures this file knows; `slimlm_abi()` of a library that fits gives the same."""
+"""The version of the functions' signatures; `slimlm_abi()` of a library that fits gives the same."""
 OVERRIDE = "SLIMLM_KERNEL_LIBRARY"
 NEEDS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c"),
@@ -25,49 +25,49 @@ NEEDS = {
     "neon": ("neon",),
     "portable": (),
 }
-"""Every variant, best first, with the instructions that it needs of the processor."""
+"""Every variant, fastest first, with the processor's instructions that it needs."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which the kernels were or were not compiled."""
+    """The kernels compiled for one set of instructions, or not."""
 
     name: str
     built: bool
     active: bool
     why_not: str | None
-    """why it is not the active one; None where it is"""
+    """why it is not in use; None: it is"""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What there is to know about the kernels on this machine."""
+    """The state of the CPU kernels on this machine."""
 
     library: str
-    """where it lies or would lie"""
+    """the path where it is or would be"""
     reason: str | None
-    """why no kernel can be used, in words; None where one can"""
+    """why no kernel can be used; None: one can"""
     active: str | None
     """the name of the variant in use"""
     variants: tuple[Variant, ...]
     compiler: str | None
-    """what built it; None where the record does not say"""
+    """the compiler and its version; None: they were not recorded"""
     flags: str | None
 
 
 def library_path() -> Path:
-    """The library in the folder above this one, or the one that SLIMLM_KERNEL_LIBRARY names."""
+    """The path of the library: in the folder above this one, or what SLIMLM_KERNEL_LIBRARY names."""
     named = os.environ.get(OVERRIDE)
     return Path(named).absolute() if named else Path(__file__).parent.with_name("slimlm_cpu.so")
 
 
 def library() -> ctypes.CDLL | None:
-    """The opened library, opened once; None where it cannot be used, for the reason in `status()`."""
+    """The library, which is opened once; None where it cannot be used, for the reason in `status()`."""
     return _opened(library_path())[0]
 
 
 def status() -> Status:
-    """What was built, what is in use, and why the rest is not."""
+    """Which variants were built, which one is in use, and why the others are not."""
     path = library_path()
     record = _record(path)
     opened, reason = _opened(path)
@@ -75,7 +75,7 @@ def status() -> Status:
         reason = record["reason"]
     runnable = [] if opened is None else opened.slimlm_variants().decode().split()
     active = runnable[0] if runnable else None
-    # A library without a record, named by hand, is known only by what it says it can run.
+    # Of a library without a record, such as a named one, only the variants are known that it reports.
     built = record.get("variants") or runnable
     left_out = record.get("left_out") or {}
     variants = []
@@ -102,7 +102,7 @@ def _why_not(name: str, built: bool, left_out: str | None, runnable: list[str], 
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What the build wrote beside the library; empty where there is nothing readable."""
+    """The record that the build wrote beside the library; empty where there is none that can be read."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,7 +116,7 @@ def _opened(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if not path.exists():
         if os.environ.get(OVERRIDE):
             return None, f"{OVERRIDE} names {path}, which is not there"
-        return None, f"there is no {path}, and no record of a build: this copy of slimlm was not installed, only found"
+        return None, f"there is no {path}, and no record of a build: this copy of slimlm was not installed"
     try:
         opened = ctypes.CDLL(str(path))
         opened.slimlm_abi.restype = ctypes.c_int

@@ -1,4 +1,4 @@
-"""What this machine's processor is called and which instructions it has, as far as the kernels ask."""
+"""The name of this machine's processor, and which of the instructions it has that the kernels use."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _NAMES = {
-    # Linux calls these otherwise than the compilers do.
+    # Linux has other names for these than compilers.
     "avx512_vnni": "avx512vnni",
     "asimd": "neon",
     "asimddp": "dotprod",
@@ -18,11 +18,11 @@ _NAMES = {
     "feat_dotprod": "dotprod",
 }
 INTERESTING = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "neon", "dotprod")
-"""As compilers name them."""
+"""The instructions that the kernels use, by the compilers' names."""
 
 
 def name() -> str:
-    """The processor's name for people, or the architecture where the system does not tell."""
+    """The processor's name, or the architecture where the system does not report a name."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     return _cpuinfo().get("model name") or platform.machine()
@@ -30,7 +30,7 @@ def name() -> str:
 
 @cache
 def features() -> frozenset[str]:
-    """Those of `INTERESTING` that the processor has; empty where the system does not tell."""
+    """Those of `INTERESTING` that the processor has; empty where the system does not report them."""
     if sys.platform == "darwin":
         said = _sysctl("machdep.cpu.features") + " " + _sysctl("machdep.cpu.leaf7_features")
         arm = {f: _sysctl(f"hw.optional.{p}") for f, p in (("advsimd", "AdvSIMD"), ("feat_dotprod", "arm.FEAT_DotProd"))}

@@ -36,7 +36,7 @@ class DenseLinear(Shared, nn.Linear):
         return layer.train(linear.training)
 
     def sources(self) -> Sequence[Tensor]:
-        """The weight, which may be an embedding's, too."""
+        """The weight `[out, in]`, which may be an embedding's, too."""
         return (self.weight,)
 
     def stored(self) -> Stored:

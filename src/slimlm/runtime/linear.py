@@ -238,7 +238,7 @@ class Shared(PackedLayer):
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor as it was when something was made of it."""
+    """The state of a tensor when something was made of it, to find out later whether it has changed."""
 
     tensor: ref[Tensor]
     dtype: torch.dtype
@@ -248,14 +248,15 @@ class Source:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Source":
+        """The state of a tensor, of any shape, now."""
         return cls(ref(tensor), tensor.dtype, tensor.device, tensor.data_ptr(), _writes(tensor))
 
     def is_still(self, now: Tensor) -> bool:
-        """Whether a tensor is this one, as it was and where it lay."""
+        """Whether a tensor, of any shape, is the same one, unchanged in values, dtype and place."""
         return self.stands_for(now) and self.dtype == now.dtype
 
     def stands_for(self, now: Tensor) -> bool:
-        """Whether a tensor holds what this one held: nothing was written, and it lies where it lay or was only widened."""
+        """Whether a tensor, of any shape, is the same one with the same values: not written to, and at most cast to a wider dtype."""
         if self.tensor() is not now or self.device != now.device or self.writes != _writes(now):
             return False
         if self.dtype == now.dtype:
@@ -264,7 +265,7 @@ class Source:
 
 
 def _writes(tensor: Tensor) -> int:
-    """How often a tensor was written to; one that was made in inference mode does not count that."""
+    """How often a tensor was written to; tensors that were made in inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -22,7 +22,7 @@ class DenseWeight:
     stored: Stored
 
     def fit(self, x: Tensor) -> None:
-        """Make weight and bias again from the parts, where x has another dtype or device."""
+        """Make weight and bias again from the parts, where x `[..., in]` has another dtype or device."""
         if self.weight.dtype == x.dtype and self.weight.device == x.device:
             return
         self.weight = dense_of(self.stored.parts()).to(x)

@@ -78,7 +78,7 @@ class CachedCasts:
         self._used: dict[torch.dtype, Tensor] = {}
 
     def of(self, dtype: torch.dtype) -> Tensor:
-        """The tensor in a dtype; the first call for a dtype must not be captured in a CUDA graph."""
+        """The tensor, of its shape, in a dtype; the first call for a dtype must not be captured in a CUDA graph."""
         if (found := self._used.get(dtype)) is not None:
             return found
         if dtype.itemsize > 2 or torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ class Values:
 
     @classmethod
     def made(cls, values: Tensor) -> "Values":
-        """All rows of a tensor."""
+        """All rows of a tensor `[ranks, in]`."""
         return cls(CachedCasts(values), slice(0, len(values)))
 
     def part(self, first: int, height: int) -> "Values":
@@ -117,11 +117,11 @@ class Values:
         return self.rows.stop - self.rows.start
 
     def of(self, dtype: torch.dtype) -> Tensor:
-        """The values in a dtype, as by `CachedCasts.of`."""
+        """The values `[ranks, in]` in a dtype, as by `CachedCasts.of`."""
         return self.casts.of(dtype)[self.rows]
 
     def stored(self) -> Tensor:
-        """The values in the dtype that they are stored in, on the GPU."""
+        """The values `[ranks, in]` in the dtype that they are stored in, on the GPU."""
         return self.casts.stored[self.rows].to(self.casts.device)
 
     def bytes(self) -> int:

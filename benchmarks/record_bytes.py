@@ -53,7 +53,7 @@ from slimlm.cli.demo import bundled_model
 from slimlm.core.errors import KernelError
 from slimlm.inference.generate import generate
 from slimlm.recipe import shipped
-from slimlm.runtime.cpu import kernels, native, processor
+from slimlm.runtime.cpu import bindings, native, processor
 
 GROUPS = ("tiny", "families", "real", "bundled")
 KINDS = ("tensors", "packed", "figures", "answers")
@@ -296,7 +296,7 @@ def answers_of(folder: Path, *, variants: bool) -> Data:
     """What the compressed model gives under each choice of kernels; `variants`: also under those for older processors."""
     found: Data = {}
     for first, others in CHOICES:
-        model = slimlm.load(folder, kernels=first, tell=lambda _: None)
+        model = slimlm.load(folder, kernels=first, notify=lambda _: None)
         found |= logits_of(model, first)
         for other in others:
             try:
@@ -306,10 +306,10 @@ def answers_of(folder: Path, *, variants: bool) -> Data:
                 continue
             found |= logits_of(model, other)
             for variant in runnable() if variants else ():
-                kernels.use(variant)
+                bindings.use_variant(variant)
                 found |= logits_of(model, f"{other} {variant}")
             if variants:
-                kernels.use(str(native.status().active))
+                bindings.use_variant(str(native.status().active))
     return found
 
 
@@ -321,7 +321,7 @@ def logits_of(model: PreTrainedModel, name: str) -> Data:
         found: Data = {f"{name}, logits": fingerprint(model(tokens).logits)}
     for count in (1, 2):
         with StepLogits() as steps:
-            made = generate(model, tokens[:count, :8], max_new_tokens=16, ends=[])
+            made = generate(model, tokens[:count, :8], max_new_tokens=16, stop_tokens=[])
         found[f"{name}, tokens of {count}"] = made.tokens.tolist()
         found[f"{name}, steps of {count}"] = f"{steps.count} of {steps.digest.hexdigest()}"
     return found
@@ -332,7 +332,7 @@ def runnable() -> list[str]:
     found = []
     for variant in native.NEEDS:
         with suppress(KernelError):
-            kernels.use(variant)
+            bindings.use_variant(variant)
             found.append(variant)
     return [variant for variant in found if variant != native.status().active]
 

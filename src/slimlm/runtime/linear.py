@@ -256,7 +256,7 @@ class Source:
         return self.stands_for(now) and self.dtype == now.dtype
 
     def stands_for(self, now: Tensor) -> bool:
-        """Whether a tensor, of any shape, is the same one with the same values: not written to, and at most cast to a wider dtype."""
+        """Whether a tensor, of any shape, is the same one, not written to and at most cast to a wider dtype."""
         if self.tensor() is not now or self.device != now.device or self.writes != _writes(now):
             return False
         if self.dtype == now.dtype:

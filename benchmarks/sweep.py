@@ -56,11 +56,11 @@ def steps_of(size: int) -> dict[str, tuple[Callable[[], Any], float]]:
     inputs = draw(2 * size, size) @ (torch.eye(size) + 0.5 * draw(size, size) / size**0.5)
     gram = inputs.T @ inputs / len(inputs)
     pattern, levels = Pattern.parse("2:4"), Levels.of_bits(4)
-    order = order_of(gram.diagonal(), group=32, pattern=pattern)
-    dense_order = order_of(gram.diagonal(), group=128, pattern=None)
+    order = order_of(gram.diagonal(), group_size=32, pattern=pattern)
+    dense_order = order_of(gram.diagonal(), group_size=128, pattern=None)
     inverse = inverse_of(gram[order.inputs][:, order.inputs], damp=0.01)
     dense_inverse = inverse_of(gram[dense_order.inputs][:, dense_order.inputs], damp=0.01)
-    base = rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern)
+    base = rounded_sweep(weight, inverse, order, levels=levels, group_size=32, pattern=pattern)
     rank = size // 10
     left, _ = linalg.best_low_rank(weight - base.value, gram, rank)
     form = AdapterFormat(0.1, 4, 128, True)
@@ -70,19 +70,19 @@ def steps_of(size: int) -> dict[str, tuple[Callable[[], Any], float]]:
     return {
         "invert the covariance (float64)": (lambda: inverse_of(gram, damp=0.01), cube),
         "GPTQ, 4 bits, groups of 128": (
-            lambda: rounded_sweep(weight, dense_inverse, dense_order, levels=levels, group=128),
+            lambda: rounded_sweep(weight, dense_inverse, dense_order, levels=levels, group_size=128),
             cube / 2,
         ),
         "SparseGPT, 2:4": (lambda: unrounded_sweep(weight, inverse, order, pattern=pattern), cube / 2),
         "both, groups of 32, scales searched": (
-            lambda: rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern),
+            lambda: rounded_sweep(weight, inverse, order, levels=levels, group_size=32, pattern=pattern),
             cube / 2,
         ),
         "both, scales from the sweep before": (
-            lambda: rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern, start=base.scale),
+            lambda: rounded_sweep(weight, inverse, order, levels=levels, group_size=32, pattern=pattern, start=base.scale),
             cube / 2,
         ),
-        "polish, 2:4": (lambda: polish(weight, gram, base, group=32, pattern=pattern), 2 * cube),
+        "polish, 2:4": (lambda: polish(weight, gram, base, group_size=32, pattern=pattern), 2 * cube),
         f"best product of rank {rank}, cold": (
             lambda: linalg.best_low_rank(weight - base.value, gram, rank),
             17 * one + cube / 10,

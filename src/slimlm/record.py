@@ -174,7 +174,9 @@ def _words(part: Part) -> str:
     if isinstance(part, LowRank):
         return f"rank {part.rank} at {16 if isinstance(part.left, Plain) else part.left.bits} bits"
     if isinstance(part, Uniform | Codebook):
-        scale = {"tensor": "one scale", "row": "scale per row"}.get(str(part.group), f"groups of {part.group}")
+        scale = {"per-tensor": "one scale", "per-channel": "scale per row"}.get(
+            str(part.group_size), f"groups of {part.group_size}"
+        )
         return f"{part.bits}-bit{' table' if isinstance(part, Codebook) else ''} ({scale})"
     assert isinstance(part, Plain)
     return str(part.values.dtype).removeprefix("torch.")

@@ -24,15 +24,15 @@ def codes() -> Tensor:
 
 
 EXACT: dict[str, Callable[[], Tensor]] = {
-    "codes": lambda: grid.encode(draw(60, 96), torch.full((60, 3), 0.2), bits=4, group=32),
+    "codes": lambda: grid.encode(draw(60, 96), torch.full((60, 3), 0.2), bits=4, group_size=32),
     "packing": lambda: bits.pack(codes(), 3),
     "unpacking": lambda: bits.unpack(bits.pack(codes(), 4), 4, 96),
     "2:4": lambda: choose(draw(60, 96), Pattern.parse("2:4")),
     "4:8 of ties": lambda: choose((draw(60, 96) * 2).floor(), Pattern.parse("4:8")),
 }
 SUMMED: dict[str, Callable[[], Tensor]] = {
-    "scales of rows": lambda: grid.searched(draw(60, 96), bits=4, group="row"),
-    "one scale": lambda: grid.searched(draw(60, 96), bits=4, group="tensor"),
+    "scales of rows": lambda: grid.searched(draw(60, 96), bits=4, group_size="per-channel"),
+    "one scale": lambda: grid.searched(draw(60, 96), bits=4, group_size="per-tensor"),
     "scales of rows, both signs": lambda: grid.signed_scale(draw(60, 96), torch.ones(60, 96), EVEN),
 }
 
@@ -49,7 +49,7 @@ def test_the_size_of_the_pieces_changes_no_result(name: str, size: int, monkeypa
         assert torch.equal(call(), before)
     else:
         # float32 sums of another shape: of two scales that err alike one or the other may be found.
-        points = grid.rows_of(draw(60, 96), "tensor" if before.numel() == 1 else "row")
+        points = grid.rows_of(draw(60, 96), "per-tensor" if before.numel() == 1 else "per-channel")
         errors = [grid.grid_error(points, torch.ones_like(points), scale.view(-1, 1), EVEN) for scale in (call(), before)]
         torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
 

@@ -11,7 +11,7 @@ from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.parts import Uniform
 
-GROUPS: list[grid.Group] = ["tensor", "row", 128, 40, 8, 1000]
+GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 40, 8, 1000]
 SHAPES = [(48, 172), (3, 5), (1, 1), (96, 352)]
 
 
@@ -209,29 +209,35 @@ def test_polishing_a_scale_never_raises_the_error() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_encoding_what_was_decoded_changes_no_code(shape: tuple[int, int], group: grid.Group, bits: int) -> None:  # law 1
+def test_encoding_what_was_decoded_changes_no_code(
+    shape: tuple[int, int], group_size: grid.GroupSize, bits: int
+) -> None:  # law 1
     weight = normal(*shape)
-    scale = grid.storable(grid.absmax_scale(grid.rows_of(weight, group), bits).view(grid.scale_shape(shape, group)) * 0.6)
-    codes = grid.encode(weight, scale, bits=bits, group=group)
-    decoded = Uniform(codes, scale, bits, group).dense()
-    assert torch.equal(grid.encode(decoded, scale, bits=bits, group=group), codes)
+    scale = grid.storable(
+        grid.absmax_scale(grid.rows_of(weight, group_size), bits).view(grid.scale_shape(shape, group_size)) * 0.6
+    )
+    codes = grid.encode(weight, scale, bits=bits, group_size=group_size)
+    decoded = Uniform(codes, scale, bits, group_size).dense()
+    assert torch.equal(grid.encode(decoded, scale, bits=bits, group_size=group_size), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_lands_within_half_a_step_or_on_the_end_of_the_grid(  # law 2
-    shape: tuple[int, int], group: grid.Group, bits: int
+    shape: tuple[int, int], group_size: grid.GroupSize, bits: int
 ) -> None:
     weight = normal(*shape)
-    scale = grid.storable(grid.absmax_scale(grid.rows_of(weight, group), bits).view(grid.scale_shape(shape, group)) * 0.6)
-    codes = grid.encode(weight, scale, bits=bits, group=group)
+    scale = grid.storable(
+        grid.absmax_scale(grid.rows_of(weight, group_size), bits).view(grid.scale_shape(shape, group_size)) * 0.6
+    )
+    codes = grid.encode(weight, scale, bits=bits, group_size=group_size)
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     assert lowest <= int(codes.min()) <= int(codes.max()) <= highest
-    step = grid.spread(scale, shape[1], group).expand(shape)
-    miss = (Uniform(codes, scale, bits, group).dense() - weight).abs()
+    step = grid.spread(scale, shape[1], group_size).expand(shape)
+    miss = (Uniform(codes, scale, bits, group_size).dense() - weight).abs()
     inside = (weight <= highest * step) & (weight >= lowest * step)
     assert bool((miss <= step * (0.5 + 2.0**-15))[inside].all())  # 2^-15: float32 division and product of up to 128 steps
     assert bool((codes[weight > highest * step] == highest).all())
@@ -243,24 +249,24 @@ def test_zero_has_the_code_zero_whatever_the_scale(bits: int) -> None:  # law 1
     weight = normal(6, 10)
     weight[:, 3] = 0
     for scale in (torch.full((6, 1), 0.1), torch.full((6, 1), 1e-30), torch.zeros(6, 1)):
-        assert int(grid.encode(weight, scale, bits=bits, group="row")[:, 3].abs().max()) == 0
+        assert int(grid.encode(weight, scale, bits=bits, group_size="per-channel")[:, 3].abs().max()) == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_sign_of_a_weight_on_the_symmetric_range_turns_its_code(bits: int) -> None:  # law 1
     weight = normal(6, 40)
     scale = grid.absmax_scale(weight, bits).view(6, 1)  # AbsMax uses -top .. top only
-    codes = grid.encode(weight, scale, bits=bits, group="row")
-    assert torch.equal(grid.encode(-weight, scale, bits=bits, group="row"), -codes)
+    codes = grid.encode(weight, scale, bits=bits, group_size="per-channel")
+    assert torch.equal(grid.encode(-weight, scale, bits=bits, group_size="per-channel"), -codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("group", ["tensor", "row", 16])
-def test_absmax_reproduces_the_largest_weight(bits: int, group: grid.Group) -> None:  # law 4
+@pytest.mark.parametrize("group_size", ["per-tensor", "per-channel", 16])
+def test_absmax_reproduces_the_largest_weight(bits: int, group_size: grid.GroupSize) -> None:  # law 4
     weight = normal(8, 40)
-    scale = grid.absmax_scale(grid.rows_of(weight, group), bits).view(grid.scale_shape((8, 40), group))
-    decoded = Uniform(grid.encode(weight, scale, bits=bits, group=group), scale, bits, group).dense()
-    sets, back = grid.rows_of(weight, group), grid.rows_of(decoded, group)
+    scale = grid.absmax_scale(grid.rows_of(weight, group_size), bits).view(grid.scale_shape((8, 40), group_size))
+    decoded = Uniform(grid.encode(weight, scale, bits=bits, group_size=group_size), scale, bits, group_size).dense()
+    sets, back = grid.rows_of(weight, group_size), grid.rows_of(decoded, group_size)
     at = sets.abs().argmax(dim=1, keepdim=True)
     # One ulp (law 4): scale = max / top is rounded once, top x scale once more.
     torch.testing.assert_close(back.gather(1, at), sets.gather(1, at), rtol=2.0**-22, atol=0)
@@ -269,21 +275,23 @@ def test_absmax_reproduces_the_largest_weight(bits: int, group: grid.Group) -> N
 def test_finer_groups_err_less() -> None:  # law 4
     weight = student4(64 * 512).view(64, 512)
 
-    def error(group: grid.Group) -> float:
-        scale = grid.absmax_scale(grid.rows_of(weight, group), 4).view(grid.scale_shape((64, 512), group))
+    def error(group_size: grid.GroupSize) -> float:
+        scale = grid.absmax_scale(grid.rows_of(weight, group_size), 4).view(grid.scale_shape((64, 512), group_size))
         return float(
-            (Uniform(grid.encode(weight, scale, bits=4, group=group), scale, 4, group).dense() - weight).square().mean()
+            (Uniform(grid.encode(weight, scale, bits=4, group_size=group_size), scale, 4, group_size).dense() - weight)
+            .square()
+            .mean()
         )
 
-    errors = [error(group) for group in (16, 128, "row", "tensor")]
+    errors = [error(group_size) for group_size in (16, 128, "per-channel", "per-tensor")]
     assert errors == sorted(errors)
 
 
-@pytest.mark.parametrize("group", [172, 1000, "row"])
-def test_one_group_a_row_is_a_row(group: grid.Group) -> None:  # law 4
+@pytest.mark.parametrize("group_size", [172, 1000, "per-channel"])
+def test_one_group_a_row_is_a_row(group_size: grid.GroupSize) -> None:  # law 4
     weight = normal(48, 172)
-    assert torch.equal(grid.rows_of(weight, group), weight)
-    assert grid.scale_shape((48, 172), group) == (48, 1)
+    assert torch.equal(grid.rows_of(weight, group_size), weight)
+    assert grid.scale_shape((48, 172), group_size) == (48, 1)
 
 
 def test_groups_run_along_the_inputs_and_the_last_may_be_shorter() -> None:  # law 4
@@ -301,13 +309,13 @@ def test_the_filling_of_a_short_group_does_not_change_its_scale() -> None:  # la
     torch.testing.assert_close(filled, bare, rtol=1e-6, atol=0)  # sums over 128 and over 22 terms
 
 
-@pytest.mark.parametrize("group", ["row", 4])
-def test_a_group_of_zeros_beside_others_gives_zeros(group: grid.Group) -> None:  # law 4
+@pytest.mark.parametrize("group_size", ["per-channel", 4])
+def test_a_group_of_zeros_beside_others_gives_zeros(group_size: grid.GroupSize) -> None:  # law 4
     weight = normal(4, 8)
     weight[2] = 0
     weight[0, :4] = 0
-    scale = grid.storable(grid.absmax_scale(grid.rows_of(weight, group), 4).view(grid.scale_shape((4, 8), group)))
-    decoded = Uniform(grid.encode(weight, scale, bits=4, group=group), scale, 4, group).dense()
+    scale = grid.storable(grid.absmax_scale(grid.rows_of(weight, group_size), 4).view(grid.scale_shape((4, 8), group_size)))
+    decoded = Uniform(grid.encode(weight, scale, bits=4, group_size=group_size), scale, 4, group_size).dense()
     assert bool(decoded.isfinite().all())
     assert bool((decoded[weight == 0] == 0).all())
     assert bool((decoded[1] != 0).any())
@@ -336,7 +344,7 @@ def test_no_search_changes_its_argument() -> None:
 def test_two_bits_by_hand() -> None:
     weight = torch.tensor([[0.0, 0.4, 0.6, 5.0, -1.4, -1.6, -9.0]])
     # Codes -2 .. 1 with scale 1; 5 and -9 are clipped.
-    assert grid.encode(weight, torch.ones(1, 1), bits=2, group="tensor").tolist() == [[0, 0, 1, 1, -1, -2, -2]]
+    assert grid.encode(weight, torch.ones(1, 1), bits=2, group_size="per-tensor").tolist() == [[0, 0, 1, 1, -1, -2, -2]]
 
 
 def test_a_tie_goes_to_the_even_code() -> None:  # law 5, of the reference
@@ -356,7 +364,7 @@ def test_bits_outside_two_to_eight_are_refused(bits: int) -> None:
         grid.check_bits(bits)
 
 
-@pytest.mark.parametrize("group", [0, -128])
-def test_a_group_of_no_inputs_is_refused(group: int) -> None:
+@pytest.mark.parametrize("group_size", [0, -128])
+def test_a_group_of_no_inputs_is_refused(group_size: int) -> None:
     with pytest.raises(RecipeError, match="at least 1"):
-        grid.check_group(group)
+        grid.check_group_size(group_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
 
-Group = int | Literal["tensor", "row"]
+GroupSize = int | Literal["per-tensor", "per-channel"]
 """How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""
 
 LARGEST_TABLE = 4
@@ -29,9 +29,9 @@ def check_bits(bits: int) -> None:
         raise RecipeError(f"bits = {bits}: an even grid has 2 to 8 bits")
 
 
-def check_group(group: Group) -> None:
-    if isinstance(group, int) and group < 1:
-        raise RecipeError(f'group = {group}: give a number of inputs of at least 1, "row" or "tensor"')
+def check_group_size(group_size: GroupSize) -> None:
+    if isinstance(group_size, int) and group_size < 1:
+        raise RecipeError(f'group_size = {group_size}: give a number of inputs of at least 1, "per-channel" or "per-tensor"')
 
 
 def top_code(bits: int) -> int:
@@ -152,53 +152,53 @@ def fitted(ratio: Tensor, mass: Tensor, levels: Levels) -> Levels:
 _LLOYD = 10
 
 
-def rows_of(weight: Tensor, group: Group) -> Tensor:
+def rows_of(weight: Tensor, group_size: GroupSize) -> Tensor:
     """The weights that share a scale, one set a row: `[sets, size]`, zeros filling a short last group.
 
     A zero costs nothing on a grid that holds zero, so the filling changes no search.
     """
     out, width = weight.shape
-    if group == "tensor":
+    if group_size == "per-tensor":
         return weight.reshape(1, -1)
-    if group == "row" or group >= width:
+    if group_size == "per-channel" or group_size >= width:
         return weight
-    groups = -(-width // group)
-    padded = torch.nn.functional.pad(weight, (0, groups * group - width))
-    return padded.reshape(out * groups, group)
+    groups = -(-width // group_size)
+    padded = torch.nn.functional.pad(weight, (0, groups * group_size - width))
+    return padded.reshape(out * groups, group_size)
 
 
-def scale_shape(shape: tuple[int, int], group: Group) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int]:
     """The shape `[rows, groups]` of the scales of a `[out, in]` weight."""
     out, width = shape
-    if group == "tensor":
+    if group_size == "per-tensor":
         return 1, 1
-    return out, 1 if group == "row" else -(-width // group)
+    return out, 1 if group_size == "per-channel" else -(-width // group_size)
 
 
-def spread(scale: Tensor, width: int, group: Group) -> Tensor:
+def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
     """Scales `[rows, groups]` as a tensor that multiplies a `[out, width]` weight."""
     if scale.shape[1] == 1:
         return scale.float()
-    assert isinstance(group, int)
-    return scale.float().repeat_interleave(group, dim=1)[:, :width]
+    assert isinstance(group_size, int)
+    return scale.float().repeat_interleave(group_size, dim=1)[:, :width]
 
 
-def dense(codes: Tensor, scale: Tensor, group: Group) -> Tensor:
+def dense(codes: Tensor, scale: Tensor, group_size: GroupSize) -> Tensor:
     """The float32 matrix that codes `[out, in]` stand for under scales `[rows, groups]`."""
     values = codes.float() if codes.dtype != torch.float32 else codes.clone()
     out, width = values.shape
-    if scale.shape[1] > 1 and isinstance(group, int) and width % group == 0:
-        return values.view(out, -1, group).mul_(scale.float()[..., None]).view(out, width)
-    return values.mul_(spread(scale, width, group))
+    if scale.shape[1] > 1 and isinstance(group_size, int) and width % group_size == 0:
+        return values.view(out, -1, group_size).mul_(scale.float()[..., None]).view(out, width)
+    return values.mul_(spread(scale, width, group_size))
 
 
-def encode(weight: Tensor, scale: Tensor, *, bits: int, group: Group) -> Tensor:
+def encode(weight: Tensor, scale: Tensor, *, bits: int, group_size: GroupSize) -> Tensor:
     """Codes int8 `[out, in]` of a weight on the grid with these scales `[rows, groups]`; a zero scale gives code 0."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     rows = max(1, at_once(_POINTS_AT_ONCE, weight.device) // max(1, weight.shape[1]))
     for i, (piece, into) in enumerate(zip(weight.split(rows), codes.split(rows), strict=True)):
         own = scale if len(scale) == 1 else scale[i * rows : (i + 1) * rows]
-        wide = spread(own, weight.shape[1], group)
+        wide = spread(own, weight.shape[1], group_size)
         into.copy_(nearest(piece / torch.where(wide == 0, torch.inf, wide), bits))
     return codes
 
@@ -413,19 +413,19 @@ def _polished(sets: Tensor, scale: Tensor, bits: int, mass: Tensor | None) -> Te
     return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)
 
 
-def searched(weight: Tensor, *, bits: int, group: Group, energy: Tensor | None = None) -> Tensor:
+def searched(weight: Tensor, *, bits: int, group_size: GroupSize, energy: Tensor | None = None) -> Tensor:
     """Scales `[rows, groups]` of least squared error for a weight `[out, in]` under its own distribution.
 
     With `energy` `[in]`, the mean squared inputs, a weight's error counts by its input's: the error of the output then, as
     far as inputs do not correlate. Inputs that never fire count next to nothing.
     """
-    sets = rows_of(weight, group)
+    sets = rows_of(weight, group_size)
     own = None
     if energy is not None and bool((energy > 0).any()):
-        own = rows_of((energy / energy.mean()).clamp_min(1e-6).expand_as(weight), group)
+        own = rows_of((energy / energy.mean()).clamp_min(1e-6).expand_as(weight), group_size)
     points, mass = distribution(sets, own)
     scale = polished(sets, best_scale(points, mass, Levels.of_bits(bits)), bits, own)
-    return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group))
+    return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group_size))
 
 
 _FEW = 2**15

@@ -143,7 +143,7 @@ def _rounded(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord
     missed = total = 0.0
     for piece, found, own in zip(pieces, *(t.split(len(pieces[0])) for t in (codes, scale)), strict=True):
         wide = piece.float()
-        found.copy_(grid.encode(wide, own, bits=bits, group=GROUP))
+        found.copy_(grid.encode(wide, own, bits=bits, group_size=GROUP))
         missed += float((wide - grid.dense(found, own, GROUP)).double().square().sum())
         total += float(wide.double().square().sum())
     part = Uniform(codes, scale, bits, GROUP)

@@ -20,8 +20,8 @@ def energy_of(kind: str, width: int = 60) -> Tensor:
     return {"ones": torch.ones(width), "spread": spread, "dead": spread * (torch.arange(width) % 3 != 0)}[kind]
 
 
-def form(rank: float = 0.2, bits: AdapterBits = 4, *, group: int = 16, refit: bool = True) -> AdapterFormat:
-    return AdapterFormat(rank, bits, group, refit)
+def form(rank: float = 0.2, bits: AdapterBits = 4, *, group_size: int = 16, refit: bool = True) -> AdapterFormat:
+    return AdapterFormat(rank, bits, group_size, refit)
 
 
 def part_for(error: Tensor, energy: Tensor, how: AdapterFormat) -> LowRank:
@@ -94,7 +94,7 @@ def test_the_rank_is_the_integer_part_of_the_share_and_is_never_padded(
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("shape", [(48, 172), (7, 5), (172, 48)])
 def test_groups_that_do_not_divide_cost_one_short_group(shape: tuple[int, int], bits: AdapterBits) -> None:  # law 29
-    part = part_for(draw(*shape), torch.ones(shape[1]), form(0.5, bits, group=32))
+    part = part_for(draw(*shape), torch.ones(shape[1]), form(0.5, bits, group_size=32))
     scales = sum(-(-n // 32) for n in shape)
     size = sum(-(-n * bits // 8) for n in shape) * 8 + (0 if bits == 16 else 16 * scales)
     assert part.storage_bits() == part.rank * size
@@ -130,7 +130,7 @@ def test_the_same_error_gives_the_same_part() -> None:  # law 28
 def test_factors_are_stored_as_asked() -> None:
     rounded = part_for(draw(40, 60), torch.ones(60), form(bits=4))
     assert isinstance(rounded.left, Uniform) and isinstance(rounded.right, Uniform)
-    assert (rounded.left.bits, rounded.right.bits, rounded.left.group) == (4, 4, 16)
+    assert (rounded.left.bits, rounded.right.bits, rounded.left.group_size) == (4, 4, 16)
     whole = part_for(draw(40, 60), torch.ones(60), form(bits=16))
     assert isinstance(whole.left, Plain) and isinstance(whole.right, Plain)
     assert whole.left.values.dtype == whole.right.values.dtype == torch.float16
@@ -145,11 +145,11 @@ def test_sixteen_bit_values_beyond_float16_are_kept_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "bits", "group"), [(-0.1, 4, 128), (1.5, 4, 128), (float("nan"), 4, 128), (0.1, 5, 128), (0.1, 4, 0)]
+    ("rank", "bits", "group_size"), [(-0.1, 4, 128), (1.5, 4, 128), (float("nan"), 4, 128), (0.1, 5, 128), (0.1, 4, 0)]
 )
-def test_a_format_that_makes_no_sense_is_refused(rank: float, bits: AdapterBits, group: int) -> None:
+def test_a_format_that_makes_no_sense_is_refused(rank: float, bits: AdapterBits, group_size: int) -> None:
     with pytest.raises(RecipeError):
-        AdapterFormat(rank, bits, group, refit=True)
+        AdapterFormat(rank, bits, group_size, refit=True)
 
 
 # The full covariance
@@ -221,7 +221,7 @@ def test_a_higher_rank_leaves_less_under_a_covariance(bits: AdapterBits) -> None
 @pytest.mark.parametrize("shape", [(20, 172), (7, 5), (2, 2)])
 def test_a_part_under_a_covariance_weighs_what_the_other_norms_do(shape: tuple[int, int], bits: AdapterBits) -> None:  # law 29
     parts = [
-        part_for(draw(*shape), energy, form(0.5, bits, group=32))
+        part_for(draw(*shape), energy, form(0.5, bits, group_size=32))
         for energy in (covariance(width=shape[1]), torch.ones(shape[1]))
     ]
     assert parts[0].storage_bits() == parts[1].storage_bits()

@@ -25,8 +25,8 @@ def covariance(kind: str = "full", width: int = 60) -> Tensor:
     return x.T @ x / tokens
 
 
-def rounded(error: Tensor, gram: Tensor, *, bits: AdapterBits = 4, group: int = 16) -> LowRank:
-    part = low_rank_part(error, gram, AdapterFormat(0.2, bits, group, refit=True))
+def rounded(error: Tensor, gram: Tensor, *, bits: AdapterBits = 4, group_size: int = 16) -> LowRank:
+    part = low_rank_part(error, gram, AdapterFormat(0.2, bits, group_size, refit=True))
     assert part is not None
     return part
 
@@ -40,7 +40,7 @@ def tiny(seed: int) -> LowRank:
 
     def factor(n: int, seed: int) -> Uniform:
         codes = torch.randint(-2, 2, (2, n), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-        return Uniform(codes, torch.full((2, 1), 0.75).half(), 2, "row")
+        return Uniform(codes, torch.full((2, 1), 0.75).half(), 2, "per-channel")
 
     return LowRank(factor(3, seed), factor(3, seed + 100))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core import grid
-from slimlm.core.grid import Group
+from slimlm.core.grid import GroupSize
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers.sweep import LEAF, Swept, as_stored, divided, end_of
 
@@ -21,7 +21,7 @@ _MOST_CHOICES = 70
 """Ways to keep n of m that are all tried; 4 of 8 has this many."""
 
 
-def polish(target: Tensor, gram: Tensor, base: Swept, *, group: Group, pattern: Pattern | None) -> Swept:
+def polish(target: Tensor, gram: Tensor, base: Swept, *, group_size: GroupSize, pattern: Pattern | None) -> Swept:
     """One pass of coordinate descent on tr((W - B) H (W - B)^T) from a rounded base; never raises it.
 
     target W `[out, in]`, gram H `[in, in]`. Under an n:m `pattern` with at most 70 ways to keep n of m, each group of m is
@@ -32,7 +32,7 @@ def polish(target: Tensor, gram: Tensor, base: Swept, *, group: Group, pattern: 
     choices = None
     if pattern is not None and pattern.of and len(_ways(pattern)) <= _MOST_CHOICES:
         choices = pattern
-    state = _Polish(target, gram, base, group, choices)
+    state = _Polish(target, gram, base, group_size, choices)
     state.walk(0, target.shape[1])
     keep = None if state.keep is None else state.keep.T.contiguous()
     index, scale = state.index.T.contiguous(), state.scale.T.contiguous()
@@ -46,7 +46,7 @@ def _ways(pattern: Pattern) -> list[tuple[int, ...]]:
 class _Polish:
     """The working state of one pass; everything is `[in, out]`."""
 
-    def __init__(self, target: Tensor, gram: Tensor, base: Swept, group: Group, choices: Pattern | None) -> None:
+    def __init__(self, target: Tensor, gram: Tensor, base: Swept, group_size: GroupSize, choices: Pattern | None) -> None:
         assert base.index is not None and base.scale is not None and base.levels is not None
         self.gram, self.levels = gram, base.levels
         self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
@@ -58,7 +58,7 @@ class _Polish:
         self.silent = (gram.diagonal() <= 0).tolist()
         """whether an input never fires"""
         width = len(self.value)
-        self.groups = list(range(0, width, width if isinstance(group, str) else group))
+        self.groups = list(range(0, width, width if isinstance(group_size, str) else group_size))
         self.leaves = divided(self.groups, width, LEAF if choices is None else choices.of)
         self.ways = None if choices is None else torch.tensor(_ways(choices), device=gram.device)
         self.inverse = grid.reciprocal(self.scale)

@@ -29,7 +29,7 @@ class AdapterFormat:
     rank: float
     """share of min(out, in), from 0 to 1; the rank is its integer part, never padded"""
     bits: AdapterBits
-    group: int
+    group_size: int
     """inputs (or outputs) of one component that share a scale, at 4 and 8 bits"""
     refit: bool
     """alternate rounding and least squares after the first rounding, at 4 and 8 bits"""
@@ -39,7 +39,7 @@ class AdapterFormat:
             raise RecipeError(f"rank = {self.rank}: give a share of min(out, in), from 0 to 1")
         if self.bits not in (4, 8, 16):
             raise RecipeError(f"bits = {self.bits}: adapters are stored at 4, 8 or 16 bits")
-        grid.check_group(self.group)
+        grid.check_group_size(self.group_size)
 
     def rank_of(self, shape: tuple[int, int]) -> int:
         """The true rank for a weight of this shape."""
@@ -90,7 +90,7 @@ def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inve
         right_part = _swept_right(right, inverse, levels, form)
         answer = linalg.answer_to(error, right_part.dense(), gram)
         left = answer.best()
-        across = Across(left, levels, form.group)
+        across = Across(left, levels, form.group_size)
         sweep(left, inverse_of(answer.inner, damp=_DAMP), rounding=across)
         left_part = _uniform(across.index, across.scale, levels, form)
         gain = answer.gain(left_part.dense())
@@ -103,14 +103,14 @@ def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inve
 
 
 def _swept_right(right: Tensor, inverse: Inverse, levels: grid.Levels, form: AdapterFormat) -> Uniform:
-    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group)]
+    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group_size)]
     along = Along(levels, sizes, len(right), one=False, start=None, device=right.device)
     sweep(right, inverse, rounding=along)
     return _uniform(along.index.T.contiguous(), along.scale.T.contiguous(), levels, form)
 
 
 def _uniform(index: Tensor, scale: Tensor, levels: grid.Levels, form: AdapterFormat) -> Uniform:
-    part = coded(index, scale, levels, form.group)
+    part = coded(index, scale, levels, form.group_size)
     assert isinstance(part, Uniform)
     return part
 
@@ -135,13 +135,13 @@ def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: A
 def _round(factor: Tensor, mass: Tensor, form: AdapterFormat) -> Uniform:
     """A factor `[rank, n]` on a grid with a scale per group along n, of least squared error under masses `[n]`."""
     shape = (factor.shape[0], factor.shape[1])
-    sets = grid.rows_of(factor, form.group)
-    masses = grid.rows_of(mass.expand_as(factor), form.group)
+    sets = grid.rows_of(factor, form.group_size)
+    masses = grid.rows_of(mass.expand_as(factor), form.group_size)
     scale = grid.storable(
-        grid.best_scale(sets, masses, grid.Levels.of_bits(form.bits)).view(grid.scale_shape(shape, form.group))
+        grid.best_scale(sets, masses, grid.Levels.of_bits(form.bits)).view(grid.scale_shape(shape, form.group_size))
     )
-    codes = grid.encode(factor, scale, bits=form.bits, group=form.group)
-    return Uniform(codes, scale, form.bits, form.group)
+    codes = grid.encode(factor, scale, bits=form.bits, group_size=form.group_size)
+    return Uniform(codes, scale, form.bits, form.group_size)
 
 
 def half(values: Tensor) -> Plain:

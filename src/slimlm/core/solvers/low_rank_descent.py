@@ -36,7 +36,7 @@ def descend_left(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     weighted = linalg.weighed(right, gram)
     inner = weighted @ right.T
     value, codes = factor.dense(), factor.codes.clone()
-    scale = grid.spread(factor.scale, value.shape[1], factor.group).expand_as(value)
+    scale = grid.spread(factor.scale, value.shape[1], factor.group_size).expand_as(value)
     pull = weighted @ error.T - inner @ value
     """half the slope of the objective, falling, `[rank, out]`"""
     silent = (inner.diagonal() <= 0).tolist()
@@ -66,7 +66,7 @@ def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
     answer = torch.linalg.pinv(inner.double(), rtol=1e-6, hermitian=True).to(inner)
     value, index = factor.dense().T.contiguous(), factor.codes.T.float() - levels.values[0]
     width = len(value)
-    scale = grid.spread(factor.scale, width, factor.group).expand_as(factor.codes).T.contiguous()
+    scale = grid.spread(factor.scale, width, factor.group_size).expand_as(factor.codes).T.contiguous()
     inverse = grid.reciprocal(scale)
     pull = gram @ ((left @ error).T - value @ inner)
     """half the slope of the objective, falling, `[in, rank]`; exact for the inputs whose turn it is"""

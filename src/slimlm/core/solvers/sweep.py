@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import NumericsError, RecipeError
-from slimlm.core.grid import Group, Levels
+from slimlm.core.grid import GroupSize, Levels
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, Uniform
 
@@ -213,14 +213,14 @@ class Across:
     `scale` is `[in, groups]`, and `index` `[in, out]` fills up as the sweep goes.
     """
 
-    def __init__(self, weight: Tensor, levels: Levels, group: int) -> None:
+    def __init__(self, weight: Tensor, levels: Levels, group_size: int) -> None:
         columns = weight.T.contiguous()
-        sets = grid.rows_of(columns, group)
+        sets = grid.rows_of(columns, group_size)
         found = grid.signed_scale(sets, torch.ones_like(sets), levels)
         self.levels = levels
         self.starts = list(range(len(columns)))
-        self.scale = grid.storable(found.view(grid.scale_shape((len(columns), len(weight)), group))).float()
-        self.wide = grid.spread(self.scale, len(weight), group).expand_as(columns)
+        self.scale = grid.storable(found.view(grid.scale_shape((len(columns), len(weight)), group_size))).float()
+        self.wide = grid.spread(self.scale, len(weight), group_size).expand_as(columns)
         self.inverse = grid.reciprocal(self.wide)
         self.index = torch.zeros_like(columns, dtype=torch.uint8)
 
@@ -254,26 +254,26 @@ class Swept:
     """float32 `[out, groups]` or `[1, 1]`"""
     levels: Levels | None = None
 
-    def code(self, group: Group) -> Elementwise:
+    def code(self, group_size: GroupSize) -> Elementwise:
         """The rounded base as a part (without its mask)."""
         assert self.index is not None and self.scale is not None and self.levels is not None
-        return coded(self.index, self.scale, self.levels, group)
+        return coded(self.index, self.scale, self.levels, group_size)
 
 
-def coded(index: Tensor, scale: Tensor, levels: Levels, group: Group) -> Uniform | Codebook:
+def coded(index: Tensor, scale: Tensor, levels: Levels, group_size: GroupSize) -> Uniform | Codebook:
     """The part of these places in the levels `[out, in]` and scales `[out, groups]`."""
     # A transposed column counts as contiguous to torch and yet cannot be viewed as bytes; this one can.
     stored = grid.storable(scale).flatten().view(scale.shape)
     if levels.even:
         codes = (index.to(torch.int16) + int(levels.values[0])).to(torch.int8)
-        return Uniform(codes, stored, levels.bits, group)
-    return Codebook(index, levels.values.half(), stored, levels.bits, group)
+        return Uniform(codes, stored, levels.bits, group_size)
+    return Codebook(index, levels.values.half(), stored, levels.bits, group_size)
 
 
-def check_grouping(group: Group, pattern: Pattern | None) -> None:
+def check_grouping(group_size: GroupSize, pattern: Pattern | None) -> None:
     """Raise RecipeError where a group would cut through the n:m groups of a mask."""
-    if pattern is not None and pattern.of and isinstance(group, int) and group % pattern.of:
-        raise RecipeError(f"group = {group}: under the pattern {pattern} give a multiple of {pattern.of}")
+    if pattern is not None and pattern.of and isinstance(group_size, int) and group_size % pattern.of:
+        raise RecipeError(f"group_size = {group_size}: under the pattern {pattern} give a multiple of {pattern.of}")
 
 
 def inverse_in_order(gram: Tensor, inputs: Tensor, *, damp: float, known: dict[Any, Any]) -> Inverse:
@@ -301,14 +301,14 @@ class Order:
         return self.inputs.argsort()
 
 
-def order_of(energy: Tensor, *, group: Group, pattern: Pattern | None) -> Order:
+def order_of(energy: Tensor, *, group_size: GroupSize, pattern: Pattern | None) -> Order:
     """The inputs `[in]` in order of falling energy, no group of a scale or of n:m torn apart.
 
     Groups go by their mean energy, and inside a group fours (or the m of n:m) by theirs. So scales stay contiguous, can be
     searched when their group is reached, and no index of groups has to be stored, which GPTQ's act-order needs.
     """
     width = len(energy)
-    size = width if isinstance(group, str) else min(group, width)
+    size = width if isinstance(group_size, str) else min(group_size, width)
     device, energy = energy.device, energy.cpu()
     chunk = pattern.of if pattern is not None and pattern.of else LEAF
     groups = sorted(torch.arange(width).split(size), key=lambda own: -float(energy[own].mean()))
@@ -322,19 +322,19 @@ def rounded_sweep(
     order: Order,
     *,
     levels: Levels,
-    group: Group,
+    group_size: GroupSize,
     pattern: Pattern | None = None,
     keep: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Swept:
     """A sweep in this order with scales per group; `inverse` is that of the covariance in the order, `start` earlier scales."""
     first = torch.tensor([0, *order.sizes[:-1]]).cumsum(0)
-    place = torch.zeros(1, dtype=torch.int64) if isinstance(group, str) else order.inputs.cpu()[first] // group
+    place = torch.zeros(1, dtype=torch.int64) if isinstance(group_size, str) else order.inputs.cpu()[first] // group_size
     along = Along(
         levels,
         order.sizes,
         len(target),
-        one=group == "tensor",
+        one=group_size == "per-tensor",
         start=None if start is None else start.T[place.to(start.device)],
         device=target.device,
     )

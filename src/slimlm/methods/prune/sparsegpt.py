@@ -34,7 +34,7 @@ class SparseGpt:
         gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
         pattern = Pattern.parse(self.pattern)
         energy = gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram))
-        order = order_of(energy, group="row", pattern=pattern)
+        order = order_of(energy, group_size="per-channel", pattern=pattern)
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
         swept = unrounded_sweep(layer.working, inverse, order, pattern=pattern)
         assert swept.keep is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError
 from slimlm.core.layer import Layer
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.profiling import profiled
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def explosion(record: Record) -> str | None:
     )
 
 
+@profiled("record")
 def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
     """Sum a decided layer up; `energy` `[in]` is the mean square of its inputs."""
     parts = layer.parts()

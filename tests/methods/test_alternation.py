@@ -256,7 +256,7 @@ def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
         silent = replace(stats, gram=torch.zeros(32, 32), cross=torch.zeros(32, 32))
         layer = solved(stats=silent, **options)
         assert bool(dense_of(layer.parts()).isfinite().all())
-        assert "no input ever fires; weights rounded to nearest" in layer.notes
+        assert "all inputs are dead (always zero); weights rounded to nearest" in layer.notes
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])

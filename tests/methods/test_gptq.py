@@ -48,7 +48,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(group_size: grid.GroupSize, 
     layer = layer_of()
     code = code_of(Gptq(bits, group_size, order=order)(layer, uncorrelated(172)))  # type: ignore[arg-type]
     scale = grid.spread(code.scale, 172, group_size).expand_as(layer.original)
-    _, nearest = grid.Levels.of_bits(bits).rounded(layer.original, scale)
+    _, nearest = grid.Grid.of_bits(bits).round(layer.original, scale)
     assert torch.equal(code.dense(), nearest)
 
 
@@ -96,7 +96,7 @@ def test_inputs_that_never_fire_are_rounded_and_few_tokens_are_noted() -> None:
     few = replace(stats, tokens=100)
     assert "100 calibration tokens" in Gptq(4, 32)(layer_of(32, 64), few).notes[0]
     silent = Gptq(4, 32)(layer_of(32, 64), replace(stats, gram=torch.zeros(64, 64)))
-    assert silent.notes == ("no input ever fires; weights rounded to nearest",)
+    assert silent.notes == ("all inputs are dead (always zero); weights rounded to nearest",)
 
 
 def test_damping_that_was_not_enough_is_noted() -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from slimlm.core import grid
+from slimlm.core.chunks import pieces_of
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
 from slimlm.core.parts import Uniform
-from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
@@ -108,23 +108,21 @@ def test_inputs_without_activations_or_weights_are_not_smoothed() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 40, 1000, 2**17])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (9, 3, 8), (32, 12, 20)], ids=str)
-def test_the_ranges_are_those_of_one_input_left_out_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], pieces: int
-) -> None:
+def test_the_ranges_are_those_of_one_input_left_out_at_a_time(shape: tuple[int, int, int], pieces: int) -> None:
     length, out, width = shape
     weight, window = draw(out, width), draw(length, width, seed=1)
-    monkeypatch.setattr(jsq, "_ELEMENTS_AT_ONCE", pieces)
-    found = ranges_without(weight, window)
+    with pieces_of(pieces):
+        found = ranges_without(weight, window)
     assert found.shape == weight.shape
     # Float32 sums of up to 20 terms of size one.
     torch.testing.assert_close(found.double(), ranges_by_hand(weight, window), rtol=1e-5, atol=1e-5)
 
 
-def test_the_size_of_the_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_pieces_changes_no_bit() -> None:
     weight, window = draw(24, 40), draw(16, 40, seed=1)
     whole = ranges_without(weight, window)
-    monkeypatch.setattr(jsq, "_ELEMENTS_AT_ONCE", 100)
-    assert torch.equal(ranges_without(weight, window), whole)
+    with pieces_of(100):
+        assert torch.equal(ranges_without(weight, window), whole)
 
 
 def test_only_the_variation_of_an_input_over_positions_counts() -> None:

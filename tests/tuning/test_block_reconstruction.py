@@ -12,6 +12,7 @@ from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction
@@ -28,13 +29,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def uniform(weight: Tensor, group_size: grid.GroupSize, bits: int = 4) -> Uniform:
-    scale = grid.storable(grid.searched(weight, bits=bits, group_size=group_size))
+    scale = grid.storable(search_scales(weight, bits=bits, group_size=group_size))
     return Uniform(grid.encode(weight, scale, bits=bits, group_size=group_size), scale, bits, group_size)
 
 
 def codebook(weight: Tensor, group_size: int = 16) -> Codebook:
     scale = (
-        (grid.rows_of(weight, group_size).abs().amax(dim=1) / 1.6)
+        (grid.scale_sets(weight, group_size).abs().amax(dim=1) / 1.6)
         .view(grid.scale_shape(tuple(weight.shape), group_size))
         .half()
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from slimlm.core import grid
-from slimlm.core.grid import LARGEST_TABLE
+from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
 from slimlm.core.solvers.low_rank import rank_of
@@ -41,7 +41,7 @@ class Option:
             "rank": self.rank,
             "adapter_bits": self.adapter_bits,
             "adapter_group_size": self.adapter_group_size,
-            "codebook": "auto" if self.table and self.bits <= LARGEST_TABLE else "none",
+            "codebook": "auto" if self.table and self.bits <= LARGEST_CODEBOOK_BITS else "none",
         }
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
@@ -60,7 +60,7 @@ class Option:
 
     def parts(self, shape: tuple[int, int]) -> list[Description]:
         """The parts of a layer of this shape, as they describe themselves."""
-        table = self.table and self.bits <= LARGEST_TABLE
+        table = self.table and self.bits <= LARGEST_CODEBOOK_BITS
         base: Description = (
             {"kind": "codebook", "bits": self.bits, "group_size": self.group_size}
             if table

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlm.core.grid import LARGEST_TABLE
+from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
@@ -67,7 +67,7 @@ def _with_table(about: Description) -> Description:
     """A base as it is stored where a table of levels pays."""
     if about["kind"] == "pruned":
         return {**about, "inner": _with_table(about["inner"])}
-    if about["kind"] == "uniform" and about["bits"] <= LARGEST_TABLE:
+    if about["kind"] == "uniform" and about["bits"] <= LARGEST_CODEBOOK_BITS:
         return {"kind": "codebook", "bits": about["bits"], "group_size": about["group_size"]}
     return about
 

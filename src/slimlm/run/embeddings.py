@@ -137,7 +137,7 @@ def _rounded(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord
     """
     rows, width = weight.shape
     pieces = weight.split(max(1, _WEIGHTS_AT_ONCE // width))
-    scales = [grid.absmax_scale(grid.rows_of(piece.float(), GROUP), bits).view(len(piece), -1) for piece in pieces]
+    scales = [grid.absmax_scale(grid.scale_sets(piece.float(), GROUP), bits).view(len(piece), -1) for piece in pieces]
     scale = grid.storable(torch.cat(scales))
     codes = torch.empty(rows, width, dtype=torch.int8)
     missed = total = 0.0

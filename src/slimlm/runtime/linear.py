@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
+from slimlm.core.profiling import profiled
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.dispatch import Choice, Kernels, choose, passed_over
 
@@ -93,6 +94,7 @@ class CompressedLinear(Multiplier):
         self._works_on: torch.device | None = None
 
     @classmethod
+    @profiled("packing")
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
         """A layer of these parts; the bias `[out]` is kept as it is."""
         # A module's buffers may come to be part of a gradient; what steps made may not (see `slimlm.recipe.apply_steps`).
@@ -191,6 +193,7 @@ class Shared(Multiplier):
         self._follow()
         return super().choice()
 
+    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the chosen backend now, if that was not done yet, rather than at the first product."""
         self._follow()

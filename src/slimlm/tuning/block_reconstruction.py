@@ -360,7 +360,7 @@ class _TunedUniform(_TunedPart):
 
     def dense(self) -> Tensor:
         codes = (
-            straight_through(self.codes, grid.nearest(self.codes, self.original.bits))
+            straight_through(self.codes, grid.nearest_code(self.codes, self.original.bits))
             if self.codes.requires_grad
             else self.codes
         )
@@ -369,7 +369,7 @@ class _TunedUniform(_TunedPart):
 
     def part(self) -> Uniform:
         part = self.original
-        codes = grid.nearest(self.codes.detach(), part.bits).to(torch.int8)
+        codes = grid.nearest_code(self.codes.detach(), part.bits).to(torch.int8)
         return Uniform(codes, self.scale.stored(), part.bits, part.group_size, part.input_scale)
 
 

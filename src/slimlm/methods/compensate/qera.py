@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.solvers.inverse import shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import conditioned
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Qera:
         AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
         part = low_rank_part(layer.damage, gram, form)
         return layer if part is None else layer.repair(part).note(*notes)

@@ -37,25 +37,18 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.grid import Levels
+from slimlm.core.grid import Grid
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank
+from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.adapter_descent import descend_adapter
+from slimlm.core.solvers.base_descent import descend_base
+from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.solvers.low_rank_descent import descend
-from slimlm.core.solvers.sweep import (
-    Inverse,
-    Swept,
-    check_damp,
-    check_grouping,
-    conditioned,
-    inverse_in_order,
-    order_of,
-    rounded_sweep,
-    unrounded_sweep,
-)
+from slimlm.core.solvers.scale_search import distribution, fitted_codebook, signed_scale
+from slimlm.core.solvers.sweep import Swept, check_grouping, order_of, rounded_sweep, unrounded_sweep
 
 _TABLE_SAVES = 0.04
 _FRESH_SWEEPS = 2
@@ -100,9 +93,9 @@ class Alternation:
             )
         if self.base == "project" and self.codebook == "fitted":
             raise RecipeError('codebook = "fitted" is fitted to what sweeps round; use base = "sweep", or codebook = "none"')
-        if self.codebook == "fitted" and self.bits > grid.LARGEST_TABLE:
+        if self.codebook == "fitted" and self.bits > grid.LARGEST_CODEBOOK_BITS:
             raise RecipeError(
-                f'codebook = "fitted", bits = {self.bits}: codebooks have up to {grid.LARGEST_TABLE} bits; use "none"'
+                f'codebook = "fitted", bits = {self.bits}: codebooks have up to {grid.LARGEST_CODEBOOK_BITS} bits; use "none"'
             )
         if self.codebook == "fitted" and self.rounds < 2:
             raise RecipeError(
@@ -117,7 +110,7 @@ class Alternation:
         return Need.GRAM | Need.CROSS | Need.DRIFT if self.follow else Need.GRAM
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         if self.follow and stats.cross is None:
             notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
         elif self.follow and notes:
@@ -135,6 +128,7 @@ class Alternation:
         return search.decided(layer).note(*notes, *(() if inverse is None else inverse.notes))
 
 
+@profiled("reference")
 def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float, known: dict[Any, Any]) -> Tensor:
     """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires.
 
@@ -160,7 +154,7 @@ class _Search:
         self.aim = layer.aim
         self.given = layer.keep
         self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
-        self.levels = None if options.bits == 16 else Levels.of_bits(options.bits)
+        self.levels = None if options.bits == 16 else Grid.of_bits(options.bits)
         self.order = order_of(gram.diagonal(), group_size=options.group_size, pattern=self.pattern)
         self.inverse = self._inverse(self.order.inputs, known) if options.base == "sweep" else None
         rank = float(options.rank)
@@ -214,7 +208,7 @@ class _Search:
             self.base = self._polish()
             assert self.adapter is not None
             damage = self.aim - self.base.value
-            self.adapter = descend(damage, self.gram, self.adapter)
+            self.adapter = descend_adapter(damage, self.gram, self.adapter)
             error = self._measured(damage - self.adapter.dense())
             if last - error <= _SETTLED * self.options.patience * last:
                 break
@@ -223,10 +217,10 @@ class _Search:
         """The best iterate."""
         assert self.best is not None
         _, base, adapter = self.best
-        if base.keep is not None and self.given is None:
-            layer = layer.prune(base.keep, str(self.options.pattern))
+        if base.mask is not None and self.given is None:
+            layer = layer.prune(base.mask, str(self.options.pattern))
         layer = replace(layer, extras=() if adapter is None else (adapter,))
-        return layer.move(base.value) if base.levels is None else layer.encode(base.code(self.options.group_size))
+        return layer.move(base.value) if base.grid is None else layer.encode(base.part(self.options.group_size))
 
     def _target(self) -> Tensor:
         return self.aim if self.adapter is None else self.aim - self.adapter.dense()
@@ -238,19 +232,18 @@ class _Search:
             return _projected(target, self.gram.diagonal(), self.levels, options.group_size, pattern, self.given)
         assert self.inverse is not None
         if self.levels is None:
-            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, keep=self.given)
+            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, mask=self.given)
         start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
         found = rounded_sweep(
             target,
             self.inverse,
             self.order,
-            levels=self.levels,
-            group_size=options.group_size,
+            grid=self.levels,
             pattern=pattern,
-            keep=self.given,
+            mask=self.given,
             start=start,
         )
-        if options.codebook != "none" and options.bits <= grid.LARGEST_TABLE:
+        if options.codebook != "none" and options.bits <= grid.LARGEST_CODEBOOK_BITS:
             self._fit_levels(found)
         return found
 
@@ -258,24 +251,24 @@ class _Search:
         """A table for the next sweep, fitted to what this one rounded, where it is asked for or pays."""
         assert found.scale is not None and self.levels is not None and self.inverse is not None
         scale = grid.spread(found.scale, found.value.shape[1], self.options.group_size).expand_as(found.value)
-        counted = scale != 0 if found.keep is None else found.keep & (scale != 0)
-        mass = (self.inverse.conditional[self.order.back] * scale.square())[counted]
-        ratio = found.moved[counted] / scale[counted]
+        counted = scale != 0 if found.mask is None else found.mask & (scale != 0)
+        mass = (self.inverse.conditional_variance[self.order.positions] * scale.square())[counted]
+        ratio = found.updated[counted] / scale[counted]
         if not mass.numel():
             return
-        table = grid.fitted(ratio, mass, self.levels)
+        table = fitted_codebook(ratio, mass, self.levels)
 
-        def error(levels: Levels) -> float:
+        def error(levels: Grid) -> float:
             return float(((levels.nearest(ratio) - ratio).square() * mass).sum())
 
-        pays = error(table) < (1 - _TABLE_SAVES) * error(Levels.of_bits(self.options.bits))
+        pays = error(table) < (1 - _TABLE_SAVES) * error(Grid.of_bits(self.options.bits))
         if self.options.codebook == "fitted" or pays:
             self.levels = table
 
     def _polish(self) -> Swept:
         assert self.base is not None
         pattern = None if self.given is not None else self.pattern
-        return polish(self._target(), self.gram, self.base, group_size=self.options.group_size, pattern=pattern)
+        return descend_base(self._target(), self.gram, self.base, group_size=self.options.group_size, pattern=pattern)
 
     def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
         """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
@@ -298,7 +291,7 @@ class _Search:
 def _projected(
     target: Tensor,
     energy: Tensor,
-    levels: Levels | None,
+    levels: Grid | None,
     group_size: grid.GroupSize,
     pattern: Pattern | None,
     given: Tensor | None,
@@ -308,12 +301,12 @@ def _projected(
     kept = target if keep is None else target * keep
     if levels is None:
         return Swept(kept, target, keep)
-    sets = grid.rows_of(kept, group_size)
-    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.rows_of(energy.expand_as(kept), group_size)
+    sets = grid.scale_sets(kept, group_size)
+    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(energy.expand_as(kept), group_size)
     if group_size == "per-tensor":
-        sets, masses = grid.distribution(sets)
+        sets, masses = distribution(sets)
     scale = grid.storable(
-        grid.signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group_size))
+        signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group_size))
     ).float()
-    index, value = levels.rounded(kept, grid.spread(scale, kept.shape[1], group_size).expand_as(kept))
+    index, value = levels.round(kept, grid.spread(scale, kept.shape[1], group_size).expand_as(kept))
     return Swept(value if keep is None else value * keep, target, keep, index.to(torch.uint8), scale, levels)

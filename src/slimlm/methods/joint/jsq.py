@@ -70,7 +70,7 @@ class Jsq:
         inverse = inverse_smoothing(kept, peak, alpha=self.alpha)
         # The stored inverse, not s itself, so that file and codes agree.
         smooth = kept / inverse.float()
-        largest = grid.absmax_scale(grid.rows_of(smooth, self.group_size), self.bits)
+        largest = grid.absmax_scale(grid.scale_sets(smooth, self.group_size), self.bits)
         scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group_size)))
         codes = grid.encode(smooth, scale, bits=self.bits, group_size=self.group_size)
         code = Uniform(codes, scale, self.bits, self.group_size, inverse)

@@ -28,7 +28,7 @@ class AbsMax:
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
         target = layer.target
-        sets = grid.rows_of(target, self.group_size)
+        sets = grid.scale_sets(target, self.group_size)
         scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group_size)))
         codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
         return layer.encode(Uniform(codes, scale, self.bits, self.group_size))

@@ -31,6 +31,7 @@ from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import Uniform
+from slimlm.core.solvers.scale_search import search_scales
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class SlimQuant:
             return alpha_of_paper(weight, self.bits).view(1, 1) / 2 ** (self.bits - 1)
         if self.search == "code":
             return alpha_of_code(weight, self.bits).view(1, 1) / grid.top_code(self.bits)
-        return grid.searched(weight, bits=self.bits, group_size=self.group_size, energy=energy)
+        return search_scales(weight, bits=self.bits, group_size=self.group_size, second_moment=energy)
 
 
 def absolute_histogram(weight: Tensor) -> tuple[Tensor, Tensor, float]:

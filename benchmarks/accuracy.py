@@ -120,17 +120,17 @@ def baselines() -> dict[str, list[Data]]:
     found: dict[str, list[Data]] = {}
     for method in ("absmax", "gptq"):
         for bits in (2, 3, 4, 5):
-            for group in (32, 128, "row"):
-                found[f"{method}-{bits}-{group}"] = [{"quantize": method, "bits": bits, "group": group}]
+            for group_size, called in ((32, "32"), (128, "128"), ("per-channel", "row")):
+                found[f"{method}-{bits}-{called}"] = [{"quantize": method, "bits": bits, "group_size": group_size}]
     for bits in (2, 3, 4):
-        rounded = {"quantize": "gptq", "bits": bits, "group": 128}
+        rounded = {"quantize": "gptq", "bits": bits, "group_size": 128}
         found[f"gptq-{bits}-128+qera"] = [rounded, {"compensate": "qera", "rank": 0.1, "bits": 4}]
     joint = next(named.to_dict() for named in open_recipe("sparsegpt-gptq").steps)
     for bits in (3, 4):
-        for group in (32, 128):
-            found[f"sparsegpt-gptq-{bits}-{group}"] = [{**joint, "bits": bits, "group": group}]
-            rounded = {"quantize": "gptq", "bits": bits, "group": group}
-            found[f"wanda-gptq-{bits}-{group}"] = [{"prune": "wanda", "pattern": "2:4"}, rounded]
+        for group_size in (32, 128):
+            found[f"sparsegpt-gptq-{bits}-{group_size}"] = [{**joint, "bits": bits, "group_size": group_size}]
+            rounded = {"quantize": "gptq", "bits": bits, "group_size": group_size}
+            found[f"wanda-gptq-{bits}-{group_size}"] = [{"prune": "wanda", "pattern": "2:4"}, rounded]
     return found
 
 
@@ -138,21 +138,21 @@ def ablation_entries() -> list[Entry]:
     """From SLiM as printed to `best` and beyond, one ingredient switched on at a time."""
     best = open_recipe("best").to_dict()
     [joint] = [step for step in best["steps"] if "joint" in step]
-    group, rank = joint["group"], joint["rank"]
+    group_size, rank = joint["group_size"], joint["rank"]
     paper = [named.to_dict() for named in open_recipe("slim-paper").steps]
-    groups: list[Data] = [{"quantize": "slim_quant", "group": group}, {"prune": "wanda", "pattern": "2:4"}]
-    off = {**joint, "rounds": 1, "polish": 0, "follow": 0.0, "levels": "even", "adapter_bits": 16}
+    groups: list[Data] = [{"quantize": "slim_quant", "group_size": group_size}, {"prune": "wanda", "pattern": "2:4"}]
+    off = {**joint, "rounds": 1, "polish": 0, "follow": 0.0, "codebook": "none", "adapter_bits": 16}
     matched = open_recipe("best-matched").to_dict() if "best-matched" in shipped() else {}
     rungs: list[tuple[str, list[Data], Data]] = [
         ("slim-paper", paper, {}),
-        (f"groups-of-{group}", [*groups, {"compensate": "slim_lora", "rank": rank, "bits": 16}], {}),
+        (f"groups-of-{group_size}", [*groups, {"compensate": "slim_lora", "rank": rank, "bits": 16}], {}),
         ("full-covariance", [*groups, {"compensate": "qera", "rank": rank, "bits": 16}], {}),
         ("sweep", [off], {}),
     ]
     for name, options in [
         ("rounds-4", {"rounds": 4}),
         ("rounds-16", {"rounds": 16}),
-        ("table-levels", {"levels": joint["levels"]}),
+        ("table-levels", {"codebook": joint["codebook"]}),
         ("polish", {"polish": joint["polish"]}),
         ("follow", {"follow": joint["follow"]}),
     ]:

@@ -3,20 +3,19 @@
     python benchmarks/compression.py [--recipe slim] [--width 2048] [--blocks 3] [--tokens 4096] [--label after]
 
 Makes a Llama of random weights (width x 2.75 inside, as TinyLlama) in a temporary folder, compresses it on random tokens with
-the real `slimlm.compress`, and times the stages of that run by their functions, each without the stages inside it. Clocks are
-the process's CPU time on one thread; work beside it slows memory and shared cores, so ratios within one run are what counts.
+the real `slimlm.compress`, and times the stages of that run, each without the stages inside it: the sections that
+slimlm.core.profiling announces. Clocks are the process's CPU time on one thread; work beside it slows memory and shared cores,
+so ratios within one run are what counts.
 
-A stage's floor is the floating-point operations that its algorithm needs (the formulas stand in `STAGES`; a symmetric product
+A stage's floor is the floating-point operations that its algorithm needs (the formulas stand in `FLOORS`; a symmetric product
 counts half) at the rate of a matrix product of that dtype, measured in the same process before and after; work on elements,
 which has no products, counts the bytes that it has to read and write at the rate of a copy. Writes
 benchmarks/results/compression-WIDTH-RECIPE-LABEL.json.
 """
 
 import argparse
-import functools
 import json
 import platform
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,15 +32,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
-from slimlm import pipeline, record
-from slimlm.calibration import capture, samples
-from slimlm.core import grid, mask
-from slimlm.core.solvers import coordinate_descent, linalg, low_rank, low_rank_descent, sweep
-from slimlm.methods.joint import alternation
+from slimlm.calibration import capture
+from slimlm.core.profiling import Call, profiling
+from slimlm.core.solvers import linalg
+from slimlm.core.solvers.low_rank import REFITS, AdapterFormat
 from slimlm.report.tables import plain_table
-from slimlm.run import block
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.storage import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 2048
@@ -72,57 +68,61 @@ def of_drift(block: Any, name: str, layer: str, linear: Any, flow: Any, *_: Any)
     return Work(single=2.0 * sum(h.shape[0] * h.shape[1] for h in flow.hidden) * out * width)
 
 
-def of_inverse(gram: Tensor, **_: Any) -> Work:
+def of_inverse(covariance: Tensor, **_: Any) -> Work:
     """A factorization and the inverse of a triangle, n^3 / 3 each."""
-    return Work(double=2 / 3 * len(gram) ** 3)
+    return Work(double=2 / 3 * len(covariance) ** 3)
 
 
-def of_goal(weight: Tensor, gram: Tensor, *_: Any) -> Work:
+def of_reference(weight: Tensor, covariance: Tensor, *_: Any) -> Work:
     """A factorization and two triangular solves."""
-    return Work(double=len(gram) ** 3 / 3 + 2.0 * weight.numel() * len(gram))
+    return Work(double=len(covariance) ** 3 / 3 + 2.0 * weight.numel() * len(covariance))
 
 
-def of_sweep(target: Tensor, *_: Any, **__: Any) -> Work:
-    """A triangle of updates; weight, rest, value and what was missed pass through memory once."""
-    return Work(single=target.numel() * target.shape[1], bytes=16.0 * target.numel())
+def of_sweep(weight: Tensor, *_: Any, **__: Any) -> Work:
+    """A triangle of updates; weight, remaining weights, values and errors pass through memory once."""
+    return Work(single=weight.numel() * weight.shape[1], bytes=16.0 * weight.numel())
 
 
-def of_polish(target: Tensor, *_: Any, **__: Any) -> Work:
-    """The slope, and a triangle of updates."""
-    return Work(single=3.0 * target.numel() * target.shape[1], bytes=16.0 * target.numel())
+def of_base_descent(weight: Tensor, *_: Any, **__: Any) -> Work:
+    """The gradient, and a triangle of updates."""
+    return Work(single=3.0 * weight.numel() * weight.shape[1], bytes=16.0 * weight.numel())
 
 
-def of_descent(error: Tensor, gram: Tensor, part: Any) -> Work:
+def of_adapter_descent(error: Tensor, covariance: Tensor, part: Any) -> Work:
     """R H, L^T E twice, H (L^T E - ...), the triangles of updates and a solve per input."""
     (out, width), rank = error.shape, part.rank
     return Work(single=rank * (2.0 * width**2 + 4.0 * out * width + 2.0 * width**2 + width**2 + out * rank + 4 * width * rank))
 
 
-def of_low_rank(error: Tensor, energy: Tensor, rank: int, *, start: Tensor | None = None) -> Work:
+def of_low_rank(error: Tensor, input_weights: Tensor, rank: int, *, start: Tensor | None = None) -> Work:
     """What subspace iteration, or the exact eigenproblem where it is used, multiplies; 10 n^3 for an eigenproblem."""
     (out, width), side = error.shape, min(error.shape)
-    one, root = 2.0 * out * width * rank, 0.0 if energy.ndim == 1 else 2.0 * width**2 * rank
-    problem = out if energy.ndim == 2 else side
-    if problem <= linalg._EXACT_UP_TO or rank > problem // 3:
-        gram = out * width * problem
-        if energy.ndim == 2:
-            return Work(single=2.0 * out * width**2 + gram + one, double=10.0 * problem**3)
-        return Work(single=one, double=gram + 10.0 * problem**3)
-    sweeps = linalg._SWEEPS if start is None else linalg._WARM_SWEEPS
-    turns = (1 + 2 * sweeps if energy.ndim == 1 else 2 * sweeps) + 3
-    qr = (sweeps + 1) * 4.0 * out * rank**2
-    return Work(single=turns * one + (sweeps + 1) * root + qr + 2.0 * out * rank**2, double=10.0 * rank**3)
+    one, root = 2.0 * out * width * rank, 0.0 if input_weights.ndim == 1 else 2.0 * width**2 * rank
+    problem = out if input_weights.ndim == 2 else side
+    if problem <= linalg.EXACT_UP_TO or rank > problem // 3:
+        square = out * width * problem
+        if input_weights.ndim == 2:
+            return Work(single=2.0 * out * width**2 + square + one, double=10.0 * problem**3)
+        return Work(single=one, double=square + 10.0 * problem**3)
+    iterations = linalg.ITERATIONS if start is None else linalg.WARM_ITERATIONS
+    products = (1 + 2 * iterations if input_weights.ndim == 1 else 2 * iterations) + 3
+    qr = (iterations + 1) * 4.0 * out * rank**2
+    return Work(single=products * one + (iterations + 1) * root + qr + 2.0 * out * rank**2, double=10.0 * rank**3)
 
 
-def of_adapter(error: Tensor, energy: Tensor, *others: Any) -> Work:
+def of_adapter(error: Tensor, input_weights: Tensor, _: Any, form: AdapterFormat, **__: Any) -> Work:
     """Rounds of R H E^T, which judges one left factor and gives the next, and of the right factor between them; sweeps too."""
-    form = next(o for o in others if isinstance(o, low_rank.AdapterFormat))
     (out, width), rank = error.shape, form.rank_of((error.shape[0], error.shape[1]))
-    rounds = 1 + (low_rank._REFITS if form.refit else 0)
+    rounds = 1 + (REFITS if form.refit else 0)
     products = (2 * rounds - 1) * 2.0 * out * width * rank
-    if energy.ndim == 1:
+    if input_weights.ndim == 1:
         return Work(single=products, bytes=rounds * 8.0 * error.numel())
     return Work(single=products + rounds * 3.0 * width**2 * rank)
+
+
+def of_objective(error: Tensor, input_weights: Tensor) -> Work:
+    """E H; under weights of single inputs only sums over elements."""
+    return Work(single=2.0 * error.numel() * len(input_weights) if input_weights.ndim == 2 else 0.0)
 
 
 def of_search(candidates: int) -> Callable[..., Work]:
@@ -135,7 +135,7 @@ def of_search(candidates: int) -> Callable[..., Work]:
     return work
 
 
-def of_searched(weight: Tensor, **_: Any) -> Work:
+def of_search_scales(weight: Tensor, **_: Any) -> Work:
     """The weight, read to bin it and to fit the scale twice."""
     return Work(bytes=12.0 * weight.numel())
 
@@ -164,58 +164,39 @@ def of_forward(block: torch.nn.Module, name: str, flow: Any, hidden: Tensor, *_:
     return Work(single=2.0 * tokens * weights + 2.0 * tokens * length * width)
 
 
-def nothing(*_: Any, **__: Any) -> Work:
-    """No floor is claimed."""
-    return Work()
-
-
-STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
-    ("open", pipeline, "open_streamed", nothing),
-    ("check the model", pipeline, "read_once", nothing),
-    ("read text", samples, "documents", nothing),
-    ("calibration forward", block, "arguments_of", nothing),
-    ("calibration forward", block, "first_inputs", nothing),
-    ("calibration forward", capture, "_forward", of_forward),
-    ("statistics", capture._Sums, "add", of_statistics),
-    ("statistics", capture._Sums, "stats", nothing),
-    ("statistics", capture, "measure_drift", of_drift),
-    ("inverse", sweep, "inverse_of", of_inverse),
-    ("goal", alternation, "_goal", of_goal),
-    ("scale search", grid, "best_scale", of_search(0)),
-    ("scale search", grid, "nearby_scale", of_search(9)),
-    ("scale search", grid, "signed_scale", of_search(2)),
-    ("scale search", grid, "searched", of_searched),
-    ("scale search", grid, "distribution", nothing),
-    ("encode", grid, "encode", of_weight(9.0)),
-    ("mask", mask, "choose", of_weight(5.0)),
-    ("order", sweep, "order_of", nothing),
-    ("sweep", sweep, "sweep", of_sweep),
-    ("sweep", sweep, "rounded_sweep", nothing),
-    ("table of levels", grid, "fitted", nothing),
-    ("polish", coordinate_descent, "polish", of_polish),
-    ("descent", low_rank_descent, "descend", of_descent),
-    ("low-rank solve", linalg, "best_low_rank", of_low_rank),
-    ("adapter rounding", low_rank, "_rounded", lambda e, n, _l, _r, f: of_adapter(e, n, f)),
-    ("adapter rounding", low_rank, "_swept", lambda e, n, _r, f, _i: of_adapter(e, n, f)),
-    ("objective", linalg, "weighted_square", lambda e, n: Work(single=2.0 * e.numel() * len(n) if n.ndim == 2 else 0.0)),
-    ("packing", CompressedLinear, "from_parts", of_weight(5.0)),
-    ("unpacking", CompressedLinear, "prepare", of_weight(5.0)),
-    ("record", record, "record_of", nothing),
-    ("saving", pipeline, "write", nothing),
-    ("saving", checkpoint, "write_record", nothing),
-    ("verification", pipeline, "verify", nothing),
-]
+FLOORS: dict[tuple[str, str], Callable[..., Work]] = {
+    ("calibration forward", "_forward"): of_forward,
+    ("statistics", "add"): of_statistics,
+    ("statistics", "measure_drift"): of_drift,
+    ("inverse", "inverse_of"): of_inverse,
+    ("reference", "_goal"): of_reference,
+    ("scale search", "best_scale"): of_search(0),
+    ("scale search", "nearby_scale"): of_search(9),
+    ("scale search", "signed_scale"): of_search(2),
+    ("scale search", "search_scales"): of_search_scales,
+    ("encode", "encode"): of_weight(9.0),
+    ("mask", "choose"): of_weight(5.0),
+    ("sweep", "sweep"): of_sweep,
+    ("base descent", "descend_base"): of_base_descent,
+    ("adapter descent", "descend_adapter"): of_adapter_descent,
+    ("low-rank solve", "best_low_rank"): of_low_rank,
+    ("adapter rounding", "_rounded"): of_adapter,
+    ("adapter rounding", "_swept"): of_adapter,
+    ("objective", "weighted_square"): of_objective,
+    ("packing", "from_parts"): of_weight(5.0),
+    ("unpacking", "prepare"): of_weight(5.0),
+}
+"""By section and function what its calls cannot do without; of the others no floor is claimed."""
 INSIDE_ONE = {"adapter rounding"}
-"""Stages that also own the sweeps and objectives inside them."""
+"""Sections that also own the sweeps and objectives inside them."""
 
 
 class Clock:
-    """CPU seconds and floors by stage, and seconds by layer."""
+    """CPU seconds and floors by section: a profiler (slimlm.core.profiling)."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.work: dict[str, list[Work]] = defaultdict(list)
-        self.layers: dict[str, float] = {}
         self.calls: dict[str, int] = defaultdict(int)
         self._open: list[str] = []
         self._since = time.process_time()
@@ -231,38 +212,21 @@ class Clock:
     def stop(self) -> None:
         self._switch()
 
-    def timed(self, stage: str, function: Callable[..., Any], work: Callable[..., Work]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            owner = next((s for s in self._open if s in INSIDE_ONE), None)
-            kept = owner is not None and stage in ("sweep", "objective")
-            self._switch()
-            self._open.append(str(owner) if kept else stage)
-            if not kept and work is not nothing:
-                self.work[stage].append(work(*args, **kwargs))
-            self.calls[stage] += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._switch()
-                self._open.pop()
+    def begin(self, call: Call) -> None:
+        """The time until now belongs to the section outside; what follows to this one."""
+        owner = next((section for section in self._open if section in INSIDE_ONE), None)
+        owned = owner is not None and call.section in ("sweep", "objective")
+        self._switch()
+        self._open.append(str(owner) if owned else call.section)
+        floor = FLOORS.get((call.section, call.function))
+        if floor is not None and not owned:
+            self.work[call.section].append(floor(*call.arguments, **call.keywords))
+        self.calls[call.section] += 1
 
-        return wrapper
-
-    def watch(self) -> None:
-        """Put a clock around every stage's function, under each name that slimlm's modules know it by."""
-        modules = [m for name, m in list(sys.modules.items()) if name.startswith("slimlm")]
-        for stage, owner, name, work in STAGES:
-            found = owner.__dict__[name]
-            if isinstance(found, classmethod):
-                setattr(owner, name, classmethod(self.timed(stage, found.__func__, lambda _, *a, w=work: w(*a))))
-                continue
-            wrapped = self.timed(stage, found, work)
-            setattr(owner, name, wrapped)
-            for module in modules:
-                for known, value in list(vars(module).items()):
-                    if value is found:
-                        setattr(module, known, wrapped)
+    def end(self) -> None:
+        """The time since then belongs to the section that ends."""
+        self._switch()
+        self._open.pop()
 
 
 def rate_of(dtype: torch.dtype, size: int = 2048) -> float:
@@ -324,18 +288,18 @@ def run(recipe: str, width: int, blocks: int, tokens: int) -> dict[str, Any]:
         folder = Path(place)
         parameters = make_model(folder / "model", width=width, blocks=blocks)
         make_text(folder / "text.txt", 2 * tokens)
-        clock.watch()
-        clock.start()
-        result = slimlm.compress(
-            folder / "model",
-            folder / "out",
-            recipe=recipe,
-            data=str(folder / "text.txt"),
-            samples=tokens // 512,
-            length=512,
-            device="cpu",
-        )
-        clock.stop()
+        with profiling(clock):
+            clock.start()
+            result = slimlm.compress(
+                folder / "model",
+                folder / "out",
+                recipe=recipe,
+                data=str(folder / "text.txt"),
+                samples=tokens // 512,
+                length=512,
+                device="cpu",
+            )
+            clock.stop()
     rates.append((rate_of(torch.float32), rate_of(torch.float64), copy_rate()))
     single, double, copied = (max(pair) for pair in zip(*rates, strict=True))
     rows = []

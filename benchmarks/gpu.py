@@ -368,7 +368,7 @@ def replayed(gpu: Gpu, ready: PreparedOnGpu, x: Tensor) -> None:
 def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
     """Parts on the CPU, as a checkpoint has them."""
     groups = -(-shape[1] // kind.group) if kind.group else 1
-    group: Any = kind.group or "tensor"
+    group: Any = kind.group or "per-tensor"
     scale = storable(0.01 + 0.02 * torch.rand(shape[0] if kind.group else 1, groups))
     base: Uniform | Codebook = Uniform(torch.randint(-8, 8, shape, dtype=torch.int8), scale, 4, group)
     if kind.table:

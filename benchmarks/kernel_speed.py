@@ -49,12 +49,12 @@ ERROR_BATCH = 4
 KINDS = {
     "dense g128": Kind(128, sparse=False),
     "dense g32": Kind(32, sparse=False),
-    "2:4 one scale": Kind("tensor"),
-    "2:4 one scale, table": Kind("tensor", table=True),
+    "2:4 one scale": Kind("per-tensor"),
+    "2:4 one scale, table": Kind("per-tensor", table=True),
     "2:4 g32": Kind(32),
     "2:4 g32, table": Kind(32, table=True),
-    "2:4 one scale + adapter": Kind("tensor", rank=0.1),
-    "2:4 one scale, table + adapter": Kind("tensor", table=True, rank=0.1),
+    "2:4 one scale + adapter": Kind("per-tensor", rank=0.1),
+    "2:4 one scale, table + adapter": Kind("per-tensor", table=True, rank=0.1),
     "2:4 g32 + adapter": Kind(32, rank=0.1),
     "2:4 g32, table + adapter": Kind(32, table=True, rank=0.1),
 }

@@ -79,7 +79,7 @@ SIZES = {
 class Kind:
     """How a random layer is stored; 4 bits throughout."""
 
-    group: grid.Group
+    group_size: grid.GroupSize
     sparse: bool = True
     table: bool = False
     rank: float = 0.0
@@ -87,23 +87,23 @@ class Kind:
 
     def parts(self, shape: tuple[int, int], generator: torch.Generator) -> tuple[Part, ...]:
         """Random parts of this kind for a weight `[out, in]`."""
-        base: Elementwise = (codebook if self.table else uniform)(shape, self.group, _BASE, generator)
+        base: Elementwise = (codebook if self.table else uniform)(shape, self.group_size, _BASE, generator)
         first: Part = Pruned(base, two_of_four(shape, generator), "2:4") if self.sparse else base
         rank = int(self.rank * min(shape))
         return (first, low_rank(shape, rank, generator)) if rank else (first,)
 
 
-def uniform(shape: tuple[int, int], group: grid.Group, size: float, generator: torch.Generator) -> Uniform:
+def uniform(shape: tuple[int, int], group_size: grid.GroupSize, size: float, generator: torch.Generator) -> Uniform:
     """4-bit codes on the even grid; the weights' root mean square is about `size` over the root of the inputs."""
     codes = torch.randint(-7, 8, shape, generator=generator, dtype=torch.int8)
-    return Uniform(codes, _scale(shape, group, size / 4.3, generator), 4, group)
+    return Uniform(codes, _scale(shape, group_size, size / 4.3, generator), 4, group_size)
 
 
-def codebook(shape: tuple[int, int], group: grid.Group, size: float, generator: torch.Generator) -> Codebook:
+def codebook(shape: tuple[int, int], group_size: grid.GroupSize, size: float, generator: torch.Generator) -> Codebook:
     """4-bit indices into a table of uneven levels."""
     index = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
     levels = torch.linspace(-1.5, 1.5, 16).pow(3)
-    return Codebook(index, levels.half(), _scale(shape, group, size / 1.4, generator), 4, group)
+    return Codebook(index, levels.half(), _scale(shape, group_size, size / 1.4, generator), 4, group_size)
 
 
 def tokens_by_width(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Uniform:
@@ -113,8 +113,8 @@ def tokens_by_width(shape: tuple[int, int], bits: int, generator: torch.Generato
     return Uniform(codes, _scale(shape, 32, 0.02 * 3**0.5 / top * shape[1] ** 0.5, generator), bits, 32)
 
 
-def _scale(shape: tuple[int, int], group: grid.Group, size: float, generator: torch.Generator) -> Tensor:
-    spread = 0.75 + 0.5 * torch.rand(grid.scale_shape(shape, group), generator=generator)
+def _scale(shape: tuple[int, int], group_size: grid.GroupSize, size: float, generator: torch.Generator) -> Tensor:
+    spread = 0.75 + 0.5 * torch.rand(grid.scale_shape(shape, group_size), generator=generator)
     return (spread * size / shape[1] ** 0.5).half()
 
 

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from slimlm.core.grid import Levels
+from slimlm.core.grid import Grid
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.base_descent import descend_base
+from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import inverse_of, order_of, rounded_sweep, unrounded_sweep
+from slimlm.core.solvers.sweep import order_of, rounded_sweep, unrounded_sweep
 from slimlm.report.tables import plain_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,45 +55,45 @@ def steps_of(size: int) -> dict[str, tuple[Callable[[], Any], float]]:
 
     weight = 0.02 * draw(size, size)
     inputs = draw(2 * size, size) @ (torch.eye(size) + 0.5 * draw(size, size) / size**0.5)
-    gram = inputs.T @ inputs / len(inputs)
-    pattern, levels = Pattern.parse("2:4"), Levels.of_bits(4)
-    order = order_of(gram.diagonal(), group=32, pattern=pattern)
-    dense_order = order_of(gram.diagonal(), group=128, pattern=None)
-    inverse = inverse_of(gram[order.inputs][:, order.inputs], damp=0.01)
-    dense_inverse = inverse_of(gram[dense_order.inputs][:, dense_order.inputs], damp=0.01)
-    base = rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern)
+    covariance = inputs.T @ inputs / len(inputs)
+    pattern, grid = Pattern.parse("2:4"), Grid.of_bits(4)
+    order = order_of(covariance.diagonal(), group_size=32, pattern=pattern)
+    dense_order = order_of(covariance.diagonal(), group_size=128, pattern=None)
+    inverse = inverse_of(covariance[order.inputs][:, order.inputs], damp=0.01)
+    dense_inverse = inverse_of(covariance[dense_order.inputs][:, dense_order.inputs], damp=0.01)
+    base = rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern)
     rank = size // 10
-    left, _ = linalg.best_low_rank(weight - base.value, gram, rank)
+    left, _ = linalg.best_low_rank(weight - base.value, covariance, rank)
     form = AdapterFormat(0.1, 4, 128, True)
-    natural = inverse_of(gram, damp=0.01)
-    # A sweep's products are a triangle of updates; a polish has that, its first slope and its scales' steps.
+    natural = inverse_of(covariance, damp=0.01)
+    # A sweep's products are a triangle of updates; coordinate descent has that, its first gradient and its scales' steps.
     one, cube = size**2 * 2.0 * rank, 2.0 * size**3
     return {
-        "invert the covariance (float64)": (lambda: inverse_of(gram, damp=0.01), cube),
+        "invert the covariance (float64)": (lambda: inverse_of(covariance, damp=0.01), cube),
         "GPTQ, 4 bits, groups of 128": (
-            lambda: rounded_sweep(weight, dense_inverse, dense_order, levels=levels, group=128),
+            lambda: rounded_sweep(weight, dense_inverse, dense_order, grid=grid),
             cube / 2,
         ),
         "SparseGPT, 2:4": (lambda: unrounded_sweep(weight, inverse, order, pattern=pattern), cube / 2),
         "both, groups of 32, scales searched": (
-            lambda: rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern),
+            lambda: rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern),
             cube / 2,
         ),
         "both, scales from the sweep before": (
-            lambda: rounded_sweep(weight, inverse, order, levels=levels, group=32, pattern=pattern, start=base.scale),
+            lambda: rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern, start=base.scale),
             cube / 2,
         ),
-        "polish, 2:4": (lambda: polish(weight, gram, base, group=32, pattern=pattern), 2 * cube),
+        "base descent, 2:4": (lambda: descend_base(weight, covariance, base, group_size=32, pattern=pattern), 2 * cube),
         f"best product of rank {rank}, cold": (
-            lambda: linalg.best_low_rank(weight - base.value, gram, rank),
+            lambda: linalg.best_low_rank(weight - base.value, covariance, rank),
             17 * one + cube / 10,
         ),
         f"best product of rank {rank}, warm": (
-            lambda: linalg.best_low_rank(weight - base.value, gram, rank, start=left),
+            lambda: linalg.best_low_rank(weight - base.value, covariance, rank, start=left),
             11 * one + cube / 10,
         ),
         "that, rounded to 4 bits and refitted": (
-            lambda: low_rank_part(weight - base.value, gram, form, start=left, inverse=natural),
+            lambda: low_rank_part(weight - base.value, covariance, form, start=left, inverse=natural),
             11 * one + 3 * (cube + 6 * one),
         ),
     }

@@ -106,7 +106,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 5, 7, 255, 2**16, 2**31, 2**40, 2**63, -(2**63), 10**30, 0.5, 1e308, -0.0,
     float("nan"), "", "x", "x" * 300, "../../elsewhere", "/etc/passwd", "float16", "float64", "uint8", "int64",
-    "complex64", "U8", "F64", "2:4", "4:2", "0:0", "1:1", "0.9", "row", "tensor", "uniform", "pruned", "low_rank",
+    "complex64", "U8", "F64", "2:4", "4:2", "0:0", "1:1", "0.9", "per-channel", "per-tensor", "uniform", "pruned", "low_rank",
     "plain", "codebook", "slimlm", "gpt2", "llama", "mixtral", "model.embed_tokens", "lm_head", "weight",
     [], [0], [1, 1], [2**40, 2**40], [-1, 4], [16, 16], {}, {"a": 1}, [[]],
 ]  # fmt: skip

@@ -52,14 +52,14 @@ def test_every_method_comes_back_from_data_with_its_defaults(kind: str) -> None:
 
 def test_options_that_differ_from_the_defaults_come_back() -> None:
     first = recipe(
-        {"quantize": "slim_quant", "bits": 3, "group": "row"},
+        {"quantize": "slim_quant", "bits": 3, "group_size": "per-channel"},
         {"prune": "wanda", "pattern": 0.6},
         {"compensate": "slim_lora", "rank": 0.05, "bits": 8, "shift": True},
         leave=["*.down_proj"],
         name="own",
     )
     assert [named.step for named in first.steps] == [
-        SlimQuant(3, "row"),
+        SlimQuant(3, "per-channel"),
         Wanda(0.6),
         SlimLora(0.05, 8, shift=True),
     ]
@@ -67,9 +67,9 @@ def test_options_that_differ_from_the_defaults_come_back() -> None:
 
 
 def test_a_file_says_the_same_as_the_data(tmp_path: Path) -> None:
-    text = 'name = "own"\n[[steps]]\nprune = "wanda"\npattern = "1:4"\n[[steps]]\nquantize = "slim_quant"\ngroup = 64\n'
+    text = 'name = "own"\n[[steps]]\nprune = "wanda"\npattern = "1:4"\n[[steps]]\nquantize = "slim_quant"\ngroup_size = 64\n'
     opened = open_recipe(written(tmp_path, text))
-    assert opened.steps == recipe({"prune": "wanda", "pattern": "1:4"}, {"quantize": "slim_quant", "group": 64}).steps
+    assert opened.steps == recipe({"prune": "wanda", "pattern": "1:4"}, {"quantize": "slim_quant", "group_size": 64}).steps
     assert opened.name == "own"
 
 
@@ -126,16 +126,16 @@ def test_a_method_of_another_kind_is_not_taken() -> None:
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ({"quantize": "absmax", "bitz": 4}, ["bitz", "bits", "group"]),
-        ({"quantize": "absmax", "needs": 1}, ["needs", "bits", "group"]),
+        ({"quantize": "absmax", "bitz": 4}, ["bitz", "bits", "group_size"]),
+        ({"quantize": "absmax", "needs": 1}, ["needs", "bits", "group_size"]),
         ({"quantize": "absmax", "bits": 1}, ["bits = 1", "2 to 8"]),
         ({"quantize": "absmax", "bits": 9}, ["bits = 9", "2 to 8"]),
         ({"quantize": "absmax", "bits": 4.5}, ["bits", "4.5"]),
         ({"quantize": "absmax", "bits": "many"}, ["bits", "many"]),
-        ({"quantize": "absmax", "group": "column"}, ["group", "column"]),
-        ({"quantize": "absmax", "group": 0}, ["group = 0", "row", "tensor"]),
+        ({"quantize": "absmax", "group_size": "column"}, ["group_size", "column"]),
+        ({"quantize": "absmax", "group_size": 0}, ["group_size = 0", "per-channel", "per-tensor"]),
         ({"quantize": "slim_quant", "search": "fast"}, ["search", "fast", "paper"]),
-        ({"quantize": "slim_quant", "search": "paper", "group": 64}, ["paper", "tensor", "64"]),
+        ({"quantize": "slim_quant", "search": "paper", "group_size": 64}, ["paper", "per-tensor", "64"]),
         ({"prune": "wanda", "pattern": "4:2"}, ["4:2", "2:4"]),
         ({"prune": "wanda", "pattern": "half"}, ["half", "2:4"]),
         ({"prune": "wanda", "pattern": 1.0}, ["1.0", "2:4"]),
@@ -214,13 +214,13 @@ def test_a_rule_changes_the_layers_it_names_and_no_others() -> None:
 
 
 def test_a_rule_reaches_every_step_that_has_the_option_and_no_other_step() -> None:
-    steps = {"quantize": "slim_quant", "group": 64}, {"prune": "wanda"}, {"compensate": "slim_lora"}
+    steps = {"quantize": "slim_quant", "group_size": 64}, {"prune": "wanda"}, {"compensate": "slim_lora"}
     some = recipe(*steps, rules=[{"layers": ["*"], "bits": 8, "pattern": "1:4"}])
     assert options_of(some, "a") == [SlimQuant(8, 64), Wanda("1:4"), SlimLora(bits=8)]
 
 
 def test_of_two_rules_the_later_one_wins_and_what_it_does_not_say_stays() -> None:
-    rules = [{"layers": ["*.mlp.*"], "bits": 3, "group": 64}, {"layers": ["*.0.*"], "bits": 8}]
+    rules = [{"layers": ["*.mlp.*"], "bits": 3, "group_size": 64}, {"layers": ["*.0.*"], "bits": 8}]
     some = recipe({"quantize": "slim_quant"}, rules=rules)
     assert options_of(some, "model.0.mlp.up") == [SlimQuant(8, 64)]
     assert options_of(some, "model.1.mlp.up") == [SlimQuant(3, 64)]
@@ -229,11 +229,11 @@ def test_of_two_rules_the_later_one_wins_and_what_it_does_not_say_stays() -> Non
 
 def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: Path) -> None:
     first = recipe(
-        {"joint": "alternation", "rank": "auto", "levels": "table"},
+        {"joint": "alternation", "rank": "auto", "codebook": "fitted"},
         name="own",
         summary='with "quotes" and a \\ backslash',
         leave=["*.lm"],
-        rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group": "row"}],
+        rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group_size": "per-channel"}],
         sequential=True,
         matching={"passes": 3, "inputs": "follow"},
     )
@@ -320,12 +320,12 @@ def test_which_pruners_move_weights_is_known() -> None:
         ({"layers": "*.mlp.*", "bits": 3}, ["names its layers"]),
         ({"layers": [], "bits": 3}, ["names its layers"]),
         ({"layers": [3], "bits": 3}, ["names its layers"]),
-        ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group", "damp"]),
+        ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group_size", "damp"]),
         ({"layers": ["*"], "quantize": "absmax"}, ["quantize = 'absmax'", "quantize = 'gptq'"]),
         ({"layers": ["*"], "rank": "auto"}, ["for all layers"]),
         ({"layers": ["*"], "bits": 1}, ["gptq", "bits = 1", "2 to 8"]),
         ({"layers": ["*"], "bits": "many"}, ["gptq", "bits", "many"]),
-        ({"layers": ["*"], "group": 0}, ["gptq", "group = 0"]),
+        ({"layers": ["*"], "group_size": 0}, ["gptq", "group_size = 0"]),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words: list[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError
 from slimlm.core.layer import Layer
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.profiling import profiled
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def explosion(record: Record) -> str | None:
     )
 
 
+@profiled("record")
 def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
     """Sum a decided layer up; `energy` `[in]` is the mean square of its inputs."""
     parts = layer.parts()
@@ -174,7 +176,9 @@ def _words(part: Part) -> str:
     if isinstance(part, LowRank):
         return f"rank {part.rank} at {16 if isinstance(part.left, Plain) else part.left.bits} bits"
     if isinstance(part, Uniform | Codebook):
-        scale = {"tensor": "one scale", "row": "scale per row"}.get(str(part.group), f"groups of {part.group}")
+        scale = {"per-tensor": "one scale", "per-channel": "scale per row"}.get(
+            str(part.group_size), f"groups of {part.group_size}"
+        )
         return f"{part.bits}-bit{' table' if isinstance(part, Codebook) else ''} ({scale})"
     assert isinstance(part, Plain)
     return str(part.values.dtype).removeprefix("torch.")

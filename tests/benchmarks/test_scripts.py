@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import slimlm
+from slimlm.core import registry
+from slimlm.core.profiling import Call, profiled_functions, profiling
+from slimlm.core.solvers.linalg import weighted_square
 from slimlm.runtime.cpu import native
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
@@ -36,9 +39,25 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str | Path)
     module.main()
 
 
-def test_the_clock_of_compression_watches_functions_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage, owner, name, _ in script("compression", monkeypatch).STAGES:
-        assert callable(getattr(owner, name, None)), f"{stage}: {owner.__name__} has no {name}"
+def test_the_floors_of_compression_are_those_of_profiled_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.find("joint", "alternation")  # methods are imported when they are asked for
+    floors = script("compression", monkeypatch).FLOORS
+    assert floors.keys() <= profiled_functions()
+
+
+def test_the_clock_of_compression_gives_each_section_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compression = script("compression", monkeypatch)
+    clock, now = compression.Clock(), iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(compression.time, "process_time", lambda: next(now))
+    clock.start()
+    error, weights = torch.zeros(4, 6), torch.zeros(6, 6)
+    with profiling(clock):
+        clock.begin(Call("adapter rounding", "elsewhere", (), {}))
+        weighted_square(error, weights)  # counts as rounding, inside it
+        clock.end()
+    clock.stop()
+    assert clock.seconds == {"the rest": 1.0 + 5.0, "adapter rounding": 2.0 + 3.0 + 4.0}
+    assert clock.calls == {"adapter rounding": 1, "objective": 1} and not clock.work
 
 
 # Kernels

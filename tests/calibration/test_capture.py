@@ -459,7 +459,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
 
     monkeypatch.setattr(Gptq, "__call__", spy)
     before = inputs_of(block, name, [last], flow)[last]
-    data = {"sequential": sequential, "steps": [{"quantize": "gptq", "bits": 2, "group": 8}]}
+    data = {"sequential": sequential, "steps": [{"quantize": "gptq", "bits": 2, "group_size": 8}]}
     dtypes = {n: t.dtype for n, t in model.state_dict().items()}
     compress_block(block, name, flow, recipe_from_dict(data, source="test"), dtypes, CPU)
     after = inputs_of(block, name, [last], flow)[last]
@@ -483,14 +483,14 @@ def compressed_with(
     return told, {layer.name: tuple(layer.notes) for layer in record.layers}
 
 
-GPTQ = {"quantize": "gptq", "group": 16}
+GPTQ = {"quantize": "gptq", "group_size": 16}
 
 
 @pytest.mark.parametrize("follow", [None, 0.0, 0.1])
 def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_layers_that_have_too_few(
     llama_folder: Path, text_file: Path, tmp_path: Path, follow: float | None
 ) -> None:
-    joint = {"joint": "alternation", "group": 16, "rank": 0.0, "rounds": 1, "polish": 0, "follow": follow}
+    joint = {"joint": "alternation", "group_size": 16, "rank": 0.0, "rounds": 1, "polish": 0, "follow": follow}
     step = GPTQ if follow is None else joint
     told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1

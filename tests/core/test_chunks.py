@@ -1,4 +1,4 @@
-"""How much is worked on at a time changes no result: a card is given larger pieces than a processor's cache holds."""
+"""How much is worked on at a time changes no result: a GPU is given larger pieces than a CPU's cache holds."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core import bits, chunks, grid, mask
-from slimlm.core.grid import Levels
+from slimlm.core import bits
+from slimlm.core.chunks import at_once, pieces_of
+from slimlm.core.grid import Grid, encode, scale_sets
 from slimlm.core.mask import Pattern, choose
+from slimlm.core.solvers.scale_search import best_scale, distribution, grid_error, search_scales, signed_scale
 from tests.fake_gpu import FAKE_GPU, fake_gpu, unwrapped
 
-SIZES = ((grid, "_POINTS_AT_ONCE"), (grid, "_POINTS_OF_CANDIDATES"), (mask, "_SCORES_AT_ONCE"), (bits, "_CODES_AT_ONCE"))
-EVEN = Levels.of_bits(4)
+EVEN = Grid.of_bits(4)
+CODEBOOK = Grid(torch.tensor([-2.0, -0.5, 0.25, 1.0]), False)
 
 
 def draw(*shape: int) -> Tensor:
@@ -24,55 +26,62 @@ def codes() -> Tensor:
 
 
 EXACT: dict[str, Callable[[], Tensor]] = {
-    "codes": lambda: grid.encode(draw(60, 96), torch.full((60, 3), 0.2), bits=4, group=32),
+    "codes": lambda: encode(draw(60, 96), torch.full((60, 3), 0.2), bits=4, group_size=32),
     "packing": lambda: bits.pack(codes(), 3),
     "unpacking": lambda: bits.unpack(bits.pack(codes(), 4), 4, 96),
     "2:4": lambda: choose(draw(60, 96), Pattern.parse("2:4")),
+    "values of a codebook": lambda: CODEBOOK.nearest(draw(60, 96)),
     "4:8 of ties": lambda: choose((draw(60, 96) * 2).floor(), Pattern.parse("4:8")),
 }
 SUMMED: dict[str, Callable[[], Tensor]] = {
-    "scales of rows": lambda: grid.searched(draw(60, 96), bits=4, group="row"),
-    "one scale": lambda: grid.searched(draw(60, 96), bits=4, group="tensor"),
-    "scales of rows, both signs": lambda: grid.signed_scale(draw(60, 96), torch.ones(60, 96), EVEN),
+    "scales of rows": lambda: search_scales(draw(60, 96), bits=4, group_size="per-channel"),
+    "one scale": lambda: search_scales(draw(60, 96), bits=4, group_size="per-tensor"),
+    "scales of rows, both signs": lambda: signed_scale(draw(60, 96), torch.ones(60, 96), EVEN),
 }
 
 
 @pytest.mark.parametrize("size", [50, 1000, 2**30])
 @pytest.mark.parametrize("name", [*EXACT, *SUMMED])
-def test_the_size_of_the_pieces_changes_no_result(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_pieces_changes_no_result(name: str, size: int) -> None:
     call = {**EXACT, **SUMMED}[name]
     before = call()
-    monkeypatch.setattr(mask, "_COMPARED_AT_ONCE", 0)
-    for module, constant in SIZES:
-        monkeypatch.setattr(module, constant, size)
+    with pieces_of(size):
+        after = call()
     if name in EXACT:
-        assert torch.equal(call(), before)
+        assert torch.equal(after, before)
     else:
         # float32 sums of another shape: of two scales that err alike one or the other may be found.
-        points = grid.rows_of(draw(60, 96), "tensor" if before.numel() == 1 else "row")
-        errors = [grid.grid_error(points, torch.ones_like(points), scale.view(-1, 1), EVEN) for scale in (call(), before)]
+        points = scale_sets(draw(60, 96), "per-tensor" if before.numel() == 1 else "per-channel")
+        errors = [grid_error(points, torch.ones_like(points), scale.view(-1, 1), EVEN) for scale in (after, before)]
         torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
 
 
-def test_a_card_is_given_larger_pieces_and_a_processor_what_its_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chunks.at_once(1000, torch.device("cpu")) == 1000
-    assert chunks.at_once(1000, torch.device("cuda")) == 32_000
+def test_a_gpu_is_given_larger_pieces_and_a_cpu_what_its_cache_holds() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert at_once(1000, cpu) == 1000
+    assert at_once(1000, gpu) == 32_000
+    with pieces_of(7):
+        assert at_once(1000, cpu) == at_once(1000, gpu) == 7
+    assert at_once(1000, cpu) == 1000
+
+
+def test_larger_pieces_take_fewer_operations() -> None:
+    points = draw(4096, 64)
     operations = []
-    for times in (32, 1):
-        monkeypatch.setattr(chunks, "ON_A_CARD", times)
-        with fake_gpu() as counts:
-            grid.best_scale(draw(4096, 64).to(FAKE_GPU), torch.ones(4096, 64, device=FAKE_GPU), EVEN)
+    for pieces in (2**22, 2**17):
+        with fake_gpu() as counts, pieces_of(pieces):
+            best_scale(points.to(FAKE_GPU), torch.ones(4096, 64, device=FAKE_GPU), EVEN)
         operations.append(counts.operations)
     assert operations[0] < 0.6 * operations[1]
 
 
-def test_the_masses_of_a_histogram_are_added_on_a_card_in_any_order() -> None:
+def test_the_weights_of_a_histogram_are_added_on_a_gpu_in_any_order() -> None:
     values, weights = draw(40_000), draw(40_000).square()
-    here = grid.distribution(values[None], weights[None])[1][0]
+    here = distribution(values[None], weights[None])[1][0]
     with fake_gpu():
         order = torch.randperm(40_000, generator=torch.Generator().manual_seed(1))
         found = [
-            unwrapped(grid.distribution(v[None].to(FAKE_GPU), w[None].to(FAKE_GPU))[1][0])
+            unwrapped(distribution(v[None].to(FAKE_GPU), w[None].to(FAKE_GPU))[1][0])
             for v, w in ((values, weights), (values[order], weights[order]))
         ]
     assert torch.equal(*found)

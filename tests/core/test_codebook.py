@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-from slimlm.core.grid import Group, scale_shape
+from slimlm.core.grid import GroupSize, scale_shape
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of, pack_parts, unpack_parts
 from slimlm.runtime.linear import CompressedLinear
 
 SHAPES = [(1, 1), (3, 5), (7, 12), (48, 172)]
-GROUPS: list[Group] = ["tensor", "row", 5, 128]
+GROUPS: list[GroupSize] = ["per-tensor", "per-channel", 5, 128]
 """Neither 5 nor 128 divides a width but that of (3, 5): the last group of a row is shorter."""
 
 BITS = [2, 3, 4]
@@ -28,10 +28,10 @@ def levels_of(bits: int) -> Tensor:
     return torch.linspace(-1, 1, 2**bits).pow(3).half()
 
 
-def codebook(shape: tuple[int, int], bits: int = 4, group: Group = "row", seed: int = 0) -> Codebook:
+def codebook(shape: tuple[int, int], bits: int = 4, group_size: GroupSize = "per-channel", seed: int = 0) -> Codebook:
     index = torch.randint(2**bits, shape, generator=generator(seed + bits)).to(torch.uint8)
-    scale = (torch.rand(scale_shape(shape, group), generator=generator(seed + 1)) + 0.1).half()
-    return Codebook(index, levels_of(bits), scale, bits, group)
+    scale = (torch.rand(scale_shape(shape, group_size), generator=generator(seed + 1)) + 0.1).half()
+    return Codebook(index, levels_of(bits), scale, bits, group_size)
 
 
 def mask(shape: tuple[int, int], pattern: str | float) -> Tensor:
@@ -60,10 +60,10 @@ def stored_bits(part: Part) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_indices_and_levels_come_back_bit_for_bit(shape: tuple[int, int], group: Group, bits: int) -> None:  # law 23
-    part = codebook(shape, bits, group)
+def test_indices_and_levels_come_back_bit_for_bit(shape: tuple[int, int], group_size: GroupSize, bits: int) -> None:  # law 23
+    part = codebook(shape, bits, group_size)
     (back,) = assert_comes_back(part)
     assert isinstance(back, Codebook)
     assert torch.equal(back.index, part.index) and back.index.dtype == torch.uint8
@@ -72,12 +72,12 @@ def test_indices_and_levels_come_back_bit_for_bit(shape: tuple[int, int], group:
 
 
 @pytest.mark.parametrize(("shape", "pattern"), [((7, 12), "2:4"), ((48, 172), "2:4"), ((5, 9), "1:3"), ((5, 9), 0.4)])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
 def test_under_a_mask_the_indices_that_stay_come_back(  # law 23
-    shape: tuple[int, int], pattern: str | float, group: Group, bits: int
+    shape: tuple[int, int], pattern: str | float, group_size: GroupSize, bits: int
 ) -> None:
-    inner = codebook(shape, bits, group)
+    inner = codebook(shape, bits, group_size)
     part = Pruned(inner, mask(shape, pattern), str(pattern))
     (back,) = assert_comes_back(part)
     assert isinstance(back, Pruned) and isinstance(back.inner, Codebook)
@@ -100,11 +100,11 @@ def test_the_factors_of_an_adapter_may_be_codebooks(bits: int) -> None:  # law 2
     assert_comes_back(Pruned(codebook((7, 12), bits), mask((7, 12), "2:4"), "2:4"), adapter)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_storage_bits_are_the_bits_of_the_stored_bytes(group: Group, bits: int) -> None:  # law 29
-    inner = codebook((5, 9), bits, group)
-    for part in (inner, Pruned(inner, mask((5, 9), 0.4), "0.4"), LowRank(inner, codebook((5, 12), bits, group))):
+def test_storage_bits_are_the_bits_of_the_stored_bytes(group_size: GroupSize, bits: int) -> None:  # law 29
+    inner = codebook((5, 9), bits, group_size)
+    for part in (inner, Pruned(inner, mask((5, 9), 0.4), "0.4"), LowRank(inner, codebook((5, 12), bits, group_size))):
         assert part.storage_bits() == stored_bits(part)
 
 
@@ -116,24 +116,26 @@ def test_what_a_codebook_weighs_by_hand() -> None:  # law 29
     assert Pruned(inner, mask((5, 9), "1:3"), "1:3").storage_bits() == 8 * (5 * (2 + 2 * 2 + 2) + 8 * 2)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_table_of_whole_numbers_is_the_even_grid(group: Group, bits: int) -> None:
-    part = codebook((7, 172), bits, group)
+def test_a_table_of_whole_numbers_is_the_even_grid(group_size: GroupSize, bits: int) -> None:
+    part = codebook((7, 172), bits, group_size)
     half = 2 ** (bits - 1)
-    even = Codebook(part.index, torch.arange(-half, half).half(), part.scale, bits, group)
-    uniform = Uniform((part.index.to(torch.int16) - half).to(torch.int8), part.scale, bits, group)
+    even = Codebook(part.index, torch.arange(-half, half).half(), part.scale, bits, group_size)
+    uniform = Uniform((part.index.to(torch.int16) - half).to(torch.int8), part.scale, bits, group_size)
     assert torch.equal(even.dense(), uniform.dense())
     # The even grid adds half of its codes to store them: the same bits, but for the table.
     assert torch.equal(even.packed()[""], uniform.packed()[""])
     assert even.storage_bits() == uniform.storage_bits() + 16 * 2**bits
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("pattern", ["", "2:4"])
-def test_a_layer_multiplies_as_the_matrix_that_the_codebook_stands_for(pattern: str, group: Group, bits: int) -> None:  # law 24
-    inner = codebook((24, 44), bits, group)
+def test_a_layer_multiplies_as_the_matrix_that_the_codebook_stands_for(
+    pattern: str, group_size: GroupSize, bits: int
+) -> None:  # law 24
+    inner = codebook((24, 44), bits, group_size)
     part: Part = Pruned(inner, mask((24, 44), pattern), pattern) if pattern else inner
     x, bias = torch.randn(3, 44, generator=generator(5)), torch.randn(24, generator=generator(6))
     layer = CompressedLinear.from_parts((part,), bias)

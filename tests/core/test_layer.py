@@ -15,7 +15,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def codes_for(target: Tensor) -> Uniform:
-    return Uniform((target * 2).round().clamp(-8, 7).to(torch.int8), torch.full((1, 1), 0.5), 4, "tensor")
+    return Uniform((target * 2).round().clamp(-8, 7).to(torch.int8), torch.full((1, 1), 0.5), 4, "per-tensor")
 
 
 def adapter(out: int = 8, width: int = 12) -> LowRank:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-from slimlm.core.grid import Group, scale_shape
+from slimlm.core.grid import GroupSize, scale_shape
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of, pack_parts, unpack_parts
 
@@ -18,10 +18,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def uniform(shape: tuple[int, int], bits: int = 4, group: Group = "row", *, inputs: bool = False) -> Uniform:
+def uniform(shape: tuple[int, int], bits: int = 4, group_size: GroupSize = "per-channel", *, inputs: bool = False) -> Uniform:
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator(bits)).to(torch.int8)
-    scale = (torch.rand(scale_shape(shape, group), generator=generator(1)) + 0.1).half()
-    return Uniform(codes, scale, bits, group, torch.rand(shape[1], generator=generator(2)).half() if inputs else None)
+    scale = (torch.rand(scale_shape(shape, group_size), generator=generator(1)) + 0.1).half()
+    return Uniform(codes, scale, bits, group_size, torch.rand(shape[1], generator=generator(2)).half() if inputs else None)
 
 
 def plain(shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> Plain:
@@ -52,10 +52,10 @@ def stored_bits(part: Part) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group", ["tensor", "row", 5, 128])
+@pytest.mark.parametrize("group_size", ["per-tensor", "per-channel", 5, 128])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_codes_come_back_bit_for_bit(shape: tuple[int, int], group: Group, bits: int) -> None:  # law 23
-    part = uniform(shape, bits, group)
+def test_codes_come_back_bit_for_bit(shape: tuple[int, int], group_size: GroupSize, bits: int) -> None:  # law 23
+    part = uniform(shape, bits, group_size)
     assert_comes_back(part)
     (back,) = through_storage((part,))
     assert isinstance(back, Uniform)
@@ -118,7 +118,7 @@ def test_storage_bits_are_the_bits_of_the_stored_bytes(inputs: bool) -> None:  #
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_two_of_four_at_b_bits_cost_half_of_b_and_one_a_weight(bits: int) -> None:  # law 29
-    part = Pruned(uniform((16, 64), bits, "tensor"), mask((16, 64), "2:4"), "2:4")
+    part = Pruned(uniform((16, 64), bits, "per-tensor"), mask((16, 64), "2:4"), "2:4")
     assert part.storage_bits() == 16 * 64 * (bits / 2 + 1) + 16  # and one float16 scale
 
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from slimlm.calibration import capture
 from slimlm.calibration.capture import Flow, enter
-from slimlm.core.grid import Levels
+from slimlm.core.grid import Grid
 from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import dense_of
-from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.adapter_descent import descend_adapter
+from slimlm.core.solvers.base_descent import descend_base
+from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.low_rank_descent import descend
-from slimlm.core.solvers.sweep import inverse_of, order_of, rounded_sweep
+from slimlm.core.solvers.sweep import order_of, rounded_sweep
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.run.block import compress_block
@@ -116,27 +117,27 @@ def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest
     assert free_on_gpu(torch.device("cuda", 0)) == 500
 
 
-def test_a_sweep_a_polish_and_a_descent_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:
+def test_a_sweep_and_its_coordinate_descents_wait_for_a_card_by_the_group_and_not_by_the_weight() -> None:
     """At 48 inputs in groups of 16; an earlier form asked at every input, and at every fourth for the order."""
     width, out = 48, 24
     x, weight = draw(200, width), draw(out, width)
     gram = x.T @ x / len(x)
-    levels, pattern = Levels.of_bits(4), Pattern.parse("2:4")
+    grid, pattern = Grid.of_bits(4), Pattern.parse("2:4")
     with fake_gpu() as counts:
         weight, gram = weight.to(FAKE_GPU), gram.to(FAKE_GPU)
         order = order_of(gram.diagonal(), group=16, pattern=pattern)
         inverse = inverse_of(gram.index_select(0, order.inputs).index_select(1, order.inputs), damp=0.01)
         assert counts.waits < 8
         before = counts.waits
-        base = rounded_sweep(weight, inverse, order, levels=levels, group=16, pattern=pattern)
+        base = rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern)
         assert counts.waits - before < 8 * 3
         before = counts.waits
-        polish(weight, gram, base, group=16, pattern=None)
+        descend_base(weight, gram, base, group=16, pattern=None)
         assert counts.waits - before < 8 * 3
         adapter = low_rank_part(weight, gram, AdapterFormat(0.25, 4, 16, True))
         assert adapter is not None
         before = counts.waits
-        descend(weight, gram, adapter)
+        descend_adapter(weight, gram, adapter)
         assert counts.waits - before < 8
 
 

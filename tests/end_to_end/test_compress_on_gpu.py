@@ -14,10 +14,10 @@ import torch
 
 import slimlm
 from slimlm.calibration.capture import measure
-from slimlm.core import grid
 from slimlm.core.layer import Need
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.sweep import inverse_of
+from slimlm.core.solvers.inverse import inverse_of
+from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import linears_of
 from tests.end_to_end.test_compress_on_fake_gpu import CPU, first_block
 
@@ -46,7 +46,7 @@ def test_an_inverse_a_scale_and_a_low_rank_product_are_those_of_the_cpu() -> Non
     gram = x.T @ x / len(x)
     here, there = inverse_of(gram, damp=0.01).upper, inverse_of(gram.to(CARD), damp=0.01).upper
     assert float((there.cpu() - here).norm()) < 1e-5 * float(here.norm())
-    scales = [grid.searched(weight.to(where), bits=4, group=32).cpu() for where in (CPU, CARD)]
+    scales = [search_scales(weight.to(where), bits=4, group=32).cpu() for where in (CPU, CARD)]
     assert float((scales[1] - scales[0]).norm()) < 1e-3 * float(scales[0].norm())
     residuals = []
     for where in (CPU, CARD):

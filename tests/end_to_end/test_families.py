@@ -122,7 +122,7 @@ def test_bits_reported_bits_in_memory_and_bytes_on_disk_agree(squeezed: Squeezed
 def test_full_rank_at_eight_bits_without_pruning_leaves_the_logits_alone(family: str, tmp_path: Path, text_file: Path) -> None:
     folder = save(random_model(family), tmp_path / "dense")
     steps = [
-        {"quantize": "slim_quant", "bits": 8, "group": "row"},
+        {"quantize": "slim_quant", "bits": 8, "group_size": "per-channel"},
         {"compensate": "slim_lora", "rank": 1.0, "bits": 16},
     ]
     squeeze(folder, tmp_path / "out", text_file, recipe_from_dict({"steps": steps}, source="test"))

@@ -104,7 +104,7 @@ def folder_of(name: str, make: Callable[[], PreTrainedModel], path: Path, monkey
 
 
 def quick(**more: Any) -> Any:
-    steps = [{"quantize": "absmax", "bits": 8, "group": "row"}]
+    steps = [{"quantize": "absmax", "bits": 8, "group_size": "per-channel"}]
     return recipe_from_dict({"steps": steps, **more}, source="test")
 
 

@@ -148,7 +148,10 @@ def described(folder: Path, **changes: Any) -> None:
         ({"bias": 1}, "neither true nor false"),
         ({"parts": []}, "has no parts"),
         ({"parts": [{"kind": "mystery"}]}, "unknown kind 'mystery'"),
-        ({"parts": [{"kind": "uniform", "bits": 99, "group": "row", "input_scale": False}]}, "2 to 8 bits, not 99"),
+        (
+            {"parts": [{"kind": "uniform", "bits": 99, "group_size": "per-channel", "input_scale": False}]},
+            "2 to 8 bits, not 99",
+        ),
         ({"parts": [{"kind": "low_rank", "rank": 2**50}]}, "rank is"),
         ({"tensors": {"weight": ["uint8", [1]]}}, "its parts are stored in weight, weight_scale, weight_keep"),
         ({"tied_to": "model.embed_tokens"}, "which is no embedding here"),

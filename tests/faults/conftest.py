@@ -20,7 +20,7 @@ summary = "every stage but the plan, in little time"
 embedding_bits = 8
 [[steps]]
 quantize = "absmax"
-group = 16
+group_size = 16
 [matching]
 passes = 1
 """
@@ -31,7 +31,7 @@ summary = "for a plan, in as little time as one takes"
 joint = "alternation"
 rounds = 1
 polish = 0
-group = 16
+group_size = 16
 """
 
 

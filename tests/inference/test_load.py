@@ -87,7 +87,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def uniform(rows: int, columns: int) -> Uniform:
         codes = torch.randint(-7, 8, (rows, columns), generator=generator, dtype=torch.int8)
-        return Uniform(codes, (0.01 + 0.01 * torch.rand(rows, 1, generator=generator)).half(), 4, "row")
+        return Uniform(codes, (0.01 + 0.01 * torch.rand(rows, 1, generator=generator)).half(), 4, "per-channel")
 
     layers = {}
     for block, module in blocks_of(model).items():

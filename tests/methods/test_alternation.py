@@ -47,7 +47,7 @@ FULL = {"rounds": 16, "polish": 8}
 
 
 def solved(seed: int = 0, stats: Stats = STATS, **options: Any) -> Layer:
-    options = {"group": 16, "rank": 0.2, "follow": 0.0, "rounds": 2, "polish": 1, **options}
+    options = {"group_size": 16, "rank": 0.2, "follow": 0.0, "rounds": 2, "polish": 1, **options}
     return (
         _solved(seed, tuple(sorted(options.items())))
         if stats is STATS
@@ -96,12 +96,12 @@ def test_the_best_iterate_is_never_worse_than_one_shot(adapter_bits: int, patter
         ) < left(once)
 
 
-@pytest.mark.parametrize("group", [16, "tensor"])
-def test_it_leaves_less_than_slim_at_the_same_storage(group: int | str) -> None:  # law 17
+@pytest.mark.parametrize("group_size", [16, "per-tensor"])
+def test_it_leaves_less_than_slim_at_the_same_storage(group_size: int | str) -> None:  # law 17
     for seed in range(2):
         layer = layer_of(16, 32, seed)
-        slim = SlimLora(0.2, 4)(Wanda()(SlimQuant(4, group)(layer, STATS), STATS), STATS)  # type: ignore[arg-type]
-        joint = solved(seed, group=group, levels="even")
+        slim = SlimLora(0.2, 4)(Wanda()(SlimQuant(4, group_size)(layer, STATS), STATS), STATS)  # type: ignore[arg-type]
+        joint = solved(seed, group_size=group_size, codebook="none")
         assert bits_of(joint) == bits_of(slim)
         assert left(joint) < 0.7 * left(slim)
 
@@ -109,7 +109,7 @@ def test_it_leaves_less_than_slim_at_the_same_storage(group: int | str) -> None:
 def test_it_leaves_less_than_sparsegpt_gptq_and_qera_one_after_another() -> None:
     for seed in range(2):
         chain = Qera(0.2, 4)(Gptq(4, 16)(SparseGpt()(layer_of(16, 32, seed), STATS), STATS), STATS)
-        joint = solved(seed, levels="even")
+        joint = solved(seed, codebook="none")
         assert bits_of(joint) == bits_of(chain)
         assert left(joint) < left(chain)
 
@@ -135,7 +135,7 @@ def test_a_higher_rank_and_more_bits_leave_less() -> None:  # law 12
 def test_a_given_mask_is_left_alone(base: str, pattern: str | float) -> None:  # law 8
     keep = choose(draw(16, 32, seed=4), Pattern.parse("2:4"))
     given = layer_of(16, 32).prune(keep, "2:4")
-    after = Alternation(group=16, pattern=pattern, base=base, rounds=3, polish=2)(given, STATS)  # type: ignore[arg-type]
+    after = Alternation(group_size=16, pattern=pattern, base=base, rounds=3, polish=2)(given, STATS)  # type: ignore[arg-type]
     assert after.keep is keep and after.pattern == "2:4"
     part = after.parts()[0]
     assert isinstance(part, Pruned)
@@ -145,9 +145,9 @@ def test_a_given_mask_is_left_alone(base: str, pattern: str | float) -> None:  #
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", 0.5, 0.37])
 def test_as_many_weights_stay_as_the_pattern_says(pattern: str | float) -> None:  # law 6
-    for group, width in ((16, 32), ("row", 172)):
+    for group_size, width in ((16, 32), ("per-channel", 172)):
         stats = correlated(width)
-        layer = Alternation(pattern=pattern, group=group, rounds=2, polish=1)(layer_of(8, width), stats)  # type: ignore[arg-type]
+        layer = Alternation(pattern=pattern, group_size=group_size, rounds=2, polish=1)(layer_of(8, width), stats)  # type: ignore[arg-type]
         assert layer.keep is not None and layer.pattern == str(pattern)
         if isinstance(pattern, str):
             assert bool((layer.keep.view(-1, 4).sum(dim=1) == int(pattern[0])).all())
@@ -169,14 +169,14 @@ def test_rank_zero_means_no_adapter() -> None:
 
 @pytest.mark.parametrize("adapter_bits", [4, 8, 16])
 def test_adapters_are_stored_as_asked(adapter_bits: int) -> None:
-    adapter = solved(adapter_bits=adapter_bits, adapter_group=16).extras[0]
+    adapter = solved(adapter_bits=adapter_bits, adapter_group_size=16).extras[0]
     assert adapter.rank == 3
     if adapter_bits == 16:
         assert isinstance(adapter.left, Plain) and isinstance(adapter.right, Plain)
     else:
         assert isinstance(adapter.left, Uniform) and isinstance(adapter.right, Uniform)
         assert (adapter.left.bits, adapter.right.bits) == (adapter_bits, adapter_bits)
-        assert (adapter.left.group, adapter.right.group) == (16, 16)
+        assert (adapter.left.group_size, adapter.right.group_size) == (16, 16)
 
 
 @pytest.mark.parametrize("base", ["sweep", "project"])
@@ -193,7 +193,7 @@ def test_sixteen_bits_leave_the_base_unrounded(pattern: str, base: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", ""])
 def test_a_table_is_taken_only_where_it_saves(pattern: str) -> None:
-    even, auto = solved(pattern=pattern, levels="even"), solved(pattern=pattern)
+    even, auto = solved(pattern=pattern, codebook="none"), solved(pattern=pattern)
     assert isinstance(base_of(even), Uniform)
     if isinstance(base_of(auto), Codebook):
         assert left(auto) < left(even)
@@ -205,27 +205,27 @@ def test_under_two_of_four_a_table_saves_and_for_weights_on_a_grid_none_does() -
     assert isinstance(base_of(solved(bits=3)), Codebook)
     codes = torch.randint(-8, 8, (16, 32), generator=torch.Generator().manual_seed(1)).float()
     codes[:, ::16] = -8  # so that every group spans its grid
-    step = Alternation(group=16, pattern="", rank=0.0, follow=0.0, rounds=4)
+    step = Alternation(group_size=16, pattern="", rank=0.0, follow=0.0, rounds=4)
     assert isinstance(base_of(step(Layer.of("fc1", codes * 0.03125), stats_of(draw(4, 32, 32)))), Uniform)
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 2}, {"pattern": ""}], ids=str)
 def test_a_table_that_is_asked_for_comes(options: dict[str, Any]) -> None:
-    assert isinstance(base_of(solved(levels="table", **options)), Codebook)
+    assert isinstance(base_of(solved(codebook="fitted", **options)), Codebook)
 
 
 @pytest.mark.parametrize("bits", [5, 8])
 def test_over_four_bits_no_table_is_tried(bits: int) -> None:
     auto = solved(bits=bits)
     assert isinstance(base_of(auto), Uniform)
-    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, levels="even").parts()))
+    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, codebook="none").parts()))
 
 
 def test_two_bits_and_one_scale_for_all_work() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     assert stats.gram is not None
-    joint = Alternation(bits=2, group="tensor", levels="table", rank=0.1, follow=0.0)(layer, stats)
-    slim = SlimLora(0.1, 4)(Wanda()(SlimQuant(2, "tensor")(layer, stats), stats), stats)
+    joint = Alternation(bits=2, group_size="per-tensor", codebook="fitted", rank=0.1, follow=0.0)(layer, stats)
+    slim = SlimLora(0.1, 4)(Wanda()(SlimQuant(2, "per-tensor")(layer, stats), stats), stats)
     assert left(joint, stats.gram) < left(slim, stats.gram)
 
 
@@ -238,7 +238,9 @@ def test_a_layer_that_is_sparse_and_on_the_grid_comes_back_without_an_adapter() 
     stats = stats_of(draw(4, 32, 32))
     weight, step = codes * 0.03125 * keep, 0.03125
     for options in ({}, {"base": "project"}, {"norm": "diagonal"}):
-        after = Alternation(**{"group": 16, "rank": 0.2, "follow": 0.0, "polish": 2, **options})(Layer.of("fc1", weight), stats)  # type: ignore[arg-type]
+        after = Alternation(**{"group_size": 16, "rank": 0.2, "follow": 0.0, "polish": 2, **options})(
+            Layer.of("fc1", weight), stats
+        )  # type: ignore[arg-type]
         assert after.keep is not None and torch.equal(after.keep, keep)
         # A search ends within 2^-9 or so of a scale; a code of 8 is then off by 8 / 512 of a step.
         torch.testing.assert_close(dense_of(after.parts()), weight, rtol=0, atol=0.02 * step)
@@ -254,7 +256,7 @@ def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
         silent = replace(stats, gram=torch.zeros(32, 32), cross=torch.zeros(32, 32))
         layer = solved(stats=silent, **options)
         assert bool(dense_of(layer.parts()).isfinite().all())
-        assert "no input ever fires; weights rounded to nearest" in layer.notes
+        assert "all inputs are dead (always zero); weights rounded to nearest" in layer.notes
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
@@ -272,7 +274,7 @@ def test_the_number_of_threads_does_not_matter() -> None:  # law 28
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(Alternation(group=8, rank=0.2, follow=0.0, rounds=1, polish=1)(layer_of(16, 16), stats))
+            found.append(Alternation(group_size=8, rank=0.2, follow=0.0, rounds=1, polish=1)(layer_of(16, 16), stats))
     finally:
         torch.set_num_threads(before)
     one, other = (left(layer, stats.gram) for layer in found)
@@ -327,7 +329,7 @@ def test_where_the_inputs_are_the_original_ones_the_goal_is_the_original_weight(
 
 
 def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> None:
-    step = Alternation(group=16, follow=0.0, rounds=1, polish=1)
+    step = Alternation(group_size=16, follow=0.0, rounds=1, polish=1)
     assert step.needs == Need.GRAM
     assert Alternation().needs == Need.GRAM | Need.CROSS | Need.DRIFT
     layer = step(layer_of(16, 32), replace(STATS, cross=None))
@@ -358,8 +360,8 @@ def test_an_even_aim_needs_no_note() -> None:
     [
         ({"bits": 1}, "bits = 1"),
         ({"bits": 12}, "bits = 12"),
-        ({"group": 0}, "group = 0"),
-        ({"group": 6}, "group = 6.* multiple of 4"),
+        ({"group_size": 0}, "group_size = 0"),
+        ({"group_size": 6}, "group_size = 6.* multiple of 4"),
         ({"pattern": "4:2"}, "pattern = '4:2'"),
         ({"rank": 1.5}, "rank = 1.5"),
         ({"adapter_bits": 5}, "bits = 5"),
@@ -367,10 +369,10 @@ def test_an_even_aim_needs_no_note() -> None:
         ({"rounds": 0}, "rounds = 0"),
         ({"polish": -1}, "polish = -1"),
         ({"patience": 1.0}, "patience = 1"),
-        ({"base": "project", "levels": "table"}, 'levels = "table" .*use base = "sweep"'),
-        ({"levels": "table", "rounds": 1}, 'levels = "table", rounds = 1.*give two'),
-        ({"levels": "table", "bits": 5}, 'levels = "table", bits = 5.*up to 4 bits; use "even"'),
-        ({"levels": "table", "bits": 16}, 'levels = "table", bits = 16'),
+        ({"base": "project", "codebook": "fitted"}, 'codebook = "fitted" .*use base = "sweep"'),
+        ({"codebook": "fitted", "rounds": 1}, 'codebook = "fitted", rounds = 1.*give two'),
+        ({"codebook": "fitted", "bits": 5}, 'codebook = "fitted", bits = 5.*up to 4 bits; use "none"'),
+        ({"codebook": "fitted", "bits": 16}, 'codebook = "fitted", bits = 16'),
         ({"follow": -0.1}, "follow = -0.1"),
         ({"follow": float("nan")}, "follow = nan"),
     ],

@@ -43,12 +43,12 @@ def code_of(layer: Layer) -> Uniform:
 
 
 @pytest.mark.parametrize("order", ["energy", "input"])
-@pytest.mark.parametrize(("group", "bits"), [(32, 4), (48, 3), ("row", 2), ("tensor", 8)])
-def test_uncorrelated_inputs_are_rounded_to_nearest(group: grid.Group, bits: int, order: str) -> None:  # law 18
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 4), (48, 3), ("per-channel", 2), ("per-tensor", 8)])
+def test_uncorrelated_inputs_are_rounded_to_nearest(group_size: grid.GroupSize, bits: int, order: str) -> None:  # law 18
     layer = layer_of()
-    code = code_of(Gptq(bits, group, order=order)(layer, uncorrelated(172)))  # type: ignore[arg-type]
-    scale = grid.spread(code.scale, 172, group).expand_as(layer.original)
-    _, nearest = grid.Levels.of_bits(bits).rounded(layer.original, scale)
+    code = code_of(Gptq(bits, group_size, order=order)(layer, uncorrelated(172)))  # type: ignore[arg-type]
+    scale = grid.spread(code.scale, 172, group_size).expand_as(layer.original)
+    _, nearest = grid.Grid.of_bits(bits).round(layer.original, scale)
     assert torch.equal(code.dense(), nearest)
 
 
@@ -64,7 +64,7 @@ def test_the_output_error_is_less_than_that_of_the_best_scales_alone(bits: int) 
 def test_more_bits_and_smaller_groups_leave_less() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     by_bits = [left(Gptq(bits, 32)(layer, stats), stats) for bits in (2, 3, 4, 8)]
-    by_group = [left(Gptq(3, group)(layer, stats), stats) for group in ("tensor", "row", 16)]  # type: ignore[arg-type]
+    by_group = [left(Gptq(3, group_size)(layer, stats), stats) for group_size in ("per-tensor", "per-channel", 16)]  # type: ignore[arg-type]
     assert by_bits == sorted(by_bits, reverse=True)
     assert by_group == sorted(by_group, reverse=True)
 
@@ -96,7 +96,7 @@ def test_inputs_that_never_fire_are_rounded_and_few_tokens_are_noted() -> None:
     few = replace(stats, tokens=100)
     assert "100 calibration tokens" in Gptq(4, 32)(layer_of(32, 64), few).notes[0]
     silent = Gptq(4, 32)(layer_of(32, 64), replace(stats, gram=torch.zeros(64, 64)))
-    assert silent.notes == ("no input ever fires; weights rounded to nearest",)
+    assert silent.notes == ("all inputs are dead (always zero); weights rounded to nearest",)
 
 
 def test_damping_that_was_not_enough_is_noted() -> None:
@@ -114,7 +114,7 @@ def test_a_weight_on_the_grid_comes_back() -> None:  # law 21
     assert torch.equal(code_of(after).codes, codes.to(torch.int8))
 
 
-@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"group": 0}, {"damp": -1}, {"damp": 2}])
+@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"damp": -1}, {"damp": 2}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=next(iter(options))):
         Gptq(**options)  # type: ignore[arg-type]
@@ -122,6 +122,6 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> No
 
 def test_replaced_statistics_forget_what_was_computed_of_the_old_ones() -> None:
     stats = Stats(64, gram=torch.eye(32))
-    Gptq(group=16)(Layer.of("fc1", draw(8, 32)), stats)
+    Gptq(group_size=16)(Layer.of("fc1", draw(8, 32)), stats)
     assert stats.known
     assert not replace(stats, gram=torch.zeros(32, 32)).known

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from slimlm.core import grid
+from slimlm.core.chunks import pieces_of
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
 from slimlm.core.parts import Uniform
-from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
 from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
-GROUPS: list[grid.Group] = ["tensor", "row", 128, 32]
+GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 32]
 
 
 def code_of(layer: Layer) -> Uniform:
@@ -57,11 +57,11 @@ def test_without_the_range_and_the_caps_the_mask_is_wanda_s(pattern: str | float
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", GROUPS)
-def test_where_all_inputs_peak_alike_smoothing_them_changes_no_code(group: grid.Group, bits: int) -> None:
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_where_all_inputs_peak_alike_smoothing_them_changes_no_code(group_size: grid.GroupSize, bits: int) -> None:
     stats = replace(stats_of(inputs()), peak_abs=torch.full((172,), 0.3))
-    ours = Jsq(bits, group, rho=0.0, alpha=1.0, clip=0.0)(layer_of(), stats)
-    theirs = AbsMax(bits, group)(Wanda()(layer_of(), stats), stats)
+    ours = Jsq(bits, group_size, rho=0.0, alpha=1.0, clip=0.0)(layer_of(), stats)
+    theirs = AbsMax(bits, group_size)(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(ours), keep_of(theirs))
     assert torch.equal(code_of(ours).codes, code_of(theirs).codes)
     assert torch.equal(code_of(ours).scale, code_of(theirs).scale)
@@ -69,12 +69,12 @@ def test_where_all_inputs_peak_alike_smoothing_them_changes_no_code(group: grid.
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_codes_are_absmax_s_of_the_smoothed_weights(group: grid.Group, alpha: float) -> None:
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_the_codes_are_absmax_s_of_the_smoothed_weights(group_size: grid.GroupSize, alpha: float) -> None:
     stats = stats_of(inputs(dead=3))
-    layer = Jsq(4, group, alpha=alpha)(layer_of(), stats)
+    layer = Jsq(4, group_size, alpha=alpha)(layer_of(), stats)
     smoothed = layer.original * keep_of(layer) / inverse_of(layer)
-    plain = code_of(AbsMax(4, group)(Layer.of("fc1", smoothed), stats))
+    plain = code_of(AbsMax(4, group_size)(Layer.of("fc1", smoothed), stats))
     assert torch.equal(code_of(layer).codes, plain.codes)
     assert torch.equal(code_of(layer).scale, plain.scale)
 
@@ -108,23 +108,21 @@ def test_inputs_without_activations_or_weights_are_not_smoothed() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 40, 1000, 2**17])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (9, 3, 8), (32, 12, 20)], ids=str)
-def test_the_ranges_are_those_of_one_input_left_out_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], pieces: int
-) -> None:
+def test_the_ranges_are_those_of_one_input_left_out_at_a_time(shape: tuple[int, int, int], pieces: int) -> None:
     length, out, width = shape
     weight, window = draw(out, width), draw(length, width, seed=1)
-    monkeypatch.setattr(jsq, "_ELEMENTS_AT_ONCE", pieces)
-    found = ranges_without(weight, window)
+    with pieces_of(pieces):
+        found = ranges_without(weight, window)
     assert found.shape == weight.shape
     # Float32 sums of up to 20 terms of size one.
     torch.testing.assert_close(found.double(), ranges_by_hand(weight, window), rtol=1e-5, atol=1e-5)
 
 
-def test_the_size_of_the_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_pieces_changes_no_bit() -> None:
     weight, window = draw(24, 40), draw(16, 40, seed=1)
     whole = ranges_without(weight, window)
-    monkeypatch.setattr(jsq, "_ELEMENTS_AT_ONCE", 100)
-    assert torch.equal(ranges_without(weight, window), whole)
+    with pieces_of(100):
+        assert torch.equal(ranges_without(weight, window), whole)
 
 
 def test_only_the_variation_of_an_input_over_positions_counts() -> None:
@@ -237,6 +235,6 @@ def test_options_that_make_no_sense_are_refused_by_name(options: dict[str, float
 
 
 def test_bits_groups_and_patterns_are_those_of_all_methods() -> None:
-    for options in ({"bits": 9}, {"group": 0}, {"pattern": "5:4"}):
+    for options in ({"bits": 9}, {"group_size": 0}, {"pattern": "5:4"}):
         with pytest.raises(RecipeError):
             Jsq(**options)  # type: ignore[arg-type]

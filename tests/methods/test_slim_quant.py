@@ -15,7 +15,7 @@ from tests.methods.conftest import draw, inputs, layer_of, stats_of, weight_of
 
 NOTHING = Stats(0)
 SEARCHES = ["grid", "paper", "code"]
-GROUPS: list[grid.Group] = ["tensor", "row", 128, 32]
+GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 32]
 
 
 def code_of(layer: Layer) -> Uniform:
@@ -28,24 +28,24 @@ def loss(layer: Layer) -> float:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("shape", [(48, 172), (200, 256)], ids=["every-weight", "histogram"])
-def test_slim_quant_is_never_worse_than_absmax(shape: tuple[int, int], group: grid.Group, bits: int) -> None:  # law 3
+def test_slim_quant_is_never_worse_than_absmax(shape: tuple[int, int], group_size: grid.GroupSize, bits: int) -> None:  # law 3
     layer = layer_of(*shape)
     # 0.1 %: the scales are chosen in float32 and then stored in float16, where each may land a little off.
-    assert loss(SlimQuant(bits, group)(layer, NOTHING)) <= 1.001 * loss(AbsMax(bits, group)(layer, NOTHING))
+    assert loss(SlimQuant(bits, group_size)(layer, NOTHING)) <= 1.001 * loss(AbsMax(bits, group_size)(layer, NOTHING))
 
 
 def test_slim_quant_gains_what_a_single_scale_can() -> None:  # law 3; SLiM reports 3 to 19 times at 4 bits
     layer = layer_of(200, 256)
-    assert loss(SlimQuant(4, "tensor")(layer, NOTHING)) < 0.5 * loss(AbsMax(4, "tensor")(layer, NOTHING))
+    assert loss(SlimQuant(4, "per-tensor")(layer, NOTHING)) < 0.5 * loss(AbsMax(4, "per-tensor")(layer, NOTHING))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_finer_groups_err_less(bits: int) -> None:  # law 4
     layer = layer_of(64, 512)
     for method in (AbsMax, SlimQuant):
-        losses = [loss(method(bits, group)(layer, NOTHING)) for group in (32, 128, "row", "tensor")]
+        losses = [loss(method(bits, group_size)(layer, NOTHING)) for group_size in (32, 128, "per-channel", "per-tensor")]
         assert losses == sorted(losses)
 
 
@@ -53,21 +53,21 @@ def test_finer_groups_err_less(bits: int) -> None:  # law 4
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_group_a_row_is_the_row(method: type[AbsMax] | type[SlimQuant], bits: int) -> None:  # law 4
     layer = layer_of()
-    by_row, by_group = (code_of(method(bits, group)(layer, NOTHING)) for group in ("row", 172))
+    by_row, by_group = (code_of(method(bits, group_size)(layer, NOTHING)) for group_size in ("per-channel", 172))
     assert torch.equal(by_row.codes, by_group.codes)
     assert torch.equal(by_row.scale, by_group.scale)
 
 
 @pytest.mark.parametrize("method", [AbsMax, SlimQuant])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_quantizing_what_is_quantized_changes_no_weight(  # law 1
-    method: type[AbsMax] | type[SlimQuant], group: grid.Group, bits: int
+    method: type[AbsMax] | type[SlimQuant], group_size: grid.GroupSize, bits: int
 ) -> None:
-    step = method(bits, group)
+    step = method(bits, group_size)
     once = step(layer_of(), NOTHING).parts()[0].dense()
     twice = step(Layer.of("fc1", once), NOTHING).parts()[0].dense()
-    if method is AbsMax or group == "tensor":
+    if method is AbsMax or group_size == "per-tensor":
         # Two float32 roundings; float16 scales come back exactly.
         torch.testing.assert_close(twice, once, rtol=2.0**-22, atol=0)
     else:
@@ -155,8 +155,8 @@ def test_pruned_weights_do_not_take_part_in_the_search() -> None:
 
 
 def test_a_search_of_the_paper_by_group_is_refused_with_a_way_out() -> None:
-    with pytest.raises(RecipeError, match="tensor"):
-        SlimQuant(4, "row", "paper")
+    with pytest.raises(RecipeError, match="per-tensor"):
+        SlimQuant(4, "per-channel", "paper")
 
 
 def test_absmax_by_hand() -> None:
@@ -218,12 +218,12 @@ def test_a_quantizer_refuses_bits_that_no_grid_has(method: type[AbsMax], bits: i
         method(bits)
 
 
-@pytest.mark.parametrize("group", ["tensor", "row", 32])
-def test_weighing_by_energy_errs_less_at_the_output_and_not_weighing_less_at_the_weight(group: grid.Group) -> None:
+@pytest.mark.parametrize("group_size", ["per-tensor", "per-channel", 32])
+def test_weighing_by_energy_errs_less_at_the_output_and_not_weighing_less_at_the_weight(group_size: grid.GroupSize) -> None:
     # 256 x 172 is more than 32768 weights, so one scale per tensor is searched on a weighted histogram.
     layer, stats = layer_of(256), stats_of(inputs())
     assert stats.mean_square is not None
-    even, weighed = (SlimQuant(3, group, weigh=weigh)(layer, stats).error.square() for weigh in ("even", "energy"))
+    even, weighed = (SlimQuant(3, group_size, weigh=weigh)(layer, stats).error.square() for weigh in ("even", "energy"))
     # Both are searched on a grid of scales, so each is best up to its last step.
     assert float((weighed * stats.mean_square).sum()) <= 1.001 * float((even * stats.mean_square).sum())
     assert float(even.sum()) <= 1.001 * float(weighed.sum())

@@ -46,7 +46,7 @@ def test_wanda_loses_less_of_the_output_energy_than_magnitude() -> None:  # law 
 @pytest.mark.parametrize("step", [Wanda(), Magnitude()])
 def test_after_a_quantizer_the_rounded_weight_is_scored(step: Wanda | Magnitude) -> None:
     original = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
-    rounded = Uniform(torch.tensor([[1, 2, 3, 4]], dtype=torch.int8), torch.ones(1, 1), 4, "tensor")
+    rounded = Uniform(torch.tensor([[1, 2, 3, 4]], dtype=torch.int8), torch.ones(1, 1), 4, "per-tensor")
     after = step(Layer.of("fc1", original).encode(rounded), Stats(1, mean_square=torch.ones(4)))
     assert after.keep is not None
     assert after.keep.tolist() == [[False, False, True, True]]

@@ -22,7 +22,7 @@ from tests.conftest import ENDS, LLAMA_LIKE, MIXTURES, random_model, save
 
 CPU = torch.device("cpu")
 IDS = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(3))
-QUICK: dict[str, Any] = {"steps": [{"quantize": "absmax", "bits": 4, "group": "row"}]}
+QUICK: dict[str, Any] = {"steps": [{"quantize": "absmax", "bits": 4, "group_size": "per-channel"}]}
 STARVED = "model.layers.1.mlp.experts.2"
 
 
@@ -176,7 +176,7 @@ def test_whole_windows_of_an_expert_are_refused_before_the_work_and_other_layers
     with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.0\.gate_proj is an expert's.*experts\.\*"):
         slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe="l2qer"))
     assert not (tmp_path / "o.partial").exists()
-    steps = [{"quantize": "absmax", "bits": 4, "group": "row"}, {"compensate": "l2qer", "rank": 0.1}]
+    steps = [{"quantize": "absmax", "bits": 4, "group_size": "per-channel"}, {"compensate": "l2qer", "rank": 0.1}]
     left = quick(steps=steps, leave=["*.experts.*"])
     record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=left)).record
     assert {layer.name.rpartition(".")[2] for layer in record.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}

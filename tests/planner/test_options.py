@@ -17,7 +17,7 @@ OPTIONS = [
     Option(2, 64, "", 0.0),
     Option(3, 128, "", 0.05),
     Option(5, 32, "", 0.1),
-    Option(8, "row", "", 0.0),
+    Option(8, "per-channel", "", 0.0),
     Option(4, 32, "2:4", 0.1),
     Option(3, 64, "2:4", 0.2),
     Option(4, 32, 0.5, 0.0),
@@ -32,7 +32,7 @@ def test_the_bits_foretold_are_those_of_the_parts(option: Option, shape: tuple[i
     x = torch.randn(4 * shape[1], shape[1], generator=generator)
     stats = Stats(len(x), gram=x.T @ x / len(x))
     step = Alternation(rounds=1, polish=0, follow=0.0)
-    layer = replace(step, **{**option.overrides(), "levels": "even"})(
+    layer = replace(step, **{**option.overrides(), "codebook": "none"})(
         Layer.of("fc1", torch.randn(shape, generator=generator)), stats
     )
     stored = sum(part.storage_bits() for part in layer.parts())
@@ -79,11 +79,11 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can() -> None:
 
 
 def test_an_option_carries_the_adapters_and_tables_of_the_recipe() -> None:
-    like = Option(4, 32, "2:4", 0.1, adapter_bits=16, adapter_group=64, table=False)
+    like = Option(4, 32, "2:4", 0.1, adapter_bits=16, adapter_group_size=64, table=False)
     for option in options_for(like, 4.0, "size"):
         said = option.overrides()
-        assert (said["adapter_bits"], said["adapter_group"], said["levels"]) == (16, 64, "even")
+        assert (said["adapter_bits"], said["adapter_group_size"], said["codebook"]) == (16, 64, "none")
 
 
 def test_no_table_is_asked_for_above_four_bits() -> None:
-    assert {option.bits for option in options_for(LIKE, 4.5, "size") if option.overrides()["levels"] == "auto"} <= {2, 3, 4}
+    assert {option.bits for option in options_for(LIKE, 4.5, "size") if option.overrides()["codebook"] == "auto"} <= {2, 3, 4}

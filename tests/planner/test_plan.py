@@ -29,7 +29,7 @@ FIRST = ["model.layers.0.*"]
 
 
 def quick_recipe(leave: list[str] | None = None, **options: object) -> slimlm.Recipe:
-    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group": 16, **options}
+    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group_size": 16, **options}
     return recipe_from_dict({"name": "quick", "sequential": True, "leave": leave or [], "steps": [step]}, source="test")
 
 
@@ -100,7 +100,7 @@ def test_too_few_windows_are_refused() -> None:
 
 def test_a_planned_model_has_the_bits_that_the_plan_says(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"data": str(text_file), "samples": 24, "length": 48}
-    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=quick_recipe(FIRST, levels="even"), bits=4.8, **options)
+    result = slimlm.compress(llama_folder, tmp_path / "out", recipe=quick_recipe(FIRST, codebook="none"), bits=4.8, **options)
     record = result.record
     assert record.plan is not None
     # Room for tables of levels is planned and not used here.
@@ -116,8 +116,8 @@ def test_rank_auto_spends_the_bits_of_rank_a_tenth(
 ) -> None:
     monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.05, 0.1, 0.2))  # half of them, for half the time
     options = {"data": str(text_file), "samples": 24, "length": 48}
-    fixed = slimlm.compress(llama_folder, tmp_path / "fixed", recipe=quick_recipe(FIRST, levels="even"), **options)
-    recipe = quick_recipe(FIRST, levels="even", rank="auto")
+    fixed = slimlm.compress(llama_folder, tmp_path / "fixed", recipe=quick_recipe(FIRST, codebook="none"), **options)
+    recipe = quick_recipe(FIRST, codebook="none", rank="auto")
     auto = slimlm.compress(llama_folder, tmp_path / "auto", recipe=recipe, **options)
     assert auto.record.bits_per_weight <= fixed.record.bits_per_weight
     assert auto.record.bits_per_weight > 0.9 * fixed.record.bits_per_weight
@@ -127,7 +127,7 @@ def test_rank_auto_spends_the_bits_of_rank_a_tenth(
 
 def test_the_saved_recipe_carries_the_plan_out(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "quick.toml"
-    recipe.write_text(to_toml(quick_recipe(FIRST, levels="even")))
+    recipe.write_text(to_toml(quick_recipe(FIRST, codebook="none")))
     where = ["--data", str(text_file), "--samples", "24", "--length", "48"]
     saved = tmp_path / "planned.toml"
     asked = ["--recipe", str(recipe), "--bits", "4.8", "--embedding-bits", "8"]
@@ -149,7 +149,7 @@ def test_the_json_of_a_plan_is_json(
 ) -> None:
     monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.025, 0.2))
     recipe = tmp_path / "quick.toml"
-    recipe.write_text(to_toml(quick_recipe(FIRST, levels="even", rank="auto")))
+    recipe.write_text(to_toml(quick_recipe(FIRST, codebook="none", rank="auto")))
     line = ["plan", str(llama_folder), "--recipe", str(recipe), "--json", "--data", str(text_file)]
     done = CliRunner().invoke(app, [*line, "--samples", "24", "--length", "48"])
     assert done.exit_code == 0, done.output

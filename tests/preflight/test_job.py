@@ -29,7 +29,7 @@ def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape
     assert fitting(shape, steps) == shape
     parts = apply_steps(steps, *drawn_layer(shape, needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
     base = parts[0].inner if isinstance(parts[0], Pruned) else parts[0]
-    levels = {getattr(named.step, "levels", "even") for named in steps}
+    levels = {getattr(named.step, "codebook", "none") for named in steps}
     spared = table_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
     assert form_of(steps, torch.bfloat16).bits(shape) == sum(part.storage_bits() for part in parts) + spared
 

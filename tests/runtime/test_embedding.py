@@ -19,20 +19,20 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 TOKENS = 50
 
 
-def part(bits: int, width: int = 80, group: grid.Group = 32) -> Uniform:
+def part(bits: int, width: int = 80, group_size: grid.GroupSize = 32) -> Uniform:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (TOKENS, width), generator=generator, dtype=torch.int8)
-    scale = (0.5 + torch.rand(grid.scale_shape((TOKENS, width), group), generator=generator)).half()
-    return Uniform(codes, scale, bits, group)
+    scale = (0.5 + torch.rand(grid.scale_shape((TOKENS, width), group_size), generator=generator)).half()
+    return Uniform(codes, scale, bits, group_size)
 
 
 IDS = torch.tensor([[3, 0, 49, 3], [7, 8, 9, 10]])
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
-@pytest.mark.parametrize(("width", "group"), [(96, 32), (80, 32), (17, 32), (80, "row"), (33, 7)])
-def test_the_rows_looked_up_are_those_of_the_dense_matrix(bits: int, width: int, group: grid.Group) -> None:
-    stored = part(bits, width, group)
+@pytest.mark.parametrize(("width", "group_size"), [(96, 32), (80, 32), (17, 32), (80, "per-channel"), (33, 7)])
+def test_the_rows_looked_up_are_those_of_the_dense_matrix(bits: int, width: int, group_size: grid.GroupSize) -> None:
+    stored = part(bits, width, group_size)
     embedding = CompressedEmbedding.from_part(stored, torch.float32)
     assert torch.equal(embedding(IDS), stored.dense()[IDS])
     assert torch.equal(embedding(torch.tensor(5)), stored.dense()[5])
@@ -89,7 +89,7 @@ def test_tensors_of_another_size_are_refused_in_words(shape: tuple[int, int]) ->
 
 def test_parts_without_rows_of_their_own_are_refused_in_words() -> None:
     with pytest.raises(CheckpointError, match="one per row or group"):
-        CompressedEmbedding.from_part(part(8, group="tensor"), torch.float32)
+        CompressedEmbedding.from_part(part(8, group_size="per-tensor"), torch.float32)
     with pytest.raises(CheckpointError, match="one uniform part, not plain"):
         CompressedEmbedding((2, 3), [Plain(torch.zeros(2, 3)).describe()], {}, torch.float32)
 

@@ -17,16 +17,16 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def codes(shape: tuple[int, int], groups: int, group: int, bits: int = 4, seed: int = 0) -> Uniform:
+def codes(shape: tuple[int, int], groups: int, group_size: int, bits: int = 4, seed: int = 0) -> Uniform:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator).to(torch.int8)
-    return Uniform(drawn, (0.02 + 0.02 * torch.rand(shape[0], groups, generator=generator)).half(), bits, group)
+    return Uniform(drawn, (0.02 + 0.02 * torch.rand(shape[0], groups, generator=generator)).half(), bits, group_size)
 
 
 def combinations() -> dict[str, tuple[Part, ...]]:
     base = codes((OUT, WIDTH), 3, 20)
     keep = choose(draw(OUT, WIDTH, seed=3), Pattern.parse("2:4"))
-    single = Uniform(base.codes, torch.tensor([[0.0312345]]), 4, "tensor", (0.5 + torch.rand(WIDTH) * 0).half())
+    single = Uniform(base.codes, torch.tensor([[0.0312345]]), 4, "per-tensor", (0.5 + torch.rand(WIDTH) * 0).half())
     adapter = LowRank(codes((5, OUT), 1, 32, seed=1), codes((5, WIDTH), 2, 32, seed=2))
     half = LowRank(Plain(draw(5, OUT).half() / 8), Plain(draw(5, WIDTH).half() / 8))
     return {

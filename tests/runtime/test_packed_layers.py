@@ -35,7 +35,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def codes(shape: tuple[int, int], seed: int = 0) -> Uniform:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(-7, 8, shape, generator=generator, dtype=torch.int8)
-    return Uniform(drawn, (0.02 + 0.02 * torch.rand(shape[0], 1, generator=generator)).half(), 4, "row")
+    return Uniform(drawn, (0.02 + 0.02 * torch.rand(shape[0], 1, generator=generator)).half(), 4, "per-channel")
 
 
 def parts(out: int = OUT, seed: int = 0) -> tuple[Part, ...]:

@@ -12,6 +12,7 @@ from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction
@@ -27,15 +28,19 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def uniform(weight: Tensor, group: grid.Group, bits: int = 4) -> Uniform:
-    scale = grid.storable(grid.searched(weight, bits=bits, group=group))
-    return Uniform(grid.encode(weight, scale, bits=bits, group=group), scale, bits, group)
+def uniform(weight: Tensor, group_size: grid.GroupSize, bits: int = 4) -> Uniform:
+    scale = grid.storable(search_scales(weight, bits=bits, group_size=group_size))
+    return Uniform(grid.encode(weight, scale, bits=bits, group_size=group_size), scale, bits, group_size)
 
 
-def codebook(weight: Tensor, group: int = 16) -> Codebook:
-    scale = (grid.rows_of(weight, group).abs().amax(dim=1) / 1.6).view(grid.scale_shape(tuple(weight.shape), group)).half()
-    index = nearest_level(weight / grid.spread(scale, weight.shape[1], group), LEVELS.float())
-    return Codebook(index.to(torch.uint8), LEVELS, scale, 4, group)
+def codebook(weight: Tensor, group_size: int = 16) -> Codebook:
+    scale = (
+        (grid.scale_sets(weight, group_size).abs().amax(dim=1) / 1.6)
+        .view(grid.scale_shape(tuple(weight.shape), group_size))
+        .half()
+    )
+    index = nearest_level(weight / grid.spread(scale, weight.shape[1], group_size), LEVELS.float())
+    return Codebook(index.to(torch.uint8), LEVELS, scale, 4, group_size)
 
 
 def parts_for(kind: str, weight: Tensor) -> tuple[Part, ...]:
@@ -47,9 +52,9 @@ def parts_for(kind: str, weight: Tensor) -> tuple[Part, ...]:
         return (uniform(weight, 16), half)
     if kind == "input-scales":
         scale = (0.5 + torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(3))).half()
-        return (replace(uniform(weight / scale.float(), "row"), input_scale=scale),)
+        return (replace(uniform(weight / scale.float(), "per-channel"), input_scale=scale),)
     if kind == "slim":
-        return (Pruned(uniform(weight * keep, "tensor"), keep, "2:4"), LowRank(uniform(left, 32), uniform(right, 32, 8)))
+        return (Pruned(uniform(weight * keep, "per-tensor"), keep, "2:4"), LowRank(uniform(left, 32), uniform(right, 32, 8)))
     if kind == "pruned-codebook":
         return (Pruned(codebook(weight * keep), keep, "2:4"), LowRank(codebook(left), codebook(right)))
     assert kind == "pruned-plain"

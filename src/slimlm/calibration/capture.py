@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import DataError, ModelError, NumericsError
 from slimlm.core.layer import Need, Stats
+from slimlm.core.profiling import profiled
 from slimlm.distributed.group import ALONE, Group
 from slimlm.models.opening import words_of
 from slimlm.models.structure import weight_of
@@ -74,6 +75,7 @@ def first_inputs(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor
         yield _first_input(model, first, batch)
 
 
+@profiled("calibration forward")
 def arguments_of(model: nn.Module, blocks: dict[str, nn.Module], windows: Tensor) -> dict[tuple[str, int], Arguments]:
     """What each block is called with beside the hidden states, by block name and number of windows in the batch.
 
@@ -137,6 +139,7 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
     return seen
 
 
+@profiled("calibration forward")
 def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
     caught: list[Tensor] = []
 
@@ -185,6 +188,7 @@ def run_through(block: nn.Module, name: str, flow: Flow, device: torch.device) -
         yield _hidden_of(_forward(block, name, flow, flow.hidden.pop(0), device)).to("cpu")
 
 
+@profiled("calibration forward")
 def _forward(block: nn.Module, name: str, flow: Flow, hidden: Tensor, device: torch.device) -> Any:
     args, kwargs = flow.arguments[name, len(hidden)]
     moved = hidden.to(device)
@@ -380,6 +384,7 @@ def _inputs(
         yield seen
 
 
+@profiled("statistics")
 def measure_drift(
     block: nn.Module, name: str, layer: str, linear: nn.Module, flow: Flow, device: torch.device, original: Original
 ) -> Tensor | None:
@@ -500,6 +505,7 @@ class _Sums:
                 # Magnitudes, so that zero says nothing.
                 setattr(self, key, group.most(torch.zeros(shapes[key], device=device) if own is None else own))
 
+    @profiled("statistics")
     def add(self, x: Tensor, original: Tensor | None = None, *, whole: int = 0) -> None:
         """Count a batch in: `[windows, length, in]`, or `[windows x length, in]` as some models flatten it.
 
@@ -552,6 +558,7 @@ class _Sums:
         held = (self.abs, self.square, self.peak, self.peak_abs, self.window, self.gram, self.cross)
         return sum(4 * own.numel() for own in held if isinstance(own, Tensor))
 
+    @profiled("statistics")
     def stats(self, device: torch.device) -> Stats:
         """The means, on a device in float32."""
 

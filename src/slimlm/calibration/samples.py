@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, DataError
+from slimlm.core.profiling import profiled
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, token_stream, windows_of
 from slimlm.events import Event, Observer
@@ -73,6 +74,7 @@ def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tens
     return torch.cat(pieces)
 
 
+@profiled("read text")
 def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
     """Token windows `[count, length]` of a text to calibrate on; raises DataError for tokens that the model does not have."""
     if dense.tokenizer is None:

@@ -19,12 +19,20 @@ _CODES_AT_ONCE = 2**18
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that one row of `count` codes takes."""
+    """Bytes that one row of `count` codes of `bits` bits takes."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes `[rows, count]` (0 .. 2^bits - 1) into uint8 `[rows, packed_bytes(count, bits)]`."""
+    """Pack codes into bytes, row by row.
+
+    Args:
+        codes: `[rows, count]`, whole numbers from 0 to 2^bits - 1 of any dtype.
+        bits: of a code, 1 to 8.
+
+    Returns:
+        uint8 `[rows, packed_bytes(count, bits)]`.
+    """
     rows, count = codes.shape
     packed = torch.empty(rows, packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
     some = _rows_at_once(count, codes.device)
@@ -37,7 +45,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack`: uint8 `[rows, count]`; raises CheckpointError when the rows have another size."""
+    """The codes that `pack` was given.
+
+    Args:
+        packed: uint8 `[rows, packed_bytes(count, bits)]`.
+        bits: of a code, 1 to 8.
+        count: codes in a row.
+
+    Returns:
+        uint8 `[rows, count]`.
+
+    Raises:
+        CheckpointError: the rows have another size.
+    """
     if packed.ndim != 2 or packed.shape[1] != packed_bytes(count, bits):
         raise CheckpointError(
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes a row; a stored tensor has the shape "

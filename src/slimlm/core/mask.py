@@ -8,6 +8,13 @@ from torch import Tensor
 
 from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
+from slimlm.core.profiling import profiled
+
+_COMPARED = 16
+"""Largest group whose members are compared by pairs; sorting such short rows takes several times as long."""
+_SCORES_AT_ONCE = 2**16
+_COMPARED_AT_ONCE = 2**11
+"""Scores up to which all pairs are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,11 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | float) -> "Pattern":
-        """Read "2:4" (two kept of four) or a share of each row to drop, such as 0.5."""
+        """Read "2:4" (two kept of four) or a share of each row to drop, such as 0.5.
+
+        Raises:
+            RecipeError: it is neither.
+        """
         if isinstance(text, int | float) and 0 <= text < 1:
             return cls(0, 0, float(text))
         match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
@@ -32,7 +43,7 @@ class Pattern:
         )
 
     def refuses(self, name: str, width: int) -> str | None:
-        """Why a layer of this many inputs cannot take the pattern, or None."""
+        """Why the layer of this name, with this many inputs, cannot take the pattern, or None."""
         if self.of and width % self.of:
             return f"{self} needs in_features to be a multiple of {self.of}; {name} has {width}"
         return None
@@ -45,45 +56,48 @@ class Pattern:
         return f"{self.kept}:{self.of}" if self.of else f"{self.dropped:g} of each row"
 
 
+@profiled("mask")
 def choose(score: Tensor, pattern: Pattern) -> Tensor:
-    """Keep the highest scores: bool `[out, in]` for scores `[out, in]`. Equal scores: the earlier input stays."""
+    """The mask that keeps the highest scores; of equal scores the earlier input stays.
+
+    Args:
+        score: `[out, in]`, what each weight is worth.
+        pattern: how many weights stay; the width must suit it (see `Pattern.refuses`).
+
+    Returns:
+        bool `[out, in]`, True where a weight stays.
+    """
     out, width = score.shape
     size, kept = (pattern.of, pattern.kept) if pattern.of else (width, pattern.kept_of(width))
     if pattern.of and size <= _COMPARED:
         return _choose_by_comparing(score, size, kept)
     groups = score.reshape(-1, size)
     order = groups.argsort(dim=1, descending=True, stable=True)[:, :kept]
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
-    return keep.view(out, width)
-
-
-_COMPARED = 16
-"""Largest group whose members are compared by pairs; sorting such short rows takes several times as long."""
-_SCORES_AT_ONCE = 2**16
-_COMPARED_AT_ONCE = 2**11
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+    return mask.view(out, width)
 
 
 def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
-    """`choose` among each `size` consecutive inputs, every member's place found by comparing it with the others."""
+    """`choose` among each `size` consecutive inputs, every member's rank found by comparing it with the others."""
     if score.numel() <= at_once(_COMPARED_AT_ONCE, score.device):
         # Few scores, so few operations count more than the memory of all pairs.
         members = score.reshape(len(score), -1, size)
-        stands = (members[..., :, None] >= members[..., None, :]).triu(1).to(torch.uint8)
+        wins = (members[..., :, None] >= members[..., None, :]).triu(1).to(torch.uint8)
         later = torch.arange(size - 1, -1, -1, device=score.device)
-        beaten_by = later - stands.sum(dim=3) + stands.sum(dim=2)
+        beaten_by = later - wins.sum(dim=3) + wins.sum(dim=2)
         return (beaten_by < kept).view(score.shape)
-    keep = torch.empty_like(score, dtype=torch.bool)
+    mask = torch.empty_like(score, dtype=torch.bool)
     rows = max(1, at_once(_SCORES_AT_ONCE, score.device) // max(1, score.shape[1]))
-    for piece, into in zip(score.split(rows), keep.split(rows), strict=True):
+    for piece, into in zip(score.split(rows), mask.split(rows), strict=True):
         members = piece.view(len(piece), -1, size).unbind(dim=2)
+        # By how many of its group each is beaten, were every later one to beat it.
         beaten = [torch.full_like(member, size - 1 - i, dtype=torch.uint8) for i, member in enumerate(members)]
-        """by how many of its group each is beaten, were every later one to beat it"""
         for i, earlier in enumerate(members):
             for j in range(i + 1, size):
-                stands = (earlier >= members[j]).view(torch.uint8)
-                beaten[i] -= stands
-                beaten[j] += stands
+                wins = (earlier >= members[j]).view(torch.uint8)
+                beaten[i] -= wins
+                beaten[j] += wins
         chosen = into.view(len(piece), -1, size)
         for i, by in enumerate(beaten):
             torch.lt(by, kept, out=chosen[..., i])
-    return keep
+    return mask

@@ -82,7 +82,7 @@ class Uniform(_Stored):
     scale: Tensor
     """`[1, 1]`, `[out, 1]` or `[out, groups]`, in its storage dtype"""
     bits: int
-    group: grid.Group
+    group_size: grid.GroupSize
     input_scale: Tensor | None = None
     """float16 `[in]`, or None for ones"""
 
@@ -91,7 +91,7 @@ class Uniform(_Stored):
         return self.codes.shape[0], self.codes.shape[1]
 
     def dense(self) -> Tensor:
-        dense = grid.dense(self.codes, self.scale, self.group)
+        dense = grid.dense(self.codes, self.scale, self.group_size)
         return dense if self.input_scale is None else dense * self.input_scale.float()
 
     def packed(self) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class Uniform(_Stored):
         return {
             "kind": "uniform",
             "bits": self.bits,
-            "group": self.group,
+            "group_size": self.group_size,
             "input_scale": self.input_scale is not None,
         }
 
@@ -118,11 +118,11 @@ class Uniform(_Stored):
         bits = about["bits"]
         stored = shape[1] if keep is None else _kept_per_row(keep)
         codes = (bitstream.unpack(tensors[""], bits, stored) - 2 ** (bits - 1)).view(torch.int8)
-        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group"]))
+        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group_size"]))
         input_scale = tensors["input_scale"] if about["input_scale"] else None
         if input_scale is not None:
             _fitting("input_scale", input_scale, (shape[1],))
-        return cls(_scatter(codes, shape, keep), scale, bits, about["group"], input_scale)
+        return cls(_scatter(codes, shape, keep), scale, bits, about["group_size"], input_scale)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Codebook(_Stored):
     scale: Tensor
     """as in `Uniform`"""
     bits: int
-    group: grid.Group
+    group_size: grid.GroupSize
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -144,7 +144,7 @@ class Codebook(_Stored):
 
     def dense(self) -> Tensor:
         places = self.index.flatten().int()
-        return grid.dense(self.levels.float().index_select(0, places).view(self.shape), self.scale, self.group)
+        return grid.dense(self.levels.float().index_select(0, places).view(self.shape), self.scale, self.group_size)
 
     def packed(self) -> dict[str, Tensor]:
         return self.packed_kept(None)
@@ -154,15 +154,15 @@ class Codebook(_Stored):
         return {"": bitstream.pack(index, self.bits), "levels": self.levels, "scale": self.scale.contiguous()}
 
     def describe(self) -> Description:
-        return {"kind": "codebook", "bits": self.bits, "group": self.group}
+        return {"kind": "codebook", "bits": self.bits, "group_size": self.group_size}
 
     @classmethod
     def rebuild(cls, about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], keep: Tensor | None) -> "Codebook":
         bits = about["bits"]
         index = bitstream.unpack(tensors[""], bits, shape[1] if keep is None else _kept_per_row(keep))
         levels = _fitting("levels", tensors["levels"], (2**bits,))
-        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group"]))
-        return cls(_scatter(index, shape, keep), levels, scale, bits, about["group"])
+        scale = _fitting("scale", tensors["scale"], grid.scale_shape(shape, about["group_size"]))
+        return cls(_scatter(index, shape, keep), levels, scale, bits, about["group_size"])
 
 
 Elementwise = Plain | Uniform | Codebook

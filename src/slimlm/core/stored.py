@@ -30,7 +30,7 @@ def _elements_bits(about: Description, shape: tuple[int, int], kept: int) -> int
     out, width = shape
     if about["kind"] == "plain":
         return 8 * out * kept * {"float32": 4, "float16": 2, "bfloat16": 2}[about["dtype"]]
-    rows, groups = grid.scale_shape(shape, about["group"])
+    rows, groups = grid.scale_shape(shape, about["group_size"])
     bits = 8 * out * packed_bytes(kept, about["bits"]) + (32 if rows * groups == 1 else 16 * rows * groups)
     if about["kind"] == "codebook":
         return bits + table_bits(about["bits"])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError
+from slimlm.core.profiling import profiled
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.meta import empty_model
 from slimlm.models.opening import (
@@ -186,6 +187,7 @@ def ahead(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
             yield made
 
 
+@profiled("open")
 def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     """Open a causal language model without reading its weights; nothing is trusted to run code.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from slimlm.core import grid
-from slimlm.core.grid import LARGEST_TABLE
+from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
 from slimlm.core.solvers.low_rank import rank_of
@@ -23,12 +23,12 @@ class Option:
     """One way to store a layer: base and adapter."""
 
     bits: int
-    group: grid.Group
+    group_size: grid.GroupSize
     pattern: str | float
     """"" keeps the base dense"""
     rank: float
     adapter_bits: int = 4
-    adapter_group: int = 128
+    adapter_group_size: int = 128
     table: bool = True
     """whether room for a table of levels is counted; only the search finds out whether one pays"""
 
@@ -36,12 +36,12 @@ class Option:
         """The options of the alternation that this stands for."""
         return {
             "bits": self.bits,
-            "group": self.group,
+            "group_size": self.group_size,
             "pattern": self.pattern,
             "rank": self.rank,
             "adapter_bits": self.adapter_bits,
-            "adapter_group": self.adapter_group,
-            "levels": "auto" if self.table and self.bits <= LARGEST_TABLE else "even",
+            "adapter_group_size": self.adapter_group_size,
+            "codebook": "auto" if self.table and self.bits <= LARGEST_CODEBOOK_BITS else "none",
         }
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
@@ -60,22 +60,24 @@ class Option:
 
     def parts(self, shape: tuple[int, int]) -> list[Description]:
         """The parts of a layer of this shape, as they describe themselves."""
-        table = self.table and self.bits <= LARGEST_TABLE
+        table = self.table and self.bits <= LARGEST_CODEBOOK_BITS
         base: Description = (
-            {"kind": "codebook", "bits": self.bits, "group": self.group} if table else self._even(self.bits, self.group)
+            {"kind": "codebook", "bits": self.bits, "group_size": self.group_size}
+            if table
+            else self._even(self.bits, self.group_size)
         )
         if self.pattern != "":
             base = {"kind": "pruned", "pattern": str(self.pattern), "inner": base}
         rank = rank_of(self.rank, shape)
         if not rank:
             return [base]
-        even = self._even(self.adapter_bits, self.adapter_group)
+        even = self._even(self.adapter_bits, self.adapter_group_size)
         factor = {"kind": "plain", "dtype": "float16"} if self.adapter_bits == 16 else even
         return [base, {"kind": "low_rank", "rank": rank, "left": factor, "right": factor}]
 
     @staticmethod
-    def _even(bits: int, group: grid.Group) -> Description:
-        return {"kind": "uniform", "bits": bits, "group": group, "input_scale": False}
+    def _even(bits: int, group_size: grid.GroupSize) -> Description:
+        return {"kind": "uniform", "bits": bits, "group_size": group_size, "input_scale": False}
 
     def operations(self, shape: tuple[int, int]) -> int:
         """Multiplications and additions per token; what n:m drops is not multiplied."""
@@ -97,10 +99,10 @@ class Option:
         return prompt + _GENERATED * max(stored, 8 * self.operations(shape) / _OPERATIONS_PER_BYTE)
 
     def __str__(self) -> str:
-        group = f"groups of {self.group}" if isinstance(self.group, int) else f"scale per {self.group}"
+        group_size = f"groups of {self.group_size}" if isinstance(self.group_size, int) else f"scale per {self.group_size}"
         pattern = "dense" if self.pattern == "" else str(self.pattern)
         adapter = f" + rank {self.rank:g} at {self.adapter_bits} bits" if self.rank else ""
-        return f"{pattern} {self.bits}-bit, {group}{adapter}"
+        return f"{pattern} {self.bits}-bit, {group_size}{adapter}"
 
 
 @dataclass(frozen=True)
@@ -149,5 +151,6 @@ def options_for(like: Option, bits: float, objective: Objective) -> tuple[Option
     if objective == "speed":
         sparse = [(3, 64, "2:4", 0.1), (4, 64, "2:4", 0.05), *sparse, (4, 32, "2:4", 0.2)]
     return tuple(
-        replace(like, bits=width, group=group, pattern=pattern, rank=rank) for width, group, pattern, rank in [*dense, *sparse]
+        replace(like, bits=width, group_size=group_size, pattern=pattern, rank=rank)
+        for width, group_size, pattern, rank in [*dense, *sparse]
     )

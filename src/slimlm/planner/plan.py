@@ -146,7 +146,9 @@ def _like(recipe: Recipe) -> Option:
     """What the recipe's own step makes of a layer, with rank 0.1 for "auto"."""
     step: Any = alternation_of(recipe).step
     rank = AUTO_SHARE if step.rank == "auto" else step.rank
-    return Option(step.bits, step.group, step.pattern, rank, step.adapter_bits, step.adapter_group, step.levels != "even")
+    return Option(
+        step.bits, step.group_size, step.pattern, rank, step.adapter_bits, step.adapter_group_size, step.codebook != "none"
+    )
 
 
 def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from slimlm.core.solvers.sweep import tokens_needed
+from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.preflight.forms import Steps
 from slimlm.preflight.job import Job
 from slimlm.preflight.rates import Clock, Rates, StepCost, measured_rates, measured_steps

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlm.core.grid import LARGEST_TABLE
+from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
@@ -44,7 +44,7 @@ def form_of(steps: Steps, dtype: torch.dtype) -> Form:
     tried = tuple(_changed(named, {"rank": _TRIED_RANK} if getattr(named.step, "rank", 0) else {}) for named in brief(steps))
     shape = fitting((_SMALL, _SMALL), steps)
     made = apply_steps(tried, *drawn_layer(shape, needs_of(steps), dtype=dtype, length=8))
-    maybe = any(getattr(named.step, "levels", None) == "auto" for named in steps)
+    maybe = any(getattr(named.step, "codebook", None) == "auto" for named in steps)
     return Form(tuple(_with_table(part.describe()) if maybe else part.describe() for part in made.parts()), share_of(steps))
 
 
@@ -67,8 +67,8 @@ def _with_table(about: Description) -> Description:
     """A base as it is stored where a table of levels pays."""
     if about["kind"] == "pruned":
         return {**about, "inner": _with_table(about["inner"])}
-    if about["kind"] == "uniform" and about["bits"] <= LARGEST_TABLE:
-        return {"kind": "codebook", "bits": about["bits"], "group": about["group"]}
+    if about["kind"] == "uniform" and about["bits"] <= LARGEST_CODEBOOK_BITS:
+        return {"kind": "codebook", "bits": about["bits"], "group_size": about["group_size"]}
     return about
 
 

@@ -90,7 +90,7 @@ class Job:
     def ends_bytes(self) -> int:
         """Of embedding and head where they are compressed."""
         names = [self.ends.embedding, None if self.ends.tied and self.ends.embedding is not None else self.ends.head]
-        about = {"kind": "uniform", "bits": self.ends.bits, "group": GROUP, "input_scale": False}
+        about = {"kind": "uniform", "bits": self.ends.bits, "group_size": GROUP, "input_scale": False}
         shapes = [self.dense.weights[f"{name}.weight"].shape for name in names if name is not None]
         return sum(stored_bits(about, (shape[0], shape[1])) for shape in shapes) // 8
 

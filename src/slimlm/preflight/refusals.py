@@ -9,7 +9,8 @@ from torch import nn
 
 from slimlm.core.errors import ModelError, RecipeError
 from slimlm.core.layer import Need, refuse_not_finite
-from slimlm.core.solvers.sweep import tokens_needed
+from slimlm.core.profiling import profiled
+from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.models.lazy import StreamedModel, Tell
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
@@ -93,6 +94,7 @@ def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Rec
         )
 
 
+@profiled("check the model")
 def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
     """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimlm.calibration.capture import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
+from slimlm.core.profiling import profiled
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
 from slimlm.models.lazy import StreamedModel, skeleton_copy
@@ -103,6 +104,7 @@ def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, Compre
     return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 
+@profiled("saving")
 def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
     """Write weights, config and tokenizer; gives the sizes and checksums of the weights."""
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
@@ -120,6 +122,7 @@ def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.
     return files
 
 
+@profiled("verification")
 def verify(
     folder: Path,
     dense: StreamedModel,

@@ -137,13 +137,13 @@ def _rounded(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord
     """
     rows, width = weight.shape
     pieces = weight.split(max(1, _WEIGHTS_AT_ONCE // width))
-    scales = [grid.absmax_scale(grid.rows_of(piece.float(), GROUP), bits).view(len(piece), -1) for piece in pieces]
+    scales = [grid.absmax_scale(grid.scale_sets(piece.float(), GROUP), bits).view(len(piece), -1) for piece in pieces]
     scale = grid.storable(torch.cat(scales))
     codes = torch.empty(rows, width, dtype=torch.int8)
     missed = total = 0.0
     for piece, found, own in zip(pieces, *(t.split(len(pieces[0])) for t in (codes, scale)), strict=True):
         wide = piece.float()
-        found.copy_(grid.encode(wide, own, bits=bits, group=GROUP))
+        found.copy_(grid.encode(wide, own, bits=bits, group_size=GROUP))
         missed += float((wide - grid.dense(found, own, GROUP)).double().square().sum())
         total += float(wide.double().square().sum())
     part = Uniform(codes, scale, bits, GROUP)

@@ -77,7 +77,7 @@ class CompressedEmbedding(nn.Module):
         stored = packed["weight"].view(self.num_embeddings, -1).index_select(0, chosen)
         codes = stored if bits == 8 else bitstream.unpack(stored, bits, self.embedding_dim)
         signed = (codes - 2 ** (bits - 1)).view(torch.int8)
-        rows = grid.dense(signed, packed["weight_scale"].index_select(0, chosen), about["group"]).to(self.activations)
+        rows = grid.dense(signed, packed["weight_scale"].index_select(0, chosen), about["group_size"]).to(self.activations)
         if self.factor != 1:
             rows *= torch.tensor(self.factor, dtype=self.activations, device=rows.device)
         return rows.view(*ids.shape, self.embedding_dim)
@@ -134,7 +134,7 @@ def unfit(descriptions: Sequence[Description]) -> str | None:
     """Why no row of parts that are so described can be decoded by itself, in words; None: it can."""
     if len(descriptions) != 1 or descriptions[0].get("kind") != "uniform":
         return f"it is one uniform part, not {' + '.join(str(about.get('kind')) for about in descriptions) or 'nothing'}"
-    if descriptions[0]["group"] == "tensor" or descriptions[0]["input_scale"]:
+    if descriptions[0]["group_size"] == "per-tensor" or descriptions[0]["input_scale"]:
         return "its scales are one per row or group, and none per input"
     return None
 
@@ -143,7 +143,7 @@ def _refuse_other_sizes(shape: tuple[int, int], about: Description, packed: dict
     """Raise CheckpointError where stored tensors are not as large as a matrix of this shape asks for."""
     expected = {
         "weight": (shape[0] * bitstream.packed_bytes(shape[1], about["bits"]),),
-        "weight_scale": grid.scale_shape(shape, about["group"]),
+        "weight_scale": grid.scale_shape(shape, about["group_size"]),
     }
     for name, tensor in packed.items():
         if (found := tuple(tensor.shape)) != (size := expected.get(name)):

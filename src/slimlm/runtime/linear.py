@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
+from slimlm.core.profiling import profiled
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.dispatch import Kernels, Selection, reference_because, select_backend
 
@@ -101,6 +102,7 @@ class CompressedLinear(PackedLayer):
         self._compute_device: torch.device | None = None
 
     @classmethod
+    @profiled("packing")
     def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
         """A layer of these parts; the bias `[out]` is kept as it is."""
         # A module's buffers may come to be part of a gradient; what steps made may not (see `slimlm.recipe.apply_steps`).
@@ -202,6 +204,7 @@ class Shared(PackedLayer):
         self._check_sources()
         return super().selection()
 
+    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
         self._check_sources()

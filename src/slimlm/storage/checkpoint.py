@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
+from slimlm.core.profiling import profiled
 from slimlm.storage.journal import INSIDE, moved_already
 from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import (
@@ -244,6 +245,7 @@ def write_config(
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
+@profiled("saving")
 def write_record(folder: Path, record: dict[str, Any], files: Files | None = None) -> None:
     """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are taken from the files there."""
     if files is None:

@@ -152,11 +152,14 @@ def _of_elements(about: Any, shape: tuple[int, int], *, masked: bool) -> Iterato
         kind not in ("uniform", "codebook"),
         f"a part is of the unknown kind {kind!r}; this program knows plain, uniform, codebook, pruned, low_rank",
     )
-    bits, group, least = about.get("bits"), about.get("group"), 2 if kind == "uniform" else 1
+    bits, group_size, least = about.get("bits"), about.get("group_size"), 2 if kind == "uniform" else 1
     _refuse_if(not _is_count(bits) or not least <= bits <= 8, f"{kind} has {least} to 8 bits, not {bits!r}")
-    _refuse_if(group not in ("tensor", "row") and (not _is_count(group) or group < 1), f"group is {group!r}")
+    _refuse_if(
+        group_size not in ("per-tensor", "per-channel") and (not _is_count(group_size) or group_size < 1),
+        f"group is {group_size!r}",
+    )
     yield "", _Expected(("uint8",), (rows, packed_bytes(width, bits)), masked)
-    yield "scale", _Expected(_SCALES, grid.scale_shape(shape, group))
+    yield "scale", _Expected(_SCALES, grid.scale_shape(shape, group_size))
     if kind == "codebook":
         yield "levels", _Expected(("float16",), (2**bits,))
         return

@@ -360,17 +360,17 @@ class _TunedUniform(_TunedPart):
 
     def dense(self) -> Tensor:
         codes = (
-            straight_through(self.codes, grid.nearest(self.codes, self.original.bits))
+            straight_through(self.codes, grid.nearest_code(self.codes, self.original.bits))
             if self.codes.requires_grad
             else self.codes
         )
-        dense = codes * grid.spread(self.scale(), codes.shape[1], self.original.group)
+        dense = codes * grid.spread(self.scale(), codes.shape[1], self.original.group_size)
         return dense if self.original.input_scale is None else dense * self.original.input_scale.float()
 
     def part(self) -> Uniform:
         part = self.original
-        codes = grid.nearest(self.codes.detach(), part.bits).to(torch.int8)
-        return Uniform(codes, self.scale.stored(), part.bits, part.group, part.input_scale)
+        codes = grid.nearest_code(self.codes.detach(), part.bits).to(torch.int8)
+        return Uniform(codes, self.scale.stored(), part.bits, part.group_size, part.input_scale)
 
 
 class _TunedCodebook(_TunedPart):
@@ -395,12 +395,12 @@ class _TunedCodebook(_TunedPart):
         values = self._levels()[self._index()]
         if self.latent is not None:
             values = values + (self.latent - self.latent.detach())
-        return values * grid.spread(self.scale(), values.shape[1], self.original.group)
+        return values * grid.spread(self.scale(), values.shape[1], self.original.group_size)
 
     def part(self) -> Codebook:
         part = self.original
         levels = self._levels().detach().to(part.levels.dtype)
-        return Codebook(self._index().to(part.index.dtype), levels, self.scale.stored(), part.bits, part.group)
+        return Codebook(self._index().to(part.index.dtype), levels, self.scale.stored(), part.bits, part.group_size)
 
 
 class _TunedPruned(_TunedPart):

@@ -33,7 +33,7 @@ LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there are no CPU kernels here")
 
 BOUND: dict[Precision, float] = {"precise": 1e-3, "fast": 3e-2}
-GROUPS: tuple[grid.Group, ...] = ("tensor", "row", 4, 20, 32, 64, 96, 128)
+GROUPS: tuple[grid.GroupSize, ...] = ("per-tensor", "per-channel", 4, 20, 32, 64, 96, 128)
 SHAPES = ((33, 172), (50, 352), (16, 128), (7, 100))
 SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 
@@ -43,25 +43,25 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def random_scale(shape: tuple[int, int], group: grid.Group, dtype: torch.dtype) -> Tensor:
+def random_scale(shape: tuple[int, int], group: grid.GroupSize, dtype: torch.dtype) -> Tensor:
     return (torch.rand(grid.scale_shape(shape, group)) * 0.02 + 0.01).to(dtype)
 
 
 def uniform(
-    shape: tuple[int, int], bits: int, group: grid.Group, dtype: torch.dtype = torch.float16, *, scaled: bool = False
+    shape: tuple[int, int], bits: int, group_size: grid.GroupSize, dtype: torch.dtype = torch.float16, *, scaled: bool = False
 ) -> Uniform:
     """Codes of the whole range, the smallest included; `scaled` puts a factor on each input."""
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
     input_scale = (torch.rand(shape[1]) + 0.5).half() if scaled else None
-    return Uniform(codes, random_scale(shape, group, dtype), bits, group, input_scale)
+    return Uniform(codes, random_scale(shape, group_size, dtype), bits, group_size, input_scale)
 
 
-def codebook(shape: tuple[int, int], bits: int, group: grid.Group, *, zero: bool = False) -> Codebook:
+def codebook(shape: tuple[int, int], bits: int, group_size: grid.GroupSize, *, zero: bool = False) -> Codebook:
     levels = torch.randn(2**bits).sort().values.half()
     if zero:
         levels[0] = 0
     index = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
-    return Codebook(index, levels, random_scale(shape, group, torch.float16), bits, group)
+    return Codebook(index, levels, random_scale(shape, group_size, torch.float16), bits, group_size)
 
 
 def pruned(inner: Elementwise, pattern: str | float) -> Pruned:
@@ -108,19 +108,19 @@ def assert_law(parts: Sequence[Part], batches: Sequence[int], about: object = No
 @pytest.mark.parametrize("pattern", ["dense", "2:4"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_of_an_even_grid_multiply_as_their_matrix(variant: str, bits: int, pattern: str) -> None:
-    for i, group in enumerate(GROUPS):
+    for i, group_size in enumerate(GROUPS):
         shape = SHAPES[(i + bits) % len(SHAPES)]
-        base = uniform(shape, bits, group, torch.float32 if i % 3 == 0 else torch.float16)
-        assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group))
+        base = uniform(shape, bits, group_size, torch.float32 if i % 3 == 0 else torch.float16)
+        assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group_size))
 
 
 @pytest.mark.parametrize("pattern", ["dense", "2:4"])
 @pytest.mark.parametrize("bits", range(1, 5))
 def test_tables_of_levels_multiply_as_their_matrix(variant: str, bits: int, pattern: str) -> None:
-    for i, group in enumerate(GROUPS):
+    for i, group_size in enumerate(GROUPS):
         shape = SHAPES[(i + bits) % len(SHAPES)]
-        base = codebook(shape, bits, group)
-        assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group))
+        base = codebook(shape, bits, group_size)
+        assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group_size))
 
 
 @pytest.mark.parametrize("kind", ["uniform-4", "uniform-7", "table-3"])
@@ -142,17 +142,17 @@ def test_plain_values_multiply_in_float32(variant: str, dtype: torch.dtype, shap
 @pytest.mark.parametrize("pattern", [0.5, 0.3, "1:4", "4:8", "3:4"])
 @pytest.mark.parametrize("kind", ["uniform", "table"])
 def test_other_masks_than_two_of_four_multiply_as_their_matrix(variant: str, pattern: str | float, kind: str) -> None:
-    for group in ("row", 20, 128):
-        inner = uniform((33, 352), 4, group) if kind == "uniform" else codebook((33, 352), 4, group, zero=True)
-        assert_law([pruned(inner, pattern)], (1, 3, 13), group)
+    for group_size in ("per-channel", 20, 128):
+        inner = uniform((33, 352), 4, group_size) if kind == "uniform" else codebook((33, 352), 4, group_size, zero=True)
+        assert_law([pruned(inner, pattern)], (1, 3, 13), group_size)
 
 
 @pytest.mark.parametrize("pattern", ["dense", "2:4", 0.5])
 def test_factors_of_the_inputs_multiply_the_weights(variant: str, pattern: str | float) -> None:
-    for group in ("row", 20, 64):
-        base = uniform((33, 172), 4, group, scaled=True)
+    for group_size in ("per-channel", 20, 64):
+        base = uniform((33, 172), 4, group_size, scaled=True)
         parts = [base if pattern == "dense" else pruned(base, pattern), low_rank((33, 172), 6, 8, 32)]
-        assert_law(parts, (1, 3, 13), group)
+        assert_law(parts, (1, 3, 13), group_size)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -160,17 +160,17 @@ def test_masks_that_keep_fewer_than_two_of_some_fours(variant: str, bits: int) -
     # Each row: fours with none, one (at each place) and two kept, the same number in all, as the format asks.
     fours = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 1, 1]])
     keep = torch.stack([fours[torch.randperm(7)].flatten() for _ in range(3 * 16)]).view(16, 84).bool()
-    for group in ("row", 4, 20, 32):
-        assert_law([Pruned(uniform((16, 84), bits, group), keep, "2:4")], (1, 3, 13), group)
+    for group_size in ("per-channel", 4, 20, 32):
+        assert_law([Pruned(uniform((16, 84), bits, group_size), keep, "2:4")], (1, 3, 13), group_size)
     if bits <= 4:
         assert_law([Pruned(codebook((16, 84), bits, 20, zero=True), keep, "2:4")], (1, 3, 13))
 
 
-def low_rank(shape: tuple[int, int], rank: int, bits: int, group: grid.Group) -> LowRank:
+def low_rank(shape: tuple[int, int], rank: int, bits: int, group_size: grid.GroupSize) -> LowRank:
     def factor(width: int) -> Elementwise:
         if bits == 16:
             return Plain((0.1 * torch.randn(rank, width)).half())
-        return uniform((rank, width), bits, group, torch.float32 if group == "tensor" else torch.float16)
+        return uniform((rank, width), bits, group_size, torch.float32 if group_size == "per-tensor" else torch.float16)
 
     return LowRank(factor(shape[0]), factor(shape[1]))
 
@@ -179,10 +179,10 @@ def low_rank(shape: tuple[int, int], rank: int, bits: int, group: grid.Group) ->
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_low_rank_parts_are_added(variant: str, bits: int, shape: tuple[int, int]) -> None:
     # Along the outputs, groups of 4, 20 and 40 do not line up with the kernels' sixteen rows.
-    for group in ("tensor",) if bits == 16 else ("tensor", "row", 4, 20, 32, 40, 128):
+    for group_size in ("per-tensor",) if bits == 16 else ("per-tensor", "per-channel", 4, 20, 32, 40, 128):
         for rank in (1, 6, 32, 130):
             base = pruned(uniform(shape, 4, 32), "2:4")
-            assert_law([base, low_rank(shape, rank, bits, group)], (1, 3, 13), (group, rank), torch.randn(shape[0]))
+            assert_law([base, low_rank(shape, rank, bits, group_size)], (1, 3, 13), (group_size, rank), torch.randn(shape[0]))
 
 
 def test_a_low_rank_part_of_many_outputs_is_added() -> None:
@@ -193,7 +193,7 @@ def test_low_rank_factors_may_be_tables_and_of_different_kinds(variant: str) -> 
     parts: list[Part] = [Plain(torch.randn(50, 172).bfloat16())]
     for left, right in (
         (codebook((6, 50), 4, 20), codebook((6, 172), 3, 32)),
-        (Plain(torch.randn(5, 50)), uniform((5, 172), 5, "row")),
+        (Plain(torch.randn(5, 50)), uniform((5, 172), 5, "per-channel")),
         (uniform((17, 50), 3, 32), Plain(0.1 * torch.randn(17, 172).bfloat16())),
     ):
         assert_law([parts[0], LowRank(left, right)], (1, 4, 9))
@@ -210,8 +210,8 @@ def test_layers_of_one_input_multiply_together_as_alone(variant: str) -> None:
     layers: list[list[Part]] = [
         [pruned(uniform((33, 172), 4, 128), "2:4"), low_rank((33, 172), 6, 8, 32)],
         [codebook((50, 172), 4, 20)],
-        [uniform((16, 172), 8, "row", scaled=True)],
-        [uniform((7, 172), 3, 32), low_rank((7, 172), 3, 16, "row")],
+        [uniform((16, 172), 8, "per-channel", scaled=True)],
+        [uniform((7, 172), 3, 32), low_rank((7, 172), 3, 16, "per-channel")],
         [Plain(torch.randn(5, 172).half())],
     ]
     biases = [torch.randn(33), None, torch.randn(16), None, torch.randn(5)]
@@ -229,7 +229,7 @@ def test_what_is_unpacked_is_what_multiplies(precision: Precision) -> None:
     parts: list[Part] = [
         pruned(uniform((50, 172), 5, 20, scaled=True), "2:4"),
         low_rank((50, 172), 6, 4, 20),
-        LowRank(codebook((3, 50), 4, 32), codebook((3, 172), 2, "row")),
+        LowRank(codebook((3, 50), 4, 32), codebook((3, 172), 2, "per-channel")),
         LowRank(Plain(torch.randn(2, 50)), Plain(torch.randn(2, 172).half())),
     ]
     blob = pack(CompressedLinear.from_parts(tuple(parts), None).stored())
@@ -267,16 +267,16 @@ def test_activations_need_not_be_contiguous_or_aligned() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("group", ["tensor", "row", 32, 20])
-def test_scales_of_any_size_multiply(variant: str, dtype: torch.dtype, group: grid.Group) -> None:
+@pytest.mark.parametrize("group_size", ["per-tensor", "per-channel", 32, 20])
+def test_scales_of_any_size_multiply(variant: str, dtype: torch.dtype, group_size: grid.GroupSize) -> None:
     smallest = torch.finfo(dtype).smallest_normal
     largest = 60000.0 if dtype == torch.float16 else 1e27
     for size in (0.0, smallest / 8, smallest, largest):
-        base = uniform((33, 172), 4, group)
+        base = uniform((33, 172), 4, group_size)
         scale = torch.full_like(base.scale, size, dtype=dtype)
         if scale.numel() > 1:
             scale[::2] *= 0.5
-        part = Uniform(base.codes, scale, 4, group)
+        part = Uniform(base.codes, scale, 4, group_size)
         packed = layer([part])
         for batch in (1, 3, 13):
             # A product with tiny weights must not be tiny itself, or its own float32 would be in question.
@@ -302,7 +302,7 @@ def test_inputs_of_any_size_multiply(variant: str, size: float) -> None:
 def test_a_number_that_is_none_stays_in_its_token(variant: str, bad: float) -> None:
     for parts in (
         [pruned(uniform((33, 172), 4, 20), "2:4"), low_rank((33, 172), 6, 4, 20)],
-        [codebook((33, 172), 4, "row"), low_rank((33, 172), 6, 16, "row")],
+        [codebook((33, 172), 4, "per-channel"), low_rank((33, 172), 6, 16, "per-channel")],
         [Plain(torch.randn(33, 172).half())],
     ):
         packed = layer(parts)
@@ -369,7 +369,7 @@ def test_all_variants_agree() -> None:
 
 
 def test_a_table_without_zero_under_a_mask_that_needs_one_is_refused() -> None:
-    inner = codebook((16, 64), 3, "row")
+    inner = codebook((16, 64), 3, "per-channel")
     assert 0 not in inner.levels
     with pytest.raises(CheckpointError, match="without zero"):
         layer([pruned(inner, 0.5)])
@@ -381,12 +381,12 @@ def test_a_table_without_zero_under_a_mask_that_needs_one_is_refused() -> None:
 def test_more_than_two_of_four_under_the_name_of_two_of_four_are_refused() -> None:
     keep = choose(torch.rand(16, 64), Pattern.parse("3:4"))
     with pytest.raises(CheckpointError, match="more than two of four"):
-        layer([Pruned(uniform((16, 64), 4, "row"), keep, "2:4")])
+        layer([Pruned(uniform((16, 64), 4, "per-channel"), keep, "2:4")])
 
 
 def test_rows_that_keep_different_numbers_are_refused() -> None:
     keep = choose(torch.rand(16, 64), Pattern.parse("2:4"))
-    stored = CompressedLinear.from_parts((Pruned(uniform((16, 64), 4, "row"), keep, "2:4"),), None).stored()
+    stored = CompressedLinear.from_parts((Pruned(uniform((16, 64), 4, "per-channel"), keep, "2:4"),), None).stored()
     stored.tensors["weight_keep"] = stored.tensors["weight_keep"].clone()
     stored.tensors["weight_keep"][3, :4] = 0
     with pytest.raises(CheckpointError):

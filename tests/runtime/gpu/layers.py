@@ -24,13 +24,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scales(shape: tuple[int, int], group: grid.Group, seed: int) -> Tensor:
+def scales(shape: tuple[int, int], group: grid.GroupSize, seed: int) -> Tensor:
     drawn = torch.rand(*grid.scale_shape(shape, group), generator=torch.Generator().manual_seed(seed))
     # The sign of a scale is free, and scales of a group differ widely.
     return ((0.02 + 0.1 * drawn) * torch.where(drawn < 0.3, -1, 1)).half()
 
 
-def codes(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0, inputs: bool = False) -> Uniform:
+def codes(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed: int = 0, inputs: bool = False) -> Uniform:
     generator = torch.Generator().manual_seed(seed)
     top = 2 ** (bits - 1)
     drawn = torch.randint(-top, top, shape, generator=generator, dtype=torch.int8)
@@ -38,7 +38,7 @@ def codes(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int
     return Uniform(drawn, scales(shape, group, seed), bits, group, input_scale)
 
 
-def table(shape: tuple[int, int], group: grid.Group, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
+def table(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
     """Levels without zero, so that what is left out cannot be one of them."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
@@ -59,7 +59,7 @@ def adapter(kind: str, out: int = OUT, width: int = WIDTH, rank: int = 5) -> Low
     left, right = (rank, out), (rank, width)
     made = {
         "groups": lambda: (codes(left, 32, seed=5), codes(right, 128, seed=6)),
-        "rows": lambda: (codes(left, "row", bits=3, seed=5), codes(right, "tensor", seed=6)),
+        "rows": lambda: (codes(left, "per-channel", bits=3, seed=5), codes(right, "per-tensor", seed=6)),
         "tables": lambda: (table(left, 128, seed=5), table(right, 32, seed=6)),
         "plain": lambda: (Plain(draw(*left, seed=5).half() / 8), Plain(draw(*right, seed=6).bfloat16() / 8)),
         "mixed": lambda: (Plain(draw(*left, seed=5) / 8), codes(right, 64, seed=6)),
@@ -70,15 +70,15 @@ def adapter(kind: str, out: int = OUT, width: int = WIDTH, rank: int = 5) -> Low
 def combinations(out: int = OUT, width: int = WIDTH) -> dict[str, tuple[Part, ...]]:
     shape = (out, width)
     return {
-        "2:4 one scale": (pruned(codes(shape, "tensor")),),
-        "2:4 rows, inputs scaled": (pruned(codes(shape, "row", inputs=True)),),
+        "2:4 one scale": (pruned(codes(shape, "per-tensor")),),
+        "2:4 rows, inputs scaled": (pruned(codes(shape, "per-channel", inputs=True)),),
         "2:4 groups of 32 + adapter": (pruned(codes(shape, 32)), adapter("groups", out, width)),
         "2:4 groups of 128": (pruned(codes(shape, 128)),),
         "2:4 groups of 96, 3 bits": (pruned(codes(shape, 96, bits=3)),),
         "2:4 groups of 256": (pruned(codes(shape, 256)),),
         "2:4 table, groups of 32 + adapter": (pruned(table(shape, 32)), adapter("groups", out, width)),
-        "2:4 table of 2 bits, one scale": (pruned(table(shape, "tensor", bits=2)),),
-        "2:4 one scale + plain adapter": (pruned(codes(shape, "tensor")), adapter("plain", out, width)),
+        "2:4 table of 2 bits, one scale": (pruned(table(shape, "per-tensor", bits=2)),),
+        "2:4 one scale + plain adapter": (pruned(codes(shape, "per-tensor")), adapter("plain", out, width)),
         "groups of 128 + adapter of rows": (codes(shape, 128), adapter("rows", out, width)),
         "groups of 32 + mixed adapter": (codes(shape, 32), adapter("mixed", out, width)),
         "groups of 8, half kept": (half_kept(codes(shape, 8)),),

@@ -183,7 +183,7 @@ def counts(variant: Variant | Unpacked, capability: int) -> dict[str, Any]:
     return {
         "per_weight": round(len(loop) / weights, 3),
         "copies": having("LDGSTS", "UBLKCP", "UTMALDG"),
-        "tensor": having("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA"),
+        "per-tensor": having("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA"),
         "barriers": having("BAR"),
         "to_shared": having("STS"),
         **common,

@@ -27,7 +27,7 @@ def stored(*parts: Part) -> Stored:
     ("parts", "words"),
     [
         ((Plain(draw(*SHAPE).half()),), "its base is plain; the GPU kernels take codes of up to 4 bits"),
-        ((codes(SHAPE, "row", bits=5),), "codes of 5 bits; the GPU kernels take up to 4"),
+        ((codes(SHAPE, "per-channel", bits=5),), "codes of 5 bits; the GPU kernels take up to 4"),
         ((pruned(codes(SHAPE, 16)),), "groups of 16 inputs; the GPU kernels take multiples of 32 there"),
         ((codes(SHAPE, 12),), "groups of 12 inputs; the GPU kernels take multiples of 8 there"),
         ((codes(SHAPE, 8), codes(SHAPE, 8)), "the GPU kernels add a low-rank part to a base, not a uniform part"),
@@ -52,7 +52,7 @@ def test_a_group_as_long_as_a_row_is_a_row() -> None:
 
 
 def test_ranks_that_fill_up_have_a_scale_of_zero() -> None:
-    right = table((5, 48), "tensor")
+    right = table((5, 48), "per-tensor")
     made = layout.lay_out(stored(codes(SHAPE, 8), LowRank(codes((5, 24), 8), right))).right
     assert isinstance(made, layout.Packed)
     assert made.scale.tolist() == [float(right.scale)] * 5 + [0.0] * 59
@@ -60,13 +60,13 @@ def test_ranks_that_fill_up_have_a_scale_of_zero() -> None:
 
 @pytest.mark.parametrize(("height", "sparse", "dense"), [(2**20 - 64, True, True), (2**20, True, False), (2**21, False, False)])
 def test_addresses_are_counted_by_the_bits_that_a_weight_takes(height: int, sparse: bool, dense: bool) -> None:
-    for fits, part in ((sparse, pruned(codes(SHAPE, "row"))), (dense, codes(SHAPE, "row"))):
+    for fits, part in ((sparse, pruned(codes(SHAPE, "per-channel"))), (dense, codes(SHAPE, "per-channel"))):
         reason = layout.unfit(stored(part).descriptions, (height, 2**14))
         assert (reason is None) == fits
 
 
 def test_a_2_4_weight_of_one_scale_takes_three_bits_a_weight() -> None:
-    made = layout.lay_out(stored(pruned(codes((128, 1024), "tensor"))))
+    made = layout.lay_out(stored(pruned(codes((128, 1024), "per-tensor"))))
     assert 8 * made.bytes() / (128 * 1024) == pytest.approx(3, abs=1e-3)
 
 
@@ -74,7 +74,7 @@ def test_a_word_by_hand() -> None:
     """Places 1 and 2 of the first group, 0 and 3 of the second; the codes are 3 and -1, 7 and -8."""
     weight = torch.zeros(1, 8, dtype=torch.int8)
     weight[0, [1, 2, 4, 7]] = torch.tensor([3, -1, 7, -8], dtype=torch.int8)
-    part = Pruned(Uniform(weight, torch.ones(1, 1).half(), 4, "tensor"), weight != 0, "2:4")
+    part = Pruned(Uniform(weight, torch.ones(1, 1).half(), 4, "per-tensor"), weight != 0, "2:4")
     words = layout.lay_out(stored(part)).base.words
     assert words.shape == (1, 3, layout.ROWS, 8)
     assert words[0, :, 0, 0].tolist() == [0x73, 0x8F, 0x96]
@@ -83,13 +83,13 @@ def test_a_word_by_hand() -> None:
 
 def test_a_dense_word_by_hand() -> None:
     weight = torch.tensor([[1, 2, 3, 4, 5, 6, 7, -8]], dtype=torch.int8)
-    words = layout.lay_out(stored(Uniform(weight, torch.ones(1, 1).half(), 4, "tensor"))).base.words
+    words = layout.lay_out(stored(Uniform(weight, torch.ones(1, 1).half(), 4, "per-tensor"))).base.words
     low, high = 0x7531, 0x8642
     assert int(words[0, 0, 0]) == (high << 16 | low) - 2**32
 
 
 def test_a_mask_that_is_not_2_4_is_damage() -> None:
-    part = Pruned(codes(SHAPE, "tensor"), torch.ones(SHAPE, dtype=torch.bool), "2:4")
+    part = Pruned(codes(SHAPE, "per-tensor"), torch.ones(SHAPE, dtype=torch.bool), "2:4")
     with pytest.raises(CheckpointError, match="does not keep two of every four"):
         layout.lay_out(stored(part))
 

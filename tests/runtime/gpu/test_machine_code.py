@@ -39,7 +39,7 @@ def check(found: dict[str, Any], gpu: str) -> None:
             assert counts["wide_stores"] == counts["stores"] > 0, name
             assert counts["barriers"] <= 16, name
         else:
-            assert counts["copies"] > 0 and counts["tensor"] > 0, name
+            assert counts["copies"] > 0 and counts["per-tensor"] > 0, name
             assert counts["barriers"] <= 4 and counts["to_shared"] <= 8, name
         if same:
             assert counts["per_weight"] == pytest.approx(recorded[gpu][name]["per_weight"], rel=0.1), name

@@ -40,7 +40,7 @@ def trios(outs: Sequence[int] = OUTS, width: int = WIDTH) -> dict[str, list[tupl
     ranks = (5, 70, 3)
     numbered = list(enumerate(zip(outs, ranks, strict=True)))
     return {
-        "2:4 one scale": [(pruned(codes((out, width), "tensor", seed=i)),) for i, (out, _) in numbered],
+        "2:4 one scale": [(pruned(codes((out, width), "per-tensor", seed=i)),) for i, (out, _) in numbered],
         "2:4 groups of 32 + adapters": [
             (pruned(codes((out, width), 32, seed=i)), adapter("groups", out, width, rank)) for i, (out, rank) in numbered
         ],
@@ -52,7 +52,7 @@ def trios(outs: Sequence[int] = OUTS, width: int = WIDTH) -> dict[str, list[tupl
             (codes((out, width), 128, seed=i), adapter("plain", out, width, rank)) for i, (out, rank) in numbered
         ],
         "rows + adapters of rows": [
-            (codes((out, width), "row", seed=i), adapter("rows", out, width, rank)) for i, (out, rank) in numbered
+            (codes((out, width), "per-channel", seed=i), adapter("rows", out, width, rank)) for i, (out, rank) in numbered
         ],
     }
 
@@ -147,22 +147,22 @@ def test_the_operation_is_well_behaved() -> None:
     ("others", "words_"),
     [
         ((codes((24, 48), 8),), "their bases are of different kinds"),
-        ((pruned(codes((24, 48), "row", inputs=True)),), "inputs of one of them are scaled"),
-        ((pruned(table((24, 48), "row")),), "their bases are of different kinds"),
+        ((pruned(codes((24, 48), "per-channel", inputs=True)),), "inputs of one of them are scaled"),
+        ((pruned(table((24, 48), "per-channel")),), "their bases are of different kinds"),
         ((pruned(codes((24, 48), 32)),), "their bases are of different kinds"),
-        ((half_kept(codes((24, 48), "row")),), "their bases are of different kinds"),
-        ((pruned(codes((24, 44), "row")),), "their bases are of different kinds"),
-        ((pruned(codes((24, 48), "row")), adapter("rows", 24, 48)), "their first factors are of different kinds"),
+        ((half_kept(codes((24, 48), "per-channel")),), "their bases are of different kinds"),
+        ((pruned(codes((24, 44), "per-channel")),), "their bases are of different kinds"),
+        ((pruned(codes((24, 48), "per-channel")), adapter("rows", 24, 48)), "their first factors are of different kinds"),
     ],
 )
 def test_layers_of_different_kinds_stay_apart_for_a_reason(others: tuple[Part, ...], words_: str) -> None:
-    parts = ((pruned(codes((24, 48), "row")),), others)
+    parts = ((pruned(codes((24, 48), "per-channel")),), others)
     ready = [layout.lay_out(CompressedLinear.from_parts(own, None).stored()) for own in parts]
     assert stacking.refuses(ready) == words_
 
 
 def test_second_factors_of_different_kinds_are_the_reason() -> None:
-    base = pruned(codes((24, 48), "row"))
+    base = pruned(codes((24, 48), "per-channel"))
     ready = [
         layout.lay_out(CompressedLinear.from_parts((base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")
     ]
@@ -170,12 +170,12 @@ def test_second_factors_of_different_kinds_are_the_reason() -> None:
 
 
 def test_one_scale_and_scales_of_rows_are_one_kind() -> None:
-    parts = [pruned(codes((24, 48), "row")), pruned(codes((130, 48), "tensor"))]
+    parts = [pruned(codes((24, 48), "per-channel")), pruned(codes((130, 48), "per-tensor"))]
     own = stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts])
     assert own.base.scale.shape == (64 + 192,) and own.step == 64 and own.rows == (slice(0, 24), slice(64, 194))
     assert own.members[:, 3].tolist() == [0, 64, 64, 64]
 
 
 def test_a_width_of_whole_tiles_lets_tiles_be_tall() -> None:
-    parts = [pruned(codes((128, 48), "row")), pruned(codes((256, 48), "row"))]
+    parts = [pruned(codes((128, 48), "per-channel")), pruned(codes((256, 48), "per-channel"))]
     assert stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts]).step == 128

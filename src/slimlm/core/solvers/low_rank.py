@@ -1,7 +1,7 @@
 """From an error to a stored low-rank part: rank, best product, balance, rounding, refit.
 
-Every compensator ends here; they differ in the norm (energies of the inputs, or their covariance) and in the error they
-hand over.
+Every compensator ends here; they differ in the norm (weights of the inputs, or their covariance) and in the error they
+hand over. The norm's H is given as `input_weights`, as in slimlm.core.solvers.linalg.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimlm.core import grid
 from slimlm.core.errors import RecipeError
+from slimlm.core.grid import FP16_LARGEST, Grid, check_group_size, encode, scale_sets, scale_shape, storable
 from slimlm.core.parts import LowRank, Plain, Uniform
+from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.sweep import Across, Along, Inverse, coded, inverse_of, sweep
+from slimlm.core.solvers.inverse import Inverse, inverse_of
+from slimlm.core.solvers.scale_search import best_scale
+from slimlm.core.solvers.sweep import InputGroups, OutputGroups, part_of, sweep
 
-_REFITS = 2
+REFITS = 2
 """Rounds of refitting; the first brings most of the gain, a third next to nothing."""
+_DAMP = 0.01
 
 AdapterBits = Literal[4, 8, 16]
 
@@ -29,7 +33,7 @@ class AdapterFormat:
     rank: float
     """share of min(out, in), from 0 to 1; the rank is its integer part, never padded"""
     bits: AdapterBits
-    group: int
+    group_size: int
     """inputs (or outputs) of one component that share a scale, at 4 and 8 bits"""
     refit: bool
     """alternate rounding and least squares after the first rounding, at 4 and 8 bits"""
@@ -39,10 +43,10 @@ class AdapterFormat:
             raise RecipeError(f"rank = {self.rank}: give a share of min(out, in), from 0 to 1")
         if self.bits not in (4, 8, 16):
             raise RecipeError(f"bits = {self.bits}: adapters are stored at 4, 8 or 16 bits")
-        grid.check_group(self.group)
+        check_group_size(self.group_size)
 
     def rank_of(self, shape: tuple[int, int]) -> int:
-        """The true rank for a weight of this shape."""
+        """The rank, a number of components, for a weight `[out, in]` of this shape."""
         return rank_of(self.rank, shape)
 
 
@@ -53,47 +57,59 @@ def rank_of(share: float, shape: tuple[int, int]) -> int:
 
 def low_rank_part(
     error: Tensor,
-    energy: Tensor,
+    input_weights: Tensor,
     form: AdapterFormat,
     *,
     start: Tensor | None = None,
     inverse: Inverse | None = None,
+    refits: int = REFITS,
 ) -> LowRank | None:
-    """The part that best stands for error `[out, in]` in the norm of `energy` (see `linalg`); None at rank 0.
+    """The part that best stands for an error in the norm of H.
 
     The rounded factors are improved by alternation: with one factor rounded the other is solved by least squares and
-    rounded in turn (the inner loop of CALDERA, arXiv 2405.18886), and the best iterate in the energy norm is kept. Under a
-    covariance the rounding itself is a sweep, so that what a rounded input or component loses the later ones repair;
-    `inverse` saves inverting the covariance once more, `start` is a basis `[out, any]` of a nearby error's left factor.
+    rounded in turn (the inner loop of CALDERA, Saha et al., arXiv 2405.18886), and the best iterate in the norm is kept.
+    Under a covariance the rounding itself is a sweep, so that what a rounded input or component loses the later ones
+    compensate.
+
+    Args:
+        error: E `[out, in]`.
+        input_weights: H, `[in]` or `[in, in]`.
+        form: rank and storage of the factors.
+        start: a basis `[out, any]` of a nearby error's left factor.
+        inverse: of the covariance in the inputs' own order, where it is at hand; else it is computed.
+        refits: rounds of refitting, where `form` asks for any.
+
+    Returns:
+        The part, or None at rank 0.
     """
     rank = form.rank_of((error.shape[0], error.shape[1]))
     if rank == 0:
         return None
-    left, right = linalg.best_low_rank(error, energy, rank, start=start)
-    left, right = linalg.balanced(left, right, energy)
+    left, right = linalg.best_low_rank(error, input_weights, rank, start=start)
+    left, right = linalg.balanced(left, right, input_weights)
     if form.bits == 16:
         return LowRank(half(left.T), half(right))
-    if energy.ndim == 1:
-        return _rounded(error, energy, left, right, form)
-    return _swept(error, energy, right, form, inverse or inverse_of(energy, damp=_DAMP))
+    refits = refits if form.refit else 0
+    if input_weights.ndim == 1:
+        return _rounded(error, input_weights, (left, right), form, refits=refits)
+    inverse = inverse or inverse_of(input_weights, damp=_DAMP)
+    return _swept(error, input_weights, right, form, inverse=inverse, refits=refits)
 
 
-_DAMP = 0.01
-
-
-def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inverse: Inverse) -> LowRank:
+@profiled("adapter rounding")
+def _swept(error: Tensor, covariance: Tensor, right: Tensor, form: AdapterFormat, *, inverse: Inverse, refits: int) -> LowRank:
     """Round the right factor under H, the left one (refitted to it) under R H R^T, and again from a refitted right one."""
-    levels = grid.Levels.of_bits(form.bits)
+    grid = Grid.of_bits(form.bits)
     best: LowRank | None = None
     most = -float("inf")
-    for last in [False] * (_REFITS if form.refit else 0) + [True]:
-        right_part = _swept_right(right, inverse, levels, form)
-        answer = linalg.answer_to(error, right_part.dense(), gram)
-        left = answer.best()
-        across = Across(left, levels, form.group)
-        sweep(left, inverse_of(answer.inner, damp=_DAMP), rounding=across)
-        left_part = _uniform(across.index, across.scale, levels, form)
-        gain = answer.gain(left_part.dense())
+    for last in [False] * refits + [True]:
+        right_part = _swept_right(right, inverse, grid, form)
+        equations = linalg.normal_equations(error, right_part.dense(), covariance)
+        left = equations.solve()
+        rounding = OutputGroups(left, grid, form.group_size)
+        sweep(left, inverse_of(equations.inner, damp=_DAMP), rounding=rounding)
+        left_part = _uniform(rounding.index, rounding.scale, grid, form)
+        gain = equations.gain(left_part.dense())
         if best is None or gain > most:
             best, most = LowRank(left_part, right_part), gain
         if not last:
@@ -102,49 +118,52 @@ def _swept(error: Tensor, gram: Tensor, right: Tensor, form: AdapterFormat, inve
     return best
 
 
-def _swept_right(right: Tensor, inverse: Inverse, levels: grid.Levels, form: AdapterFormat) -> Uniform:
-    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group)]
-    along = Along(levels, sizes, len(right), one=False, start=None, device=right.device)
-    sweep(right, inverse, rounding=along)
-    return _uniform(along.index.T.contiguous(), along.scale.T.contiguous(), levels, form)
+def _swept_right(right: Tensor, inverse: Inverse, grid: Grid, form: AdapterFormat) -> Uniform:
+    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group_size)]
+    rounding = InputGroups(grid, sizes, len(right), one=False, start=None, device=right.device)
+    sweep(right, inverse, rounding=rounding)
+    return _uniform(rounding.index.T.contiguous(), rounding.scale.T.contiguous(), grid, form)
 
 
-def _uniform(index: Tensor, scale: Tensor, levels: grid.Levels, form: AdapterFormat) -> Uniform:
-    part = coded(index, scale, levels, form.group)
+def _uniform(index: Tensor, scale: Tensor, grid: Grid, form: AdapterFormat) -> Uniform:
+    part = part_of(index, scale, grid, form.group_size)
     assert isinstance(part, Uniform)
     return part
 
 
-def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: AdapterFormat) -> LowRank:
+@profiled("adapter rounding")
+def _rounded(
+    error: Tensor, input_weights: Tensor, factors: tuple[Tensor, Tensor], form: AdapterFormat, *, refits: int
+) -> LowRank:
+    """Round the factors `[out, rank]` and `[rank, in]` number by number, and again from refitted ones."""
+    left, right = factors
     even = torch.ones_like(error[:, 0])
-    best = LowRank(_round(left.T, even, form), _round(right, energy, form))
-    if not form.refit:
+    best = LowRank(_round(left.T, even, form), _round(right, input_weights, form))
+    if not refits:
         return best
-    answer = linalg.answer_to(error, best.right.dense(), energy)
-    most = answer.gain(best.left.dense())
-    for _ in range(_REFITS):
-        left_part = _round(answer.best().T, even, form)
-        right_part = _round(linalg.refit_right(error, left_part.dense().T), energy, form)
-        answer = linalg.answer_to(error, right_part.dense(), energy)
-        gain = answer.gain(left_part.dense())
+    equations = linalg.normal_equations(error, best.right.dense(), input_weights)
+    most = equations.gain(best.left.dense())
+    for _ in range(refits):
+        left_part = _round(equations.solve().T, even, form)
+        right_part = _round(linalg.refit_right(error, left_part.dense().T), input_weights, form)
+        equations = linalg.normal_equations(error, right_part.dense(), input_weights)
+        gain = equations.gain(left_part.dense())
         if gain > most:
             best, most = LowRank(left_part, right_part), gain
     return best
 
 
-def _round(factor: Tensor, mass: Tensor, form: AdapterFormat) -> Uniform:
-    """A factor `[rank, n]` on a grid with a scale per group along n, of least squared error under masses `[n]`."""
+def _round(factor: Tensor, weights: Tensor, form: AdapterFormat) -> Uniform:
+    """A factor `[rank, n]` on a grid with a scale per group along n, of least squared error under weights `[n]`."""
     shape = (factor.shape[0], factor.shape[1])
-    sets = grid.rows_of(factor, form.group)
-    masses = grid.rows_of(mass.expand_as(factor), form.group)
-    scale = grid.storable(
-        grid.best_scale(sets, masses, grid.Levels.of_bits(form.bits)).view(grid.scale_shape(shape, form.group))
-    )
-    codes = grid.encode(factor, scale, bits=form.bits, group=form.group)
-    return Uniform(codes, scale, form.bits, form.group)
+    sets = scale_sets(factor, form.group_size)
+    weights = scale_sets(weights.expand_as(factor), form.group_size)
+    scale = storable(best_scale(sets, weights, Grid.of_bits(form.bits)).view(scale_shape(shape, form.group_size)))
+    codes = encode(factor, scale, bits=form.bits, group_size=form.group_size)
+    return Uniform(codes, scale, form.bits, form.group_size)
 
 
 def half(values: Tensor) -> Plain:
-    """16-bit values: float16 where they fit its range, else bfloat16."""
-    fits = bool(values.abs().amax() <= grid.FP16_LARGEST) if values.numel() else True
+    """16-bit values `[rows, n]`: float16 where they fit its range, else bfloat16."""
+    fits = bool(values.abs().amax() <= FP16_LARGEST) if values.numel() else True
     return Plain(values.to(torch.float16 if fits else torch.bfloat16).contiguous())

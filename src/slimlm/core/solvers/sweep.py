@@ -1,8 +1,8 @@
-"""The one column sweep: choose and round weights input by input, and let those to come repair what was lost.
+"""The one column sweep: prune and round weights input by input, while those still to come compensate what was lost.
 
-For a weight W `[out, in]` and the covariance H `[in, in]` of its inputs, base B is sought with little tr((W - B) H (W - B)^T).
-Input j is decided (kept or dropped, rounded) with all later ones free to answer; with H^-1 = U^T U, U upper triangular, the
-deciding costs (w_j - b_j)^2 / U_jj^2 and the best answer of the later inputs is w_k -= (w_j - b_j) U_jk / U_jj.
+For a weight W `[out, in]` and the covariance H `[in, in]` of its inputs, a base B is sought whose tr((W - B) H (W - B)^T)
+is small. Input j is decided (kept or dropped, rounded) with all later ones free to compensate; with H^-1 = U^T U, U upper
+triangular, deciding costs (w_j - b_j)^2 / U_jj^2, and the best update of the later inputs is w_k -= (w_j - b_j) U_jk / U_jj.
 
     GPTQ       (Frantar et al., arXiv 2210.17323, equations 2 and 3, section 3.3)     rounding, nothing dropped
     SparseGPT  (Frantar, Alistarh, arXiv 2301.00774, equations 3 and 4, section 3.4)  dropping by w^2 / U_jj^2, no rounding
@@ -15,151 +15,45 @@ input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slimlm.core import grid
-from slimlm.core.errors import NumericsError, RecipeError
-from slimlm.core.grid import Group, Levels
+from slimlm.core.errors import RecipeError
+from slimlm.core.grid import Grid, GroupSize, reciprocal, scale_sets, scale_shape, spread, storable
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, Elementwise, Uniform
+from slimlm.core.profiling import profiled
+from slimlm.core.solvers.inverse import Inverse
+from slimlm.core.solvers.scale_search import distribution, nearby_scale, signed_scale
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
 LEAF = 4
+"""Inputs that are decided one after another without a cut between them, where no pattern says otherwise."""
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """The factor of the inverse covariance that a sweep needs, and how it was come by."""
-
-    upper: Tensor
-    """U `[in, in]`, upper triangular, float32, (H + damping)^-1 = U^T U"""
-    damped: float
-    """what was added to the diagonal of H, as a share of its mean"""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def conditional(self) -> Tensor:
-        """`[in]`: mean square of each input that the later inputs do not explain, 1 / U_jj^2."""
-        return self.upper.diagonal().square().reciprocal()
-
-
-def inverse_of(gram: Tensor, *, damp: float) -> Inverse:
-    """Damp and invert a covariance `[in, in]`; in float64.
-
-    `damp` x the mean of the diagonal is added to the diagonal, ten times more as long as the factorization fails, which is
-    noted. Inputs that never fire are left with the damping alone, so their weights are rounded and repair nothing. Raises
-    NumericsError for a covariance with NaN or infinity, or one that cannot be factored with as much damping as itself.
-    """
-    width = len(gram)
-    if not bool(gram.isfinite().all()):
-        raise NumericsError("the covariance of the inputs holds NaN or infinity; the model overflows on the calibration text")
-    diagonal = gram.diagonal().double()
-    mean = float(diagonal.mean())
-    if mean == 0:
-        return Inverse(torch.eye(width, device=gram.device), 0.0, ("no input ever fires; weights rounded to nearest",))
-    # From the last input to the first: the factor of H then is upper triangular in the order of the inputs, and U its inverse.
-    square = gram.flip(0, 1).double()
-    used = damp
-    while used <= 1:
-        square.diagonal().copy_(diagonal.flip(0) + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(square)
-        if not int(failed):
-            upper = inverse_of_lower(lower).flip(0, 1).float()
-            if bool(upper.isfinite().all()):
-                notes = (
-                    () if used == damp else (f"covariance could be inverted only with damping {used:g} instead of {damp:g}",)
-                )
-                return Inverse(upper, used, notes)
-        used = max(10 * used, 1e-6)
-    raise NumericsError("the covariance of the inputs cannot be inverted even with damping as large as its mean diagonal")
-
-
-def inverse_of_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix `[n, n]`, half by half: nearly all of it products of matrices."""
-    inverse = lower.clone()
-    _invert(inverse)
-    return inverse
-
-
-_INVERTED_AT_ONCE = 128
-
-
-def _invert(lower: Tensor) -> None:
-    """Put the inverse of a lower triangular matrix `[n, n]` in its place."""
-    width = len(lower)
-    if width <= _INVERTED_AT_ONCE:
-        identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = width // 2
-    first, corner, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    _invert(first)
-    _invert(last)
-    corner.copy_(_times_lower(-_lower_times(last, corner), first))
-
-
-def _lower_times(lower: Tensor, other: Tensor) -> Tensor:
-    """A lower triangular matrix times another, without the half that is zero."""
-    half = len(lower) // 2
-    if half < _INVERTED_AT_ONCE:
-        return lower @ other
-    below = lower[half:, :half] @ other[:half]
-    return torch.cat(
-        [_lower_times(lower[:half, :half], other[:half]), below.add_(_lower_times(lower[half:, half:], other[half:]))]
-    )
-
-
-def _times_lower(other: Tensor, lower: Tensor) -> Tensor:
-    """A matrix times a lower triangular one, without the half that is zero."""
-    half = len(lower) // 2
-    if half < _INVERTED_AT_ONCE:
-        return other @ lower
-    left = (other[:, half:] @ lower[half:, :half]).add_(_times_lower(other[:, :half], lower[:half, :half]))
-    return torch.cat([left, _times_lower(other[:, half:], lower[half:, half:])], dim=1)
-
-
-def check_damp(damp: float) -> None:
-    if not 0 <= damp <= 1:
-        raise RecipeError(f"damp = {damp}: give a share of the mean diagonal of the covariance, from 0 to 1")
-
-
-def tokens_needed(width: int) -> int:
-    """Tokens from which on a covariance of this many inputs is taken as it is."""
-    return 2 * width
-
-
-def conditioned(gram: Tensor, tokens: int) -> tuple[Tensor, tuple[str, ...]]:
-    """The covariance `[in, in]` of that many tokens, and a note where they are too few to know it.
-
-    Under two tokens per input what is measured between two inputs is shrunk toward zero, by in / (in + tokens): the share of
-    noise in it, roughly. The energies themselves stay.
-    """
-    width = len(gram)
-    if tokens >= tokens_needed(width):
-        return gram, ()
-    share = width / (width + tokens)
-    note = (
-        f"{tokens} calibration tokens for the covariance of {width} inputs, which needs {tokens_needed(width)}: "
-        f"what lies off its diagonal was shrunk by {share:.0%}"
-    )
-    return gram * (1 - share) + torch.diag(gram.diagonal() * share), (note,)
+# How the weights of one input are rounded
 
 
 class Rounding(Protocol):
-    """How a sweep rounds one input's weights after another."""
+    """How a sweep rounds one input's weights after another. A group is the inputs whose scales are found together."""
 
     starts: list[int]
     """where along the inputs, in the order of the sweep, groups begin"""
 
-    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
-        """A group begins: its weights `[inputs, out]` as they are now, and what an error in each counts (none: dropped)."""
+    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
+        """A group begins.
 
-    def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        """The rounded weights `[out]` of the input at this place."""
+        Args:
+            number: of the group, from 0.
+            rows: `[inputs, out]`, its weights as they are now.
+            weights: `[inputs, out]`, what an error in each counts; 0 where it is dropped.
+        """
+
+    def round(self, place: int, number: int, column: Tensor) -> Tensor:
+        """The rounded weights `[out]` of the input at this place, which is in the group of this number."""
 
 
 class Unrounded:
@@ -168,74 +62,94 @@ class Unrounded:
     def __init__(self) -> None:
         self.starts = [0]
 
-    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """There is nothing to search."""
 
-    def round(self, place: int, group: int, column: Tensor) -> Tensor:
+    def round(self, place: int, number: int, column: Tensor) -> Tensor:
+        """The weights as they are."""
         return column
 
 
-class Along:
+class InputGroups:
     """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
 
     The search weighs each weight with what an error in it costs at that point, and starts from an earlier scale where
     there is one. `scale` `[groups, out]` (`[1, 1]` where one serves all) and `index` `[in, out]` fill up as the sweep goes.
+
+    Args:
+        grid: the values that codes stand for.
+        sizes: inputs of each group, in the order of the sweep.
+        out: outputs of the weight.
+        one: whether one scale serves all rows (and there is one group).
+        start: `[groups, out]`, earlier scales in the order of the sweep, or None.
+        device: of the weight.
     """
 
-    def __init__(self, levels: Levels, sizes: list[int], out: int, *, one: bool, start: Tensor | None, device: torch.device):
-        self.levels, self.one, self.start = levels, one, start
+    def __init__(self, grid: Grid, sizes: list[int], out: int, *, one: bool, start: Tensor | None, device: torch.device):
+        self.grid, self.one, self.start = grid, one, start
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.scale = torch.zeros(len(sizes), 1 if one else out, device=device)
         self.index = torch.zeros(sum(sizes), out, dtype=torch.uint8, device=device)
         self.rows = self.index.unbind()
 
-    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
+        """Search the group's scales."""
         if self.one:
-            points, masses = grid.distribution((rows * (mass > 0)).reshape(1, -1))
+            points, weights = distribution((rows * (weights > 0)).reshape(1, -1))
         else:
-            points, masses = rows.T, mass.T
+            points, weights = rows.T, weights.T
         if self.start is None:
-            scale = grid.signed_scale(points, masses, self.levels)
+            scale = signed_scale(points, weights, self.grid)
         else:
-            scale = grid.nearby_scale(points, masses, self.levels, self.start[group])
-        self.scale[group] = as_stored(scale, self.scale.numel())
-        self.own = self.scale[group], grid.reciprocal(self.scale[group])
+            scale = nearby_scale(points, weights, self.grid, self.start[number])
+        self.scale[number] = as_stored(scale, self.scale.numel())
+        self.own = self.scale[number], reciprocal(self.scale[number])
 
-    def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        index, value = self.levels.rounded_by(column, *self.own)
+    def round(self, place: int, number: int, column: Tensor) -> Tensor:
+        """The nearest values under the group's scales; their indices are noted."""
+        index, value = self.grid.round_with(column, *self.own)
         self.rows[place].copy_(index)
         return value
 
 
-class Across:
+class OutputGroups:
     """Groups of consecutive outputs of one input share a scale, searched beforehand: the left factor of an adapter.
 
     `scale` is `[in, groups]`, and `index` `[in, out]` fills up as the sweep goes.
+
+    Args:
+        weight: `[out, in]`.
+        grid: the values that codes stand for.
+        group_size: how many outputs of an input share a scale.
     """
 
-    def __init__(self, weight: Tensor, levels: Levels, group: int) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, group_size: int) -> None:
         columns = weight.T.contiguous()
-        sets = grid.rows_of(columns, group)
-        found = grid.signed_scale(sets, torch.ones_like(sets), levels)
-        self.levels = levels
+        sets = scale_sets(columns, group_size)
+        found = signed_scale(sets, torch.ones_like(sets), grid)
+        self.grid = grid
         self.starts = list(range(len(columns)))
-        self.scale = grid.storable(found.view(grid.scale_shape((len(columns), len(weight)), group))).float()
-        self.wide = grid.spread(self.scale, len(weight), group).expand_as(columns)
-        self.inverse = grid.reciprocal(self.wide)
+        self.scale = storable(found.view(scale_shape((len(columns), len(weight)), group_size))).float()
+        self.wide = spread(self.scale, len(weight), group_size).expand_as(columns)
+        self.inverse = reciprocal(self.wide)
         self.index = torch.zeros_like(columns, dtype=torch.uint8)
 
-    def begin(self, group: int, rows: Tensor, mass: Tensor) -> None:
+    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """The scales are there."""
 
-    def round(self, place: int, group: int, column: Tensor) -> Tensor:
-        index, value = self.levels.rounded_by(column, self.wide[place], self.inverse[place])
+    def round(self, place: int, number: int, column: Tensor) -> Tensor:
+        """The nearest values under the input's scales; their indices are noted."""
+        index, value = self.grid.round_with(column, self.wide[place], self.inverse[place])
         self.index[place] = index
         return value
 
 
 def as_stored(scale: Tensor, count: int) -> Tensor:
     """These scales `[n]` of a part's `count`, float32, as storage will give them back: an only one is not rounded."""
-    return grid.storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
+    return storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
+
+
+# What a sweep decided
 
 
 @dataclass(frozen=True)
@@ -244,46 +158,46 @@ class Swept:
 
     value: Tensor
     """float32 `[out, in]`: the base, zero where dropped"""
-    moved: Tensor
-    """float32 `[out, in]`: each weight as it was when its turn came"""
-    keep: Tensor | None
-    """bool `[out, in]`, None where nothing is dropped"""
+    updated: Tensor
+    """float32 `[out, in]`: each weight as it was when its turn came, the errors of the earlier inputs compensated"""
+    mask: Tensor | None
+    """bool `[out, in]`, True where the weight stays; None where nothing is dropped"""
     index: Tensor | None = None
-    """uint8 `[out, in]`: places in the levels, where rounded"""
+    """uint8 `[out, in]`: indices of grid values, where rounded"""
     scale: Tensor | None = None
     """float32 `[out, groups]` or `[1, 1]`"""
-    levels: Levels | None = None
+    grid: Grid | None = None
 
-    def code(self, group: Group) -> Elementwise:
-        """The rounded base as a part (without its mask)."""
-        assert self.index is not None and self.scale is not None and self.levels is not None
-        return coded(self.index, self.scale, self.levels, group)
+    def part(self, group_size: GroupSize) -> Elementwise:
+        """The rounded base as a part, without its mask; `group_size` is what the sweep was given."""
+        assert self.index is not None and self.scale is not None and self.grid is not None
+        return part_of(self.index, self.scale, self.grid, group_size)
 
 
-def coded(index: Tensor, scale: Tensor, levels: Levels, group: Group) -> Uniform | Codebook:
-    """The part of these places in the levels `[out, in]` and scales `[out, groups]`."""
+def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize) -> Uniform | Codebook:
+    """The part that stands for grid values under scales.
+
+    Args:
+        index: uint8 `[out, in]`, indices of grid values.
+        scale: `[rows, groups]`.
+        grid: even for a `Uniform`, any other for a `Codebook`.
+        group_size: how many weights share a scale.
+    """
     # A transposed column counts as contiguous to torch and yet cannot be viewed as bytes; this one can.
-    stored = grid.storable(scale).flatten().view(scale.shape)
-    if levels.even:
-        codes = (index.to(torch.int16) + int(levels.values[0])).to(torch.int8)
-        return Uniform(codes, stored, levels.bits, group)
-    return Codebook(index, levels.values.half(), stored, levels.bits, group)
+    stored = storable(scale).flatten().view(scale.shape)
+    if grid.even:
+        codes = (index.to(torch.int16) + int(grid.values[0])).to(torch.int8)
+        return Uniform(codes, stored, grid.bits, group_size)
+    return Codebook(index, grid.values.half(), stored, grid.bits, group_size)
 
 
-def check_grouping(group: Group, pattern: Pattern | None) -> None:
+# The order of the inputs
+
+
+def check_grouping(group_size: GroupSize, pattern: Pattern | None) -> None:
     """Raise RecipeError where a group would cut through the n:m groups of a mask."""
-    if pattern is not None and pattern.of and isinstance(group, int) and group % pattern.of:
-        raise RecipeError(f"group = {group}: under the pattern {pattern} give a multiple of {pattern.of}")
-
-
-def inverse_in_order(gram: Tensor, inputs: Tensor, *, damp: float, known: dict[Any, Any]) -> Inverse:
-    """`inverse_of` a covariance with its inputs `[in]` in that order; from `known` where an earlier layer put it there."""
-    key = "inverse", damp, tuple(inputs.tolist())
-    if key not in known:
-        known[key] = inverse_of(gram.index_select(0, inputs).index_select(1, inputs), damp=damp)
-    found = known[key]
-    assert isinstance(found, Inverse)
-    return found
+    if pattern is not None and pattern.of and isinstance(group_size, int) and group_size % pattern.of:
+        raise RecipeError(f"group_size = {group_size}: under the pattern {pattern} give a multiple of {pattern.of}")
 
 
 @dataclass(frozen=True)
@@ -291,75 +205,100 @@ class Order:
     """The order in which a sweep takes the inputs."""
 
     inputs: Tensor
-    """int64 `[in]`"""
+    """int64 `[in]`, the inputs in that order"""
     sizes: list[int]
     """inputs in each group, in that order"""
+    group_size: GroupSize
+    """how many weights share a scale"""
 
     @property
-    def back(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Where in the order each input is, int64 `[in]`."""
         return self.inputs.argsort()
 
 
-def order_of(energy: Tensor, *, group: Group, pattern: Pattern | None) -> Order:
-    """The inputs `[in]` in order of falling energy, no group of a scale or of n:m torn apart.
+@profiled("order")
+def order_of(second_moment: Tensor, *, group_size: GroupSize, pattern: Pattern | None) -> Order:
+    """The inputs in order of falling second moment, no group of a scale or of n:m torn apart.
 
-    Groups go by their mean energy, and inside a group fours (or the m of n:m) by theirs. So scales stay contiguous, can be
-    searched when their group is reached, and no index of groups has to be stored, which GPTQ's act-order needs.
+    Groups go by their mean second moment, and inside a group fours (or the m of n:m) by theirs. So scales stay contiguous,
+    can be searched when their group is reached, and no index of groups has to be stored, which GPTQ's act-order needs.
+
+    Args:
+        second_moment: `[in]`, the inputs' mean squares; zeros leave the inputs as they are.
+        group_size: how many weights share a scale.
+        pattern: what is dropped, or None.
     """
-    width = len(energy)
-    size = width if isinstance(group, str) else min(group, width)
-    device, energy = energy.device, energy.cpu()
+    width = len(second_moment)
+    size = width if isinstance(group_size, str) else min(group_size, width)
+    device, second_moment = second_moment.device, second_moment.cpu()
     chunk = pattern.of if pattern is not None and pattern.of else LEAF
-    groups = sorted(torch.arange(width).split(size), key=lambda own: -float(energy[own].mean()))
-    chunks = [sorted(own.split(chunk), key=lambda few: -float(energy[few].mean())) for own in groups]
-    return Order(torch.cat([few for own in chunks for few in own]).to(device), [len(own) for own in groups])
+    groups = sorted(torch.arange(width).split(size), key=lambda own: -float(second_moment[own].mean()))
+    chunks = [sorted(own.split(chunk), key=lambda few: -float(second_moment[few].mean())) for own in groups]
+    return Order(torch.cat([few for own in chunks for few in own]).to(device), [len(own) for own in groups], group_size)
 
 
+# Sweeps
+
+
+@profiled("sweep")
 def rounded_sweep(
-    target: Tensor,
+    weight: Tensor,
     inverse: Inverse,
     order: Order,
     *,
-    levels: Levels,
-    group: Group,
+    grid: Grid,
     pattern: Pattern | None = None,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Swept:
-    """A sweep in this order with scales per group; `inverse` is that of the covariance in the order, `start` earlier scales."""
+    """A sweep that rounds, and drops where a pattern or a mask says so (GPTQ, and SparseGPT with rounding).
+
+    Args:
+        weight: W `[out, in]`, what the base should stand for.
+        inverse: of the covariance with its inputs in the order (see `inverse_in_order`).
+        order: see `order_of`; it says which weights share a scale, too.
+        grid: the values that codes stand for.
+        pattern: what to drop, chosen as the sweep goes.
+        mask: bool `[out, in]`, what stays, in place of a pattern.
+        start: `[rows, groups]`, scales of an earlier sweep; those found are near them.
+
+    Returns:
+        The base, its codes and scales, in the order of the weight's own inputs.
+    """
     first = torch.tensor([0, *order.sizes[:-1]]).cumsum(0)
-    place = torch.zeros(1, dtype=torch.int64) if isinstance(group, str) else order.inputs.cpu()[first] // group
-    along = Along(
-        levels,
+    group_size = order.group_size
+    place = torch.zeros(1, dtype=torch.int64) if isinstance(group_size, str) else order.inputs.cpu()[first] // group_size
+    rounding = InputGroups(
+        grid,
         order.sizes,
-        len(target),
-        one=group == "tensor",
+        len(weight),
+        one=group_size == "per-tensor",
         start=None if start is None else start.T[place.to(start.device)],
-        device=target.device,
+        device=weight.device,
     )
-    found = _swept_in(order, target, inverse, along, pattern, keep)
-    back = order.back
-    scale = torch.empty_like(along.scale)
-    scale[place.to(scale.device)] = along.scale
-    return replace(found, index=_ordered(along.index.T, back), scale=scale.T.contiguous(), levels=levels)
+    found = _swept_in(order, weight, inverse, rounding, pattern, mask)
+    positions = order.positions
+    scale = torch.empty_like(rounding.scale)
+    scale[place.to(scale.device)] = rounding.scale
+    return replace(found, index=_ordered(rounding.index.T, positions), scale=scale.T.contiguous(), grid=grid)
 
 
 def unrounded_sweep(
-    target: Tensor, inverse: Inverse, order: Order, *, pattern: Pattern | None = None, keep: Tensor | None = None
+    weight: Tensor, inverse: Inverse, order: Order, *, pattern: Pattern | None = None, mask: Tensor | None = None
 ) -> Swept:
-    """A sweep in this order that drops and does not round."""
-    return _swept_in(order, target, inverse, Unrounded(), pattern, keep)
+    """A sweep that drops and does not round (SparseGPT); arguments as for `rounded_sweep`."""
+    return _swept_in(order, weight, inverse, Unrounded(), pattern, mask)
 
 
 def _swept_in(
-    order: Order, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
+    order: Order, weight: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, mask: Tensor | None
 ) -> Swept:
-    ordered = None if keep is None else _ordered(keep, order.inputs)
-    found = sweep(_ordered(target, order.inputs), inverse, rounding=rounding, pattern=pattern, keep=ordered)
-    back = order.back
-    kept = None if found.keep is None else _ordered(found.keep, back)
-    return Swept(_ordered(found.value, back), _ordered(found.moved, back), kept)
+    ordered = None if mask is None else _ordered(mask, order.inputs)
+    found = sweep(_ordered(weight, order.inputs), inverse, rounding=rounding, pattern=pattern, mask=ordered)
+    positions = order.positions
+    kept = None if found.mask is None else _ordered(found.mask, positions)
+    return Swept(_ordered(found.value, positions), _ordered(found.updated, positions), kept)
 
 
 def _ordered(matrix: Tensor, inputs: Tensor) -> Tensor:
@@ -369,42 +308,54 @@ def _ordered(matrix: Tensor, inputs: Tensor) -> Tensor:
     return matrix.T.index_select(0, inputs).T.contiguous()
 
 
+@profiled("sweep")
 def sweep(
-    target: Tensor,
+    weight: Tensor,
     inverse: Inverse,
     *,
     rounding: Rounding,
     pattern: Pattern | None = None,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Swept:
-    """One pass over the inputs of target `[out, in]`; `pattern` chooses what is dropped, `keep` `[out, in]` says it.
+    """One pass over the inputs of a weight as they come (`rounded_sweep` orders them).
 
-    The inputs are taken as they come (`rounded_sweep` orders them). Scales and codes stay with the rounding. Cost: out x in^2
-    multiplications and about fifteen vector operations per input.
+    Cost: out x in^2 multiplications and about fifteen vector operations per input.
+
+    Args:
+        weight: W `[out, in]`.
+        inverse: of the covariance.
+        rounding: rounds, and keeps scales and indices.
+        pattern: what to drop, chosen as the sweep goes.
+        mask: bool `[out, in]`, what stays, in place of a pattern.
+
+    Returns:
+        The base, each weight as it was when its turn came, and the mask.
     """
-    state = _Sweep(target, inverse, rounding, pattern, keep)
-    state.walk(0, target.shape[1])
-    return Swept(state.value.T, state.rest.T, None if state.keep is None else state.keep.T)
+    state = _Sweep(weight, inverse, rounding, pattern, mask)
+    state.walk(0, weight.shape[1])
+    return Swept(state.value.T, state.remaining.T, None if state.mask is None else state.mask.T)
 
 
 class _Sweep:
     """The working state of one sweep; everything is `[in, out]`."""
 
     def __init__(
-        self, target: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, keep: Tensor | None
+        self, weight: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, mask: Tensor | None
     ) -> None:
-        self.upper, self.conditional = inverse.upper, inverse.conditional
+        self.upper, self.conditional_variance = inverse.upper, inverse.conditional_variance
         self.pivots = self.upper.diagonal().tolist()
-        self.rounding, self.pattern = rounding, None if keep is not None else pattern
-        self.rest = target.T.contiguous().clone()
-        self.value = torch.zeros_like(self.rest)
-        self.missed = torch.zeros_like(self.rest)
-        self.keep = keep.T.contiguous() if keep is not None else None
+        self.rounding, self.pattern = rounding, None if mask is not None else pattern
+        self.remaining = weight.T.contiguous().clone()
+        """the weights that are still to come, updated; of the others what they were when their turn came"""
+        self.value = torch.zeros_like(self.remaining)
+        self.error = torch.zeros_like(self.remaining)
+        """(w_j - b_j) / U_jj of the inputs that are decided"""
+        self.mask = mask.T.contiguous() if mask is not None else None
         if self.pattern is not None:
-            self.keep = torch.zeros_like(self.rest, dtype=torch.bool)
-        self.rows = tuple(zip(self.rest.unbind(), self.value.unbind(), self.missed.unbind(), strict=True))
+            self.mask = torch.zeros_like(self.remaining, dtype=torch.bool)
+        self.rows = tuple(zip(self.remaining.unbind(), self.value.unbind(), self.error.unbind(), strict=True))
         """each input's, as the sweep takes them"""
-        width = len(self.rest)
+        width = len(self.remaining)
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
         leaf = self.pattern.of if self.pattern is not None and self.pattern.of else LEAF
@@ -417,7 +368,7 @@ class _Sweep:
             self._leaf(low, high)
             return
         self.walk(low, middle)
-        self.rest[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.missed[low:middle], alpha=-1)
+        self.remaining[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.error[low:middle], alpha=-1)
         self.walk(middle, high)
 
     def _cut(self, low: int, high: int) -> int | None:
@@ -430,43 +381,43 @@ class _Sweep:
 
     def _leaf(self, low: int, high: int) -> None:
         if low in self.units[bisect_left(self.units, low) :][:1]:
-            self._choose(low, end_of(self.units, low, len(self.rest)))
-        group = bisect_right(self.groups, low) - 1
-        if self.groups[group] == low:
-            self._begin(group)
+            self._choose(low, end_of(self.units, low, len(self.remaining)))
+        number = bisect_right(self.groups, low) - 1
+        if self.groups[number] == low:
+            self._begin(number)
         for place in range(low, high):
-            column, value, missed = self.rows[place]
-            rounded = self.rounding.round(place, group, column)
-            if self.keep is None:
+            column, value, error = self.rows[place]
+            rounded = self.rounding.round(place, number, column)
+            if self.mask is None:
                 value.copy_(rounded)
             else:
-                torch.mul(rounded, self.keep[place], out=value)
-            torch.sub(column, value, out=missed).div_(self.pivots[place])
+                torch.mul(rounded, self.mask[place], out=value)
+            torch.sub(column, value, out=error).div_(self.pivots[place])
             if place + 1 < high:
-                self.rest[place + 1 : high].addr_(self.upper[place, place + 1 : high], missed, alpha=-1)
+                self.remaining[place + 1 : high].addr_(self.upper[place, place + 1 : high], error, alpha=-1)
 
-    def _begin(self, group: int) -> None:
-        low = self.groups[group]
-        high = end_of(self.groups, low, len(self.rest))
-        mass = self.conditional[low:high, None].expand_as(self.rest[low:high])
-        if self.keep is not None:
-            first = end_of(self.units, low, len(self.rest)) if self.units else high
+    def _begin(self, number: int) -> None:
+        low = self.groups[number]
+        high = end_of(self.groups, low, len(self.remaining))
+        weights = self.conditional_variance[low:high, None].expand_as(self.remaining[low:high])
+        if self.mask is not None:
+            first = end_of(self.units, low, len(self.remaining)) if self.units else high
             if first < high:
                 # The scale must suit those that will stay: a first choice after the first unit, made again unit by unit.
                 self._choose(first, high)
-            mass = mass * self.keep[low:high]
-        self.rounding.begin(group, self.rest[low:high], mass)
+            weights = weights * self.mask[low:high]
+        self.rounding.begin(number, self.remaining[low:high], weights)
 
     def _choose(self, low: int, high: int) -> None:
         """The mask of these inputs by what dropping each would cost now."""
-        assert self.keep is not None and self.pattern is not None
-        score = (self.rest[low:high].square() * self.conditional[low:high, None]).T
+        assert self.mask is not None and self.pattern is not None
+        score = (self.remaining[low:high].square() * self.conditional_variance[low:high, None]).T
         pattern = self.pattern
         if not pattern.of:
             # So that the units of a row together drop what the row should.
             count = int(high * pattern.dropped + 1e-9) - int(low * pattern.dropped + 1e-9)
             pattern = replace(pattern, dropped=count / (high - low))
-        self.keep[low:high] = choose(score, pattern).T
+        self.mask[low:high] = choose(score, pattern).T
 
 
 def end_of(borders: list[int], low: int, width: int) -> int:
@@ -476,7 +427,7 @@ def end_of(borders: list[int], low: int, width: int) -> int:
 
 
 def divided(borders: list[int], width: int, size: int) -> list[int]:
-    """The pieces between borders cut further, each from its own beginning."""
+    """Where pieces begin when those between borders are cut further into this size, each from its own beginning."""
     ends = [*borders[1:], width]
     return [place for low, high in zip(borders, ends, strict=True) for place in range(low, high, size)]
 

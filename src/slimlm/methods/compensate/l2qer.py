@@ -7,7 +7,7 @@ Zhang, Cheng, Constantinides, Zhao: LQER, arXiv 2402.02446, section 3.2 (the var
 `only_rounding` repairs the rounding of the weights that stay and not the pruning, which is how SLiM's tables apply it
 after Wanda; without it the whole error is repaired. The authors store 16-bit factors.
 
-At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
+At 16 bits `group_size` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class L2qer:
 
     rank: float = 0.1
     bits: AdapterBits = 16
-    group: int = 128
+    group_size: int = 128
     refit: bool = True
     only_rounding: bool = False
     needs: ClassVar[Need] = Need.PEAK_MEAN_ABS
 
     def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        form = AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
         peak = measured(stats.peak_mean_abs).to(layer.original).clamp_min(1e-4)
         scale = peak / (peak.min() * peak.max()).sqrt()
         # Against the original, not the target: a repair that is there already will be replaced, so it does not count.

@@ -12,7 +12,7 @@ saliency  "rms": sqrt(mean x^2), the least-squares choice and what the authors' 
 shift     add the statistic's smallest positive value to all channels, as the paper and the program do to avoid zeros
           (to mean |x| in the paper, to mean x^2 in the program). Not needed here; kept for reproduction.
 
-At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
+At 16 bits `group_size` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class SlimLora:
 
     rank: float = 0.1
     bits: AdapterBits = 4
-    group: int = 128
+    group_size: int = 128
     refit: bool = True
     saliency: Literal["rms", "mean_abs"] = "rms"
     shift: bool = False
 
     def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
 
     @property
     def needs(self) -> Need:
@@ -44,7 +44,7 @@ class SlimLora:
         return Need.MEAN_SQUARE if self.saliency == "rms" else Need.MEAN_ABS
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        form = AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
         part = low_rank_part(layer.damage, self.energy(stats).to(layer.original), form)
         return layer if part is None else layer.repair(part)
 

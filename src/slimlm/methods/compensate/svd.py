@@ -3,7 +3,7 @@
 The baseline of SLiM (arXiv 2410.09615, section 3.2): L R = argmin ||W - W^C - L R||_F, blind to the activations. By
 Eckart and Young the leading eigenvectors of E E^T give it; no SVD is computed.
 
-At 16 bits `group` and `refit` have nothing to act on: they concern rounded factors.
+At 16 bits `group_size` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class Svd:
 
     rank: float = 0.1
     bits: AdapterBits = 4
-    group: int = 128
+    group_size: int = 128
     refit: bool = True
     needs: ClassVar[Need] = Need.NOTHING
 
     def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        form = AdapterFormat(self.rank, self.bits, self.group, self.refit)
+        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
         part = low_rank_part(layer.damage, torch.ones_like(layer.original[0]), form)
         return layer if part is None else layer.repair(part)

@@ -19,8 +19,8 @@ of H, which holds G near W where the inputs say little; 0 leaves G = W. For a la
 output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream;
 for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
 
-levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero
-          is left). "auto": a table, from the second sweep on, where it saves at least 4 % of the rounding error.
+codebook  "none": integer codes. "fitted": 2^bits values (at most 16) fitted to what is rounded (under 2:4 nothing near zero
+          is left). "auto": a codebook, from the second sweep on, where it saves at least 4 % of the rounding error.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
@@ -37,25 +37,18 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.grid import Levels
+from slimlm.core.grid import Grid
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import LowRank
+from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.coordinate_descent import polish
+from slimlm.core.solvers.adapter_descent import descend_adapter
+from slimlm.core.solvers.base_descent import descend_base
+from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.solvers.low_rank_descent import descend
-from slimlm.core.solvers.sweep import (
-    Inverse,
-    Swept,
-    check_damp,
-    check_grouping,
-    conditioned,
-    inverse_in_order,
-    order_of,
-    rounded_sweep,
-    unrounded_sweep,
-)
+from slimlm.core.solvers.scale_search import distribution, fitted_codebook, signed_scale
+from slimlm.core.solvers.sweep import Swept, check_grouping, order_of, rounded_sweep, unrounded_sweep
 
 _TABLE_SAVES = 0.04
 _FRESH_SWEEPS = 2
@@ -71,12 +64,12 @@ class Alternation:
     """Mask, codes and adapters decided in turn against one objective until a round gains little."""
 
     bits: int = 4
-    group: grid.Group = 32
+    group_size: grid.GroupSize = 32
     pattern: str | float = "2:4"
     rank: float | Literal["auto"] = 0.1
     adapter_bits: AdapterBits = 4
-    adapter_group: int = 128
-    levels: Literal["auto", "even", "table"] = "auto"
+    adapter_group_size: int = 128
+    codebook: Literal["auto", "none", "fitted"] = "auto"
     rounds: int = 16
     polish: int = 8
     patience: float = 0.005
@@ -88,23 +81,25 @@ class Alternation:
     def __post_init__(self) -> None:
         if self.bits != 16:
             grid.check_bits(self.bits)
-        grid.check_group(self.group)
+        grid.check_group_size(self.group_size)
         if self.pattern != "":
-            check_grouping(self.group, Pattern.parse(self.pattern))
-        AdapterFormat(0.1 if self.rank == "auto" else self.rank, self.adapter_bits, self.adapter_group, True)
+            check_grouping(self.group_size, Pattern.parse(self.pattern))
+        AdapterFormat(0.1 if self.rank == "auto" else self.rank, self.adapter_bits, self.adapter_group_size, True)
         check_damp(self.damp)
         if self.rounds < 1 or self.polish < 0 or not 0 <= self.patience < 1:
             raise RecipeError(
                 f"rounds = {self.rounds}, polish = {self.polish}, patience = {self.patience}: give at least one round, no "
                 "negative number, and a share below 1"
             )
-        if self.base == "project" and self.levels == "table":
-            raise RecipeError('levels = "table" is fitted to what sweeps round; use base = "sweep", or levels = "even"')
-        if self.levels == "table" and self.bits > grid.LARGEST_TABLE:
-            raise RecipeError(f'levels = "table", bits = {self.bits}: tables have up to {grid.LARGEST_TABLE} bits; use "even"')
-        if self.levels == "table" and self.rounds < 2:
+        if self.base == "project" and self.codebook == "fitted":
+            raise RecipeError('codebook = "fitted" is fitted to what sweeps round; use base = "sweep", or codebook = "none"')
+        if self.codebook == "fitted" and self.bits > grid.LARGEST_CODEBOOK_BITS:
             raise RecipeError(
-                f'levels = "table", rounds = {self.rounds}: a table is fitted to what a first sweep rounds; give two'
+                f'codebook = "fitted", bits = {self.bits}: codebooks have up to {grid.LARGEST_CODEBOOK_BITS} bits; use "none"'
+            )
+        if self.codebook == "fitted" and self.rounds < 2:
+            raise RecipeError(
+                f'codebook = "fitted", rounds = {self.rounds}: a codebook is fitted to what a first sweep rounds; give two'
             )
         if self.follow != 0 and not 1e-6 <= self.follow <= 1e6:
             raise RecipeError(f"follow = {self.follow}: give a damping from 1e-6 to 1e6, or 0 to aim at the original weight")
@@ -115,7 +110,7 @@ class Alternation:
         return Need.GRAM | Need.CROSS | Need.DRIFT if self.follow else Need.GRAM
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         if self.follow and stats.cross is None:
             notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
         elif self.follow and notes:
@@ -133,6 +128,7 @@ class Alternation:
         return search.decided(layer).note(*notes, *(() if inverse is None else inverse.notes))
 
 
+@profiled("reference")
 def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float, known: dict[Any, Any]) -> Tensor:
     """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires.
 
@@ -158,12 +154,12 @@ class _Search:
         self.aim = layer.aim
         self.given = layer.keep
         self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
-        self.levels = None if options.bits == 16 else Levels.of_bits(options.bits)
-        self.order = order_of(gram.diagonal(), group=options.group, pattern=self.pattern)
+        self.levels = None if options.bits == 16 else Grid.of_bits(options.bits)
+        self.order = order_of(gram.diagonal(), group_size=options.group_size, pattern=self.pattern)
         self.inverse = self._inverse(self.order.inputs, known) if options.base == "sweep" else None
         rank = float(options.rank)
-        self.rough = AdapterFormat(rank, 16, options.adapter_group, True)
-        self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group, True)
+        self.rough = AdapterFormat(rank, 16, options.adapter_group_size, True)
+        self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group_size, True)
         self.stored = replace(self.final, refit=False)
         swept = options.norm == "full" and self.final.rank_of(layer.shape) > 0 and self.final.bits != 16
         self.natural = self._inverse(torch.arange(len(gram), device=gram.device), known) if swept else None
@@ -212,7 +208,7 @@ class _Search:
             self.base = self._polish()
             assert self.adapter is not None
             damage = self.aim - self.base.value
-            self.adapter = descend(damage, self.gram, self.adapter)
+            self.adapter = descend_adapter(damage, self.gram, self.adapter)
             error = self._measured(damage - self.adapter.dense())
             if last - error <= _SETTLED * self.options.patience * last:
                 break
@@ -221,10 +217,10 @@ class _Search:
         """The best iterate."""
         assert self.best is not None
         _, base, adapter = self.best
-        if base.keep is not None and self.given is None:
-            layer = layer.prune(base.keep, str(self.options.pattern))
+        if base.mask is not None and self.given is None:
+            layer = layer.prune(base.mask, str(self.options.pattern))
         layer = replace(layer, extras=() if adapter is None else (adapter,))
-        return layer.move(base.value) if base.levels is None else layer.encode(base.code(self.options.group))
+        return layer.move(base.value) if base.grid is None else layer.encode(base.part(self.options.group_size))
 
     def _target(self) -> Tensor:
         return self.aim if self.adapter is None else self.aim - self.adapter.dense()
@@ -233,47 +229,46 @@ class _Search:
         target, options = self._target(), self.options
         pattern = None if self.given is not None else self.pattern
         if options.base == "project":
-            return _projected(target, self.gram.diagonal(), self.levels, options.group, pattern, self.given)
+            return _projected(target, self.gram.diagonal(), self.levels, options.group_size, pattern, self.given)
         assert self.inverse is not None
         if self.levels is None:
-            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, keep=self.given)
+            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, mask=self.given)
         start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
         found = rounded_sweep(
             target,
             self.inverse,
             self.order,
-            levels=self.levels,
-            group=options.group,
+            grid=self.levels,
             pattern=pattern,
-            keep=self.given,
+            mask=self.given,
             start=start,
         )
-        if options.levels != "even" and options.bits <= grid.LARGEST_TABLE:
+        if options.codebook != "none" and options.bits <= grid.LARGEST_CODEBOOK_BITS:
             self._fit_levels(found)
         return found
 
     def _fit_levels(self, found: Swept) -> None:
         """A table for the next sweep, fitted to what this one rounded, where it is asked for or pays."""
         assert found.scale is not None and self.levels is not None and self.inverse is not None
-        scale = grid.spread(found.scale, found.value.shape[1], self.options.group).expand_as(found.value)
-        counted = scale != 0 if found.keep is None else found.keep & (scale != 0)
-        mass = (self.inverse.conditional[self.order.back] * scale.square())[counted]
-        ratio = found.moved[counted] / scale[counted]
+        scale = grid.spread(found.scale, found.value.shape[1], self.options.group_size).expand_as(found.value)
+        counted = scale != 0 if found.mask is None else found.mask & (scale != 0)
+        mass = (self.inverse.conditional_variance[self.order.positions] * scale.square())[counted]
+        ratio = found.updated[counted] / scale[counted]
         if not mass.numel():
             return
-        table = grid.fitted(ratio, mass, self.levels)
+        table = fitted_codebook(ratio, mass, self.levels)
 
-        def error(levels: Levels) -> float:
+        def error(levels: Grid) -> float:
             return float(((levels.nearest(ratio) - ratio).square() * mass).sum())
 
-        pays = error(table) < (1 - _TABLE_SAVES) * error(Levels.of_bits(self.options.bits))
-        if self.options.levels == "table" or pays:
+        pays = error(table) < (1 - _TABLE_SAVES) * error(Grid.of_bits(self.options.bits))
+        if self.options.codebook == "fitted" or pays:
             self.levels = table
 
     def _polish(self) -> Swept:
         assert self.base is not None
         pattern = None if self.given is not None else self.pattern
-        return polish(self._target(), self.gram, self.base, group=self.options.group, pattern=pattern)
+        return descend_base(self._target(), self.gram, self.base, group_size=self.options.group_size, pattern=pattern)
 
     def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
         """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
@@ -294,19 +289,24 @@ class _Search:
 
 
 def _projected(
-    target: Tensor, energy: Tensor, levels: Levels | None, group: grid.Group, pattern: Pattern | None, given: Tensor | None
+    target: Tensor,
+    energy: Tensor,
+    levels: Grid | None,
+    group_size: grid.GroupSize,
+    pattern: Pattern | None,
+    given: Tensor | None,
 ) -> Swept:
     """The base without error feedback: the mask of highest |w| sqrt(H_jj), scales of least squared error under H_jj."""
     keep = given if pattern is None else choose(target.abs() * energy.clamp_min(0).sqrt(), pattern)
     kept = target if keep is None else target * keep
     if levels is None:
         return Swept(kept, target, keep)
-    sets = grid.rows_of(kept, group)
-    masses = torch.ones_like(sets) if group == "tensor" else grid.rows_of(energy.expand_as(kept), group)
-    if group == "tensor":
-        sets, masses = grid.distribution(sets)
+    sets = grid.scale_sets(kept, group_size)
+    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(energy.expand_as(kept), group_size)
+    if group_size == "per-tensor":
+        sets, masses = distribution(sets)
     scale = grid.storable(
-        grid.signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group))
+        signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group_size))
     ).float()
-    index, value = levels.rounded(kept, grid.spread(scale, kept.shape[1], group).expand_as(kept))
+    index, value = levels.round(kept, grid.spread(scale, kept.shape[1], group_size).expand_as(kept))
     return Swept(value if keep is None else value * keep, target, keep, index.to(torch.uint8), scale, levels)

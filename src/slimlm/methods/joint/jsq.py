@@ -44,7 +44,7 @@ class Jsq:
     """Keep weights by input norm and output range; round those that stay, smoothed (SmoothQuant)."""
 
     bits: int = 4
-    group: grid.Group = 128
+    group_size: grid.GroupSize = 128
     pattern: str | float = "2:4"
     rho: float = 2.1
     alpha: float = 0.5
@@ -53,7 +53,7 @@ class Jsq:
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
-        grid.check_group(self.group)
+        grid.check_group_size(self.group_size)
         Pattern.parse(self.pattern)
         if not 0 <= self.rho < math.inf:
             raise RecipeError(f"rho = {self.rho}: give the weight of the output's range in the score, 0 or more")
@@ -70,10 +70,10 @@ class Jsq:
         inverse = inverse_smoothing(kept, peak, alpha=self.alpha)
         # The stored inverse, not s itself, so that file and codes agree.
         smooth = kept / inverse.float()
-        largest = grid.absmax_scale(grid.rows_of(smooth, self.group), self.bits)
-        scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group)))
-        codes = grid.encode(smooth, scale, bits=self.bits, group=self.group)
-        code = Uniform(codes, scale, self.bits, self.group, inverse)
+        largest = grid.absmax_scale(grid.scale_sets(smooth, self.group_size), self.bits)
+        scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group_size)))
+        codes = grid.encode(smooth, scale, bits=self.bits, group_size=self.group_size)
+        code = Uniform(codes, scale, self.bits, self.group_size, inverse)
         return layer.prune(keep, str(self.pattern)).encode(code)
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:

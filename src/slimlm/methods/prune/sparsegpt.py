@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.mask import Pattern
-from slimlm.core.solvers.sweep import check_damp, conditioned, inverse_in_order, order_of, unrounded_sweep
+from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
+from slimlm.core.solvers.sweep import order_of, unrounded_sweep
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class SparseGpt:
         check_damp(self.damp)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         pattern = Pattern.parse(self.pattern)
         energy = gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram))
-        order = order_of(energy, group="row", pattern=pattern)
+        order = order_of(energy, group_size="per-channel", pattern=pattern)
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
         swept = unrounded_sweep(layer.working, inverse, order, pattern=pattern)
-        assert swept.keep is not None
-        return layer.prune(swept.keep, str(self.pattern)).move(swept.value).note(*notes, *inverse.notes)
+        assert swept.mask is not None
+        return layer.prune(swept.mask, str(self.pattern)).move(swept.value).note(*notes, *inverse.notes)

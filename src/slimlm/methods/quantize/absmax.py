@@ -18,17 +18,17 @@ class AbsMax:
     """Round to nearest with the scale of the largest weight (tensor, row or group)."""
 
     bits: int = 4
-    group: grid.Group = 128
+    group_size: grid.GroupSize = 128
     needs: ClassVar[Need] = Need.NOTHING
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
-        grid.check_group(self.group)
+        grid.check_group_size(self.group_size)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
         target = layer.target
-        sets = grid.rows_of(target, self.group)
-        scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group)))
-        codes = grid.encode(target, scale, bits=self.bits, group=self.group)
-        return layer.encode(Uniform(codes, scale, self.bits, self.group))
+        sets = grid.scale_sets(target, self.group_size)
+        scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group_size)))
+        codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
+        return layer.encode(Uniform(codes, scale, self.bits, self.group_size))

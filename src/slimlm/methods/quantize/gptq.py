@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 
 from slimlm.core import grid
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.solvers.sweep import check_damp, conditioned, inverse_in_order, order_of, rounded_sweep
+from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
+from slimlm.core.solvers.sweep import order_of, rounded_sweep
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,21 @@ class Gptq:
     """Round with error feedback under the covariance of the inputs."""
 
     bits: int = 4
-    group: grid.Group = 128
+    group_size: grid.GroupSize = 128
     order: Literal["energy", "input"] = "energy"
     damp: float = 0.01
     needs: ClassVar[Need] = Need.GRAM
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
-        grid.check_group(self.group)
+        grid.check_group_size(self.group_size)
         check_damp(self.damp)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = conditioned(measured(stats.gram).to(layer.original), stats.tokens)
+        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         order = order_of(
-            gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group=self.group, pattern=None
+            gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group_size=self.group_size, pattern=None
         )
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
-        levels = grid.Levels.of_bits(self.bits)
-        swept = rounded_sweep(layer.whole, inverse, order, levels=levels, group=self.group, keep=layer.keep)
-        return layer.encode(swept.code(self.group)).note(*notes, *inverse.notes)
+        swept = rounded_sweep(layer.whole, inverse, order, grid=grid.Grid.of_bits(self.bits), mask=layer.keep)
+        return layer.encode(swept.part(self.group_size)).note(*notes, *inverse.notes)

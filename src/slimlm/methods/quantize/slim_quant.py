@@ -31,6 +31,7 @@ from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import Uniform
+from slimlm.core.solvers.scale_search import search_scales
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class SlimQuant:
     """The scale of least expected squared error under the weights' own distribution."""
 
     bits: int = 4
-    group: grid.Group = "tensor"
+    group_size: grid.GroupSize = "per-tensor"
     search: Literal["grid", "paper", "code"] = "grid"
     weigh: Literal["even", "energy"] = "even"
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
-        grid.check_group(self.group)
-        if self.search != "grid" and self.group != "tensor":
+        grid.check_group_size(self.group_size)
+        if self.search != "grid" and self.group_size != "per-tensor":
             raise RecipeError(
                 f'search = "{self.search}" is defined for one scale per tensor; '
-                f'use group = "tensor", or search = "grid" with group = {self.group!r}'
+                f'use group_size = "per-tensor", or search = "grid" with group_size = {self.group_size!r}'
             )
 
         if self.search != "grid" and self.weigh != "even":
@@ -63,8 +64,8 @@ class SlimQuant:
         target = layer.target
         energy = measured(stats.mean_square).to(target) if self.weigh == "energy" else None
         scale = grid.storable(self.scale_of(target, energy))
-        codes = grid.encode(target, scale, bits=self.bits, group=self.group)
-        return layer.encode(Uniform(codes, scale, self.bits, self.group))
+        codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
+        return layer.encode(Uniform(codes, scale, self.bits, self.group_size))
 
     def scale_of(self, weight: Tensor, energy: Tensor | None = None) -> Tensor:
         """Scales `[rows, groups]` for a weight `[out, in]`, its errors weighed by `energy` `[in]` where that is given."""
@@ -72,7 +73,7 @@ class SlimQuant:
             return alpha_of_paper(weight, self.bits).view(1, 1) / 2 ** (self.bits - 1)
         if self.search == "code":
             return alpha_of_code(weight, self.bits).view(1, 1) / grid.top_code(self.bits)
-        return grid.searched(weight, bits=self.bits, group=self.group, energy=energy)
+        return search_scales(weight, bits=self.bits, group_size=self.group_size, second_moment=energy)
 
 
 def absolute_histogram(weight: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -16,6 +16,7 @@ from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import Uniform
+from slimlm.core.solvers.scale_search import search_scales
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class SlimQuantO:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         target = layer.target
-        scale = grid.storable(grid.searched(target, bits=self.bits, group="tensor"))
+        scale = grid.storable(search_scales(target, bits=self.bits, group_size="per-tensor"))
         saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
         count = max(1, int(self.salient * target.shape[1]))
         inverse = torch.ones_like(saliency, dtype=torch.float16)
         inverse[saliency.topk(count).indices] = 1 / self.boost
         # The stored inverse, not the boost itself, so that file and codes agree where 1 / boost is not exact in float16.
-        codes = grid.encode(target / inverse.float(), scale, bits=self.bits, group="tensor")
-        return layer.encode(Uniform(codes, scale, self.bits, "tensor", inverse))
+        codes = grid.encode(target / inverse.float(), scale, bits=self.bits, group_size="per-tensor")
+        return layer.encode(Uniform(codes, scale, self.bits, "per-tensor", inverse))

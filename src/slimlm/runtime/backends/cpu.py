@@ -113,7 +113,7 @@ def _lacks_zero(stored: Stored) -> str | None:
 
 def _two_of_four(about: Description, width: int) -> bool:
     """Whether a pruned part is laid out as 2:4. Groups that would tear a four apart are laid out as zeros in full."""
-    group = about["inner"]["group"]
+    group = about["inner"]["group_size"]
     return about["pattern"] == "2:4" and (not isinstance(group, int) or group >= width or group % 4 == 0)
 
 
@@ -150,10 +150,10 @@ def _matrix(
     scale = tensors["scale"]
     found.bits = inner["bits"]
     found.scale_type = bindings.float_type(scale.dtype if scale.dtype == torch.float16 else torch.float32)
-    sizes = grid.scale_shape(shape, inner["group"])
+    sizes = grid.scale_shape(shape, inner["group_size"])
     found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32, sizes)
     found.scale_rows, found.scale_columns = sizes
-    found.group = inner["group"] if isinstance(inner["group"], int) else 0
+    found.group = inner["group_size"] if isinstance(inner["group_size"], int) else 0
     if inner["kind"] == "codebook":
         found.levels = address("levels", torch.float16, (2 ** inner["bits"],))
     if inner.get("input_scale"):

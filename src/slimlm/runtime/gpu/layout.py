@@ -200,7 +200,7 @@ def _unfit(about: Description, multiple: int | None, width: int) -> str | None:
         return f"the GPU kernels do not know {about['kind']} parts"
     if about["bits"] > LARGEST_CODE:
         return f"codes of {about['bits']} bits; the GPU kernels take up to {LARGEST_CODE}"
-    group = about["group"]
+    group = about["group_size"]
     if multiple is not None and isinstance(group, int) and group < width and group % multiple:
         return f"groups of {group} inputs; the GPU kernels take multiples of {multiple} there"
     return None
@@ -308,14 +308,14 @@ def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
 
 def _scales(part: Uniform | Codebook, padded: int, block: int) -> Tensor:
     scale = part.scale
-    if part.group == "tensor":
+    if part.group_size == "per-tensor":
         return scale.reshape(1).clone()
     if scale.shape[1] == 1:
         return torch.nn.functional.pad(scale[:, 0], (0, padded - len(scale)))
-    assert isinstance(part.group, int)
-    span = gcd(part.group, block)
+    assert isinstance(part.group_size, int)
+    span = gcd(part.group_size, block)
     wide = _up(part.shape[1], block) // span
-    each = _filled(scale.repeat_interleave(part.group // span, dim=1)[:, :wide], padded, wide)
+    each = _filled(scale.repeat_interleave(part.group_size // span, dim=1)[:, :wide], padded, wide)
     if span < block:
         # Copied ahead element by element, which takes 4 bytes; otherwise they cross threads, at half as many instructions more.
         each = each.float()
@@ -326,9 +326,9 @@ def _right(part: Elementwise) -> Packed | Values:
     rank = _up(part.shape[0], ROWS)
     if isinstance(part, Plain):
         return Values.made(_filled(part.values, rank, part.shape[1]))
-    if part.group == "tensor":
+    if part.group_size == "per-tensor":
         # Rows that fill up would have that scale, too, and a table's first level is not zero.
-        part = replace(part, scale=part.scale.expand(part.shape[0], 1), group="row")
+        part = replace(part, scale=part.scale.expand(part.shape[0], 1), group_size="per-channel")
     return _dense(part, rows=rank)
 
 
@@ -338,7 +338,7 @@ def _tail(part: Elementwise) -> Tail:
     ranks, padded = _up(rank, ROWS), _up(out, ROWS)
     if isinstance(part, Plain):
         return Tail(None, 1, _filled(part.values.T, padded, ranks).contiguous())
-    group = part.group if isinstance(part.group, int) else out
+    group = part.group_size if isinstance(part.group_size, int) else out
     scale = part.scale.expand(rank, part.scale.shape[1]).T
     # Rows that fill up read a group's scales, too.
     each = _filled(scale, grid.scale_shape((1, padded), group)[1], ranks).contiguous()

@@ -1,0 +1,358 @@
+"""The search for scales and codebooks: the grid of least weighted squared error for given numbers.
+
+A set is the numbers that share a scale. Each number ("point") has a weight, what an error in it counts:
+
+    minimise over s   sum over points of  weight x (grid(point / s) s - point)^2
+
+Points and weights are given as `[sets, size]`; inside they are held `[size, sets]`, and candidate scales `[candidates, sets]`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slimlm.core.chunks import at_once
+from slimlm.core.grid import Grid, GroupSize, nearest_code, scale_sets, scale_shape
+from slimlm.core.profiling import profiled
+
+_COARSE = 48
+_FINE = 9
+_REFINEMENTS = 3
+_LLOYD_STEPS = 10
+_POINTS_AT_ONCE = 2**17
+"""Points worked on at a time: few enough for a CPU's cache."""
+_CANDIDATE_POINTS_AT_ONCE = 2**16
+"""The same where candidates share the points, whose weights lie in the cache beside them."""
+_MANY = 2048
+"""Points of a set from which on they are sorted rather than each rounded for every candidate."""
+_FEW = 2**15
+"""Points of a set up to which each stands for itself in `distribution`."""
+_BINS = 2**15
+
+
+# Scales
+
+
+@profiled("scale search")
+def best_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = _COARSE) -> Tensor:
+    """The positive scale of least weighted squared error for each set.
+
+    A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
+    of the candidates, down to a bound below which clipping the largest point alone costs more than AbsMax costs in
+    all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
+    largest on) are tried too: a weight that is on a grid already need not use all its codes.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, what an error in each point counts, none negative.
+        grid: the values that codes stand for.
+        coarse: candidates of the first scan.
+
+    Returns:
+        `[sets]`; 0 for a set of zeros.
+    """
+    return _searched_in_pieces(lambda own, w, _: _best_scale(own, w, grid, coarse), points, weights)
+
+
+@profiled("scale search")
+def signed_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = 24) -> Tensor:
+    """As `best_scale` over both signs: a negative scale puts the longer side of the grid on the other side of zero."""
+    positive = best_scale(points, weights, grid, coarse=coarse)
+    if float(grid.values[0]) == -grid.largest:
+        return positive
+    negative = -best_scale(-points, weights, grid, coarse=coarse)
+    return _searched_in_pieces(
+        lambda own, w, both: _better(own, w, both.T, grid), points, weights, torch.stack([positive, negative], dim=1)
+    )
+
+
+@profiled("scale search")
+def nearby_scale(points: Tensor, weights: Tensor, grid: Grid, start: Tensor) -> Tensor:
+    """A scale no worse than an earlier one: the best of seven within 12 % of it, then least squares for that one's codes.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, what an error in each point counts.
+        grid: the values that codes stand for.
+        start: `[sets]`, the earlier scales, of either sign; 0 stays 0.
+
+    Returns:
+        `[sets]`.
+    """
+    return _searched_in_pieces(lambda own, w, old: _nearby_scale(own, w, old, grid), points, weights, start)
+
+
+@profiled("scale search")
+def search_scales(weight: Tensor, *, bits: int, group_size: GroupSize, second_moment: Tensor | None = None) -> Tensor:
+    """Scales of least squared error for a weight under its own distribution, on the even grid.
+
+    Args:
+        weight: `[out, in]`.
+        bits: of the even grid.
+        group_size: how many weights share a scale.
+        second_moment: `[in]`, the inputs' mean squares: a weight's error then counts by its input's, so that it is the
+            error of the output, as far as inputs do not correlate. Inputs that are always zero count next to nothing.
+
+    Returns:
+        float32 `[rows, groups]`, not yet in the dtype they are stored in (see `grid.storable`).
+    """
+    sets = scale_sets(weight, group_size)
+    own = None
+    if second_moment is not None and bool((second_moment > 0).any()):
+        own = scale_sets((second_moment / second_moment.mean()).clamp_min(1e-6).expand_as(weight), group_size)
+    points, weights = distribution(sets, own)
+    scale = least_squares_scale(sets, best_scale(points, weights, Grid.of_bits(bits)), bits, own)
+    return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group_size))
+
+
+def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
+    """Each set's scale replaced by the least-squares one for its codes, sum(w c x) / sum(w c^2), where that errs less.
+
+    A weight that lies on a grid already gets that grid's scale back.
+
+    Args:
+        sets: `[sets, size]`.
+        scale: `[sets]`, the scales that the codes c are found with.
+        bits: of the even grid.
+        weights: `[sets, size]`, what an error in each number counts; ones if left out.
+
+    Returns:
+        `[sets]`.
+    """
+    rows = max(1, at_once(_POINTS_AT_ONCE, sets.device) // max(1, sets.shape[1]))
+    weights_of = [None] * len(sets.split(rows)) if weights is None else weights.split(rows)
+    pieces = zip(sets.split(rows), scale.split(rows), weights_of, strict=True)
+    return torch.cat([_least_squares_scale(own, old, bits, w) for own, old, w in pieces])
+
+
+def grid_error(points: Tensor, weights: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Sum over a set's points of weight x (rounded point - point)^2, for each of some scales.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`.
+        scale: `[sets, candidates]`, none zero.
+        grid: the values that codes stand for.
+
+    Returns:
+        `[sets, candidates]`.
+    """
+    return _cost_of(points.T.contiguous(), weights.T.contiguous(), grid)(scale.T).T
+
+
+# Codebooks
+
+
+@profiled("codebook")
+def fitted_codebook(ratio: Tensor, weights: Tensor, grid: Grid) -> Grid:
+    """A codebook of as many values that errs less on these ratios than a grid: Lloyd's iteration (k-means of scalars).
+
+    Each value moves to the weighted mean of the points nearest to it, ten times; a value without points stays. The values
+    are rounded to float16, as they are stored.
+
+    Args:
+        ratio: `[points]`, weight / scale.
+        weights: `[points]`, what an error in each counts.
+        grid: where the iteration starts.
+
+    Returns:
+        A grid that is not even, of the bits of `grid`.
+    """
+    values = grid.values.to(ratio)
+    ordered, order = ratio.sort()
+    sorted_weights = weights[order].double()
+    # Sums of the weights, and of weight x ratio, over the points below each.
+    below = torch.nn.functional.pad(torch.stack([sorted_weights, sorted_weights * ordered]).cumsum(dim=1), (1, 0))
+    first, last = torch.tensor([[0], [len(ratio)]], device=ratio.device)
+    for _ in range(_LLOYD_STEPS):
+        ends = torch.cat([first, torch.searchsorted(ordered, (values[1:] + values[:-1]) / 2), last])
+        total, moment = below[:, ends].diff(dim=1)
+        values = torch.where(total > 0, moment / total.clamp_min(1e-30), values).to(ratio).sort().values
+    return Grid(values.half().float(), False)
+
+
+# Histograms
+
+
+@profiled("scale search")
+def distribution(sets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fewer points and weights that stand for large sets: a histogram of 32768 bins for each set of more numbers than that.
+
+    The outermost points of a histogram are the exact extreme, with either sign.
+
+    Args:
+        sets: `[sets, size]`.
+        weights: `[sets, size]`, what an error in each number counts; ones if left out.
+
+    Returns:
+        Points and weights, both `[sets, points]`.
+    """
+    if sets.shape[1] <= _FEW:
+        return sets, torch.ones_like(sets) if weights is None else weights
+    rows = [_histogram(row, None if weights is None else weights[i]) for i, row in enumerate(sets)]
+    return torch.stack([points for points, _ in rows]), torch.stack([w for _, w in rows])
+
+
+def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    largest = max(map(abs, map(float, values.aminmax())))
+    if largest == 0:
+        return values.new_zeros(_BINS), values.new_ones(_BINS)
+    width = 2 * largest / _BINS
+    if weights is None:
+        total = torch.histc(values, _BINS, -largest, largest)
+    else:
+        bins = ((values + largest) / width).long().clamp(0, _BINS - 1)
+        total = _weights_of_bins(bins, weights).to(values)
+    points = (torch.arange(_BINS, device=values.device) + 0.5) * width - largest
+    points[0], points[-1] = -largest, largest
+    return points, total
+
+
+def _weights_of_bins(bins: Tensor, weights: Tensor) -> Tensor:
+    """The sum of the weights in each bin, float64 `[bins]`.
+
+    A GPU adds floats in no fixed order, so there they are added as whole multiples of so small a unit that all together
+    fill 62 bits: the order changes nothing then.
+    """
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, weights, minlength=_BINS).double()
+    unit = weights.amax().double().clamp_min(1e-30) * 2.0 ** (len(bins).bit_length() - 62)
+    whole = (weights.double() / unit).round_().long()
+    return torch.zeros(_BINS, dtype=torch.long, device=bins.device).index_add_(0, bins, whole).double() * unit
+
+
+# The searches, on points and weights `[size, sets]`
+
+Cost = Callable[[Tensor], Tensor]
+"""Sum over a set's points of weight x (rounded point - point)^2, for scales `[candidates, sets]`, none zero: of that shape."""
+
+
+def _searched_in_pieces(
+    search: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor, weights: Tensor, *others: Tensor
+) -> Tensor:
+    """What a search of points and weights `[size, sets]` gives, with other `[sets]`, a few sets at a time: `[sets]`."""
+    sets = max(1, at_once(_POINTS_AT_ONCE, points.device) // max(1, points.shape[1]))
+    pieces = zip(*(given.split(sets) for given in (points, weights, *(others or (points[:, 0],)))), strict=True)
+    return torch.cat([search(own.T.contiguous(), w.T.contiguous(), other) for own, w, other in pieces])
+
+
+def _cost_of(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
+    """The cost of points `[size, sets]` with weights `[size, sets]`."""
+    if len(points) > _MANY:
+        return _cost_of_many(points, weights, grid)
+    smallest, largest = float(grid.values[0]), float(grid.values[-1])
+    candidates_at_once = max(1, at_once(_CANDIDATE_POINTS_AT_ONCE, points.device) // max(1, points.numel()))
+
+    def cost(scales: Tensor) -> Tensor:
+        # A few candidates at a time, in place: the passes over the points then stay in the processor's cache.
+        found = torch.empty_like(scales)
+        for some, total in zip(scales.split(candidates_at_once), found.split(candidates_at_once), strict=True):
+            ratio = points / some[:, None]
+            error = torch.round(ratio).clamp_(smallest, largest) if grid.even else grid.nearest(ratio)
+            torch.sum(error.sub_(ratio).square_().mul_(weights), dim=1, out=total)
+        return found.mul_(scales.square())
+
+    return cost
+
+
+def _cost_of_many(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
+    """The same from running sums over sorted points: a scale asks for them at the borders between its grid values only."""
+    ordered, order = points.T.contiguous().sort(dim=1)
+    sorted_weights = weights.T.gather(1, order).double()
+    wide = ordered.double()
+    moments = torch.stack([sorted_weights, sorted_weights * wide, sorted_weights * wide.square()]).cumsum(dim=2)
+    moments = torch.nn.functional.pad(moments, (1, 0))
+    values = grid.values.to(points.device)
+    borders = (values[1:] + values[:-1]) / 2
+
+    def cost(scales: Tensor) -> Tensor:
+        by_set = scales.T[..., None]
+        below = torch.searchsorted(ordered, (by_set * borders).flatten(1).contiguous())
+        first, last = below.new_zeros(*by_set.shape), below.new_full(by_set.shape, len(points))
+        below = below.view(*by_set.shape[:2], -1)
+        # Under a negative scale the values, and so the borders, descend.
+        ends = torch.cat([torch.where(by_set > 0, first, last), below, torch.where(by_set > 0, last, first)], dim=2)
+        at = moments.gather(2, ends.flatten(1).expand(3, -1, -1)).view(3, *ends.shape)
+        inside = at.diff(dim=3) * by_set.sign().double()
+        value = by_set.double() * values.double()
+        # Of a set that lies on the grid the terms cancel, and what is left may be a little below zero.
+        return (inside[2] - 2 * value * inside[1] + value.square() * inside[0]).sum(dim=2).clamp_min_(0).T.to(scales)
+
+    return cost
+
+
+def _best_scale(points: Tensor, weights: Tensor, grid: Grid, coarse: int) -> Tensor:
+    top, reach = grid.largest, grid.largest_magnitude
+    where = (points.abs() * (weights > 0)).argmax(dim=0, keepdim=True)
+    largest = points.abs().gather(0, where)[0]
+    upper = largest / top
+    empty = largest == 0
+    upper = torch.where(empty, torch.ones_like(upper), upper)
+    cost = _cost_of(points, weights, grid)
+    worst = cost(upper[None])[0]
+    clipped = largest - (worst / weights.gather(0, where)[0].clamp_min(1e-30)).sqrt()
+    lower = torch.maximum(clipped / reach, upper / 4096)
+    lower = torch.minimum(lower, upper * (top / reach) * 0.999)
+
+    steps = torch.linspace(0, 1, coarse, device=points.device)[:, None]
+    inner = top / torch.arange(top // 2 + 1, max(top, top // 2 + 1), device=points.device)[:, None]
+    best, at = _pick(cost, torch.cat([upper * (lower / upper) ** steps, upper * inner]))
+    ratio = (upper / lower) ** (1 / (coarse - 1))
+    around = torch.linspace(-1, 1, _FINE, device=points.device)
+    around = around[around != 0, None]
+    for _ in range(_REFINEMENTS):
+        found, least = _pick(cost, best * ratio**around)
+        best = torch.where(least < at, found, best)
+        at = torch.minimum(least, at)
+        ratio = ratio ** (2 / (_FINE - 1))
+    return torch.where(empty, torch.zeros_like(best), best)
+
+
+def _better(points: Tensor, weights: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The second of two scales `[2, sets]` where it costs less, else the first."""
+    cost = _cost_of(points, weights, grid)(torch.where(scales == 0, 1.0, scales))
+    return torch.where(cost[1] < cost[0], scales[1], scales[0])
+
+
+def _nearby_scale(points: Tensor, weights: Tensor, start: Tensor, grid: Grid) -> Tensor:
+    cost = _cost_of(points, weights, grid)
+    safe = torch.where(start == 0, torch.ones_like(start), start)
+    steps = 1.12 ** torch.linspace(-1, 1, 7, device=points.device)
+    best, at = _pick(cost, safe * steps[:, None])
+    value = grid.nearest(points / best)
+    fitted = (points * value * weights).sum(dim=0) / (value.square() * weights).sum(dim=0)
+    usable = fitted.isfinite() & (fitted != 0)
+    fitted = torch.where(usable, fitted, best)
+    best = torch.where(cost(fitted[None])[0] < at, fitted, best)
+    return torch.where(start == 0, start, best)
+
+
+def _pick(cost: Cost, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Of candidates `[candidates, sets]` each set's best, and what it costs."""
+    least, index = cost(candidates).min(dim=0, keepdim=True)
+    return candidates.gather(0, index)[0], least[0]
+
+
+def _least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor | None) -> Tensor:
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
+    size = at_once(_POINTS_AT_ONCE, sets.device)
+    pieces = sets.split(size, dim=1)
+    weights_of = [None] * len(pieces) if weights is None else weights.split(size, dim=1)
+    along, square = torch.zeros_like(scale), torch.zeros_like(scale)
+    for own, w in zip(pieces, weights_of, strict=True):
+        codes = nearest_code(own / safe, bits)
+        weighted = codes if w is None else codes * w
+        square += (weighted * codes).sum(dim=1)
+        along += (own * weighted).sum(dim=1)
+    fitted = along / (square.clamp_min(1) if weights is None else square)
+    fitted = torch.where(fitted > 0, fitted, safe[:, 0])[:, None]
+
+    def error(step: Tensor) -> Tensor:
+        total = torch.zeros_like(scale)
+        for own, w in zip(pieces, weights_of, strict=True):
+            missed = nearest_code(own / step, bits).mul_(step).sub_(own).square_()
+            total += (missed if w is None else missed.mul_(w)).sum(dim=1)
+        return total
+
+    return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)

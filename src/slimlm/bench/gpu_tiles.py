@@ -1,4 +1,4 @@
-"""What `slimlm bench OUT --tune` does: find the fastest tiles of the GPU kernels for a checkpoint's layers on this card."""
+"""Find the fastest tiles of the GPU kernels for a checkpoint's layers on this card."""
 
 from collections.abc import Callable
 from dataclasses import asdict

@@ -41,7 +41,7 @@ def stdlib_documents(split: Split, *, with_tests: bool = False) -> Iterator[str]
     if not modules:
         raise DataError(
             f"no source of Python's standard library under {root} (it may be zipped); "
-            "give a text file with --data / --text instead of 'stdlib'"
+            "name a text file in place of 'stdlib'"
         )
 
 

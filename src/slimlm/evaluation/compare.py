@@ -10,8 +10,9 @@ from slimlm.core.errors import DataError
 from slimlm.inference.load import Tell, load
 from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
 from slimlm.models.structure import blocks_of, linears_of
-from slimlm.runtime.dispatch import Kernels, available
+from slimlm.runtime.dispatch import available
 from slimlm.runtime.gpu import device as gpu
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 

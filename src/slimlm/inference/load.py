@@ -1,9 +1,8 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
 `load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
-what was read and can be dropped again, and nothing twice. Importing this module also registers the format with
-transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` works after `import slimlm`; what that holds in
-memory is up to transformers.
+what was read and can be dropped again, and nothing twice. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
+holds in memory is up to transformers. See hf_quantizer.py.)
 """
 
 import warnings
@@ -14,23 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, SlimlmError
-from slimlm.models.experts import take_apart
 from slimlm.models.meta import empty_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.kernels import LAYOUT, whole
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import Kernels, available
+from slimlm.runtime.dispatch import available
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu.device import absent
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import multipliers, unpacks, use_kernels
 from slimlm.storage import checkpoint
@@ -256,85 +251,3 @@ def _pack(
     for name in taken:
         layers[name].adopt(blobs[name])
         layers[name].prepare()
-
-
-class _CheckpointConfig(PreTrainedConfig):
-    """Stands in config.json for the model's own type; gives that type's config back."""
-
-    model_type = checkpoint.MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        own = {**config_dict, "model_type": config_dict.get("slimlm_model_type")}
-        own.pop("slimlm_model_type", None)
-        return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
-
-
-@register_quantization_config(checkpoint.METHOD)
-class SlimlmConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint."""
-
-    def __init__(
-        self,
-        format: int = checkpoint.FORMAT,
-        layers: dict[str, Any] | None = None,
-        embeddings: dict[str, Any] | None = None,
-        experts: list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        self.quant_method = checkpoint.METHOD
-        self.format = format
-        self.layers = layers or {}
-        self.embeddings = embeddings or {}
-        self.experts = experts or []
-        checkpoint.check_format(format, "the checkpoint")
-
-
-@register_quantizer(checkpoint.METHOD)
-class SlimlmQuantizer(HfQuantizer):
-    """Puts empty compressed modules into the skeleton of the model, for transformers to load the packed tensors into.
-
-    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
-    """
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for file in (kwargs.get("checkpoint_files") or [])[:1]:
-            if (Path(file).parent / checkpoint.RECORD).is_file():
-                checkpoint.check_files(Path(file).parent)
-        for name in self.quantization_config.experts:
-            take_apart(model, name)
-        for name, about in self.quantization_config.embeddings.items():
-            swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
-        for name, about in self.quantization_config.layers.items():
-            layer = CompressedLinear.empty(about)
-            if "tied_to" in about:
-                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
-            layer.kernels = "auto"
-            swap(model, name, layer)
-        if self.quantization_config.embeddings:
-            _leave_untied(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
-        return model
-
-    def is_serializable(self) -> bool:
-        """`save_pretrained` writes the packed tensors back."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The packed tensors are frozen."""
-        return False
-
-
-def _leave_untied(model: PreTrainedModel, packed: set[str]) -> None:
-    """Let transformers tie no parameter of these modules in this model: not now, and not by `tie_weights` later."""
-
-    def others(pairs: Any) -> Any:
-        return {a: b for a, b in pairs.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
-
-    model.all_tied_weights_keys = others(model.all_tied_weights_keys)
-    model._tied_weights_keys = model.all_tied_weights_keys
-
-
-AutoConfig.register(checkpoint.MODEL_TYPE, _CheckpointConfig)

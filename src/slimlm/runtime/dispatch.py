@@ -1,7 +1,7 @@
 """Who multiplies: the fastest backend that takes a layer, and why the others do not."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from slimlm.core.errors import KernelError
 from slimlm.runtime.backends import Backend, Stored
@@ -9,12 +9,7 @@ from slimlm.runtime.backends.cpu import Cpu
 from slimlm.runtime.backends.reference import Reference
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.cpu import native
-
-Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
-"""Whose arithmetic: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, dense ones ("reference").
-
-"auto" is, where there are kernels for a layer, "precise" on the CPU and "gpu" on a GPU; else "reference". For a
-whole model on a GPU (use.use_kernels) it is "reference", too, where activations are float32 and there is room for it."""
+from slimlm.runtime.kernel_names import Kernels
 
 
 @dataclass(frozen=True)

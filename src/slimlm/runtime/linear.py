@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.dispatch import Choice, Kernels, choose, passed_over
+from slimlm.runtime.dispatch import Choice, choose, passed_over
+from slimlm.runtime.kernel_names import Kernels
 
 
 class Multiplier(nn.Module):

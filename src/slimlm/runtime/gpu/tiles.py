@@ -1,8 +1,8 @@
 """How large the tiles of a product are: by card, kind and size of a layer, and batch; built in, or measured on this card.
 
 The built-in ones come from counts of the machine code's instructions and registers (tests/runtime/gpu/machine_code.json), not
-from measurements. `slimlm bench OUT --tune` measures (tuning.py) and writes what it found into the user's cache, a file for
-each card; it is used as long as slimlm and Triton are those that it was measured with.
+from measurements. `slimlm.bench.gpu_tiles.tune_kernels` measures (tuning.py) and writes what it found into the user's cache, a
+file for each card; it is used as long as slimlm and Triton are those that it was measured with.
 """
 
 import json
@@ -166,8 +166,8 @@ def read(card: str) -> Table:
         return Table()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise KernelError(
-            f"the tiles that were measured for {card} cannot be read ({path}: {error}); delete that file, or measure again: "
-            "slimlm bench OUT --tune"
+            f"the tiles that were measured for {card} cannot be read ({path}: {error}); delete that file, or measure again "
+            "(slimlm.bench.gpu_tiles.tune_kernels, or 'slimlm bench' with its option tune)"
         ) from error
 
 

@@ -1,0 +1,88 @@
+"""The quantizer of a checkpoint, registered with transformers: imported once transformers' own table of quantizers exists.
+
+That table is made while transformers' models are still being imported, so what needs them is imported when a model is opened.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from slimlm.storage import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(checkpoint.METHOD)
+class SlimlmConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint."""
+
+    def __init__(
+        self,
+        format: int = checkpoint.FORMAT,
+        layers: dict[str, Any] | None = None,
+        embeddings: dict[str, Any] | None = None,
+        experts: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = checkpoint.METHOD
+        self.format = format
+        self.layers = layers or {}
+        self.embeddings = embeddings or {}
+        self.experts = experts or []
+        checkpoint.check_format(format, "the checkpoint")
+
+
+@register_quantizer(checkpoint.METHOD)
+class SlimlmQuantizer(HfQuantizer):
+    """Puts empty compressed modules into the skeleton of the model, for transformers to load the packed tensors into.
+
+    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
+    """
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from slimlm.models.experts import take_apart
+        from slimlm.models.structure import swap
+        from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+        from slimlm.runtime.linear import CompressedLinear
+
+        for file in (kwargs.get("checkpoint_files") or [])[:1]:
+            if (Path(file).parent / checkpoint.RECORD).is_file():
+                checkpoint.check_files(Path(file).parent)
+        for name in self.quantization_config.experts:
+            take_apart(model, name)
+        for name, about in self.quantization_config.embeddings.items():
+            swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
+        for name, about in self.quantization_config.layers.items():
+            layer = CompressedLinear.empty(about)
+            if "tied_to" in about:
+                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
+            layer.kernels = "auto"
+            swap(model, name, layer)
+        if self.quantization_config.embeddings:
+            _leave_untied(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The packed tensors are frozen."""
+        return False
+
+
+def _leave_untied(model: "PreTrainedModel", packed: set[str]) -> None:
+    """Let transformers tie no parameter of these modules in this model: not now, and not by `tie_weights` later."""
+
+    def others(pairs: Any) -> Any:
+        return {a: b for a, b in pairs.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
+
+    model.all_tied_weights_keys = others(model.all_tied_weights_keys)
+    model._tied_weights_keys = model.all_tied_weights_keys

@@ -111,8 +111,7 @@ def _refuse_length(model: nn.Module, settings: Settings) -> None:
     wanted = settings.prompt + settings.new + 1
     if context is not None and wanted > context:
         raise SlimlmError(
-            f"`prompt={settings.prompt}` and `new={settings.new}` need {wanted} positions; "
-            f"the model's context holds {context}"
+            f"`prompt={settings.prompt}` and `new={settings.new}` need {wanted} positions; the model's context holds {context}"
         )
 
 

@@ -34,7 +34,9 @@ _RECORD = "slimlm.json"
 def documents(source: str, purpose: Purpose) -> Iterator[str]:
     """The documents of a source, lazily, in order; raises DataError in words where there is none."""
     if source == "self":
-        raise DataError("'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on")
+        raise DataError(
+            "'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on"
+        )
     if source == "stdlib":
         return stdlib_documents(purpose)
     path = Path(source)

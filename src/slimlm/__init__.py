@@ -5,7 +5,7 @@ import slimlm
 result = slimlm.compress("path-or-hub-name", "out", data="text.txt")
 model = slimlm.load("out")
 
-What is public is imported when it is first used, so that `slimlm --help` need not wait for torch.
+What is public is imported when it is first used, so that the command line's help need not wait for torch.
 """
 
 from importlib import import_module

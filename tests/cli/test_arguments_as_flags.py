@@ -91,7 +91,10 @@ def test_an_error_names_the_argument_in_python_and_the_flag_on_the_command_line(
 
 
 def test_notes_name_flags(
-    llama_folder: Path, text_file: Path, tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+    llama_folder: Path,
+    tmp_path: Path,
+    line: Line,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def compress(*_: object, tell: Callable[[str], None], **__: object) -> None:
         tell('give more `samples`, or `recipe="gptq"`')

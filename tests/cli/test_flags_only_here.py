@@ -29,7 +29,7 @@ def strings_with_flags(source: str) -> Iterator[tuple[int, str]]:
     ("source", "found"),
     [
         ("x = 'give --samples'", ["give --samples"]),
-        ("x = f'--bits {y}'", ["--bits "]),
+        ("x = f'--bits {y}'", ["--bits"]),
         ("def f():\n    '''Add --restart.'''", ["Add --restart."]),
         ("'''python -m slimlm.module --seed 0'''", []),
         ("x = 'two -- dashes', 'a--b', '---', '`samples`'  # --samples", []),

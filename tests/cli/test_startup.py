@@ -10,7 +10,7 @@ import pytest
 import slimlm
 from slimlm.cli.app import VERBS
 
-HEAVY = ("torch", "transformers", "datasets", "pydantic", "safetensors", "huggingface_hub")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
 SECONDS = 1.0
 """In which an answer is there; a tenth of it is what it takes, and torch alone takes longer."""
 

@@ -3,7 +3,8 @@
 import os
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Annotated
 
@@ -78,10 +79,9 @@ def main() -> None:
     """Entry point: an error of slimlm's is one message and exit code 2; `--debug`, anywhere on the line, adds the traceback."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    # Read when transformers is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        _run(arguments)
+        with _errors_of_transformers_alone():
+            _run(arguments)
     except SlimlmError as error:
         _end(str(error) if speaks(error) else None, debug=debug)
     except BrokenPipeError:
@@ -93,6 +93,20 @@ def main() -> None:
         _end(f"reading or writing failed{where}: {error.strerror or error}", debug=debug)
     except MemoryError:
         _end("memory ran out", debug=debug)
+
+
+@contextmanager
+def _errors_of_transformers_alone() -> Iterator[None]:
+    """Let transformers, if it is imported meanwhile, log errors and no warnings; a level that the user has set stays."""
+    name = "TRANSFORMERS_VERBOSITY"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "error"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _run(arguments: list[str]) -> None:

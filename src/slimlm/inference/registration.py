@@ -1,6 +1,6 @@
 """Makes transformers open slimlm's checkpoints after `import slimlm`, without importing transformers for it.
 
-transformers takes seconds to import, and most of what `import slimlm` serves (`slimlm --help`, say) never opens a model. So
+transformers takes seconds to import, and much that imports slimlm (the command line's help, say) never opens a model. So
 config and quantizer are registered when transformers' own tables of them are imported, or at once where they already are.
 """
 

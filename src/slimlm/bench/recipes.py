@@ -138,7 +138,7 @@ def _row(name: str, what: str, opened: OpenModel, samples: Tensor, seconds: floa
 
 
 def _continuation(opened: OpenModel, prompt: str) -> str:
-    """What a model writes after the prompt, drawn from a fixed seed at a low temperature, so that it does not repeat itself."""
+    """What a model writes after the prompt, drawn from a fixed seed; the likeliest tokens alone would repeat themselves."""
     tokenizer = opened.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([[*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
@@ -149,7 +149,7 @@ def _continuation(opened: OpenModel, prompt: str) -> str:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=_NEW_TOKENS,
             do_sample=True,
-            temperature=0.5,
+            temperature=0.8,
             pad_token_id=0,
         )
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))

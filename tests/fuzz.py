@@ -33,7 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging as transformers_logging
 
 import slimlm
-from slimlm.cli.app import inspect_
+from slimlm.cli.inspect import inspect as show
 from slimlm.core.errors import SlimlmError
 from slimlm.storage import checkpoint
 from slimlm.storage.streams import sha256_of
@@ -265,8 +265,8 @@ def load(folder: Path) -> None:
 
 def inspect(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        inspect_(folder, as_json=False)
-        inspect_(folder, as_json=True)
+        show(folder, as_json=False)
+        show(folder, as_json=True)
 
 
 def verify(folder: Path) -> None:

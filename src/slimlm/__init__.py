@@ -4,16 +4,23 @@ import slimlm
 
 result = slimlm.compress("path-or-hub-name", "out", data="text.txt")
 model = slimlm.load("out")
+
+What is public is imported when it is first used, so that the command line's help need not wait for torch.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from slimlm.core.errors import SlimlmError
-from slimlm.inference.load import load
-from slimlm.pipeline import Result, compress, estimate
-from slimlm.recipe import Recipe, open_recipe
-from slimlm.runtime.whole_model import use_kernels
-from slimlm.verification.folder import Verified, verify
+from slimlm.inference import registration
+
+if TYPE_CHECKING:
+    from slimlm.inference.load import load
+    from slimlm.pipeline import Result, compress, estimate
+    from slimlm.recipe import Recipe, open_recipe
+    from slimlm.runtime.whole_model import use_kernels
+    from slimlm.verification.folder import Verified, verify
 
 __version__ = version("slimlm")
 __all__ = [
@@ -28,3 +35,29 @@ __all__ = [
     "use_kernels",
     "verify",
 ]
+
+_HOMES = {
+    "Recipe": "slimlm.recipe",
+    "Result": "slimlm.pipeline",
+    "Verified": "slimlm.verification.folder",
+    "compress": "slimlm.pipeline",
+    "estimate": "slimlm.pipeline",
+    "load": "slimlm.inference.load",
+    "open_recipe": "slimlm.recipe",
+    "use_kernels": "slimlm.runtime.whole_model",
+    "verify": "slimlm.verification.folder",
+}
+"""The modules that define what is imported when it is first used."""
+
+registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

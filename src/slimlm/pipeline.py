@@ -37,18 +37,21 @@ from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksErro
 from slimlm.core.layer import Need
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.data.windows import check_seed
-from slimlm.distributed.launch import joined, local_rank, started
+from slimlm.distributed.environment import local_rank, started
+from slimlm.distributed.launch import joined
 from slimlm.events import Event, Observer, both, quiet
 from slimlm.models.lazy import StreamedModel, open_streamed, weight_files
 from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
 from slimlm.models.structure import blocks_of, context_length, text_config
-from slimlm.planner.options import Budget, Objective
+from slimlm.planner.objective import Objective
+from slimlm.planner.options import Budget
 from slimlm.planner.plan import Plan, alternation_of, asked_budget, auto_budget, make_plan, refuse_budget, refuse_few_windows
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, Memory, estimate_of, memory_of, timed
 from slimlm.preflight.job import Job
 from slimlm.preflight.refusals import compressible, read_once, refuse_early, tell_of_few_tokens, without_ends
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
+from slimlm.recipes import DEFAULT_RECIPE
 from slimlm.record import Record, explosion, layer_from
 from slimlm.run.assemble import contents_of, verify, write
 from slimlm.run.block import compress_blocks, own_windows
@@ -73,8 +76,6 @@ class Result:
 
 Tell = Callable[[str], None]
 """Told in words what the user should know."""
-
-DEFAULT_RECIPE = "best"
 
 
 def silent(text: str) -> None:

@@ -141,7 +141,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, text_fi
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
     """The command line in little time; gives standard output and error."""
     quick = model_speed.Settings(prompt_tokens=8, new_tokens=3, repeats=1, effort=SHORT)
-    monkeypatch.setattr("slimlm.cli.app.QUICK", quick)
+    monkeypatch.setattr("slimlm.bench.model_speed.QUICK", quick)
 
     def typed(*words: str | Path) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["slimlm", "bench", *map(str, words), "--quick", "--threads", "1"])

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import slimlm
-from slimlm.cli.demo import bundled_model
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
+from slimlm.models.bundled import bundled_model
 
 
 def test_it_is_a_small_float16_llama_with_widths_that_divide_by_128() -> None:

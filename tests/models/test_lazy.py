@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm.calibration.capture import arguments_of, enter, first_inputs
-from slimlm.cli.app import _bytes
+from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.lazy import StreamedModel, ahead, open_streamed, weight_files
 from slimlm.models.opening import open_dense
@@ -216,13 +216,13 @@ def test_norms_in_float32_beside_weights_in_bfloat16_stay_so(tmp_path: Path, tex
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 2**33), ("500 MB", 5 * 10**8), ("2.5G", 5 * 2**29), ("1000", 1000)])
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert _bytes(text) == size
+    assert bytes_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "8 apples", "0", "1e3"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SlimlmError, match="8GiB"):
-        _bytes(text)
+        bytes_of(text)
 
 
 def test_the_next_block_is_made_while_one_is_worked_on_and_never_two_ahead() -> None:

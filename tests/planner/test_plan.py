@@ -133,9 +133,9 @@ def test_the_saved_recipe_carries_the_plan_out(llama_folder: Path, text_file: Pa
     asked = ["--recipe", str(recipe), "--bits", "4.8", "--embedding-bits", "8"]
     done = CliRunner().invoke(app, ["plan", str(llama_folder), *asked, "--save", str(saved), *where])
     assert done.exit_code == 0, done.output
-    assert "down_proj" in done.output and "groups that take it" in done.output
+    assert "down_proj" in done.output and "groups given it" in done.output
     planned = open_recipe(str(saved))
-    assert planned.embedding_bits == 8 and "embedding and head at 8 bits" in done.output
+    assert planned.embedding_bits == 8 and "embedding and lm_head, which are stored in 8 bits" in done.output
     assert tomllib.loads(saved.read_text())["rules"] == [rule.to_dict() for rule in planned.rules]
     result = slimlm.compress(llama_folder, tmp_path / "out", recipe=planned, data=str(text_file), samples=24, length=48)
     assert result.record.bits_per_weight <= 4.8

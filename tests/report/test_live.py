@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from slimlm.cli.app import app
 from slimlm.events import BlockDone, BlockWatch, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
-from slimlm.report.live import Course, Display, Lines, duration, shown
+from slimlm.report.live import Display, Lines, Progress, duration, progress_on
 
 
 class Clock:
@@ -31,44 +31,44 @@ def block(number: int, seconds: float | None, *errors: float) -> BlockDone:
     return BlockDone(number, name, tuple(record(f"{name}.q{i}", error) for i, error in enumerate(errors)), seconds)
 
 
-def after(course: Course, clock: Clock, *blocks: BlockDone, total: int = 6) -> None:
+def after(progress: Progress, clock: Clock, *blocks: BlockDone, total: int = 6) -> None:
     """Let these blocks be finished in turn."""
     for done in blocks:
         clock.now += done.seconds or 0.0
-        course(Event("compress", done.number, total, blocks=(done,)))
+        progress(Event("compress", done.number, total, blocks=(done,)))
 
 
 def test_the_time_left_is_that_of_the_finished_blocks_for_those_to_come() -> None:
     clock = Clock()
-    course = Course(clock)
-    course(Event("compress", 0, 6))
-    assert course.left is None
-    after(course, clock, block(1, 10, 0.2), block(2, 20, 0.4))
-    assert course.left == pytest.approx(4 * 15)
+    progress = Progress(clock)
+    progress(Event("compress", 0, 6))
+    assert progress.seconds_left is None
+    after(progress, clock, block(1, 10, 0.2), block(2, 20, 0.4))
+    assert progress.seconds_left == pytest.approx(4 * 15)
     clock.now += 5  # into the third block
-    assert course.left == pytest.approx(4 * 15 - 5)
+    assert progress.seconds_left == pytest.approx(4 * 15 - 5)
     clock.now += 1000  # it takes far longer than it should
-    assert course.left == 0
+    assert progress.seconds_left == 0
 
 
 def test_a_run_that_goes_on_counts_the_errors_of_all_blocks_and_the_pace_of_its_own() -> None:
     clock = Clock()
-    course = Course(clock)
-    course(Event("compress", 3, 6, blocks=(block(1, None, 0.1), block(2, None, 0.2), block(3, None, 0.3))))
-    assert course.left is None and course.error == pytest.approx(0.2)
-    after(course, clock, block(4, 7, 0.6))
-    assert course.left == pytest.approx(2 * 7) and course.error == pytest.approx(0.3)
+    progress = Progress(clock)
+    progress(Event("compress", 3, 6, blocks=(block(1, None, 0.1), block(2, None, 0.2), block(3, None, 0.3))))
+    assert progress.seconds_left is None and progress.error == pytest.approx(0.2)
+    after(progress, clock, block(4, 7, 0.6))
+    assert progress.seconds_left == pytest.approx(2 * 7) and progress.error == pytest.approx(0.3)
 
 
 def test_other_stages_have_a_pace_of_their_own() -> None:
     clock = Clock()
-    course = Course(clock)
-    course(Event("compress", 6, 6, blocks=(block(1, None, 0.1),)))
+    progress = Progress(clock)
+    progress(Event("compress", 6, 6, blocks=(block(1, None, 0.1),)))
     clock.now += 100
-    course(Event("sample text", 0, 8))
+    progress(Event("sample text", 0, 8))
     clock.now += 6
-    course(Event("sample text", 2, 8))
-    assert course.left == pytest.approx(18) and course.error is None
+    progress(Event("sample text", 2, 8))
+    assert progress.seconds_left == pytest.approx(18) and progress.error is None
 
 
 def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -> None:
@@ -86,9 +86,9 @@ def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -
     lines(Event("compress", 3, 3, blocks=(block(3, 30),)))
     assert file.getvalue().splitlines() == [
         "open the model",
-        "block 1/3 layers.0: finished by an earlier run, as are those before it",
-        "block 2/3 layers.1: error 0.5000 (so far 0.5000), 90.0 s, about 90 s left",
-        "block 3/3 layers.2: nothing to compress (so far 0.5000), 30.0 s, about 0 s left",
+        "block 1/3 layers.0: finished by an earlier run, as are the blocks before it",
+        "block 2/3 layers.1: error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
+        "block 3/3 layers.2: nothing to compress (mean so far 0.5000), 30.0 s, about 0 s left",
     ]
 
 
@@ -112,7 +112,7 @@ def test_the_display_shows_block_layers_stage_errors_and_times() -> None:
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(display)
     display(Event("compress", 0, 4))
-    after(display.course, clock, block(1, 60, 0.25, 0.75), total=4)
+    after(display.progress, clock, block(1, 60, 0.25, 0.75), total=4)
     watch = BlockWatch(display, "model.layers.1", 1, 4)
     watch.finished_layer(LayerDone(record("model.layers.1.mlp.down_proj", 0.125), 64, 2.0))
     watch.doing("measure", "self_attn.q_proj", "self_attn.k_proj")
@@ -122,7 +122,7 @@ def test_the_display_shows_block_layers_stage_errors_and_times() -> None:
     for words in (
         "1 of 4 blocks",
         "model.layers.1",
-        "measure the inputs: self_attn.q_proj, self_attn.k_proj",
+        "measure the inputs of layers: self_attn.q_proj, self_attn.k_proj",
         "0.5000 mean of 2 layers, last 0.1250 (down_proj)",
         "63 s, about 177 s left".replace("177 s", duration(177)),
     ):
@@ -131,7 +131,7 @@ def test_the_display_shows_block_layers_stage_errors_and_times() -> None:
 
 def test_on_a_terminal_one_display_is_drawn_and_taken_away() -> None:
     file = io.StringIO()
-    with shown(Console(file=file, force_terminal=True, width=80)) as observer:
+    with progress_on(Console(file=file, force_terminal=True, width=80)) as observer:
         assert isinstance(observer, Display)
         observer(Event("compress", 1, 4))
     assert "compress" in file.getvalue()
@@ -140,7 +140,7 @@ def test_on_a_terminal_one_display_is_drawn_and_taken_away() -> None:
 
 def test_elsewhere_lines_go_to_standard_error_and_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     for silent in (False, True):
-        with shown(Console(file=io.StringIO()), silent=silent) as observer:
+        with progress_on(Console(file=io.StringIO()), silent=silent) as observer:
             observer(Event("open the model", 0, 1))
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "open the model\n")

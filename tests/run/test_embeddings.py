@@ -24,13 +24,13 @@ from transformers import (
 
 import slimlm
 from slimlm.cli.app import main
-from slimlm.cli.demo import bundled_model
 from slimlm.core.errors import RecipeError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
 from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
+from slimlm.models.bundled import bundled_model
 from slimlm.pipeline import asked_recipe
 from slimlm.recipe import open_recipe, shipped
 from slimlm.run.embeddings import GROUP, compress_ends, ends_of

@@ -13,8 +13,8 @@ from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts import Plain, Uniform
 from slimlm.runtime.cpu import native
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+from slimlm.runtime.kernel_names import Kernels
 
 TOKENS = 50
 

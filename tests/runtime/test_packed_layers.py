@@ -14,7 +14,7 @@ from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
 from slimlm.inference.decode.grouped import grouped_call
 from slimlm.runtime.dense import DenseLinear, WideEmbedding, widen_activations
-from slimlm.runtime.dispatch import Kernels
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import describe, describe_backends, precise_kernels, prefer_fast, use_kernels
 from tests.conftest import needs_kernels

@@ -264,7 +264,7 @@ def test_the_verb_prints_what_it_found(
 ) -> None:
     status, out, _ = typed(monkeypatch, capsys, "verify", packed, "--text", text_file, "--max-tokens", 100)
     assert status == 0
-    assert "15 compressed, 0 left dense" in out and "tokens of the text" in out and out.split()[-1] == "sound"
+    assert "15 compressed, 0 dense" in out and "tokens of the text" in out and out.split()[-1] == "sound"
     status, out, _ = typed(monkeypatch, capsys, "verify", packed, "--json")
     assert status == 0 and json.loads(out)["sound"] is True
 

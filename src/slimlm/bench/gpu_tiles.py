@@ -1,4 +1,4 @@
-"""Find the fastest tiles of the GPU kernels for a checkpoint's layers on this machine's GPU (`slimlm bench`)."""
+"""Find the fastest tiles of the GPU kernels for a checkpoint's layers on this machine's GPU."""
 
 from dataclasses import asdict
 from typing import Any

@@ -26,8 +26,8 @@ from slimlm.inference.load import load
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import context_length, swap, weight_of
 from slimlm.record import parts_words
-from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import total_and_free
 from slimlm.runtime.whole_model import packed_layers, prefer_fast
@@ -77,7 +77,7 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
     """
     report = report or _silent
     if min(settings.batches, default=0) < 1 or min(settings.threads, settings.prompt_tokens, settings.new_tokens) < 1:
-        raise SlimlmError("batches, threads, prompt_tokens and new_tokens must each be at least 1")
+        raise SlimlmError("`batches`, `threads`, `prompt_tokens` and `new_tokens` must each be at least 1")
     with layer_speed.at_threads(settings.threads):
         bandwidth = layer_speed.read_bandwidth(settings.threads, bytes_=max(8_000_000, settings.effort.rotated))
         model = opened(source, settings.kernels)
@@ -123,7 +123,7 @@ def _refuse_length(model: nn.Module, settings: Settings) -> None:
     wanted = settings.prompt_tokens + settings.new_tokens + 1
     if context is not None and wanted > context:
         raise SlimlmError(
-            f"prompt_tokens {settings.prompt_tokens} and new_tokens {settings.new_tokens} need {wanted} positions; "
+            f"`prompt_tokens={settings.prompt_tokens}` and `new_tokens={settings.new_tokens}` need {wanted} positions; "
             f"the model's context holds {context}"
         )
 
@@ -152,9 +152,9 @@ def _refuse_other_layers(against: str, dense: nn.Module, model: nn.Module) -> No
     for name, layer in _compressed(model):
         shape = (layer.out_features, layer.in_features)
         if name not in modules:
-            raise ModelError(f"the dense model {against} has no layer {name}; give the model that was compressed")
+            raise ModelError(f"`against={against}` has no layer {name}; give the model that was compressed")
         if (found := tuple(weight_of(modules[name]).shape)) != shape:
-            raise ModelError(f"{name} of the dense model {against} is {found}, and {shape} was compressed; give that model")
+            raise ModelError(f"`against={against}`: its {name} is {found}, and {shape} was compressed; give that model")
 
 
 # Layers

@@ -58,7 +58,7 @@ def shares_of(windows: Tensor, ranks: int) -> tuple[int, ...]:
     """
     if len(windows) < ranks:
         raise DataError(
-            f"{ranks} processes share {len(windows)} calibration windows, and each needs one; give more text or --samples, or "
+            f"{ranks} processes share {len(windows)} calibration samples, and each needs one; give more text or `samples`, or "
             "start fewer processes"
         )
     sizes = [len(batch) for batch in batches_of(windows)]

@@ -58,7 +58,7 @@ def kept_windows(
     elif not torch.equal(kept, windows):
         raise CheckpointError(
             f"the run in {journal.folder} was begun on other calibration text: {wanted.data} has changed since, or the "
-            "tokenizer has. Bring it back to go on, or add --restart to begin anew"
+            "tokenizer has. Bring it back to go on, or give `restart=True` to begin anew"
         )
     return windows
 

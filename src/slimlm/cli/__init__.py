@@ -1,4 +1,4 @@
-"""The command line: one file per verb."""
+"""The command line: one file per verb. Nothing here imports torch or transformers before a verb runs."""
 
 from slimlm.cli.app import main
 

@@ -1,6 +1,7 @@
 """One tree of errors. Each message says what was asked, what was found and what would work.
 
-The command line prints the message alone and leaves with status 2; a traceback appears only with `--debug`.
+A message names a Python argument in backticks, alone or with its value: `samples`, `restart=True`, `device="cpu"`. The command
+line writes the flag of the running verb in its place (slimlm.cli.verb).
 """
 
 

@@ -34,7 +34,9 @@ _RECORD = "slimlm.json"
 def documents(source: str, purpose: Purpose) -> Iterator[str]:
     """The documents of a source, lazily, in order; raises DataError in words where there is none."""
     if source == "self":
-        raise DataError("'self' is the text a model writes; it serves calibration, not evaluation. Name a text to measure on")
+        raise DataError(
+            "'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on"
+        )
     if source == "stdlib":
         return stdlib_documents(purpose)
     path = Path(source)
@@ -146,12 +148,12 @@ def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
 def _no_hub_data(name: str, purpose: Purpose, error: Exception) -> str:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     named = f"{name!r} (the default)" if name == DEFAULT_DATA else repr(name)
-    option = "--data" if purpose == "calibration" else "--text"
+    argument = "data" if purpose == "calibration" else "text"
     own = ", or 'self' (text that the model writes)" if purpose == "calibration" else ""
     near = " Did you mean 'stdlib'?" if get_close_matches(name, ["stdlib"]) else ""
     return (
         f"{named} is no file here, and the hub gave no data set of that name ({first}). Without a network, name a text "
-        f"with {option}: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
+        f"in `{argument}`: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
     )
 
 

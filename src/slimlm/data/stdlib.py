@@ -40,8 +40,7 @@ def stdlib_documents(split: Split, *, with_tests: bool = False) -> Iterator[str]
                 yield text
     if not modules:
         raise DataError(
-            f"no source of Python's standard library under {root} (it may be zipped); "
-            "give a text file with --data / --text instead of 'stdlib'"
+            f"no source of Python's standard library under {root} (it may be zipped); name a text file in place of 'stdlib'"
         )
 
 

@@ -31,10 +31,10 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at
 def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
     """Non-overlapping windows `[count, length]`; raises DataError where the text fills none."""
     if length < 2:
-        raise DataError(f"length = {length}: a window needs at least 2 tokens")
+        raise DataError(f"`length={length}`: a sample needs at least 2 tokens")
     count = len(tokens) // length
     if count == 0:
-        shorter = f" or a smaller --length (at most {len(tokens)})" if len(tokens) > 1 else ""
+        shorter = f" or a smaller `length` (at most {len(tokens)})" if len(tokens) > 1 else ""
         raise DataError(f"{source} gives {len(tokens)} tokens, less than one window of {length}; give more text{shorter}")
     return tokens[: count * length].view(count, length)
 
@@ -42,7 +42,7 @@ def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
 def check_seed(seed: int) -> int:
     """The seed; raises DataError where torch's generators do not take it."""
     if not -(2**63) <= seed < 2**64:
-        raise DataError(f"seed = {seed}: give a whole number of at most 64 bits, such as 0")
+        raise DataError(f"`seed={seed}`: give a whole number of at most 64 bits, such as 0")
     return seed
 
 

@@ -16,32 +16,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from slimlm.core.errors import RanksError, SlimlmError
+from slimlm.distributed.environment import started
 from slimlm.distributed.group import ALONE, Group, Ranks
 from slimlm.distributed.liveness import Watch
 
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RUNS = count()
 """Runs of this process so far: each keeps its own words in the launcher's store."""
-
-
-def started() -> int:
-    """How many ranks the launcher started; 1 where there is none."""
-    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in _NEEDED) else 1
-
-
-def own_rank() -> int:
-    """This process's number among the ranks, counted from 0."""
-    return int(os.environ["RANK"]) if started() > 1 else 0
-
-
-def local_rank() -> int:
-    """Its number among those on this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if started() > 1 else 0
-
-
-def speaks(error: SlimlmError) -> bool:
-    """Whether this rank is the one to tell the user of an error."""
-    return own_rank() == 0 or (isinstance(error, RanksError) and error.speaks)
 
 
 @contextmanager

@@ -6,15 +6,14 @@ about quality, not speed. The tensor that a layer is given is never changed in p
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimlm.evaluation.activation_formats import ActivationFormat
 from slimlm.models.structure import LINEAR_KINDS, blocks_of
 from slimlm.runtime.linear import CompressedLinear
-
-ActivationFormat = Literal["fp8", "int8-token", "int8-group"]
 
 _GROUP = 128
 _FP8_TOP = 448.0

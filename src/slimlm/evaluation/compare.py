@@ -11,8 +11,9 @@ from slimlm.events import Notify
 from slimlm.inference.load import load
 from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
 from slimlm.models.structure import blocks_of, linears_of
-from slimlm.runtime.dispatch import Kernels, uses_cpu_kernels
+from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.gpu import device as gpu
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 

@@ -1,33 +1,22 @@
-"""The checkpoint format in transformers: `AutoModelForCausalLM.from_pretrained(folder)` opens a compressed model."""
+"""The quantizer of a checkpoint, registered with transformers: imported once transformers' own table of quantizers exists.
+
+That table is made while transformers' models are still being imported, so what needs them is imported when a model is opened.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimlm.models.experts import take_apart
-from slimlm.models.structure import swap
-from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
-from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
-
-class _CheckpointConfig(PreTrainedConfig):
-    """Opens config.json, where a checkpoint's model type stands in place of the model's own, as the model's own config."""
-
-    model_type = checkpoint.MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        own = {**config_dict, "model_type": config_dict.get("slimlm_model_type")}
-        own.pop("slimlm_model_type", None)
-        return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
+@register_quantization_config(checkpoint.METHOD)
 class SlimlmConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint."""
 
@@ -47,15 +36,21 @@ class SlimlmConfig(QuantizationConfigMixin):
         checkpoint.check_format(format, "the checkpoint")
 
 
+@register_quantizer(checkpoint.METHOD)
 class SlimlmQuantizer(HfQuantizer):
     """Puts empty compressed modules into the meta model, for transformers to load the packed tensors into.
 
-    Transformers ties parameters only, so a head that is tied to a packed embedding is removed from what it would tie.
+    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
     """
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from slimlm.models.experts import take_apart
+        from slimlm.models.structure import swap
+        from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
+        from slimlm.runtime.linear import CompressedLinear
+
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
                 checkpoint.check_files(Path(file).parent)
@@ -74,27 +69,20 @@ class SlimlmQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """True: `save_pretrained` writes the packed tensors back."""
+        """`save_pretrained` writes the packed tensors back."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """False: the packed tensors are frozen."""
+        """The packed tensors are frozen."""
         return False
 
 
-def _exclude_from_tying(model: PreTrainedModel, packed: set[str]) -> None:
-    """Keep transformers from tying parameters of these modules, now and by `tie_weights` later."""
+def _exclude_from_tying(model: "PreTrainedModel", packed: set[str]) -> None:
+    """Let transformers tie no parameter of these modules in this model: not now, and not by `tie_weights` later."""
 
     def others(pairs: Any) -> Any:
         return {a: b for a, b in pairs.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
 
     model.all_tied_weights_keys = others(model.all_tied_weights_keys)
     model._tied_weights_keys = model.all_tied_weights_keys
-
-
-def register_with_transformers() -> None:
-    """Make the format known to transformers; to be called once in a process."""
-    register_quantization_config(checkpoint.METHOD)(SlimlmConfig)
-    register_quantizer(checkpoint.METHOD)(SlimlmQuantizer)
-    AutoConfig.register(checkpoint.MODEL_TYPE, _CheckpointConfig)

@@ -1,9 +1,8 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds only
-what was read, nothing twice, and what was read can be dropped again. Importing this module also registers the format with
-transformers (hf_quantizer.py), so that `AutoModelForCausalLM.from_pretrained(folder)` works after `import slimlm`; what that
-keeps in memory is up to transformers.
+`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
+what was read and can be dropped again, and nothing twice. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
+holds in memory is up to transformers. See hf_quantizer.py.)
 """
 
 import warnings
@@ -18,24 +17,22 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.events import Notify
-from slimlm.inference.hf_quantizer import register_with_transformers
 from slimlm.models.meta import empty_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import Kernels, uses_cpu_kernels
+from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu.device import absent
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
 from slimlm.storage.mapping import map_file
-
-register_with_transformers()
 
 Release = Callable[[Iterable[Tensor]], int]
 """Drops the memory pages of those of these tensors that are views of a file, and gives the bytes that were dropped."""

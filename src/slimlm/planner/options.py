@@ -1,7 +1,7 @@
 """What a layer may become, what that stores and what it costs to run, before anything is computed."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from slimlm.core import grid
 from slimlm.core.grid import LARGEST_CODEBOOK_BITS
@@ -9,8 +9,7 @@ from slimlm.core.mask import Pattern
 from slimlm.core.parts import Description
 from slimlm.core.solvers.low_rank import rank_of
 from slimlm.core.stored import stored_bits
-
-Objective = Literal["size", "speed"]
+from slimlm.planner.objective import Objective
 
 _PROMPT, _GENERATED = 512, 128
 """Tokens of the workload that `speed` counts: a prompt and what is generated, one sequence at a time."""

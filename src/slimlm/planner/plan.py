@@ -24,7 +24,8 @@ from slimlm.core.parts import dense_of
 from slimlm.events import Event, Observer
 from slimlm.models.structure import linears_of, put_weight, weight_of
 from slimlm.planner.budget import choose_options
-from slimlm.planner.options import Budget, Objective, Option, budget_of, options_for
+from slimlm.planner.objective import Objective
+from slimlm.planner.options import Budget, Option, budget_of, options_for
 from slimlm.recipe import NamedStep, Recipe, Rule
 
 _LOGITS_AT_ONCE = 2**26
@@ -131,7 +132,7 @@ def alternation_of(recipe: Recipe) -> NamedStep:
 def asked_budget(recipe: Recipe, bits: float, objective: Objective) -> Budget:
     """The budget of so many bits per weight for a recipe like `best`."""
     if not _LEAST_BITS <= bits <= _MOST_BITS:
-        raise RecipeError(f"--bits {bits:g}: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
+        raise RecipeError(f"`bits={bits:g}`: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
     return Budget(options_for(_like(recipe), bits, objective), bits, objective)
 
 
@@ -167,7 +168,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
             middle = (low + high) / 2
             low, high = (low, middle) if budget_of(own, middle, objective) >= cheapest else (middle, high)
         raise RecipeError(
-            f"--bits {budget.bits:g} cannot be met: with everything counted (codes, scales, tables, masks, adapters) the "
+            f"`bits={budget.bits:g}` cannot be met: with everything counted (codes, scales, tables, masks, adapters) the "
             f"smallest that the options for it allow for this model is {high:.3f} bits per weight, counted by {objective}; "
             "ask for at least that"
         )

@@ -1,1 +1,3 @@
-"""The recipes that come with slimlm, one TOML file each."""
+"""The shipped recipes: TOML files that `slimlm.recipe` reads."""
+
+DEFAULT_RECIPE = "best"

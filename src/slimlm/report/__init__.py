@@ -1,1 +1,1 @@
-"""Tables from records; knows nothing else."""
+"""Tables, a live display and a plot: plain data in, text out. With `cli` the only room that uses rich."""

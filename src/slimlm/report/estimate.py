@@ -1,4 +1,4 @@
-"""What `slimlm plan` shows of a run that is yet to be."""
+"""What `slimlm plan` shows before a run: the estimate as a table."""
 
 from collections import Counter
 
@@ -13,19 +13,19 @@ _NAMED = 6
 
 
 def estimate_table(found: Estimate) -> Table:
-    """Everything in a row each: layers, bits, sizes, tokens, memory, disk, time."""
+    """A row each for layers, bits, sizes, tokens, memory, disk and time."""
     weights = sum(out * width for out, width in found.layers.values())
-    planned = ", as asked for: what each layer becomes is yet to be planned" if found.planned else ", everything counted"
+    planned = ", the budget: how each layer is stored is not planned yet" if found.planned else ", everything counted"
     rows = [
         ("recipe", f"{found.recipe}: {found.summary}"),
         ("layers", f"{len(found.layers)} in {found.blocks} blocks, {weights / 1e6:.1f} million weights ({_shapes(found)})"),
-        *[("left as they are" if i == 0 else "", text) for i, text in enumerate(_left(found.left))],
+        *[("not compressed" if i == 0 else "", text) for i, text in enumerate(_skipped(found.left))],
         ("bits per weight", f"{found.bits_per_weight:.3f}{planned}"),
         ("size", f"{size(found.original_bytes)} -> {size(found.stored_bytes)} ({_share(found)})"),
         ("calibration", _tokens(found)),
         ("memory", _memory(found.memory)),
         *_whole(found),
-        ("disk", f"{in_words(found.disk)} for output and journal at the fullest moment{_free(found.disk_free)}"),
+        ("disk", f"{in_words(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
         *_times(found),
     ]
     return pairs_table(rows)
@@ -37,10 +37,10 @@ def _shapes(found: Estimate) -> str:
     return ", ".join(words) + (" and others" if len(counted) > _NAMED else "")
 
 
-def _left(left: dict[str, str]) -> list[str]:
-    """The layers that stay, by their reason."""
+def _skipped(skipped: dict[str, str]) -> list[str]:
+    """The layers that are not compressed, grouped by reason."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in left.items():
+    for name, reason in skipped.items():
         reasons.setdefault(reason, []).append(name)
     return [
         f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}: {reason}"
@@ -53,18 +53,18 @@ def _share(found: Estimate) -> str:
 
 
 def _tokens(found: Estimate) -> str:
-    given = f"{found.tokens} tokens, where the text has as many"
+    given = f"{found.tokens} tokens, if the text has that many"
     if found.tokens_needed is None:
         return f"{given}; the recipe needs no covariance"
-    enough = "enough" if found.tokens >= found.tokens_needed else "too few: give more --samples"
+    enough = "enough" if found.tokens >= found.tokens_needed else "too few: give more calibration samples"
     return f"{given}; the covariance of the widest layer needs {found.tokens_needed}: {enough}"
 
 
 def _memory(memory: Memory) -> str:
-    where = "on the disk" if memory.on_disk else "in memory"
+    where = "kept on the disk" if memory.on_disk else "kept in memory"
     there = "" if memory.free is None or memory.total is None else f"; {in_words(memory.free)} of {in_words(memory.total)} free"
     return (
-        f"about {in_words(memory.peak)} at the fullest moment (the program {in_words(memory.process)}, a block at work "
+        f"about {in_words(memory.peak)} at most (the program {in_words(memory.process)}, the current block "
         f"{in_words(memory.block)}, activations {in_words(memory.activations)}, {where}){there}"
     )
 
@@ -72,7 +72,7 @@ def _memory(memory: Memory) -> str:
 def _whole(found: Estimate) -> list[tuple[str, str]]:
     if found.whole_bytes is None:
         return []
-    return [("", f"and the whole model in float32 while it is planned: {in_words(found.whole_bytes)}")]
+    return [("", f"and while planning the whole model in float32: {in_words(found.whole_bytes)}")]
 
 
 def _free(free: int | None) -> str:
@@ -83,7 +83,11 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.seconds is None or found.total_seconds is None:
         return []
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
-    beside = ", the planning besides" if found.planned else ""
+    beside = ", without the planning" if found.planned else ""
     return [
-        ("time", f"about {duration(found.total_seconds)} at this machine's rates{beside}" + (f" ({parts})" if parts else ""))
+        (
+            "time",
+            f"about {duration(found.total_seconds)} at rates measured on this machine{beside}"
+            + (f" ({parts})" if parts else ""),
+        )
     ]

@@ -1,6 +1,6 @@
-"""How a run comes along, on standard error: one live display on a terminal, a line per block elsewhere.
+"""The progress of a run, on standard error: one live display on a terminal, a line per block elsewhere.
 
-Both are observers (slimlm.events) and ask `Course` for what there is to say; neither knows what makes the events.
+Both are observers (slimlm.events) that take what they show from `Progress`; neither knows what makes the events.
 """
 
 import sys
@@ -21,20 +21,20 @@ from slimlm.record import LayerRecord
 
 Clock = Callable[[], float]
 
-_WORDS: dict[Doing, str] = {
+_DOING: dict[Doing, str] = {
     "read": "read the weights",
-    "measure": "measure the inputs",
-    "steps": "compress",
-    "match": "match the block",
-    "propagate": "pass on and keep",
+    "measure": "measure the inputs of layers",
+    "steps": "compress layers",
+    "match": "block reconstruction",
+    "propagate": "compute the block's outputs",
 }
-_APART = 10.0
-"""Seconds between two lines of a stage that is no compression."""
+_LINE_EVERY = 10.0
+"""for stages other than compression, which has a line per block"""
 
 
 @dataclass
-class Course:
-    """Where a run is, from its events: what the displays show."""
+class Progress:
+    """How far a run is, computed from its events."""
 
     clock: Clock = time.monotonic
     stage: str = ""
@@ -46,17 +46,17 @@ class Course:
     last: LayerRecord | None = None
     """the layer finished last"""
     began: float = 0.0
-    """when the stage did"""
+    """when the stage began, by the clock"""
     finished: list[BlockDone] = field(default_factory=list)
-    _here: int = 0
-    """of the stage's units, those that this run began with"""
+    _done_before: int = 0
+    """units of the stage that were done when this run began it"""
 
     def __post_init__(self) -> None:
         self.began = self.clock()
 
     def __call__(self, event: Event) -> None:
         if event.stage != self.stage:
-            self.began, self._here = self.clock(), event.done
+            self.began, self._done_before = self.clock(), event.done
             self.finished, self.last = [], None
         self.stage, self.done, self.total = event.stage, event.done, event.total
         self.doing, self.name, self.layers = event.doing, event.name, event.layers
@@ -76,19 +76,19 @@ class Course:
         return self.clock() - self.began
 
     @property
-    def left(self) -> float | None:
-        """Seconds that the stage will take yet, at the pace of the units this run has finished; None before the first."""
-        here = self.done - self._here
-        if here <= 0:
+    def seconds_left(self) -> float | None:
+        """Seconds until the stage ends, at the mean time of the units that this run has finished; None before the first."""
+        units = self.done - self._done_before
+        if units <= 0:
             return None
         spent = [block.seconds for block in self.finished if block.seconds is not None]
-        pace = sum(spent) / len(spent) if spent else self.elapsed / here
-        running = sum(spent) if spent else self.elapsed
-        return max(0.0, pace * (self.total - self.done) - max(0.0, self.elapsed - running))
+        mean = sum(spent) / len(spent) if spent else self.elapsed / units
+        accounted = sum(spent) if spent else self.elapsed
+        return max(0.0, mean * (self.total - self.done) - max(0.0, self.elapsed - accounted))
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 42 s, 3:07 min, 2:05 h."""
+    """A time to read: 42 s, 3:07 min, 2:05 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -97,34 +97,34 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """What a terminal shows, kept up to date: stage and bar; and of the block at hand what is done, errors and times."""
+    """What a terminal shows, kept up to date: the stage with a bar, the current block, errors and times."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        self.course = Course(clock)
+        self.progress = Progress(clock)
 
     def __call__(self, event: Event) -> None:
-        self.course(event)
+        self.progress(event)
 
     def __rich__(self) -> ConsoleRenderable:
-        course = self.course
-        if not course.stage:
+        progress = self.progress
+        if not progress.stage:
             return Text("")
         bar = Table.grid(padding=(0, 2))
-        unit = "blocks" if course.finished or course.doing else ""
+        unit = "blocks" if progress.finished or progress.doing else ""
         bar.add_row(
-            Text(course.stage, style="bold"),
-            ProgressBar(total=max(1, course.total), completed=course.done, width=40),
-            Text(f"{course.done} of {course.total} {unit}".rstrip()),
+            Text(progress.stage, style="bold"),
+            ProgressBar(total=max(1, progress.total), completed=progress.done, width=40),
+            Text(f"{progress.done} of {progress.total} {unit}".rstrip()),
         )
-        left = "" if course.left is None else f", about {duration(course.left)} left"
-        rows = [("time", f"{duration(course.elapsed)}{left}")]
-        if course.doing is not None:
-            layers = f": {', '.join(course.layers)}" if course.layers else ""
-            rows.insert(0, (f"block {course.done + 1}", course.name))
-            rows.insert(1, ("now", f"{_WORDS[course.doing]}{layers}"))
-        errors = [] if course.error is None else [f"{course.error:.4f} mean of {_layers(course)}"]
-        if course.last is not None:
-            errors.append(f"last {course.last.error:.4f} ({course.last.name.rpartition('.')[2]})")
+        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+        rows = [("time", f"{duration(progress.elapsed)}{left}")]
+        if progress.doing is not None:
+            layers = f": {', '.join(progress.layers)}" if progress.layers else ""
+            rows.insert(0, (f"block {progress.done + 1}", progress.name))
+            rows.insert(1, ("now", f"{_DOING[progress.doing]}{layers}"))
+        errors = [] if progress.error is None else [f"{progress.error:.4f} mean of {_layers(progress)}"]
+        if progress.last is not None:
+            errors.append(f"last {progress.last.error:.4f} ({progress.last.name.rpartition('.')[2]})")
         if errors:
             rows.insert(-1, ("error", ", ".join(errors)))
         grid = Table.grid(padding=(0, 2))
@@ -133,52 +133,56 @@ class Display:
         return Group(bar, grid)
 
 
-def _layers(course: Course) -> str:
-    count = sum(len(block.records) for block in course.finished)
+def _layers(progress: Progress) -> str:
+    count = sum(len(block.records) for block in progress.finished)
     return "1 layer" if count == 1 else f"{count} layers"
 
 
 class Lines:
-    """A line per finished block; of other stages one as they begin, and between, at most every ten seconds, the time left."""
+    """A line per finished block; for other stages a line as they begin and then at most one every ten seconds."""
 
     def __init__(self, file: TextIO, clock: Clock = time.monotonic) -> None:
-        self.course, self.file = Course(clock), file
-        self._spoke: float | None = None
+        self.progress, self.file = Progress(clock), file
+        self._last_line: float | None = None
 
     def __call__(self, event: Event) -> None:
-        new = event.stage != self.course.stage
-        self.course(event)
-        now = self.course.clock()
+        new = event.stage != self.progress.stage
+        self.progress(event)
+        now = self.progress.clock()
         if event.blocks:
             self._say(self._of_blocks())
         elif new:
-            self._say(self.course.stage)
-        elif event.doing is None and 0 < event.done < event.total and (self._spoke is None or now - self._spoke >= _APART):
-            self._say(f"{event.stage} {event.done}/{event.total}{self._left()}")
+            self._say(self.progress.stage)
+        elif (
+            event.doing is None
+            and 0 < event.done < event.total
+            and (self._last_line is None or now - self._last_line >= _LINE_EVERY)
+        ):
+            self._say(f"{event.stage} {event.done}/{event.total}{self._remaining()}")
 
     def _of_blocks(self) -> str:
-        """The block finished last, and the error of all so far."""
-        course, block = self.course, self.course.finished[-1]
-        what = f"block {block.number}/{course.total} {block.name}"
+        """The block finished last, and the mean error of all so far."""
+        progress, block = self.progress, self.progress.finished[-1]
+        what = f"block {block.number}/{progress.total} {block.name}"
         if block.seconds is None:
-            return f"{what}: finished by an earlier run, as are those before it"
+            return f"{what}: finished by an earlier run, as are the blocks before it"
         error = "nothing to compress" if block.error is None else f"error {block.error:.4f}"
-        mean = "" if course.error is None else f" (so far {course.error:.4f})"
-        return f"{what}: {error}{mean}, {block.seconds:.1f} s{self._left()}"
+        mean = "" if progress.error is None else f" (mean so far {progress.error:.4f})"
+        return f"{what}: {error}{mean}, {block.seconds:.1f} s{self._remaining()}"
 
-    def _left(self) -> str:
-        left = self.course.left
-        return "" if left is None else f", about {duration(left)} left"
+    def _remaining(self) -> str:
+        seconds = self.progress.seconds_left
+        return "" if seconds is None else f", about {duration(seconds)} left"
 
     def _say(self, text: str) -> None:
-        self._spoke = self.course.clock()
+        self._last_line = self.progress.clock()
         self.file.write(f"{text}\n")
         self.file.flush()
 
 
 @contextmanager
-def shown(console: Console, *, silent: bool = False) -> Iterator[Observer]:
-    """An observer that shows a run's progress on this console while the block lasts, or nothing at all."""
+def progress_on(console: Console, *, silent: bool = False) -> Iterator[Observer]:
+    """An observer that shows a run's progress on this console while the context lasts; with `silent`, nothing."""
     if silent:
         yield quiet
     elif not console.is_terminal:

@@ -1,4 +1,4 @@
-"""Tables and a picture of what `slimlm bench` measured, from plain data."""
+"""Tables and a plot of what `slimlm bench` measured."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _COLOURS = {"slimlm": "tab:red", "torch float32": "black", "torch bfloat16": "0.
 
 
 def layer_speed_table(result: dict[str, Any]) -> Table:
-    """A row per kind of layer, batch and way: time of one product, times as fast as float32, bytes read and their rate."""
+    """A row per layer shape, batch and implementation: time of a product, speed relative to float32, bytes read, bandwidth."""
     rows, before = [], None
     for row in result["layers"]:
         kind = (row["shape"], row["parts"])
@@ -28,14 +28,14 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
             f"{row['of_bandwidth']:.0%}",
         )
         rows.append((*first, way, str(row["batch"]), *figures))
-    columns = ("out x in", "layers", "parts", "by", "batch", "us", "x float32", "MB", "GB/s", "of reading")
+    columns = ("out x in", "layers", "parts", "implementation", "batch", "us", "x float32", "MB", "GB/s", "of bandwidth")
     clock = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}, {result['clock']}"
-    title = f"one product; {clock}; torch reads {result['read_bandwidth'] / 1e9:.1f} GB/s"
+    title = f"time of one product; {clock}; read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s"
     return plain_table(title, columns, rows, left=4)
 
 
 def generation_speed_table(result: dict[str, Any]) -> Table:
-    """A row per model and batch: tokens per second of prompt and text, and what reading the weights alone would allow."""
+    """A row per model and batch: tokens per second, and the bound that reading the weights sets on new tokens."""
     rows = [
         (
             row["contender"],
@@ -48,24 +48,27 @@ def generation_speed_table(result: dict[str, Any]) -> Table:
         )
         for row in result["generation"]
     ]
-    columns = ("whole model", "batch", "prompt tokens/s", "new tokens/s", "bound by reading", "MB per step", "made by")
-    return plain_table("all texts of a batch together", columns, rows)
+    columns = ("whole model", "batch", "prompt tokens/s", "new tokens/s", "bandwidth bound", "MB per step", "decoder")
+    return plain_table("tokens per second of all texts of a batch together", columns, rows)
 
 
 def speed_notes(result: dict[str, Any]) -> list[str]:
-    """What a reader of the tables should know: refused kernels, what was left out, a busy machine."""
+    """Remarks on the tables: kernels that refused layers, what was not measured, other programs running meanwhile."""
     refused = sorted({row["refused"] for row in result["layers"] if row["refused"]})
     taken = [row["elsewhere"] for row in (*result["layers"], *result["generation"]) if row["elsewhere"] is not None]
     found = [f"without kernels: {reason}" for reason in refused]
     found += result["notes"]
     if taken and max(taken) > 0.1:
-        effect = "wall times mean little" if result["threads"] > 1 else "it slows memory down, too"
-        found.append(f"other programs took up to {max(taken):.0%} of the processor meanwhile: {effect}")
+        effect = "wall times are unreliable" if result["threads"] > 1 else "memory is slower, too"
+        found.append(f"other programs used up to {max(taken):.0%} of the processor meanwhile: {effect}")
     return found
 
 
 def speed_picture(result: dict[str, Any], path: Path) -> str | None:
-    """Tokens per second by batch, new and prompt; gives why there is no picture, or None where it was written."""
+    """Plot tokens per second by batch, of new and of prompt tokens, into a file.
+
+    Returns: None, or why there is no picture.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -83,7 +86,7 @@ def speed_picture(result: dict[str, Any], path: Path) -> str | None:
                 bounds = [row["new_tokens_per_second_bound"] for row in own]
                 panel.plot(batches, bounds, linestyle=":", linewidth=1, color=_COLOURS.get(way))
         _axes(panel, sorted({row["batch"] for row in result["generation"]}), words)
-    panels[0].set_title("dotted: what reading the weights would allow", fontsize=9)
+    panels[0].set_title("dotted: bound by memory bandwidth", fontsize=9)
     panels[1].legend()
     figure.suptitle(f"{Path(result['model']).name}, {result['threads']} threads, {result['machine']['processor']}")
     figure.tight_layout()
@@ -102,7 +105,7 @@ def _axes(panel: Any, batches: Sequence[int], words: str) -> None:
 
 
 def tiles_table(result: dict[str, Any]) -> Table:
-    """A row per kind of layer and class of batches: the fastest tile, and its time beside that of the one before."""
+    """A row per kind of layer and class of batches: the fastest tile, and its time beside the previous tile's."""
     rows = []
     for row in result["rows"]:
         tile = row["after"]

@@ -1,16 +1,23 @@
-"""What the command line shows: rich tables made from plain records."""
+"""The tables that the command line prints, from records and other plain data."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from slimlm.record import Record
+if TYPE_CHECKING:
+    # What is shown is not made here, and importing it would take seconds.
+    from slimlm.inference.generate import Generated
+    from slimlm.record import Record
+    from slimlm.verification.folder import Verified
+
+_NAMED = 5
+"""Names that a row lists before it counts the others."""
 
 
 def size(bytes_: float) -> str:
-    """A size for people: 1.23 MB (decimal units)."""
+    """A size to read: 1.23 MB (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
         if bytes_ < 1000 or unit == "GB":
             return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.2f} {unit}"
@@ -31,7 +38,7 @@ def plain_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
 
 
 def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
-    """A name and what is to be said of it, one line each."""
+    """A table of names and values, a row each."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -40,8 +47,8 @@ def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def layers_table(record: Record) -> Table:
-    """A row per layer, embedding and head last where they are compressed."""
+def layers_table(record: "Record") -> Table:
+    """A row per compressed layer; embedding and lm_head last where they are compressed."""
     rows = (
         (
             r.name,
@@ -59,7 +66,7 @@ def layers_table(record: Record) -> Table:
 
 
 def options_table(plan: dict[str, Any]) -> Table:
-    """A row per option of a plan: what it would cost and lose in all layers, and how many groups of layers took it."""
+    """A row per option of a plan: its bits and loss if all layers took it, and how many groups of layers were given it."""
     groups = plan["choices"]
     weights = [group["weights"] for group in groups]
     rows = []
@@ -67,14 +74,16 @@ def options_table(plan: dict[str, Any]) -> Table:
         bits = sum(group["bits"][i] * own for group, own in zip(groups, weights, strict=True)) / sum(weights)
         losses = [group["losses"][i] for group in groups]
         loss = None if None in losses else sum(losses)
-        mark = "the best single one that fits" if i == plan["uniform"] else ""
+        mark = "best single option within the budget" if i == plan["uniform"] else ""
         rows.append((option["words"], f"{bits:.3f}", _loss(loss), str(sum(group["chosen"] == i for group in groups)), mark))
-    columns = ("option", "bits/weight", "sum of losses", "groups that take it", "")
-    return plain_table("every group of layers by itself (loss: KL per token to the original, in nats)", columns, rows)
+    columns = ("option", "bits/weight", "sum of losses", "groups given it", "")
+    return plain_table(
+        "each group of layers compressed alone (loss: KL divergence per token to the original, in nats)", columns, rows
+    )
 
 
 def choices_table(plan: dict[str, Any]) -> Table:
-    """A row per group of layers: what was chosen."""
+    """A row per group of layers: the chosen option."""
     rows = []
     for group in plan["choices"]:
         first, *others = group["layers"]
@@ -84,28 +93,27 @@ def choices_table(plan: dict[str, Any]) -> Table:
     return plain_table(None, ("layers", "chosen", "bits/weight", "loss"), rows, left=2)
 
 
-def plan_words(plan: dict[str, Any]) -> str:
+def plan_summary(plan: dict[str, Any]) -> str:
     """The outcome of a plan in a sentence or two."""
     text = (
         f"{plan['bits_per_weight']:.3f} bits per weight of {plan['asked_bits']:.3f} asked for (counted by "
-        f"{plan['objective']}); with every layer so: loss {_loss(plan['planned_loss'])}"
+        f"{plan['objective']}); loss {_loss(plan['planned_loss'])} with all layers so compressed"
     )
     if plan["uniform"] is None:
-        return text + ". No single option for all layers fits the budget."
+        return text + ". No single option for all layers is within the budget."
     single = f"{plan['options'][plan['uniform']]['words']} in all layers: {_loss(plan['uniform_loss'])}"
     if plan["fallback"]:
-        return text + f", but {single}. The mixture does not pay, so the single option was taken."
+        return text + f", but {single}. The mixture is no better, so the single option was chosen."
     return text + f"; {single}."
 
 
-def generation_words(made: dict[str, Any]) -> tuple[str, str]:
-    """How fast a text was written, how its tokens came about and why it stopped: two lines."""
-    stopped = {"end": "an end token came", "length": "as many as asked for", "context": "the model's context is full"}
-    rate = made["new_tokens_per_second"]
-    after = f", {rate:.1f} tokens/s after the first" if rate is not None else ""
+def generation_lines(made: "Generated") -> tuple[str, str]:
+    """How fast a text was generated, by which decoder, and why it stopped: two lines."""
+    stopped = {"end": "end of text", "length": "as many as asked for", "context": "the model's context is full"}
+    after = f", {made.new_rate:.1f} tokens/s after the first" if made.new_rate is not None else ""
     return (
-        f"prompt: {made['prompt_tokens']} tokens, {made['prompt_tokens_per_second']:.1f} tokens/s",
-        f"new: {made['new_tokens']} tokens{after} ({stopped[made['stopped']]}); made by {made['decode_path']}",
+        f"prompt: {made.prompt_tokens} tokens, {made.prompt_rate:.1f} tokens/s",
+        f"new: {made.tokens.shape[1]} tokens{after} ({stopped[made.stopped]}); made by {made.decode_path}",
     )
 
 
@@ -113,20 +121,22 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
 
 
-def summary_table(record: Record, kernels: str) -> Table:
-    """The totals of a compression; `kernels` says who would multiply its layers here."""
+def summary_table(record: "Record", kernels: str) -> Table:
+    """The totals of a compression.
+
+    kernels: which kernels would run its layers on this machine, in words.
+    """
     errors = sorted(r.error for r in record.layers)
     worst = max(record.layers, key=lambda r: r.error)
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
     others = "norms, position tables" if record.ends else "embeddings, norms"
-    names = list(record.left)
-    left = "".join(f", {name}" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    skipped = "".join(f", {name}" for name in _first(record.left))
     named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)
     rows = [
         ("recipe", named),
-        ("calibration", f"{calibration['data']}, {calibration['samples']} windows of {calibration['length']} tokens{fewer}"),
+        ("calibration", f"{calibration['data']}, {calibration['samples']} samples of {calibration['length']} tokens{fewer}"),
         (
             "size",
             f"{size(record.original_bytes)} -> {size(record.stored_bytes)}"
@@ -137,8 +147,8 @@ def summary_table(record: Record, kernels: str) -> Table:
         *_perplexity_row(record),
         *_matched_row(record),
         *_plan_row(record),
-        *_ends_rows(record),
-        ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: {others}{left}"),
+        *_embedding_rows(record),
+        ("coverage", f"{record.coverage:.1%} of the weights in the blocks; not compressed: {others}{skipped}"),
         ("kernels", kernels),
         *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
@@ -146,63 +156,67 @@ def summary_table(record: Record, kernels: str) -> Table:
     return pairs_table(rows)
 
 
-def _perplexity_row(record: Record) -> list[tuple[str, str]]:
+def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
     found = record.perplexity
     if found is None:
         return []
     return [("perplexity", f"{found.dense:.3f} -> {found.compressed:.3f} on {found.tokens} tokens of the calibration text")]
 
 
-def verified_table(found: dict[str, Any]) -> Table:
-    """What was found in a checkpoint's folder."""
-    recorded, measured, left = found["recorded"], found["measured"], found["left"]
-    named = f", {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "") if left else ""
+def verified_table(found: "Verified") -> Table:
+    """What was found in a checkpoint's folder, and whether it is sound."""
+    dense = "".join(f", {name}" for name in _first(found.left))
     rows = [
-        ("folder", found["folder"]),
-        (
-            "tensors",
-            f"{found['tensors']} in {found['shards']} files, {size(found['bytes'])}; checksums of {found['checksums']}",
-        ),
-        ("linear layers", f"{found['compressed']} compressed, {len(left)} left dense{named}"),
+        ("folder", found.folder),
+        ("tensors", f"{found.tensors} in {found.shards} files, {size(found.bytes)}; checksums of {found.checksums}"),
+        ("linear layers", f"{found.compressed} compressed, {len(found.left)} dense{dense}"),
     ]
-    if found["embeddings"]:
-        rows.append(("embeddings", f"{found['embeddings']} compressed"))
-    if recorded is not None:
-        after = f"{recorded['dense']:.3f} -> {recorded['compressed']:.3f} on {recorded['tokens']} tokens"
-        rows.append(("perplexity", f"{after}, as the run recorded it"))
-    if measured is not None:
+    if found.embeddings:
+        rows.append(("embeddings", f"{found.embeddings} compressed"))
+    if (recorded := found.recorded) is not None:
+        change = f"{recorded['dense']:.3f} -> {recorded['compressed']:.3f} on {recorded['tokens']} tokens"
+        rows.append(("perplexity", f"{change}, as the run recorded it"))
+    if (measured := found.measured) is not None:
         rows.append(("perplexity", f"{measured['value']:.4f} on {measured['tokens']} tokens of the text"))
-    rows += [("note", words) for words in found["notes"]]
-    rows += [("wrong", words) for words in found["problems"]]
-    return pairs_table([*rows, ("verdict", "sound" if found["sound"] else f"{len(found['problems'])} things are wrong")])
+    rows += [("note", words) for words in found.notes]
+    rows += [("problem", words) for words in found.problems]
+    return pairs_table([*rows, ("verdict", "sound" if found.sound else f"not sound: {len(found.problems)} problems")])
 
 
-def _ends_rows(record: Record) -> list[tuple[str, str]]:
+def _first(names: Iterable[str]) -> list[str]:
+    """The first names of many, and how many more there are."""
+    listed = list(names)
+    return listed if len(listed) <= _NAMED else [*listed[:_NAMED], f"{len(listed) - _NAMED} more"]
+
+
+def _embedding_rows(record: "Record") -> list[tuple[str, str]]:
     rows = []
-    for end in record.ends:
-        shape, bits = f"{end.shape[0]} x {end.shape[1]}", f"{end.bits_per_weight:.3f} bits per weight"
-        also = "".join(f"; {note}" for note in end.notes)
-        rows.append((end.name, f"{shape}, {end.parts}, {bits}, relative error of the weights {end.error:.4f}{also}"))
+    for r in record.ends:
+        shape, bits = f"{r.shape[0]} x {r.shape[1]}", f"{r.bits_per_weight:.3f} bits per weight"
+        notes = "".join(f"; {note}" for note in r.notes)
+        rows.append((r.name, f"{shape}, {r.parts}, {bits}, relative error of the weights {r.error:.4f}{notes}"))
     return rows
 
 
-def _matched_row(record: Record) -> list[tuple[str, str]]:
+def _matched_row(record: "Record") -> list[tuple[str, str]]:
     pairs = [layer.matched for layer in record.layers if layer.matched is not None]
     if not pairs:
         return []
     before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
     return [
-        ("block matching", f"relative squared error of the blocks' outputs {before:.5f} -> {after:.5f}, on windows held back")
+        (
+            "block reconstruction",
+            f"relative squared error of the blocks' outputs {before:.5f} -> {after:.5f}, on samples held back for this",
+        )
     ]
 
 
-def _plan_row(record: Record) -> list[tuple[str, str]]:
-    return [] if record.plan is None else [("plan", plan_words(record.plan))]
+def _plan_row(record: "Record") -> list[tuple[str, str]]:
+    return [] if record.plan is None else [("plan", plan_summary(record.plan))]
 
 
-def _notes_row(record: Record) -> list[tuple[str, str]]:
-    told = [(layer.name, note) for layer in record.layers for note in layer.notes]
-    if not told:
+def _notes_row(record: "Record") -> list[tuple[str, str]]:
+    notes = [f"{layer.name}: {note}" for layer in record.layers for note in layer.notes]
+    if not notes:
         return []
-    others = f" ({len(told)} notes in all; see slimlm.json)" if len(told) > 1 else ""
-    return [("note", f"{told[0][0]}: {told[0][1]}{others}")]
+    return [("note", notes[0] + (f" ({len(notes)} notes in all; see slimlm.json)" if len(notes) > 1 else ""))]

@@ -1,7 +1,7 @@
 """Backend selection: the fastest backend that can multiply by a layer, and why faster ones cannot."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from slimlm.core.errors import KernelError
 from slimlm.runtime.backends import Backend, Stored
@@ -9,13 +9,7 @@ from slimlm.runtime.backends.cpu import Cpu
 from slimlm.runtime.backends.reference import Reference
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.cpu import native
-
-Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
-"""The arithmetic of products: CPU kernels with 16-bit ("precise") or 8-bit activations ("fast"), GPU kernels, or dense
-matrices ("reference").
-
-"auto" is "precise" on the CPU and "gpu" on a GPU for every layer that these kernels take, else "reference". For a whole model
-with float32 activations on a GPU (`whole_model.use_kernels`) it is "reference", too, where there is memory for it."""
+from slimlm.runtime.kernel_names import Kernels
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from slimlm.core.parts import Description, Part, pack_parts
 from slimlm.core.profiling import profiled
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.dispatch import Kernels, Selection, reference_because, select_backend
+from slimlm.runtime.dispatch import Selection, reference_because, select_backend
+from slimlm.runtime.kernel_names import Kernels
 
 
 class PackedLayer(nn.Module):

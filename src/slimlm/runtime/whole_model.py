@@ -13,9 +13,10 @@ from slimlm.core.parts import Description
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.dense import WideEmbedding
-from slimlm.runtime.dispatch import Kernels, select_backend
+from slimlm.runtime.dispatch import select_backend
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.gpu import device, products
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear, PackedLayer
 from slimlm.runtime.memory import free_on_gpu
 

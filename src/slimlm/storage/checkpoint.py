@@ -72,7 +72,7 @@ def refuse_taken(out: Path, *, restart: bool = False) -> None:
     """
     if not out.absolute().name:
         raise CheckpointError(
-            f"--out {out}: this is no folder of its own; give one that does not exist yet, such as {out / 'o'}"
+            f"`out={out}`: this is no folder of its own; give one that does not exist yet, such as {out / 'o'}"
         )
     if out.is_symlink() and not out.exists():
         raise CheckpointError(f"{out} is a link to {out.readlink()}, which is not there; make that folder, or give another")

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 import slimlm
 from slimlm.runtime import whole_model
-from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.gpu import device
+from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import free_on_gpu
 from slimlm.runtime.whole_model import activation_dtype, describe, use_kernels

@@ -1,0 +1,68 @@
+"""slimlm compress"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimlm.cli import options
+from slimlm.cli.console import notes, notifier, output, print_json, say
+from slimlm.distributed.environment import own_rank
+from slimlm.recipes import DEFAULT_RECIPE
+
+
+def compress(
+    context: typer.Context,
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
+    recipe: options.RecipeName = DEFAULT_RECIPE,
+    bits: options.Bits = None,
+    objective: options.BudgetObjective = "size",
+    embedding_bits: options.EmbeddingBits = None,
+    data: options.Data = None,
+    samples: options.Samples = 128,
+    length: options.Length = 2048,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run kept and begin anew.")] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compress a model and write it packed; with --bits, plan first how each layer is stored.
+
+    A run that was stopped goes on from its last finished block when the same command is given again.
+    """
+    limit = options.bytes_of(memory)
+
+    from slimlm.cli.opened import kernels_for
+    from slimlm.pipeline import compress as compress_model
+    from slimlm.report.live import progress_on
+    from slimlm.report.tables import summary_table
+
+    with progress_on(notes, silent=quiet) as observer:
+        result = compress_model(
+            model,
+            out,
+            recipe=recipe,
+            bits=bits,
+            objective=objective,
+            embedding_bits=embedding_bits,
+            tell=notifier(context),
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            memory=limit,
+            restart=restart,
+            progress=observer,
+        )
+    if own_rank() > 0:
+        return
+    kernels = kernels_for(result.path)
+    if as_json:
+        print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
+        return
+    output.print(summary_table(result.record, kernels))
+    say(f"\nwritten and verified: {result.path}")

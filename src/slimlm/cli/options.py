@@ -1,0 +1,76 @@
+"""Flags that several verbs share.
+
+A parameter of a verb has the name of the library's argument that it becomes, so that errors which name an argument can be shown
+with its flag (slimlm.cli.verb).
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimlm.core.errors import SlimlmError
+from slimlm.data.documents import DEFAULT_DATA
+from slimlm.planner.objective import Objective
+from slimlm.runtime.kernel_names import Kernels
+
+TEXTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set, or stdlib (Python's own source)"
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; notes and errors are still shown.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")]
+AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a model, compressed or not.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Compressed folder.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+
+RecipeName = Annotated[str, typer.Option(help="Name of a recipe (slimlm methods lists them) or a .toml file.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Average bits per weight to spend, everything counted; each layer is then planned.",
+        show_default="no budget; all layers as the recipe says",
+    ),
+]
+BudgetObjective = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size) or run time (speed).")]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of the token embedding and lm_head: 4 to 8, or 16 to leave them as stored.",
+        show_default="as the recipe says",
+    ),
+]
+Data = Annotated[
+    str | None, typer.Option(help=f"Calibration text: {TEXTS}, or self (the model's own).", show_default=DEFAULT_DATA)
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample; at most the model's context is used.")]
+Seed = Annotated[int, typer.Option(help="Seed by which calibration samples are drawn.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for calibration activations, such as 8GiB; more are kept on the disk. A plan that needs more is refused.",
+        show_default="half of what is free",
+    ),
+]
+
+ChosenKernels = Annotated[Kernels, typer.Option(help="Kernels for compressed layers; auto: the fastest that support a layer.")]
+MeasuredLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per sample of the text.", show_default="the model's context, at most 2048"),
+]
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def bytes_of(text: str | None) -> int | None:
+    """The size that --memory names, in bytes; raises SlimlmError where it names none."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise SlimlmError(f"--memory {text!r}: give a size such as 8GiB, 500MB or 2.5G")
+    return size

@@ -1,0 +1,63 @@
+"""slimlm verify"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimlm.cli import options
+from slimlm.cli.console import output, print_json
+from slimlm.core.errors import DataError, SlimlmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MAX_TOKENS = 4096
+
+
+def verify(
+    folder: options.Folder,
+    text: Annotated[
+        str | None,
+        typer.Option(help=f"Measure the perplexity on this text, too: {options.TEXTS}.", show_default="not measured"),
+    ] = None,
+    length: options.MeasuredLength = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Stop reading the text after this many tokens.", show_default=str(_MAX_TOKENS)),
+    ] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Check a compressed folder: checksums, masks, scales, that no layer is missing, and that the model runs."""
+    for option, given in (("--length", length), ("--max-tokens", max_tokens)):
+        if text is None and given is not None:
+            raise SlimlmError(f"{option} needs --text: it says how much of a text is read, and none is named")
+
+    from slimlm.pipeline import pick_device
+    from slimlm.report.tables import verified_table
+    from slimlm.verification.folder import verify as verify_folder
+
+    samples = None if text is None else _samples_for(folder, text, length, max_tokens or _MAX_TOKENS)
+    found = verify_folder(folder, samples, device=pick_device(device))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        output.print(verified_table(found))
+    found.raise_if_unsound()
+
+
+def _samples_for(folder: Path, text: str, length: int | None, max_tokens: int) -> "Tensor":
+    """Samples of a text for a checkpoint that is not opened."""
+    from slimlm.cli.opened import MOST_LENGTH, text_samples
+    from slimlm.models.opening import open_tokenizer, read_config
+    from slimlm.storage import checkpoint
+
+    checkpoint.read_record(folder)
+    if (tokenizer := open_tokenizer(str(folder))) is None:
+        raise DataError(f"{folder} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
+    config = read_config(str(folder))
+    own = config.get("text_config")
+    context = (own if isinstance(own, dict) else config).get("max_position_embeddings")
+    limit = context if isinstance(context, int) and context > 1 else MOST_LENGTH
+    return text_samples(tokenizer, text, length=length, context=limit, at_most=max_tokens, shrink=True)

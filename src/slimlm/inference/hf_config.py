@@ -1,0 +1,23 @@
+"""The config of a checkpoint, registered with transformers: imported once transformers' own table of configs exists."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from slimlm.storage import checkpoint
+
+
+class CheckpointConfig(PreTrainedConfig):
+    """Stands in config.json for the model's own type; gives that type's config back."""
+
+    model_type = checkpoint.MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        own = {**config_dict, "model_type": config_dict.get("slimlm_model_type")}
+        own.pop("slimlm_model_type", None)
+        return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
+
+
+AutoConfig.register(checkpoint.MODEL_TYPE, CheckpointConfig)

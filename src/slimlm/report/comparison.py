@@ -1,0 +1,31 @@
+"""What `slimlm demo` shows: several compressed models beside the original."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from slimlm.report.live import duration
+from slimlm.report.tables import plain_table, size
+
+if TYPE_CHECKING:
+    from slimlm.bench.recipes import Comparison
+
+
+def comparison_table(found: "Comparison", title: str) -> Table:
+    """A row per model: size and perplexity, each also relative to the original's."""
+    original = found.rows[0]
+    rows = [
+        (
+            row.name,
+            row.what,
+            f"{row.bits_per_weight:.2f}",
+            size(row.bytes),
+            f"{row.bytes / original.bytes:.0%}",
+            f"{row.perplexity:.2f}",
+            "" if row is original else f"{row.perplexity / original.perplexity - 1:+.1%}",
+            "" if row is original else duration(row.seconds),
+        )
+        for row in found.rows
+    ]
+    columns = ("model", "what it is", "bits/weight", "size", "of original", "perplexity", "change", "time")
+    return plain_table(title, columns, rows, left=2)

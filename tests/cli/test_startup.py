@@ -1,0 +1,53 @@
+"""The command line answers at once: torch and transformers are imported when a verb runs, and not before."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import slimlm
+from slimlm.cli.app import VERBS
+
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
+SECONDS = 1.0
+"""In which an answer is there; a tenth of it is what it takes, and torch alone takes longer."""
+
+LOADED = """
+import json, sys
+sys.argv = ["slimlm", *sys.argv[1:]]
+from slimlm.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(sorted(name for name in sys.modules if "." not in name)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("typed", [("--version",), ("--help",), *((verb, "--help") for verb, _ in VERBS)])
+def test_nothing_heavy_is_imported_for_help(typed: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED, *typed], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stderr.splitlines()[-1])
+    assert "typer" in loaded and not set(HEAVY) & set(loaded)
+    assert "slimlm" in done.stdout
+
+
+@pytest.mark.parametrize("typed", ["--version", "--help"])
+def test_the_answer_is_there_within_a_second(typed: str) -> None:
+    def seconds() -> float:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "slimlm", typed], capture_output=True, check=True)
+        return time.perf_counter() - begun
+
+    # The best of three: other tests run meanwhile.
+    assert min(seconds() for _ in range(3)) < SECONDS
+
+
+def test_what_is_public_is_there_and_listed() -> None:
+    assert set(slimlm.__all__) <= set(dir(slimlm))
+    for name in slimlm.__all__:
+        assert getattr(slimlm, name).__name__ == name
+    assert set(slimlm._HOMES) | {"SlimlmError"} == set(slimlm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        slimlm.compres  # type: ignore[attr-defined]  # noqa: B018

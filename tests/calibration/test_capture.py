@@ -478,7 +478,7 @@ def compressed_with(
     """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
     told: list[str] = []
     recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
-    slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, tell=told.append)
+    slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, notify=told.append)
     record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
     return told, {layer.name: tuple(layer.notes) for layer in record.layers}
 

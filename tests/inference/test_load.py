@@ -271,7 +271,7 @@ def test_a_head_of_16_bits_is_tied_as_before_and_multiplied_exactly(tmp_path: Pa
 @needs_kernels
 def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_alone: Path) -> None:
     told: list[str] = []
-    model = slimlm.load(pruned_alone, tell=told.append)
+    model = slimlm.load(pruned_alone, notify=told.append)
     [line] = told
     # The fifteenth is the head, of 16 bits.
     assert line.startswith("14 of 15 layers, model.layers.0.self_attn.q_proj among them, run without kernels: its base is")
@@ -359,7 +359,7 @@ def test_other_weights_are_packed_anew(copy: Path) -> None:
     record["files"]["model.safetensors"]["sha256"] = "0" * 64
     (copy / checkpoint.RECORD).write_text(json.dumps(record))
     told: list[str] = []
-    slimlm.load(copy, tell=told.append)
+    slimlm.load(copy, notify=told.append)
     assert len(told) == 1 and "was made from another checkpoint" in told[0]
 
 
@@ -400,7 +400,7 @@ def test_a_choice_made_later_packs_nothing_again(copy: Path, monkeypatch: pytest
 def test_without_a_library_everything_runs_by_the_reference_and_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.OVERRIDE, "/nowhere/slimlm_cpu.so")
     told: list[str] = []
-    model = slimlm.load(copy, tell=told.append)
+    model = slimlm.load(copy, notify=told.append)
     assert len(told) == 1 and "there are no CPU kernels" in told[0]
     assert words(model).startswith("reference; 14 of 14 layers; there are no CPU kernels")
     assert torch.equal(model(IDS).logits, slimlm.load(copy, kernels="reference")(IDS).logits)

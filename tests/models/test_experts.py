@@ -147,7 +147,7 @@ def test_experts_with_fewer_tokens_than_inputs_are_measured_on_those_of_all_toge
 def test_starved_experts_are_compressed_and_named(recipe: str, tmp_path: Path, text_file: Path) -> None:
     told: list[str] = []
     folder = save(starving(), tmp_path / "m")
-    record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=recipe), tell=told.append).record
+    record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=recipe), notify=told.append).record
     noted = {layer.name for layer in record.layers if POOLED in layer.notes}
     assert {f"{STARVED}.{name}_proj" for name in ("gate", "up", "down")} <= noted
     (words,) = [text for text in told if "experts" in text]
@@ -205,7 +205,7 @@ def test_a_run_that_stopped_after_a_block_gives_the_same_bytes(family: str, tmp_
     with pytest.raises(KeyboardInterrupt):
         slimlm.compress(folder, tmp_path / "o", **options(text_file), progress=stop)
     told: list[str] = []
-    slimlm.compress(folder, tmp_path / "o", **options(text_file), tell=told.append)
+    slimlm.compress(folder, tmp_path / "o", **options(text_file), notify=told.append)
     assert any("going on after block 1 of 2" in text for text in told)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "o" / name).read_bytes()

@@ -81,7 +81,7 @@ def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: 
     folder = save(random_model("llama"), tmp_path / "m")
     options: Any = {**OPTIONS, "recipe": "best-matched", "data": str(text_file)}
     told: list[str] = []
-    slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, tell=told.append)
+    slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, notify=told.append)
     assert not any("stay on the disk" in text for text in told)
     seen: list[str] = []
     real = block_module.compress_block
@@ -91,7 +91,7 @@ def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: 
         return real(block, name, flow, *arguments)
 
     monkeypatch.setattr(block_module, "compress_block", watched)
-    slimlm.compress(folder, tmp_path / "disk", **options, memory=1000, tell=told.append)
+    slimlm.compress(folder, tmp_path / "disk", **options, memory=1000, notify=told.append)
     assert any("activations (108.0 KiB) stay on the disk" in text for text in told)
     assert seen[1:] == ["Batches"]
     for file in (tmp_path / "memory").glob("*.safetensors"):

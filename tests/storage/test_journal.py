@@ -47,7 +47,7 @@ def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatc
     told: list[str] = []
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("slimlm.pipeline.compress_blocks", stop)
-        slimlm.compress(model, tmp_path / "o", **asked, tell=told.append)
+        slimlm.compress(model, tmp_path / "o", **asked, notify=told.append)
     assert "the same line goes on from there" in told[-1]
     # Neither a plan nor the model's own text is made again, so the whole model is not opened.
     monkeypatch.setattr("slimlm.pipeline.make_plan", stop)

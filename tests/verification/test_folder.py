@@ -233,7 +233,7 @@ def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed:
 def test_compress_tells_of_an_explosion(packed: Path, tmp_path: Path, text_file: Path) -> None:
     told: list[str] = []
     with mock.patch("slimlm.record._EXPLODED", 0.1):
-        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), tell=told.append, **OPTIONS).path
+        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS).path
         assert any("the perplexity exploded" in words for words in told)
         assert any("the perplexity exploded" in words for words in slimlm.verify(out).notes)
 

@@ -1,12 +1,12 @@
 """What `slimlm bench OUT --tune` does: find the fastest tiles of the GPU kernels for a checkpoint's layers on this card."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from slimlm.core.errors import KernelError
+from slimlm.events import Notify
 from slimlm.inference.load import load
 from slimlm.runtime.backends.triton import Gpu, Ready
 from slimlm.runtime.gpu import device, products, tiles, tuning
@@ -20,7 +20,7 @@ def tune_kernels(
     source: str,
     *,
     report: Report,
-    tell: Callable[[str], None],
+    notify: Notify,
     where: torch.device = _CARD,
     timer: Timer = tuning.replayed_seconds,
 ) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def tune_kernels(
     """
     if (reason := device.refuses(where)) is not None:
         raise KernelError(f"there are no GPU kernels to tune: {reason}")
-    model = load(source, device=where, tell=tell)
+    model = load(source, device=where, notify=notify)
     dtype = next((p.dtype for p in model.parameters() if p.dtype in products.NARROW), torch.bfloat16)
     layers = [layer for layer in multipliers(model).values() if isinstance(layer.choice().backend, Gpu)]
     ready = [own.layer for layer in layers if isinstance(own := layer.prepare(), Ready)]

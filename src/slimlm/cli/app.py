@@ -28,7 +28,7 @@ from slimlm.core import registry
 from slimlm.core.errors import CheckpointError, DataError, KernelError, RecipeError, SlimlmError
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import check_seed, token_stream, windows_of
-from slimlm.distributed.launch import own_rank, speaks, started
+from slimlm.distributed.launch import global_rank, reports, world_size
 from slimlm.evaluation.activations import ActivationFormat, rounded_activations
 from slimlm.evaluation.compare import OpenModel, open_any, same_tokens
 from slimlm.evaluation.perplexity import perplexity
@@ -124,7 +124,7 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
-    if started() > 1 and context.invoked_subcommand != "compress":
+    if world_size() > 1 and context.invoked_subcommand != "compress":
         raise SlimlmError(
             f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
         )
@@ -160,7 +160,7 @@ def compress(
             bits=bits,
             objective=objective,
             embedding_bits=embedding_bits,
-            tell=_tell,
+            notify=_tell,
             data=data,
             samples=samples,
             length=length,
@@ -170,7 +170,7 @@ def compress(
             restart=restart,
             progress=observer,
         )
-    if own_rank() > 0:
+    if global_rank() > 0:
         return
     kernels = _prospect(result.path)
     if as_json:
@@ -205,7 +205,7 @@ def plan_(
     refuse_file(save)
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"bits": bits, "objective": objective, "embedding_bits": embedding_bits}
-    asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "tell": _tell}
+    asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "notify": _tell}
     planning = bits is not None or has_auto_rank(opened)
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
@@ -326,7 +326,7 @@ def evaluate(
         if (folder / checkpoint.RECORD).is_file():
             checkpoint.verify_files(folder)
     _check_kernels(where, kernels)
-    models = [open_any(source, kernels=kernels, device=where, tell=_tell) for source in sources]
+    models = [open_any(source, kernels=kernels, device=where, notify=_tell) for source in sources]
     for opened in models:
         _tell_kernels(opened)
     context = min(context_length(opened.model) or sys.maxsize for opened in models)
@@ -368,7 +368,7 @@ def generate(
     check_seed(seed)
     where = pick_device(device)
     _check_kernels(where, kernels)
-    opened = open_any(model, kernels=kernels, device=where, tell=_tell)
+    opened = open_any(model, kernels=kernels, device=where, notify=_tell)
     prefer_fast(opened.model)
     tokenizer = opened.tokenizer
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -477,7 +477,7 @@ def bench(
 
 def _tune(source: str, as_json: bool) -> None:
     with shown(notes) as observer:
-        found = tune_kernels(source, report=lambda *at: observer(Event(*at)), tell=_tell)
+        found = tune_kernels(source, report=lambda *at: observer(Event(*at)), notify=_tell)
     if as_json:
         _print_json(found)
         return
@@ -664,7 +664,7 @@ def main() -> None:
     except SlimlmError as error:
         if debug:
             traceback.print_exc()
-        if speaks(error):
+        if reports(error):
             sys.stderr.write(f"slimlm: {error}\n")
         sys.exit(2)
     except BrokenPipeError:

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimlm.core.errors import CheckpointError, SlimlmError
+from slimlm.events import Notify
 from slimlm.models.experts import take_apart
 from slimlm.models.meta import empty_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
@@ -36,9 +37,8 @@ from slimlm.runtime.whole_model import multipliers, unpacks, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
-from slimlm.storage.mapping import map_file
+from slimlm.storage.mapping import MappedFiles
 
-Tell = Callable[[str], None]
 Release = Callable[[Iterable[Tensor]], int]
 """Drops the pages of those of these tensors that are views of a file; gives the bytes dropped."""
 
@@ -54,7 +54,7 @@ def load(
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
     keep: bool = True,
-    tell: Tell = _warn,
+    notify: Notify = _warn,
 ) -> PreTrainedModel:
     """A compressed model from its folder (or a hub name), on a device.
 
@@ -70,7 +70,7 @@ def load(
     `slimlm.use_kernels` chooses again later.
     dtype: of activations and of what is not compressed. "auto" is, with CPU kernels, float32 activations among weights in the
     16 bits that they are stored in (runtime/dense.py); with the reference, or where there are no kernels, the original's dtype.
-    tell: hears what a user should know, such as which layers no kernel takes, and why.
+    notify: hears what a user should know, such as which layers no kernel takes, and why.
 
     Raises CheckpointError for a damaged, incomplete or newer checkpoint, before or instead of handing out a model; the
     files' sizes and headers are checked, not their checksums: `slimlm inspect` does that. Raises KernelError where kernels
@@ -83,13 +83,8 @@ def load(
     try:
         folder = fetch(source)
         about = read_description(folder)
-        files = [map_file(path) for path in checkpoint.check_files(folder)]
-
-        def release(tensors: Iterable[Tensor]) -> int:
-            wanted = list(tensors)
-            return sum(file.release(wanted) for file in files)
-
-        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        files = MappedFiles.of(checkpoint.check_files(folder))
+        stored, release = dict(files.tensors), files.release
         packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
         empty = empty_model(folder, all_of_them, about.get("experts", ()))
@@ -110,7 +105,7 @@ def load(
     elif dtype == "auto" and available(kernels):
         widen_activations(model)
     if kernels != "reference":
-        _pack(model, kernels, folder, packed, release, keep=keep, tell=tell)
+        _pack(model, kernels, folder, packed, release, keep=keep, notify=notify)
     return model
 
 
@@ -217,7 +212,7 @@ def _pack(
     release: Release,
     *,
     keep: bool,
-    tell: Tell,
+    notify: Notify,
 ) -> None:
     """Choose who multiplies each layer, tell which ones no kernel takes, and pack the others.
 
@@ -228,9 +223,9 @@ def _pack(
     reasons = {name: layer.choice().refused for name, layer in layers.items()}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         names = [name for name, own in reasons.items() if own == reason]
-        tell(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
+        notify(f"{len(names)} of {len(layers)} layers, {names[0]} among them, run without kernels: {reason}")
     if (unpacked := unpacks(model)) is not None:
-        tell(unpacked)
+        notify(unpacked)
     for name, layer in layers.items():
         if layer.choice().backend.name == "gpu":
             layer.prepare()
@@ -248,7 +243,7 @@ def _pack(
         return packed
 
     if keep:
-        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), taken, make, whole, tell)
+        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), taken, make, whole, notify)
     else:
         blobs = {name: make(name) for name in taken}
     # Once more for all: pages that two layers share were kept until now.

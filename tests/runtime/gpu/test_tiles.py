@@ -168,7 +168,7 @@ def test_without_a_card_tuning_is_refused_before_anything_is_read(monkeypatch: p
 
     monkeypatch.setattr(device, "refuses", lambda where: "there is no card")
     with pytest.raises(KernelError, match="there are no GPU kernels to tune: there is no card"):
-        tune_kernels("nowhere", report=lambda *_: None, tell=lambda _: None)
+        tune_kernels("nowhere", report=lambda *_: None, notify=lambda _: None)
 
 
 def test_layers_that_the_kernels_do_not_take_leave_nothing_to_tune() -> None:

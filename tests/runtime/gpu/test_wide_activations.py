@@ -101,7 +101,7 @@ def test_a_choice_for_other_activations_is_made_anew(on_a_card: Callable[..., Pr
 def test_loading_tells_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "refuses", lambda where: None)
     told: list[str] = []
-    slimlm.load(out, kernels="gpu", tell=told.append)
+    slimlm.load(out, kernels="gpu", notify=told.append)
     assert told == [UNPACKED]
 
 

@@ -39,7 +39,7 @@ from slimlm.core import grid, mask
 from slimlm.core.solvers import coordinate_descent, linalg, low_rank, low_rank_descent, sweep
 from slimlm.methods.joint import alternation
 from slimlm.report.tables import plain_table
-from slimlm.run import block
+from slimlm.run import block, prepare
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 
@@ -170,8 +170,8 @@ def nothing(*_: Any, **__: Any) -> Work:
 
 
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
-    ("open", pipeline, "open_streamed", nothing),
-    ("check the model", pipeline, "read_once", nothing),
+    ("open", prepare, "open_streamed", nothing),
+    ("check the model", prepare, "weights_identity", nothing),
     ("read text", samples, "documents", nothing),
     ("calibration forward", block, "arguments_of", nothing),
     ("calibration forward", block, "first_inputs", nothing),
@@ -201,9 +201,9 @@ STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
     ("packing", CompressedLinear, "from_parts", of_weight(5.0)),
     ("unpacking", CompressedLinear, "prepare", of_weight(5.0)),
     ("record", record, "record_of", nothing),
-    ("saving", pipeline, "write", nothing),
+    ("saving", pipeline, "assemble", nothing),
     ("saving", checkpoint, "write_record", nothing),
-    ("verification", pipeline, "verify", nothing),
+    ("verification", pipeline, "verify_written", nothing),
 ]
 INSIDE_ONE = {"adapter rounding"}
 """Stages that also own the sweeps and objectives inside them."""

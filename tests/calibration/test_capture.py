@@ -17,10 +17,10 @@ from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
-from slimlm.preflight.refusals import tell_of_few_tokens
+from slimlm.preflight.refusals import warn_of_few_tokens
 from slimlm.recipe import recipe_from_dict
 from slimlm.record import Record
-from slimlm.run.block import compress_block
+from slimlm.run.block import BlockTask, compress_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
@@ -461,7 +461,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
     before = inputs_of(block, name, [last], flow)[last]
     data = {"sequential": sequential, "steps": [{"quantize": "gptq", "bits": 2, "group": 8}]}
     dtypes = {n: t.dtype for n, t in model.state_dict().items()}
-    compress_block(block, name, flow, recipe_from_dict(data, source="test"), dtypes, CPU)
+    compress_block(BlockTask(name, block, flow, recipe_from_dict(data, source="test"), dtypes, CPU))
     after = inputs_of(block, name, [last], flow)[last]
     one, other = (x.T @ x / len(x) for x in (before, after))
     largest = float(one.abs().max())
@@ -518,7 +518,7 @@ def test_tokens_enough_for_every_layer_that_is_compressed_are_no_matter_to_tell(
 @pytest.mark.parametrize("tokens", [0, 175, 176, 1000])
 def test_the_widest_layer_decides_whether_there_are_tokens_enough(tokens: int) -> None:
     told: list[str] = []
-    tell_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
+    warn_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
     assert [("b, 88 inputs" in text, f"{tokens} tokens" in text) for text in told] == ([(True, True)] if tokens < 176 else [])
 
 

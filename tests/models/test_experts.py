@@ -92,7 +92,7 @@ def test_a_linear_layer_that_picks_experts_is_a_router_too(tmp_path: Path, text_
     record = slimlm.compress(save(model, tmp_path / "m"), tmp_path / "o", **options(text_file)).record
     for i in range(2):
         for name in ("gate", "shared_expert_gate"):
-            assert "router" in record.left[f"model.layers.{i}.mlp.{name}.weight"]
+            assert "router" in record.skipped[f"model.layers.{i}.mlp.{name}.weight"]
     assert "model.layers.0.mlp.shared_expert.up_proj" in {layer.name for layer in record.layers}
 
 
@@ -180,7 +180,7 @@ def test_whole_windows_of_an_expert_are_refused_before_the_work_and_other_layers
     left = quick(steps=steps, leave=["*.experts.*"])
     record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=left)).record
     assert {layer.name.rpartition(".")[2] for layer in record.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert record.left["model.layers.1.mlp.experts.2.up_proj"] == "left by the recipe"
+    assert record.skipped["model.layers.1.mlp.experts.2.up_proj"] == "ignored by the recipe"
     # Experts that stay are stored one by one, too, and open in both ways.
     ours = slimlm.load(tmp_path / "o", kernels="reference")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "o")

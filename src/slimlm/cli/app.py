@@ -38,8 +38,8 @@ from slimlm.inference.generate import generate as generate_tokens
 from slimlm.inference.load import read_description
 from slimlm.models.opening import open_tokenizer, read_config
 from slimlm.models.structure import context_length
-from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
 from slimlm.pipeline import compress as compress_model
+from slimlm.pipeline import estimate
 from slimlm.pipeline import plan as make_plan
 from slimlm.planner.options import Objective
 from slimlm.recipe import AS_STORED, open_recipe, shipped, to_toml
@@ -58,6 +58,7 @@ from slimlm.report.tables import (
     summary_table,
     verified_table,
 )
+from slimlm.run.config import DEFAULT_RECIPE, pick_device
 from slimlm.runtime.dispatch import Kernels
 from slimlm.runtime.whole_model import prefer_fast, prospect
 from slimlm.runtime.whole_model import words as kernel_words
@@ -206,7 +207,7 @@ def plan_(
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"bits": bits, "objective": objective, "embedding_bits": embedding_bits}
     asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "notify": _tell}
-    planning = bits is not None or has_auto_rank(opened)
+    planning = bits is not None or opened.has_auto_rank
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with shown(notes, silent=quiet) as observer:

@@ -25,7 +25,7 @@ _WORDS: dict[Doing, str] = {
     "read": "read the weights",
     "measure": "measure the inputs",
     "steps": "compress",
-    "match": "match the block",
+    "reconstruct": "reconstruct the block",
     "propagate": "pass on and keep",
 }
 _APART = 10.0

@@ -52,7 +52,7 @@ def layers_table(record: Record) -> Table:
             str(r.rank),
             f"{r.error:.4f}",
         )
-        for r in (*record.layers, *record.ends)
+        for r in (*record.layers, *record.embeddings)
     )
     columns = ("layer", "out x in", "parts", "bits/weight", "sparsity", "rank", "error")
     return plain_table(None, columns, rows, left=3)
@@ -120,13 +120,13 @@ def summary_table(record: Record, kernels: str) -> Table:
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
-    others = "norms, position tables" if record.ends else "embeddings, norms"
-    names = list(record.left)
+    others = "norms, position tables" if record.embeddings else "embeddings, norms"
+    names = list(record.skipped)
     left = "".join(f", {name}" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)
     rows = [
         ("recipe", named),
-        ("calibration", f"{calibration['data']}, {calibration['samples']} windows of {calibration['length']} tokens{fewer}"),
+        ("calibration", f"{calibration['data']}, {calibration['samples']} samples of {calibration['length']} tokens{fewer}"),
         (
             "size",
             f"{size(record.original_bytes)} -> {size(record.stored_bytes)}"
@@ -135,9 +135,9 @@ def summary_table(record: Record, kernels: str) -> Table:
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
         *_perplexity_row(record),
-        *_matched_row(record),
+        *_reconstruction_row(record),
         *_plan_row(record),
-        *_ends_rows(record),
+        *_embedding_rows(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; as they were: {others}{left}"),
         ("kernels", kernels),
         *_notes_row(record),
@@ -155,7 +155,7 @@ def _perplexity_row(record: Record) -> list[tuple[str, str]]:
 
 def verified_table(found: dict[str, Any]) -> Table:
     """What was found in a checkpoint's folder."""
-    recorded, measured, left = found["recorded"], found["measured"], found["left"]
+    recorded, measured, left = found["recorded"], found["measured"], found["skipped"]
     named = f", {', '.join(left[:5])}" + (f" and {len(left) - 5} more" if len(left) > 5 else "") if left else ""
     rows = [
         ("folder", found["folder"]),
@@ -177,23 +177,22 @@ def verified_table(found: dict[str, Any]) -> Table:
     return pairs_table([*rows, ("verdict", "sound" if found["sound"] else f"{len(found['problems'])} things are wrong")])
 
 
-def _ends_rows(record: Record) -> list[tuple[str, str]]:
+def _embedding_rows(record: Record) -> list[tuple[str, str]]:
     rows = []
-    for end in record.ends:
+    for end in record.embeddings:
         shape, bits = f"{end.shape[0]} x {end.shape[1]}", f"{end.bits_per_weight:.3f} bits per weight"
         also = "".join(f"; {note}" for note in end.notes)
         rows.append((end.name, f"{shape}, {end.parts}, {bits}, relative error of the weights {end.error:.4f}{also}"))
     return rows
 
 
-def _matched_row(record: Record) -> list[tuple[str, str]]:
-    pairs = [layer.matched for layer in record.layers if layer.matched is not None]
+def _reconstruction_row(record: Record) -> list[tuple[str, str]]:
+    pairs = [layer.reconstruction for layer in record.layers if layer.reconstruction is not None]
     if not pairs:
         return []
     before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-    return [
-        ("block matching", f"relative squared error of the blocks' outputs {before:.5f} -> {after:.5f}, on windows held back")
-    ]
+    words = f"relative squared error of the blocks' outputs {before:.5f} -> {after:.5f}, on samples held back"
+    return [("block reconstruction", words)]
 
 
 def _plan_row(record: Record) -> list[tuple[str, str]]:

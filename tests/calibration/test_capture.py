@@ -495,7 +495,7 @@ def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_la
     told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1
     assert "calibration has 128 tokens" in told[0] and "mlp.down_proj, 88 inputs) needs 176" in told[0]
-    assert "--samples" in told[0]
+    assert "`samples`" in told[0]
     wide = {name: own for name, own in notes.items() if name.endswith("down_proj")}
     assert len(wide) == 1 and len(notes) == 7
     for own in wide.values():

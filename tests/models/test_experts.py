@@ -206,7 +206,7 @@ def test_a_run_that_stopped_after_a_block_gives_the_same_bytes(family: str, tmp_
         slimlm.compress(folder, tmp_path / "o", **options(text_file), progress=stop)
     told: list[str] = []
     slimlm.compress(folder, tmp_path / "o", **options(text_file), notify=told.append)
-    assert any("going on after block 1 of 2" in text for text in told)
+    assert any("resuming after block 1 of 2" in text for text in told)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "o" / name).read_bytes()
 

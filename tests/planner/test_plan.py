@@ -182,7 +182,7 @@ def test_rules_and_a_budget_contradict_each_other(llama_folder: Path, text_file:
 
 
 def test_an_objective_without_a_budget_is_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--bits"):
+    with pytest.raises(RecipeError, match="`bits`"):
         slimlm.compress(llama_folder, tmp_path / "out", recipe="absmax", objective="speed", data=str(text_file))
 
 

@@ -379,7 +379,7 @@ def _locked(folder: Path, out: Path) -> FileLock:
         there = folder.is_dir()
         _make(folder)
         if there and any(folder.iterdir()) and not _is_journal(folder):
-            raise CheckpointError(f"{folder} is where an unfinished run is stored, but holds something else; move it away")
+            raise CheckpointError(f"{folder} is where an unfinished run is kept, but holds something else; move it away")
         lock = FileLock(folder / _LOCK, timeout=0)
         lock.acquire()
     except Timeout as error:
@@ -417,7 +417,7 @@ def _damaged(folder: Path, reason: str) -> CheckpointError:
 
 
 def _cannot_store(folder: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"an unfinished run cannot be stored in {folder}: {error.strerror or error}")
+    return CheckpointError(f"an unfinished run cannot be kept in {folder}: {error.strerror or error}")
 
 
 def _make(folder: Path) -> None:

@@ -31,7 +31,7 @@ from slimlm.events import Event
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.recipe import open_recipe
-from slimlm.run.block import compress_block, follows, stored_tensors
+from slimlm.run.block import BlockTask, compress_block, stored_tensors
 from streaming import random_dense
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -50,7 +50,7 @@ def in_memory(model: str, out: Path, recipe: str, samples: int, length: int) -> 
     flow = enter(dense.model, blocks, windows)
     ends, stored, about = [time.perf_counter() - began], {}, {}
     for name, block in blocks.items():
-        compress_block(block, name, flow, steps, dense.dtypes, _CPU)
+        compress_block(BlockTask(name, block, flow, steps, dense.dtypes, _CPU))
         flow = Flow(list(run_through(block, name, flow, _CPU)), flow.arguments)
         tensors, layers = stored_tensors(block, name, dense.dtypes)
         stored |= tensors
@@ -88,7 +88,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = asked.parse_args()
-    if follows(recipe := open_recipe(given.recipe)) or recipe.matching is not None:
+    if (recipe := open_recipe(given.recipe)).follows_original or recipe.matching is not None:
         asked.error(f"{given.recipe} runs the original block, too, which has no counterpart here; give slim or gptq")
     with TemporaryDirectory() as scratch:
         if given.way:

@@ -256,7 +256,7 @@ def _alarm(*_: Any) -> None:
 
 
 def load(folder: Path) -> None:
-    model = slimlm.load(folder, tell=lambda _: None)
+    model = slimlm.load(folder, notify=lambda _: None)
     vocabulary = model.get_input_embeddings().num_embeddings
     with torch.no_grad():
         logits = model(IDS.clamp(max=vocabulary - 1), use_cache=False).logits

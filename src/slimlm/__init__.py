@@ -1,4 +1,4 @@
-"""slimlm makes language models smaller without retraining them: 4-bit weights, 2:4 sparsity, low-rank repair.
+"""slimlm makes language models smaller without retraining them: 4-bit weights, 2:4 sparsity, low-rank adapters.
 
 import slimlm
 
@@ -16,15 +16,25 @@ from slimlm.core.errors import SlimlmError
 from slimlm.inference import registration
 
 if TYPE_CHECKING:
+    from slimlm.events import Event, Notify, Observer
     from slimlm.inference.load import load
-    from slimlm.pipeline import Result, compress, estimate
+    from slimlm.pipeline import Result, compress, estimate, plan
+    from slimlm.planner.plan import Plan
+    from slimlm.preflight.estimate import Estimate
     from slimlm.recipe import Recipe, open_recipe
+    from slimlm.record import Record
     from slimlm.runtime.whole_model import use_kernels
     from slimlm.verification.folder import Verified, verify
 
 __version__ = version("slimlm")
 __all__ = [
+    "Estimate",
+    "Event",
+    "Notify",
+    "Observer",
+    "Plan",
     "Recipe",
+    "Record",
     "Result",
     "SlimlmError",
     "Verified",
@@ -32,18 +42,26 @@ __all__ = [
     "estimate",
     "load",
     "open_recipe",
+    "plan",
     "use_kernels",
     "verify",
 ]
 
 _HOMES = {
+    "Estimate": "slimlm.preflight.estimate",
+    "Event": "slimlm.events",
+    "Notify": "slimlm.events",
+    "Observer": "slimlm.events",
+    "Plan": "slimlm.planner.plan",
     "Recipe": "slimlm.recipe",
+    "Record": "slimlm.record",
     "Result": "slimlm.pipeline",
     "Verified": "slimlm.verification.folder",
     "compress": "slimlm.pipeline",
     "estimate": "slimlm.pipeline",
     "load": "slimlm.inference.load",
     "open_recipe": "slimlm.recipe",
+    "plan": "slimlm.pipeline",
     "use_kernels": "slimlm.runtime.whole_model",
     "verify": "slimlm.verification.folder",
 }

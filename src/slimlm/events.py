@@ -1,16 +1,17 @@
-"""What a run tells while it works: events of one kind, to one observer, which is any function that takes them.
+"""What a run reports while it works: events to an observer, and messages for the user to a notify function.
 
     def observer(event: Event) -> None:
         for block in event.blocks:
             print(block.name, block.error)
 
-    slimlm.compress(model, out, progress=observer)
+    slimlm.compress(model, out, progress=observer, notify=print)
 
-The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run.log) are such observers.
+The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run.log) are observers.
 """
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from slimlm.record import LayerRecord
@@ -19,71 +20,79 @@ Notify = Callable[[str], None]
 """A function that is given messages for the user, one at a time."""
 
 
-Doing = Literal["read", "measure", "steps", "match", "propagate"]
-"""To a block, in this order: its weights are read, inputs of layers measured, the recipe's steps applied to a layer (the two
-by turns where a recipe is sequential), the block matched where the recipe asks for it, and its outputs computed and kept."""
+def silent(message: str) -> None:
+    """Ignores the message."""
+
+
+Doing = Literal["read", "measure", "steps", "reconstruct", "propagate"]
+"""What is done to a block, in this order: its weights are read, the inputs of layers measured, the recipe's steps applied to a
+layer (the two alternate where a recipe is sequential), the block reconstructed where the recipe asks for it, and its outputs
+computed and stored."""
 
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer that the steps are through with."""
+    """A layer to which all steps were applied."""
 
     record: LayerRecord
-    """before matching, which may change it"""
+    """The layer's record before block reconstruction, which may change it."""
     tokens: int
-    """that its statistics were measured on"""
+    """The number of tokens that the layer's statistics were measured on."""
     seconds: float
-    """that the steps took, without the measuring"""
+    """The time that the steps took, without the measuring."""
 
 
 @dataclass(frozen=True)
 class BlockDone:
-    """A block that is finished and kept in the journal."""
+    """A block that is finished and stored in the journal."""
 
     number: int
-    """from 1"""
+    """The block's number, counted from 1."""
     name: str
+    """The block's full name."""
     records: tuple[LayerRecord, ...]
-    """of its compressed layers, as they are stored"""
+    """The records of its compressed layers, as they are stored."""
     seconds: float | None
-    """all of it; None where an earlier run did it"""
+    """The time that the whole block took; None where an earlier run did it."""
 
     @property
     def error(self) -> float | None:
-        """Mean of its layers' relative output errors; None where all its layers were left."""
+        """Mean of its layers' relative output errors; None where the recipe ignores all its layers."""
         return sum(record.error for record in self.records) / len(self.records) if self.records else None
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a run has come to."""
+    """A step of a run's progress."""
 
     stage: str
-    """"open the model", "sample text", "plan", "compress", "write", "verify"; measurements have their own"""
+    """The stage: "open the model", "sample text", "plan", "compress", "write" or "verify"; measurements have their own."""
     done: int
+    """How many of the stage's blocks, samples or models are done."""
     total: int
-    """of the stage: blocks, windows, models"""
+    """How many blocks, samples or models the stage has."""
     doing: Doing | None = None
-    """what begins to be done to block number `done` + 1, while compressing"""
+    """While compressing, what begins to be done to block number `done` + 1."""
     name: str = ""
-    """that block's full name, where something is done to it"""
+    """The full name of that block."""
     layers: tuple[str, ...] = ()
-    """the layers that it is done to, by their names within the block"""
+    """The layers that it is done to, by their names within the block."""
     layer: LayerDone | None = None
-    """a layer that has just been finished"""
+    """A layer that has just been finished."""
     blocks: tuple[BlockDone, ...] = ()
-    """blocks that have just been finished; as compressing begins, those of an earlier run that it goes on from"""
+    """Blocks that have just been finished; at the start of compressing, those that an earlier run finished."""
 
 
 Observer = Callable[[Event], None]
+"""A function that is given every event of a run."""
 
 
 def quiet(event: Event) -> None:
-    """An observer that looks away."""
+    """Ignores the event."""
 
 
 def both(first: Observer, second: Observer) -> Observer:
-    """One observer that hands every event to two."""
+    """One observer that passes every event to two."""
 
     def observer(event: Event) -> None:
         first(event)
@@ -93,28 +102,39 @@ def both(first: Observer, second: Observer) -> Observer:
 
 
 @dataclass(frozen=True)
-class BlockWatch:
-    """Tells an observer how a block comes along."""
+class BlockProgress:
+    """Reports the progress of one block to an observer."""
 
     observer: Observer
+    """Where the events go."""
     name: str
+    """The block's full name."""
     done: int
-    """blocks before it"""
+    """How many blocks come before it."""
     total: int
+    """How many blocks the model has."""
+    began: float = field(default_factory=time.monotonic)
+    """When the work on the block began, on this process's clock."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work on the block began."""
+        return time.monotonic() - self.began
 
     def doing(self, what: Doing, *layers: str) -> None:
-        """This begins, for these layers (names within the block) where it is for some only."""
+        """Report that this begins, for these layers (names within the block) where it is not done to the whole block."""
         self.observer(Event("compress", self.done, self.total, what, self.name, layers))
 
     def finished_layer(self, layer: LayerDone) -> None:
-        """The steps are through with a layer."""
+        """Report that all steps were applied to a layer."""
         short = layer.record.name.removeprefix(f"{self.name}.")
         self.observer(Event("compress", self.done, self.total, "steps", self.name, (short,), layer))
 
     def finished(self, records: tuple[LayerRecord, ...], seconds: float) -> None:
-        """The block is in the journal."""
+        """Report that the block is in the journal."""
         block = BlockDone(self.done + 1, self.name, records, seconds)
         self.observer(Event("compress", self.done + 1, self.total, blocks=(block,)))
 
 
-UNWATCHED = BlockWatch(quiet, "", 0, 0)
+UNOBSERVED = BlockProgress(quiet, "", 0, 0)
+"""The progress of a block that nobody observes."""

@@ -114,6 +114,17 @@ class Recipe:
         varied = [_overridden(named, rule, f"recipe {self.name}") for rule in self.rules for named in self.steps]
         return reduce(lambda needs, named: needs | named.step.needs, (*self.steps, *varied), Need.NOTHING)
 
+    @property
+    def follows_original(self) -> bool:
+        """Whether it needs the original model's activations beside those of the compressed blocks."""
+        reconstructs = self.matching is not None and self.matching.inputs != "compressed"
+        return bool(self.needs & Need.CROSS) or reconstructs
+
+    @property
+    def has_auto_rank(self) -> bool:
+        """Whether a plan has to give the layers their ranks."""
+        return any(getattr(named.step, "rank", None) == "auto" for named in self.steps)
+
     def steps_for(self, layer: str) -> tuple[NamedStep, ...]:
         """The steps with what the rules say of this layer (by full name)."""
         steps = self.steps

@@ -32,13 +32,20 @@ class LayerRecord:
     """relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together"""
     notes: tuple[str, ...] = ()
     """what the user should know of how it was decided"""
-    matched: tuple[float, float] | None = None
-    """of its block: squared output error over squared output, on windows held back, before and after matching"""
+    reconstruction: tuple[float, float] | None = None
+    """Of its block: squared output error over squared output, on samples held back, before and after block reconstruction."""
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the original matrix."""
         return self.bits / (self.shape[0] * self.shape[1])
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "LayerRecord":
+        """A record from plain data, as `dataclasses.asdict` and JSON make them."""
+        reconstruction = row.get("reconstruction")
+        lists = {"shape": tuple(row["shape"]), "notes": tuple(row.get("notes", ()))}
+        return cls(**{**row, **lists, "reconstruction": None if reconstruction is None else tuple(reconstruction)})
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,10 @@ class Record:
     model: str
     recipe: dict[str, Any]
     calibration: dict[str, Any]
-    """source, windows, length, tokens, seed"""
+    """source, samples, length, tokens, seed"""
     layers: tuple[LayerRecord, ...]
-    left: dict[str, str]
-    """weights that stayed as they are, and why"""
+    skipped: dict[str, str]
+    """weights that were not compressed, and why"""
     coverage: float
     """compressed weights over all matrix weights in the blocks"""
     original_bytes: int
@@ -81,13 +88,13 @@ class Record:
     peak_memory: int | None
     """bytes; of the whole process, where the system tells"""
     versions: dict[str, str]
-    ends: tuple[LayerRecord, ...] = ()
+    embeddings: tuple[LayerRecord, ...] = ()
     """input embedding and output head, where they are compressed; one where they are tied. Shapes are (tokens, width), errors
     those of the weights themselves. No part of bits per weight and of coverage, which are about the blocks"""
     plan: dict[str, Any] | None = None
     """where bits or ranks were planned: the options, what was measured and what was chosen"""
     perplexity: Compared | None = None
-    """on a few of the calibration windows, as a check; None in records of before it was measured"""
+    """on a few of the calibration samples, as a check; None in records of before it was measured"""
 
     @property
     def bits_per_weight(self) -> float:
@@ -115,7 +122,7 @@ class Record:
         if lost or not record.layers or record.original_bytes < 1:
             missing = lost[0] if lost else "layers" if not record.layers else "original_bytes"
             raise CheckpointError(f"the record of the checkpoint is incomplete: {missing}")
-        if small := [row.name for row in (*record.layers, *record.ends) if min(row.shape) < 1]:
+        if small := [row.name for row in (*record.layers, *record.embeddings) if min(row.shape) < 1]:
             raise CheckpointError(f"the record of the checkpoint is damaged: {small[0]} has no size")
         return record
 
@@ -148,13 +155,6 @@ def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
         error=relative_error(layer.original, layer.original - layer.error, energy),
         notes=layer.notes,
     )
-
-
-def layer_from(row: dict[str, Any]) -> LayerRecord:
-    """A layer's record from plain data, as `dataclasses.asdict` makes them."""
-    matched = row.get("matched")
-    lists = {"shape": tuple(row["shape"]), "notes": tuple(row.get("notes", ()))}
-    return LayerRecord(**{**row, **lists, "matched": None if matched is None else tuple(matched)})
 
 
 def relative_error(weight: Tensor, found: Tensor, energy: Tensor) -> float:

@@ -17,10 +17,10 @@ from slimlm.core.errors import ModelError, NumericsError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
-from slimlm.preflight.refusals import tell_of_few_tokens
+from slimlm.preflight.refusals import warn_of_few_tokens
 from slimlm.recipe import recipe_from_dict
 from slimlm.record import Record
-from slimlm.run.block import compress_block
+from slimlm.run.block import BlockTask, compress_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
@@ -461,7 +461,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
     before = inputs_of(block, name, [last], flow)[last]
     data = {"sequential": sequential, "steps": [{"quantize": "gptq", "bits": 2, "group_size": 8}]}
     dtypes = {n: t.dtype for n, t in model.state_dict().items()}
-    compress_block(block, name, flow, recipe_from_dict(data, source="test"), dtypes, CPU)
+    compress_block(BlockTask(name, block, flow, recipe_from_dict(data, source="test"), dtypes, CPU))
     after = inputs_of(block, name, [last], flow)[last]
     one, other = (x.T @ x / len(x) for x in (before, after))
     largest = float(one.abs().max())
@@ -478,7 +478,7 @@ def compressed_with(
     """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
     told: list[str] = []
     recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
-    slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, tell=told.append)
+    slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, notify=told.append)
     record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
     return told, {layer.name: tuple(layer.notes) for layer in record.layers}
 
@@ -495,7 +495,7 @@ def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_la
     told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1
     assert "calibration has 128 tokens" in told[0] and "mlp.down_proj, 88 inputs) needs 176" in told[0]
-    assert "--samples" in told[0]
+    assert "`samples`" in told[0]
     wide = {name: own for name, own in notes.items() if name.endswith("down_proj")}
     assert len(wide) == 1 and len(notes) == 7
     for own in wide.values():
@@ -518,7 +518,7 @@ def test_tokens_enough_for_every_layer_that_is_compressed_are_no_matter_to_tell(
 @pytest.mark.parametrize("tokens", [0, 175, 176, 1000])
 def test_the_widest_layer_decides_whether_there_are_tokens_enough(tokens: int) -> None:
     told: list[str] = []
-    tell_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
+    warn_of_few_tokens({"a": (500, 48), "b": (12, 88), "c": (88, 48)}, tokens, told.append)
     assert [("b, 88 inputs" in text, f"{tokens} tokens" in text) for text in told] == ([(True, True)] if tokens < 176 else [])
 
 

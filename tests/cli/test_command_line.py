@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import slimlm
 from slimlm.cli.app import app
 from slimlm.core.errors import DataError
-from slimlm.pipeline import _own_name, estimate
+from slimlm.pipeline import estimate
+from slimlm.run.config import name_of
 from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
 
 SHORT = ("--recipe", "absmax", "--samples", 2, "--length", 16)
@@ -76,7 +77,7 @@ def test_verify_refuses_what_only_a_text_needs(option: str, line: Line, tmp_path
 def test_a_model_in_the_current_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "small").mkdir()
     monkeypatch.chdir(tmp_path / "small")
-    assert _own_name(".") == "small" and _own_name("some/hub-name") == "some/hub-name"
+    assert name_of(".") == "small" and name_of("some/hub-name") == "some/hub-name"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")

@@ -280,7 +280,7 @@ def test_layers_left_by_the_recipe_stay_dense(llama_folder: Path, tmp_path: Path
     recipe = recipe_file(tmp_path, 'leave = ["*.down_proj"]\n[[steps]]\nquantize = "absmax"\n')
     result = slimlm.compress(llama_folder, tmp_path / "o", recipe=str(recipe), data=str(text_file), samples=4, length=32)
     assert not any("down_proj" in layer.name for layer in result.record.layers)
-    assert result.record.left["model.layers.0.mlp.down_proj"] == "left by the recipe"
+    assert result.record.skipped["model.layers.0.mlp.down_proj"] == "ignored by the recipe"
     name = "model.layers.0.mlp.down_proj.weight"
     stored, original = load_file(tmp_path / "o" / "model.safetensors"), load_file(llama_folder / "model.safetensors")
     assert torch.equal(stored[name], original[name])
@@ -314,7 +314,7 @@ def test_a_run_that_fails_before_its_first_block_is_done_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slimlm.storage.journal.write_stream", full)
+    monkeypatch.setattr("slimlm.storage.activations.write_stream", full)
     with pytest.raises(slimlm.SlimlmError, match="No space left"):
         slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), samples=4, length=32)
     assert list(tmp_path.iterdir()) == []

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 import slimlm
 from slimlm.calibration.capture import shares_of
 from slimlm.core.errors import DataError, RanksError
-from slimlm.distributed.group import Group, dealt
-from slimlm.distributed.liveness import Watch
+from slimlm.distributed.group import Group, assign
+from slimlm.distributed.liveness import SILENCE, Watch
 from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
 from tests.conftest import random_model, save
 from tests.storage.test_journal import same
@@ -32,23 +32,24 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between pr
 CHILD = """
 import json, os, signal, sys
 import slimlm
-from slimlm import blockwise, calibrate
+from slimlm import pipeline
+from slimlm.calibration import capture
 from slimlm.core.errors import ModelError
 
 asked = json.loads(sys.argv[1])
 rank = int(os.environ.get("RANK", "0"))
-calibrate._TOKENS_AT_ONCE = asked["tokens"]
-real = blockwise.compress_block
+capture._TOKENS_AT_ONCE = asked["tokens"]
+real = pipeline.compress_block
 
-def troubled(block, name, *arguments):
-    if name.endswith(".1") and rank == asked["where"]:
+def troubled(task):
+    if task.name.endswith(".1") and rank == asked["where"]:
         if asked["trouble"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if asked["trouble"] == "error":
             raise ModelError("this is wrong here")
-    return real(block, name, *arguments)
+    return real(task)
 
-blockwise.compress_block = troubled
+pipeline.compress_block = troubled
 models = asked["models"]
 for recipe in asked["recipes"]:
     try:
@@ -115,9 +116,9 @@ def options(text: Path) -> dict[str, Any]:
 
 def test_layers_go_to_the_rank_with_the_least_to_do_the_dearest_first() -> None:
     costs = {"q": 1.0, "k": 0.25, "v": 0.25, "down": 7.6, "up": 2.75, "gate": 2.75}
-    assert dealt(costs, 2) == {"down": 0, "up": 1, "gate": 1, "q": 1, "k": 1, "v": 1}
-    assert dealt(costs, 3) == {"down": 0, "up": 1, "gate": 2, "q": 1, "k": 2, "v": 2}
-    assert set(dealt(costs, 1).values()) == {0}
+    assert assign(costs, 2) == {"down": 0, "up": 1, "gate": 1, "q": 1, "k": 1, "v": 1}
+    assert assign(costs, 3) == {"down": 0, "up": 1, "gate": 2, "q": 1, "k": 2, "v": 2}
+    assert set(assign(costs, 1).values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_more_ranks_than_windows_are_refused() -> None:
 
 def test_a_single_process_passes_nothing_on() -> None:
     group, tensor = Group(), torch.ones(3)
-    assert group.first and group.total(tensor) is tensor and group.most(tensor) is tensor
-    assert group.told(lambda: {"a": 1}) == {"a": 1} and group.exchanged(5) == [5]
+    assert group.first and group.all_reduce_sum(tensor) is tensor and group.all_reduce_max(tensor) is tensor
+    assert group.broadcast(lambda: {"a": 1}) == {"a": 1} and group.all_gather(5) == [5]
 
 
 def test_only_compress_is_divided(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -207,17 +208,17 @@ def test_batches_that_are_divided_give_the_same_but_for_rounding(
 
 
 @contextmanager
-def two_watches() -> Iterator[tuple[Watch, Watch]]:
+def two_watches(silence: float = SILENCE) -> Iterator[tuple[Watch, Watch]]:
     """Two ranks' views of each other, in one process."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watches = [Watch(PrefixStore("run", server.clone()), rank, 2) for rank in range(2)]
+    watches = [Watch(PrefixStore("run", server.clone()), rank, 2, silence=silence) for rank in range(2)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(Watch.begin, watches))
+        list(pool.map(Watch.start, watches))
     try:
         yield watches[0], watches[1]
     finally:
         for watch in watches:
-            watch.end()
+            watch.stop()
 
 
 def ended(watch: Watch) -> BaseException:
@@ -225,32 +226,31 @@ def ended(watch: Watch) -> BaseException:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            watch.look()
+            watch.check()
         except (RanksError, KeyboardInterrupt) as error:
             return error
         time.sleep(0.05)
     return pytest.fail("nobody ended")
 
 
-def test_a_rank_without_signs_of_life_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimlm.distributed.liveness.SILENCE", 3.0)
-    with two_watches() as (first, second):
-        first.look()
-        second.end()
+def test_a_rank_without_a_heartbeat_is_taken_for_dead() -> None:
+    with two_watches(silence=3.0) as (first, second):
+        first.check()
+        second.stop()
         error = ended(first)
-        assert isinstance(error, RanksError) and error.speaks
-        assert "rank 1 of 2" in str(error) and "no sign of life" in str(error)
+        assert isinstance(error, RanksError) and error.reported_here
+        assert "rank 1 of 2" in str(error) and "no heartbeat" in str(error)
 
 
-def test_words_are_passed_on_and_a_stop_is_a_stop() -> None:
+def test_reasons_are_passed_on_and_a_stop_is_a_stop() -> None:
     with two_watches() as (first, second):
-        second.record("the model is damaged")
+        second.leave_reason("the model is damaged")
         error = ended(first)
-        assert isinstance(error, RanksError) and not error.speaks
+        assert isinstance(error, RanksError) and not error.reported_here
         assert str(error).startswith("rank 1 of 2 (on ") and str(error).endswith("): the model is damaged")
-        second.look()
+        second.check()
     with two_watches() as (first, second):
-        first.record("stopped", stopped=True)
+        first.leave_reason("stopped", stopped=True)
         assert isinstance(ended(second), KeyboardInterrupt)
 
 
@@ -263,7 +263,7 @@ def test_a_killed_rank_ends_the_other_in_words_and_any_number_goes_on(
     for folder in ("by one", "by two"):
         (first, said), (killed, _) = run_ranks(2, tmp_path / folder, where=1, trouble="killed", **asked)
         assert (first, killed) == (2, -signal.SIGKILL)
-        assert "rank 1 of 2" in said and "no sign of life" in said and "1 finished blocks are kept" in said
+        assert "rank 1 of 2" in said and "no heartbeat" in said and "1 finished blocks are kept" in said
         kept = json.loads((tmp_path / folder / "slim.partial" / "journal.json").read_text())
         assert len(kept["content"]["blocks"]) == 1
     alone(model, text_file, tmp_path / "undisturbed", ["slim"], monkeypatch)

@@ -24,7 +24,7 @@ from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.sweep import order_of, rounded_sweep
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
-from slimlm.run.block import compress_block
+from slimlm.run.block import BlockTask, compress_block
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import free_on_gpu
 from tests.conftest import VOCABULARY, random_model
@@ -55,8 +55,10 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     twin = copy.deepcopy(block)
     if device != CPU:
         block, twin = to_fake_gpu(block), to_fake_gpu(twin)
-    original = (twin, Flow(list(flow.hidden), flow.arguments))
-    records, _ = compress_block(block, name, flow, recipe, dtypes, device, original)
+    twin_inputs = Flow(list(flow.hidden), flow.arguments)
+    records = [
+        layer.record for layer in compress_block(BlockTask(name, block, flow, recipe, dtypes, device, twin, twin_inputs))
+    ]
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
     return {n: unwrapped(dense_of(layer.parts())) for n, layer in layers.items()}, records

@@ -21,7 +21,7 @@ from slimlm.data.documents import documents
 from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.opening import open_dense
 from slimlm.storage import checkpoint
-from slimlm.storage.journal import Journal
+from slimlm.storage.journal import Content, Journal
 from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import is_plain_name
 
@@ -115,7 +115,7 @@ def test_a_name_that_leads_out_of_a_folder_is_none(name: str, copy: Path, dense:
     (dense / "model.safetensors").rename(dense / "other.safetensors")
     with pytest.raises(ModelError, match="outside the folder"):
         opened(dense)
-    journal = Journal(tmp_path, notes={"text": {"file": name, "sha256": "", "more": 1}})
+    journal = Journal(tmp_path, Content(notes={"text": {"file": name, "sha256": "", "more": 1}}))
     with pytest.raises(CheckpointError, match="outside its folder"):
         journal.noted_tensor("text")
 

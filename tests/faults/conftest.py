@@ -45,8 +45,8 @@ class Undisturbed:
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines that are typed: "matched" (calibrated on a text, blocks matched), "own" (the same on text of the model's own),
-    "planned" (on that too, within a budget)."""
+    """The lines that are typed: "matched" (calibrated on a text, blocks reconstructed), "own" (the same on text of the model's
+    own), "planned" (on that too, within a budget)."""
 
     folder: Path
     model: Path
@@ -122,7 +122,7 @@ class Bench:
         before = kept(self.journal)
         ended = self.run(line).done()
         if before:
-            assert f"going on after block {len(before)} of {BLOCKS}" in ended.said
+            assert f"resuming after block {len(before)} of {BLOCKS}" in ended.said
         self.same(line)
         return ended
 

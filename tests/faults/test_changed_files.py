@@ -33,7 +33,7 @@ def brought_back(bench: Bench, model: Path, line: list[str], name: str) -> None:
     """Check that a refusal dropped nothing, and that the original file is all that is needed."""
     assert len(kept(bench.journal)) == 1
     shutil.copyfile(bench.lines.model / name, model / name)
-    assert "going on after block 1" in bench.run(line).done().said
+    assert "resuming after block 1" in bench.run(line).done().said
     bench.same()
 
 
@@ -55,7 +55,7 @@ def test_a_weight_that_was_changed_in_the_middle_of_its_tensor(bench: Bench, mod
     size = (bench.lines.model / SHARD).stat().st_size
     assert (model / SHARD).stat().st_size == size
     block = ".".join(name.split(".")[:3])
-    bench.run(line).refused("was begun on other weights", f"{block} changed since", "--restart")
+    bench.run(line).refused("was begun on other weights", f"{block} changed since", "restart")
     brought_back(bench, model, line, SHARD)
 
 
@@ -81,7 +81,7 @@ def test_a_shard_that_is_cut_short_while_a_run_reads_it(bench: Bench, model: Pat
     bench.run(line).refused("damaged or cut short")
     for shard in bench.lines.model.glob("*.safetensors"):
         shutil.copyfile(shard, model / shard.name)
-    assert f"going on after block {blocks}" in bench.run(line).done().said
+    assert f"resuming after block {blocks}" in bench.run(line).done().said
     bench.same()
 
 
@@ -99,6 +99,6 @@ def test_a_damaged_journal(bench: Bench, file: str, how: str) -> None:
         # Nothing says any more that there was a run.
         bench.goes_on()
         return
-    bench.run().refused("cannot be gone on with; add --restart")
+    bench.run().refused("cannot be resumed", "restart")
     bench.run("matched", None, None, "--restart").done()
     bench.same()

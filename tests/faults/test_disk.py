@@ -135,7 +135,7 @@ def test_a_disk_that_is_read_only(bench: Bench, disk: Disk) -> None:
         bench.run(line).refused("cannot write to", "Read-only file system")
     assert len(kept(disk.path / "o.partial")) == 2
     disk.mount("rw")
-    assert "going on after block 2" in bench.run(bench.lines("matched", disk.path / "o")).done().said
+    assert "resuming after block 2" in bench.run(bench.lines("matched", disk.path / "o")).done().said
     bench.same(out=disk.path / "o")
 
 
@@ -179,7 +179,7 @@ def test_an_output_that_is_on_another_disk_than_its_parent(bench: Bench, disk: D
     bench.out.symlink_to(disk.path)
     assert bench.run("matched", Moment(("slimlm.run.block:measure",), 3)).code == -signal.SIGKILL
     assert len(kept(disk.path / "slimlm.partial")) == 2
-    assert "going on after block 2" in bench.run().done().said
+    assert "resuming after block 2" in bench.run().done().said
     same(bench.undisturbed().out, disk.path)
 
 

@@ -12,23 +12,23 @@ from tests.faults.harness import Moment, checkpoint_files, kept, same
 
 SLOW = pytest.mark.slow  # A plan takes several seconds.
 STAGES = {
-    "the model is opened": ("matched", Moment(("slimlm.pipeline:open_streamed",)), 0),
-    "windows are drawn": ("matched", Moment(("slimlm.calibration.samples:calibration_windows",), after=True), 0),
+    "the model is opened": ("matched", Moment(("slimlm.run.prepare:open_streamed",)), 0),
+    "samples are drawn": ("matched", Moment(("slimlm.calibration.samples:calibration_windows",), after=True), 0),
     "the model writes text": ("own", Moment(("slimlm.calibration.samples:own_text",), after=True), 0),
     "the text is noted": ("own", Moment(("slimlm.storage.journal:Journal.note_tensor",), after=True), 0),
-    "a plan is made": ("planned", Moment(("slimlm.pipeline:planned",), after=True), 0),
-    "the plan is noted": ("planned", Moment(("slimlm.pipeline:plan_of",), after=True), 0),
+    "a plan is made": ("planned", Moment(("slimlm.run.prepare:plan_within_budget",), after=True), 0),
+    "the plan is noted": ("planned", Moment(("slimlm.pipeline:decide",), after=True), 0),
     "arguments are captured": ("matched", Moment(("slimlm.run.block:arguments_of",), after=True), 0),
     "a layer is measured": ("matched", Moment(("slimlm.run.block:measure",), 2), 1),
     "a layer's steps are done": ("matched", Moment(("slimlm.run.block:record_of",), 9), 1),
-    "a block is matched": ("matched", Moment(("slimlm.run.block:match",), 2, after=True), 1),
+    "a block is reconstructed": ("matched", Moment(("slimlm.pipeline:reconstruct_block",), 2, after=True), 1),
     "activations are passed on": ("matched", Moment(("slimlm.run.block:run_through",), 6), 2),
     "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 3, half=True), 1),
-    "activations are written": ("matched", Moment(("slimlm.storage.journal:write_stream",), 3, half=True), 1),
+    "activations are written": ("matched", Moment(("slimlm.storage.activations:write_stream",), 3, half=True), 1),
     "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 5, after=True), 2),
-    "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_ends",), after=True), BLOCKS),
+    "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_embeddings",), after=True), BLOCKS),
     "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",)), BLOCKS),
-    "it is verified": ("matched", Moment(("slimlm.pipeline:verify",)), BLOCKS),
+    "it is verified": ("matched", Moment(("slimlm.pipeline:verify_written",)), BLOCKS),
     "it is moved": ("matched", Moment(("os:rename",)), BLOCKS),
 }
 
@@ -52,7 +52,7 @@ def test_a_run_killed_while_it_moves_files_to_a_folder_that_is_there(number: int
     bench.out.mkdir()
     inside = bench.out / "slimlm.partial"
     # The first is that of the journal, which then names the files that are moved.
-    moving = Moment(("os:replace",), 1 + number, after=True, since="slimlm.pipeline:verify")
+    moving = Moment(("os:replace",), 1 + number, after=True, since="slimlm.pipeline:verify_written")
     assert bench.run("matched", moving).code == -signal.SIGKILL
     assert len(kept(inside)) == BLOCKS and len(checkpoint_files(bench.out)) == 1 + number
     (bench.out / "stranger").write_text("x")
@@ -77,7 +77,7 @@ RESTARTS = {
     "the first file is to be set aside": (Moment(("os:rename",), 1), 2),
     "the journal is to be set aside": (Moment(("os:rename",), 5), 2),
     "all is set aside": (Moment(("slimlm.storage.set_aside:set_aside",), after=True), 2),
-    "the run is ready": (Moment(("slimlm.pipeline:plan_of",), after=True), 2),
+    "the run is ready": (Moment(("slimlm.pipeline:decide",), after=True), 2),
     "what was set aside is dropped": (Moment(("slimlm.storage.set_aside:drop",), after=True), 0),
 }
 
@@ -89,7 +89,7 @@ def test_a_restart_that_is_killed_before_it_begins_gives_back_what_was_kept(stag
     assert len(kept(bench.journal)) == 2
     assert bench.run("matched", moment, None, "--restart").code == -signal.SIGKILL
     said = bench.run("matched").done().said
-    assert (f"going on after block {left} of {BLOCKS}" in said) == (left > 0)
+    assert (f"resuming after block {left} of {BLOCKS}" in said) == (left > 0)
     bench.same()
 
 

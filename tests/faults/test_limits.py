@@ -38,7 +38,9 @@ def test_ever_more_files(bench: Bench) -> None:
     assert raised(bench, [Limits(files=number) for number in range(0, 100, 5)]) >= 6
 
 
-@pytest.mark.parametrize("where", ["run.block:measure", "run.block:match", "run.assemble:compress_ends", "pipeline:verify"])
+@pytest.mark.parametrize(
+    "where", ["run.block:measure", "pipeline:reconstruct_block", "run.assemble:compress_embeddings", "pipeline:verify_written"]
+)
 def test_memory_that_runs_out_on_the_way(where: str, bench: Bench) -> None:
     ended = bench.run("matched", None, Limits(memory=0, since=f"slimlm.{where}"))
     in_words_or_killed(ended)

@@ -22,7 +22,7 @@ def in_words(ended: Ended, bench: Bench, number: int) -> None:
     assert "Traceback" not in ended.said, ended.said
     assert "note: stopped: " in ended.said, ended.said
     if blocks := len(kept(bench.journal)):
-        assert f"{blocks} finished blocks are kept in {bench.journal}; the same line goes on from there" in ended.said
+        assert f"{blocks} finished blocks are kept in {bench.journal}; the same call resumes from there" in ended.said
     else:
         assert "nothing is kept" in ended.said and not bench.journal.exists()
 

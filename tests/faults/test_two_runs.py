@@ -27,7 +27,7 @@ def test_the_lock_is_held_by_a_run_that_stands_still_and_free_when_it_is_killed(
 
 
 def test_a_run_that_begins_just_before_another_ends_does_not_do_it_all_again(bench: Bench) -> None:
-    late = bench.start("own", Moment(("slimlm.pipeline:open_journal",), signal=signal.SIGSTOP))
+    late = bench.start("own", Moment(("slimlm.run.resume:open_journal",), signal=signal.SIGSTOP))
     late.stopped()
     bench.run().done()
     late.send(signal.SIGCONT)

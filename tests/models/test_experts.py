@@ -92,7 +92,7 @@ def test_a_linear_layer_that_picks_experts_is_a_router_too(tmp_path: Path, text_
     record = slimlm.compress(save(model, tmp_path / "m"), tmp_path / "o", **options(text_file)).record
     for i in range(2):
         for name in ("gate", "shared_expert_gate"):
-            assert "router" in record.left[f"model.layers.{i}.mlp.{name}.weight"]
+            assert "router" in record.skipped[f"model.layers.{i}.mlp.{name}.weight"]
     assert "model.layers.0.mlp.shared_expert.up_proj" in {layer.name for layer in record.layers}
 
 
@@ -147,7 +147,7 @@ def test_experts_with_fewer_tokens_than_inputs_are_measured_on_those_of_all_toge
 def test_starved_experts_are_compressed_and_named(recipe: str, tmp_path: Path, text_file: Path) -> None:
     told: list[str] = []
     folder = save(starving(), tmp_path / "m")
-    record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=recipe), tell=told.append).record
+    record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=recipe), notify=told.append).record
     noted = {layer.name for layer in record.layers if POOLED in layer.notes}
     assert {f"{STARVED}.{name}_proj" for name in ("gate", "up", "down")} <= noted
     (words,) = [text for text in told if "experts" in text]
@@ -180,7 +180,7 @@ def test_whole_windows_of_an_expert_are_refused_before_the_work_and_other_layers
     left = quick(steps=steps, leave=["*.experts.*"])
     record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=left)).record
     assert {layer.name.rpartition(".")[2] for layer in record.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert record.left["model.layers.1.mlp.experts.2.up_proj"] == "left by the recipe"
+    assert record.skipped["model.layers.1.mlp.experts.2.up_proj"] == "ignored by the recipe"
     # Experts that stay are stored one by one, too, and open in both ways.
     ours = slimlm.load(tmp_path / "o", kernels="reference")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
@@ -205,8 +205,8 @@ def test_a_run_that_stopped_after_a_block_gives_the_same_bytes(family: str, tmp_
     with pytest.raises(KeyboardInterrupt):
         slimlm.compress(folder, tmp_path / "o", **options(text_file), progress=stop)
     told: list[str] = []
-    slimlm.compress(folder, tmp_path / "o", **options(text_file), tell=told.append)
-    assert any("going on after block 1 of 2" in text for text in told)
+    slimlm.compress(folder, tmp_path / "o", **options(text_file), notify=told.append)
+    assert any("resuming after block 1 of 2" in text for text in told)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "o" / name).read_bytes()
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimlm
+from slimlm import pipeline
 from slimlm.calibration.capture import arguments_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.lazy import StreamedModel, ahead, open_streamed, weight_files
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
-from slimlm.run import block as block_module
+from slimlm.run.block import BlockTask
 from tests.conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
 CPU = torch.device("cpu")
@@ -81,19 +82,19 @@ def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: 
     folder = save(random_model("llama"), tmp_path / "m")
     options: Any = {**OPTIONS, "recipe": "best-matched", "data": str(text_file)}
     told: list[str] = []
-    slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, tell=told.append)
+    slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, notify=told.append)
     assert not any("stay on the disk" in text for text in told)
     seen: list[str] = []
-    real = block_module.compress_block
+    real = pipeline.compress_block
 
-    def watched(block: Any, name: str, flow: Any, *arguments: Any) -> Any:
-        seen.append(type(flow.hidden).__name__)
-        return real(block, name, flow, *arguments)
+    def watched(task: BlockTask) -> Any:
+        seen.append(type(task.inputs.hidden).__name__)
+        return real(task)
 
-    monkeypatch.setattr(block_module, "compress_block", watched)
-    slimlm.compress(folder, tmp_path / "disk", **options, memory=1000, tell=told.append)
+    monkeypatch.setattr(pipeline, "compress_block", watched)
+    slimlm.compress(folder, tmp_path / "disk", **options, memory=1000, notify=told.append)
     assert any("activations (108.0 KiB) stay on the disk" in text for text in told)
-    assert seen[1:] == ["Batches"]
+    assert seen[1:] == ["FileBatches"]
     for file in (tmp_path / "memory").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes()
 
@@ -101,7 +102,7 @@ def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: 
 @pytest.mark.parametrize("asked", [{"data": "self"}, {"bits": 5.0, "recipe": "best"}])
 def test_what_needs_the_whole_model_is_refused_over_the_limit(tmp_path: Path, text_file: Path, asked: dict[str, Any]) -> None:
     folder = save(random_model("llama"), tmp_path / "m")
-    with pytest.raises(ModelError, match=r"whole model has to be in memory, .* more than --memory 97\.7 KiB"):
+    with pytest.raises(ModelError, match=r"whole model has to be in memory, .* more than the `memory` of 97\.7 KiB"):
         slimlm.compress(folder, tmp_path / "o", **{**OPTIONS, "data": str(text_file), **asked}, memory=100_000)
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 

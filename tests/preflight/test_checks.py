@@ -15,9 +15,10 @@ from slimlm.core.errors import DoesNotFitError
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
+from slimlm.storage import checkpoint
 from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
 from tests.conftest import random_model, save
-from tests.preflight.test_job import job_of
+from tests.preflight.test_needs import needs_of
 
 OPTIONS: dict[str, Any] = {"recipe": "absmax", "samples": 4, "length": 32}
 MEMORY = Memory(process=100, begin=0, block=60, end=0, activations=30, on_disk=False, least=50, total=1000, free=500)
@@ -32,7 +33,7 @@ def test_memory_is_refused_only_where_the_least_is_more_than_all_there_is() -> N
     assert check_memory(MEMORY, None) is None
     assert check_memory(with_memory(total=None, free=None, least=10**9), None) is None
     assert check_memory(with_memory(total=50), None) is None
-    with pytest.raises(DoesNotFitError, match=r"at least 50 bytes, and there are 49 bytes.*--memory SIZE"):
+    with pytest.raises(DoesNotFitError, match=r"at least 50 bytes, and there are 49 bytes.*`memory`"):
         check_memory(with_memory(total=49), None)
     assert check_memory(with_memory(total=49), 50) is None, "one who says that there is more is believed"
 
@@ -44,7 +45,7 @@ def test_memory_that_is_tight_is_told_with_what_would_help() -> None:
 
 
 def test_the_advice_is_about_what_takes_the_most() -> None:
-    few, no_covariances = "Fewer --samples", "fewer --samples do not"
+    few, no_covariances = "Fewer `samples`", "fewer `samples` do not"
     assert few in str(check_memory(with_memory(free=99, activations=70), None))
     assert no_covariances in str(check_memory(with_memory(free=60, covariances=40), None))
     with pytest.raises(DoesNotFitError, match=r"40 bytes of it are covariances.*every expert.*\(slim, absmax\)"):
@@ -53,50 +54,50 @@ def test_the_advice_is_about_what_takes_the_most() -> None:
 
 def test_a_mixture_whose_covariances_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(random_model("mixtral"), tmp_path / "m")
-    there = job_of(folder, "gptq").least_bytes - 1
+    there = needs_of(folder, "gptq").least_bytes - 1
     monkeypatch.setattr("slimlm.preflight.estimate.total_and_free", lambda: (there, there))
-    check_memory(memory_of(job_of(folder, "slim"), None), None)
+    check_memory(memory_of(needs_of(folder, "slim"), None), None)
     with pytest.raises(DoesNotFitError, match="the memory does not suffice"):
-        check_memory(memory_of(job_of(folder, "gptq"), None), None)
+        check_memory(memory_of(needs_of(folder, "gptq"), None), None)
 
 
 def test_the_disk_is_refused_where_output_and_journal_do_not_fit(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, journal = job_of(llama_folder, "absmax"), tmp_path / "o.partial"
-    needed = job.disk_bytes
+    needs, journal = needs_of(llama_folder, "absmax"), tmp_path / "o.partial"
+    needed = needs.disk_bytes
 
     def free(size: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, size))
 
     free(2 * needed)
-    assert check_disk(job, tmp_path / "deep" / "o", journal) is None
+    assert check_disk(needs, tmp_path / "deep" / "o", journal) is None
     free(needed)
-    assert "nearly full" in str(check_disk(job, tmp_path / "o", journal))
+    assert "nearly full" in str(check_disk(needs, tmp_path / "o", journal))
     free(needed - 1)
-    with pytest.raises(DoesNotFitError, match="another disk, or fewer --samples"):
-        check_disk(job, tmp_path / "o", journal)
+    with pytest.raises(DoesNotFitError, match="another disk, or fewer `samples`"):
+        check_disk(needs, tmp_path / "o", journal)
     journal.mkdir()
     (journal / "block-0001.safetensors").write_bytes(b"x")
-    assert check_disk(job, tmp_path / "o", journal) is not None, "what an unfinished run has written already counts"
+    assert check_disk(needs, tmp_path / "o", journal) is not None, "what an unfinished run has written already counts"
 
 
 def test_a_run_takes_no_more_disk_than_was_said(
     llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = 0
-    write = slimlm.pipeline.checkpoint.write_record
+    write = checkpoint.write_record
 
     def counted(folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
         nonlocal most
         most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
         write(folder, record, files)
 
-    monkeypatch.setattr(slimlm.pipeline.checkpoint, "write_record", counted)
+    monkeypatch.setattr(checkpoint, "write_record", counted)
     slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **OPTIONS)
-    job = job_of(llama_folder, "absmax", samples=4)
-    headers = 3 * 200 * len(job.dense.weights)
-    assert job.disk_bytes <= most + job.activations_bytes and most <= job.disk_bytes + headers
+    needs = needs_of(llama_folder, "absmax", samples=4)
+    headers = 3 * 200 * len(needs.dense.weights)
+    assert needs.disk_bytes <= most + needs.activations_bytes and most <= needs.disk_bytes + headers
 
 
 def test_compress_refuses_what_cannot_fit_and_leaves_nothing(

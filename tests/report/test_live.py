@@ -7,7 +7,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from slimlm.cli.app import app
-from slimlm.events import BlockDone, BlockWatch, Event, LayerDone, both, quiet
+from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
 from slimlm.report.live import Display, Lines, Progress, duration, progress_on
 
@@ -77,12 +77,12 @@ def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -
     lines(Event("open the model", 0, 1))
     lines(Event("open the model", 1, 1))
     lines(Event("compress", 1, 3, blocks=(block(1, None, 0.5),)))
-    watch = BlockWatch(lines, "layers.1", 1, 3)
-    watch.doing("read")
-    watch.doing("measure", "q0", "q1")
-    watch.finished_layer(LayerDone(record("layers.1.q0", 0.25), 64, 2.0))
+    progress = BlockProgress(lines, "layers.1", 1, 3)
+    progress.doing("read")
+    progress.doing("measure", "q0", "q1")
+    progress.finished_layer(LayerDone(record("layers.1.q0", 0.25), 64, 2.0))
     clock.now += 90
-    watch.finished(block(2, 90, 0.25, 0.75).records, 90)
+    progress.finished(block(2, 90, 0.25, 0.75).records, 90)
     lines(Event("compress", 3, 3, blocks=(block(3, 30),)))
     assert file.getvalue().splitlines() == [
         "open the model",
@@ -113,9 +113,9 @@ def test_the_display_shows_block_layers_stage_errors_and_times() -> None:
     console.print(display)
     display(Event("compress", 0, 4))
     after(display.progress, clock, block(1, 60, 0.25, 0.75), total=4)
-    watch = BlockWatch(display, "model.layers.1", 1, 4)
-    watch.finished_layer(LayerDone(record("model.layers.1.mlp.down_proj", 0.125), 64, 2.0))
-    watch.doing("measure", "self_attn.q_proj", "self_attn.k_proj")
+    progress = BlockProgress(display, "model.layers.1", 1, 4)
+    progress.finished_layer(LayerDone(record("model.layers.1.mlp.down_proj", 0.125), 64, 2.0))
+    progress.doing("measure", "self_attn.q_proj", "self_attn.k_proj")
     clock.now += 3
     console.print(display)
     text = console.file.getvalue()  # type: ignore[attr-defined]

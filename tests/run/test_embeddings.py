@@ -31,9 +31,10 @@ from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
 from slimlm.models.bundled import bundled_model
-from slimlm.pipeline import asked_recipe
-from slimlm.recipe import open_recipe, shipped
-from slimlm.run.embeddings import GROUP, compress_ends, ends_of
+from slimlm.models.embeddings import GROUP_SIZE, embeddings_of
+from slimlm.recipe import Recipe, open_recipe, shipped
+from slimlm.run.config import RunConfig
+from slimlm.run.embeddings import compress_embeddings
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers
@@ -62,10 +63,10 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest point of the grid, written out group by group."""
     found = torch.empty_like(weight)
     top = 2 ** (bits - 1) - 1
-    for start in range(0, weight.shape[1], GROUP):
-        piece = weight[:, start : start + GROUP]
+    for start in range(0, weight.shape[1], GROUP_SIZE):
+        piece = weight[:, start : start + GROUP_SIZE]
         scale = (piece.abs().amax(dim=1, keepdim=True) / top).half().float()
-        found[:, start : start + GROUP] = (piece / scale).round() * scale
+        found[:, start : start + GROUP_SIZE] = (piece / scale).round() * scale
     return found
 
 
@@ -85,15 +86,15 @@ def test_both_ends_become_the_nearest_points_of_a_grid_and_tied_ones_stay_one(
     names = {name for name, module in model.named_modules() if module is embedding or module is head}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name for name in names if f"{name}.weight" in stored}
-    assert {end.name for end in record.ends} == kept
+    assert {end.name for end in record.embeddings} == kept
     assert len(kept) == (1 if family in TIED else 2)
-    for end in record.ends:
+    for end in record.embeddings:
         own = [t for name, t in stored.items() if name.startswith(f"{end.name}.weight")]
         assert end.bits == sum(8 * t.numel() * t.element_size() for t in own)
         weight = weights[0] if end.name.endswith(("embed_tokens", "wte")) else weights[1]
         assert end.error == pytest.approx(float((rounded(weight, bits) - weight).norm() / weight.norm()), rel=1e-3)
     # The figure of the blocks is theirs alone.
-    assert not {layer.name for layer in record.layers} & names and not names & record.left.keys()
+    assert not {layer.name for layer in record.layers} & names and not names & record.skipped.keys()
 
 
 def test_slimlm_and_transformers_load_the_same_and_save_the_same(family: str, tmp_path: Path, text_file: Path) -> None:
@@ -220,25 +221,25 @@ class Bounded(nn.Linear):
         return super().forward(x).tanh()
 
 
-def left_of(model: PreTrainedModel) -> dict[str, str]:
-    ends = ends_of(model, 8)
-    compress_ends(model, ends)
+def skipped_of(model: PreTrainedModel) -> dict[str, str]:
+    embeddings = embeddings_of(model, 8)
+    compress_embeddings(model, embeddings)
     packed = {n for n, m in model.named_modules() if isinstance(m, CompressedEmbedding | CompressedLinear)}
-    assert packed == {name for name in (ends.embedding, ends.head) if name is not None}
-    assert not packed & ends.left.keys()
-    return ends.left
+    assert packed == set(embeddings.names)
+    assert not packed & embeddings.skipped.keys()
+    return embeddings.skipped
 
 
 def test_what_computes_something_else_stays_and_says_why() -> None:
     odd = random_model("llama")
     odd.model.embed_tokens = Odd(256, 48)
-    assert left_of(odd) == {"model.embed_tokens": "a Odd, which may do more than look up"}
+    assert skipped_of(odd) == {"model.embed_tokens": "a Odd, which may do more than look up"}
     bounded = random_model("llama")
     bounded.lm_head = Bounded(48, 256)
-    assert left_of(bounded) == {"lm_head": "a Bounded, not an nn.Linear"}
+    assert skipped_of(bounded) == {"lm_head": "a Bounded, not an nn.Linear"}
     changing = random_model("llama")
     changing.model.embed_tokens.max_norm = 1.0
-    assert left_of(changing) == {"model.embed_tokens": "its rows change while they are looked up (max_norm)"}
+    assert skipped_of(changing) == {"model.embed_tokens": "its rows change while they are looked up (max_norm)"}
 
 
 def test_of_two_tied_ends_both_stay_or_none() -> None:
@@ -246,11 +247,14 @@ def test_of_two_tied_ends_both_stay_or_none() -> None:
     head = Bounded(48, 256, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    assert left_of(model) == {"model.embed_tokens": "tied to one that stays", "lm_head": "a Bounded, not an nn.Linear"}
+    assert skipped_of(model) == {
+        "model.embed_tokens": "tied to one that is not compressed",
+        "lm_head": "a Bounded, not an nn.Linear",
+    }
     shared = random_model("llama")
     shared.model.layers[0].extra = nn.Linear(48, 256, bias=False)
     shared.model.layers[0].extra.weight = shared.lm_head.weight
-    assert left_of(shared) == {"lm_head": "model.layers.0.extra has the same weight"}
+    assert skipped_of(shared) == {"lm_head": "model.layers.0.extra has the same weight"}
 
 
 def test_what_stays_is_named_in_the_record_and_the_rest_is_compressed(tmp_path: Path, text_file: Path) -> None:
@@ -259,8 +263,8 @@ def test_what_stays_is_named_in_the_record_and_the_rest_is_compressed(tmp_path: 
     options = {**sizes, **ENDS, "vocab_size": 256, "max_position_embeddings": 64, "tie_word_embeddings": False}
     record = squeezed(BioGptForCausalLM(BioGptConfig(**options)).eval(), tmp_path, text_file).record
     reason = "a BioGptScaledWordEmbedding, which may do more than look up"
-    assert record.left == {"biogpt.embed_tokens": reason}
-    assert [end.name for end in record.ends] == ["output_projection"]
+    assert record.skipped == {"biogpt.embed_tokens": reason}
+    assert [end.name for end in record.embeddings] == ["output_projection"]
 
 
 def test_sixteen_bits_leave_both_as_they_are_stored(tmp_path: Path, text_file: Path) -> None:
@@ -268,7 +272,7 @@ def test_sixteen_bits_leave_both_as_they_are_stored(tmp_path: Path, text_file: P
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16
-    assert record.ends == () and record.left == {"lm_head": "outside the blocks"}
+    assert record.embeddings == () and record.skipped == {"lm_head": "outside the blocks"}
 
 
 def test_the_blocks_layers_come_out_the_same_with_and_without(tmp_path: Path, text_file: Path) -> None:
@@ -285,7 +289,7 @@ def test_at_eight_bits_the_bundled_model_s_perplexity_hardly_moves() -> None:
     tokens = token_stream(opened.tokenizer, documents("stdlib", "evaluation"), at_most=4 * 512)
     windows = windows_of(tokens, 512, source="stdlib")
     before = perplexity(opened.model, windows).value
-    compress_ends(opened.model, ends_of(opened.model, 8))
+    compress_embeddings(opened.model, embeddings_of(opened.model, 8))
     assert perplexity(opened.model, windows).value == pytest.approx(before, rel=0.005)
 
 
@@ -301,13 +305,16 @@ def test_of_the_shipped_recipes_only_the_best_ones_ask_for_it() -> None:
 @pytest.mark.parametrize("bits", [3, 9, 0, 17, True, 8.0, "8"])
 def test_other_bits_are_refused_in_words(bits: Any) -> None:
     with pytest.raises(RecipeError, match="4 to 8 bits, or 16"):
-        asked_recipe("slim", bits)
+        RunConfig(model="m", recipe="slim", embedding_bits=bits)
 
 
 def test_a_number_given_takes_precedence_over_the_recipe_s() -> None:
-    assert asked_recipe("best", 16).embedding_bits == 16
-    assert asked_recipe("slim", 5).embedding_bits == 5
-    assert asked_recipe("best", None) == open_recipe("best")
+    def opened(recipe: str, bits: int | None) -> Recipe:
+        return RunConfig(model="m", recipe=recipe, embedding_bits=bits).opened_recipe
+
+    assert opened("best", 16).embedding_bits == 16
+    assert opened("slim", 5).embedding_bits == 5
+    assert opened("best", None) == open_recipe("best")
 
 
 def test_the_command_line_asks_and_shows(
@@ -325,5 +332,5 @@ def test_the_command_line_asks_and_shows(
     rows = [line for line in typed("inspect", tmp_path / "out").splitlines() if line.startswith(("lm_head ", "model.embed"))]
     assert len(rows) == 4  # a row in the table of layers and one in the summary for each
     data = json.loads(typed("inspect", tmp_path / "out", "--json"))
-    assert [end["name"] for end in data["ends"]] == ["model.embed_tokens", "lm_head"]
+    assert [end["name"] for end in data["embeddings"]] == ["model.embed_tokens", "lm_head"]
     assert data["recipe"]["embedding_bits"] == 8

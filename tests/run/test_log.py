@@ -25,7 +25,7 @@ import os, sys
 import slimlm
 
 model, out, text = sys.argv[1:]
-slimlm.pipeline.write = lambda *_: os._exit(9)
+slimlm.pipeline.assemble = lambda *_: os._exit(9)
 slimlm.compress(model, out, recipe="slim", data=text, samples=6, length=32)
 """
 
@@ -110,7 +110,7 @@ def test_a_run_that_stops_says_so_without_the_words_of_the_error(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "verify", stop)
+    monkeypatch.setattr(pipeline, "verify_written", stop)
     with pytest.raises(KeyboardInterrupt):
         slimlm.compress(model, tmp_path / "o", **options(text_file))
     assert entries(tmp_path / "o.log.jsonl")[-1] == {"event": "stopped", "why": "KeyboardInterrupt"}
@@ -133,7 +133,8 @@ def test_in_a_folder_that_is_there_the_log_lies_inside(model: Path, text_file: P
     slimlm.load(out)
 
 
-def test_matched_blocks_are_logged_as_they_are_stored(model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_reconstructed_blocks_are_logged_as_they_are_stored(model: Path, text_file: Path, tmp_path: Path) -> None:
     result = slimlm.compress(model, tmp_path / "o", **options(text_file, "best-matched"))
     layers = [line for line in entries(tmp_path / "o.log.jsonl") if line["event"] == "layer"]
-    assert [(line["error"], tuple(line["matched"])) for line in layers] == [(r.error, r.matched) for r in result.record.layers]
+    logged = [(line["error"], tuple(line["reconstruction"])) for line in layers]
+    assert logged == [(record.error, record.reconstruction) for record in result.record.layers]

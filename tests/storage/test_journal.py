@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import slimlm
+from slimlm import pipeline
 from slimlm.recipe import recipe_from_dict
-from slimlm.run import block
+from slimlm.run.block import BlockTask
 from slimlm.storage import set_aside
 from slimlm.storage.journal import open_journal
 from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
@@ -25,12 +26,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupted(at: str) -> Callable[..., Any]:
     """What compresses a block, and is interrupted at the block whose name ends so."""
-    real = block.compress_block
+    real = pipeline.compress_block
 
-    def stopping(block: Any, name: str, *arguments: Any) -> Any:
-        if name.endswith(at):
+    def stopping(task: BlockTask) -> Any:
+        if task.name.endswith(at):
             raise KeyboardInterrupt
-        return real(block, name, *arguments)
+        return real(task)
 
     return stopping
 
@@ -46,12 +47,12 @@ def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatc
 
     told: list[str] = []
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("slimlm.pipeline.compress_blocks", stop)
-        slimlm.compress(model, tmp_path / "o", **asked, tell=told.append)
-    assert "the same line goes on from there" in told[-1]
+        patched.setattr("slimlm.pipeline.starting_streams", stop)
+        slimlm.compress(model, tmp_path / "o", **asked, notify=told.append)
+    assert "the same call resumes from there" in told[-1]
     # Neither a plan nor the model's own text is made again, so the whole model is not opened.
-    monkeypatch.setattr("slimlm.pipeline.make_plan", stop)
-    monkeypatch.setattr("slimlm.pipeline.open_dense", stop)
+    monkeypatch.setattr("slimlm.run.prepare.make_plan", stop)
+    monkeypatch.setattr("slimlm.run.prepare.open_dense", stop)
     slimlm.compress(model, tmp_path / "o", **asked)
     same(tmp_path / "undisturbed", tmp_path / "o")
 
@@ -67,14 +68,14 @@ def test_another_recipe_model_or_text_is_refused_and_said_and_restart_begins_ane
     text.write_bytes(text_file.read_bytes())
     out = tmp_path / "o"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("slimlm.run.block.compress_block", interrupted(".1"))
+        patched.setattr("slimlm.pipeline.compress_block", interrupted(".1"))
         slimlm.compress(model, out, recipe="slim", data=str(text), samples=6, length=32)
     journal = out.with_name("o.partial")
     left = {path.name: path.read_bytes() for path in journal.iterdir() if path.name != "slimlm.lock"}
     typed = ["compress", model, "-o", out, "--data", text, "--samples", 6, "--length", 32]
     said = line.refused(*typed, "--recipe", "absmax")
     assert "holds another run, with 1 finished blocks" in said
-    assert 'recipe.name was "slim" and is "absmax"' in said and "--restart" in said
+    assert 'recipe.name was "slim" and is "absmax"' in said and "restart" in said
     assert "calibration.seed was 0 and is 1" in line.refused(*typed, "--recipe", "slim", "--seed", 1)
     other = save(random_model("llama-tied"), tmp_path / "other")
     assert "model.model.safetensors was" in line.refused("compress", other, *typed[2:], "--recipe", "slim")
@@ -100,7 +101,7 @@ def test_a_run_that_failed_does_not_hold_the_lock(tmp_path: Path) -> None:
 def begun(model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A run that was interrupted after one block; gives the files of its journal."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("slimlm.run.block.compress_block", interrupted(".1"))
+        patched.setattr("slimlm.pipeline.compress_block", interrupted(".1"))
         slimlm.compress(model, out, recipe="slim", data=str(text), samples=6, length=32)
     return kept_in(out.with_name("o.partial"))
 
@@ -126,12 +127,12 @@ def test_a_restart_that_is_refused_drops_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("slimlm.pipeline.plan_of", stop)
+        patched.setattr("slimlm.pipeline.decide", stop)
         status, _, said = line(*typed, "--data", text_file, "--restart")
-    assert status == 130 and "before --restart still is" in " ".join(said.split())
+    assert status == 130 and "nothing of it is kept; what was in" in " ".join(said.split())
     assert kept_in(out.with_name("o.partial")) == left
     status, _, said = line(*typed, "--data", text_file)
-    assert status == 0 and "going on after block 1 of" in said
+    assert status == 0 and "resuming after block 1 of" in said
 
 
 class KilledError(BaseException):

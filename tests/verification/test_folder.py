@@ -82,7 +82,7 @@ def set_at(index: Any, value: Any) -> Callable[[Tensor], Tensor]:
 
 def test_a_sound_folder_is_found_sound(packed: Path) -> None:
     found = slimlm.verify(packed)
-    assert (found.problems, found.notes, found.left, found.checksums) == ((), (), (), "tensors")
+    assert (found.problems, found.notes, found.skipped, found.checksums) == ((), (), (), "tensors")
     assert (found.compressed, found.embeddings, found.shards) == (15, 1, len(list(packed.glob("*.safetensors"))))
     assert found.shards > 1 and found.measured is None
     assert found.recorded is not None and found.recorded["tokens"] == 6 * 31
@@ -151,9 +151,9 @@ def test_a_tensor_left_over_or_missing_is_named(copy: Path) -> None:
 
 def test_a_linear_layer_that_nobody_accounts_for_is_named(packed: Path, tmp_path: Path, text_file: Path) -> None:
     out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), **OPTIONS).path
-    assert slimlm.verify(out).left == ("lm_head",)
-    rewrite(out / "slimlm.json", lambda record: record["left"].pop("lm_head"))
-    assert slimlm.verify(out).problems == ("lm_head is a linear layer that is neither compressed nor recorded as left dense",)
+    assert slimlm.verify(out).skipped == ("lm_head",)
+    rewrite(out / "slimlm.json", lambda record: record["skipped"].pop("lm_head"))
+    assert slimlm.verify(out).problems == ("lm_head is a linear layer that is neither compressed nor recorded as skipped",)
 
 
 def test_a_record_that_says_something_else_is_told(copy: Path) -> None:
@@ -233,7 +233,7 @@ def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed:
 def test_compress_tells_of_an_explosion(packed: Path, tmp_path: Path, text_file: Path) -> None:
     told: list[str] = []
     with mock.patch("slimlm.record._EXPLODED", 0.1):
-        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), tell=told.append, **OPTIONS).path
+        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS).path
         assert any("the perplexity exploded" in words for words in told)
         assert any("the perplexity exploded" in words for words in slimlm.verify(out).notes)
 

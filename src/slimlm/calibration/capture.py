@@ -220,7 +220,7 @@ def stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: 
     compressed one after another, each is measured on what the compressed ones before it hand over. Found by running one
     batch of the first rank's; layers that it leaves out come last.
     """
-    return flow.group.told(lambda: _stages_of(block, name, linears, flow, device))
+    return flow.group.broadcast(lambda: _stages_of(block, name, linears, flow, device))
 
 
 def _stages_of(block: nn.Module, name: str, linears: dict[str, nn.Module], flow: Flow, device: torch.device) -> list[list[str]]:
@@ -290,7 +290,7 @@ def measure(
                 )
     if flow.group.size > 1:
         owner, sums = _of_all_ranks(owner, sums, flow.group, device)
-    whole = sum(flow.group.exchanged(sum(len(hidden) for hidden in flow.hidden))) * length
+    whole = sum(flow.group.all_gather(sum(len(hidden) for hidden in flow.hidden))) * length
     place = _resting_place(sums.values(), device)
     pooled = _pooled(block, linears, {layer: sums[own] for layer, own in owner.items()}, whole, place)
     stats = {own: s.stats(place) for own, s in sums.items() if s.tokens}
@@ -349,7 +349,7 @@ def _of_all_ranks(
     owner: dict[str, str], sums: "dict[str, _Sums]", group: Group, device: torch.device
 ) -> "tuple[dict[str, str], dict[str, _Sums]]":
     """Who shares a measurement with whom, and the sums, over all ranks; a rank may not have met every layer (an expert)."""
-    reports = group.exchanged([owner, {layer: own.report() for layer, own in sums.items()}])
+    reports = group.all_gather([owner, {layer: own.report() for layer, own in sums.items()}])
     owners = {layer: first for owned, _ in reversed(reports) for layer, first in owned.items()}
     found = {}
     for layer in dict.fromkeys(layer for _, reported in reports for layer in reported):
@@ -393,7 +393,7 @@ def measure_drift(
     None where the layer's output is not added to the block's output as it is (an inner layer, a norm after it, an expert),
     which one batch tells: a small change of the layer's output must appear unchanged in the block's.
     """
-    if not flow.group.told(lambda: _adds_to_output(block, name, linear, Flow(flow.hidden[:1], flow.arguments), device)):
+    if not flow.group.broadcast(lambda: _adds_to_output(block, name, linear, Flow(flow.hidden[:1], flow.arguments), device)):
         return None
     total: Tensor | float = 0.0
     tokens = 0
@@ -407,7 +407,7 @@ def measure_drift(
     finally:
         handle.remove()
     assert isinstance(total, Tensor)
-    total, tokens = flow.group.total(total), sum(flow.group.exchanged(tokens))
+    total, tokens = flow.group.all_reduce_sum(total), sum(flow.group.all_gather(tokens))
     if not bool(total.isfinite().all()):
         raise NumericsError(f"the outputs of {name} hold NaN or infinity; the model overflows on the calibration text")
     return (total / tokens).float().cpu()
@@ -498,12 +498,12 @@ class _Sums:
             if key in shapes:
                 own = getattr(self, key)
                 own = own if isinstance(own, Tensor) else torch.zeros(shapes[key], dtype=torch.float64, device=device)
-                setattr(self, key, group.total(own.contiguous()))
+                setattr(self, key, group.all_reduce_sum(own.contiguous()))
         for key in self._LARGEST:
             if key in shapes:
                 own = getattr(self, key)
                 # Magnitudes, so that zero says nothing.
-                setattr(self, key, group.most(torch.zeros(shapes[key], device=device) if own is None else own))
+                setattr(self, key, group.all_reduce_max(torch.zeros(shapes[key], device=device) if own is None else own))
 
     @profiled("statistics")
     def add(self, x: Tensor, original: Tensor | None = None, *, whole: int = 0) -> None:

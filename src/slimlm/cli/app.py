@@ -22,7 +22,7 @@ from slimlm.cli.plan import plan
 from slimlm.cli.verb import Verb
 from slimlm.cli.verify import verify
 from slimlm.core.errors import SlimlmError
-from slimlm.distributed.environment import speaks, started
+from slimlm.distributed.environment import reports, world_size
 
 VERBS = (
     ("compress", compress),
@@ -69,7 +69,7 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
-    if started() > 1 and context.invoked_subcommand != "compress":
+    if world_size() > 1 and context.invoked_subcommand != "compress":
         raise SlimlmError(
             f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
         )
@@ -83,7 +83,7 @@ def main() -> None:
         with _errors_of_transformers_alone():
             _run(arguments)
     except SlimlmError as error:
-        _end(str(error) if speaks(error) else None, debug=debug)
+        _end(str(error) if reports(error) else None, debug=debug)
     except BrokenPipeError:
         _silence_output()
         sys.exit(UNREAD)

@@ -7,7 +7,7 @@ import typer
 
 from slimlm.cli import options
 from slimlm.cli.console import notes, notifier, output, print_json, say
-from slimlm.distributed.environment import own_rank
+from slimlm.distributed.environment import global_rank
 from slimlm.recipes import DEFAULT_RECIPE
 
 
@@ -48,7 +48,7 @@ def compress(
             bits=bits,
             objective=objective,
             embedding_bits=embedding_bits,
-            tell=notifier(context),
+            notify=notifier(context),
             data=data,
             samples=samples,
             length=length,
@@ -58,7 +58,7 @@ def compress(
             restart=restart,
             progress=observer,
         )
-    if own_rank() > 0:
+    if global_rank() > 0:
         return
     kernels = kernels_for(result.path)
     if as_json:

@@ -38,9 +38,9 @@ def evaluate(
     from slimlm.cli.opened import refuse_cpu_kernels, show_kernels, text_samples
     from slimlm.evaluation.compare import open_any, same_tokens
     from slimlm.models.structure import context_length
-    from slimlm.pipeline import pick_device
     from slimlm.report.live import progress_on
     from slimlm.report.tables import plain_table, size
+    from slimlm.run.config import pick_device
     from slimlm.storage import checkpoint
 
     where = pick_device(device)
@@ -49,7 +49,7 @@ def evaluate(
         if (folder / checkpoint.RECORD).is_file():
             checkpoint.verify_files(folder)
     refuse_cpu_kernels(kernels, where)
-    models = [open_any(source, kernels=kernels, device=where, tell=notifier(context)) for source in sources]
+    models = [open_any(source, kernels=kernels, device=where, notify=notifier(context)) for source in sources]
     for opened in models:
         show_kernels(opened)
     contexts = [found for opened in models if (found := context_length(opened.model)) is not None]

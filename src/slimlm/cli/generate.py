@@ -33,14 +33,14 @@ def generate(
     from slimlm.evaluation.compare import open_any
     from slimlm.inference.generate import TextStream, room_for
     from slimlm.inference.generate import generate as generate_tokens
-    from slimlm.pipeline import pick_device
     from slimlm.report.tables import generation_lines
+    from slimlm.run.config import pick_device
     from slimlm.runtime.whole_model import prefer_fast
 
     check_seed(seed)
     where = pick_device(device)
     refuse_cpu_kernels(kernels, where)
-    opened = open_any(model, kernels=kernels, device=where, tell=notifier(context))
+    opened = open_any(model, kernels=kernels, device=where, notify=notifier(context))
     prefer_fast(opened.model)
     ids = _prompt_tokens(opened, prompt)
     room_for(opened.model, len(ids))

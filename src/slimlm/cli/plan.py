@@ -46,7 +46,7 @@ def plan(
     _refuse_file(save)
     limit = options.bytes_of(memory)
 
-    from slimlm.pipeline import estimate, has_auto_rank
+    from slimlm.pipeline import estimate
     from slimlm.pipeline import plan as make_plan
     from slimlm.recipe import open_recipe, to_toml
     from slimlm.report.estimate import estimate_table
@@ -55,8 +55,8 @@ def plan(
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}
     asked |= {"data": data, "samples": samples, "length": length, "seed": seed, "device": device, "memory": limit}
-    asked["tell"] = notifier(context)
-    planning = bits is not None or has_auto_rank(opened)
+    asked["notify"] = notifier(context)
+    planning = bits is not None or opened.has_auto_rank
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with progress_on(notes, silent=quiet) as observer:

@@ -34,8 +34,8 @@ def verify(
         if text is None and given is not None:
             raise SlimlmError(f"{option} needs --text: it says how much of a text is read, and none is named")
 
-    from slimlm.pipeline import pick_device
     from slimlm.report.tables import verified_table
+    from slimlm.run.config import pick_device
     from slimlm.verification.folder import verify as verify_folder
 
     samples = None if text is None else _samples_for(folder, text, length, max_tokens or _MAX_TOKENS)

@@ -44,7 +44,7 @@ class DoesNotFitError(SlimlmError):
 class RanksError(SlimlmError):
     """One of several processes that work together has ended, so the others end too."""
 
-    def __init__(self, words: str, *, speaks: bool = False) -> None:
-        super().__init__(words)
-        self.speaks = speaks
-        """whether this process is to tell the user, although it is not the first"""
+    def __init__(self, message: str, *, reported_here: bool = False) -> None:
+        super().__init__(message)
+        self.reported_here = reported_here
+        """whether this process reports it to the user, although it is not the first"""

@@ -7,21 +7,21 @@ from slimlm.core.errors import RanksError, SlimlmError
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def started() -> int:
-    """How many ranks the launcher started; 1 where there is none."""
+def world_size() -> int:
+    """How many ranks the launcher started; 1 where there is no launcher."""
     return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in _NEEDED) else 1
 
 
-def own_rank() -> int:
+def global_rank() -> int:
     """This process's number among the ranks, counted from 0."""
-    return int(os.environ["RANK"]) if started() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Its number among those on this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if started() > 1 else 0
+    """Its number among the ranks on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
-def speaks(error: SlimlmError) -> bool:
+def reports(error: SlimlmError) -> bool:
     """Whether this rank is the one to report an error to the user."""
-    return own_rank() == 0 or (isinstance(error, RanksError) and error.speaks)
+    return global_rank() == 0 or (isinstance(error, RanksError) and error.reported_here)

@@ -1,7 +1,7 @@
-"""The processes ("ranks") that share a run, and what passes between them.
+"""The processes ("ranks") that share a run, and the collective operations between them.
 
-Code that is handed a `Group` reads the same for one process and for many: `Group` itself is the single process, for which
-nothing passes anywhere. `Ranks` speaks by torch.distributed. Plain data go as JSON and tensors as their bytes; nothing is
+Code that is given a `Group` reads the same for one process and for many: `Group` itself is a single process, for which every
+operation is the identity. `Ranks` uses torch.distributed. Plain data are sent as JSON and tensors as their bytes; nothing is
 pickled. Sums are added in the order of the ranks, in the dtype they come in, so that the same ranks give the same bits.
 """
 
@@ -19,12 +19,12 @@ from torch.distributed.distributed_c10d import Store
 
 from slimlm.distributed.liveness import Watch
 
-_AT_ONCE = 2**23
+_ELEMENTS_AT_ONCE = 2**23
 """Elements that are summed at a time: a covariance of a wide layer is not held once more for every rank."""
-_PATIENCE = timedelta(days=30)
-"""A rank may compute for hours before it answers. Whether it is alive is for `Watch` to say, not for a timeout."""
-_NAP = 0.02
-"""The longest pause, in seconds, between two looks at whether something has arrived."""
+_TIMEOUT = timedelta(days=30)
+"""A rank may compute for hours before it answers. `Watch` finds out whether it is alive; a timeout does not."""
+_LONGEST_PAUSE = 0.02
+"""The longest pause, in seconds, between two checks whether something has arrived."""
 
 
 class Group:
@@ -32,40 +32,40 @@ class Group:
 
     rank: int = 0
     size: int = 1
-    here: int = 1
+    local_size: int = 1
     """how many ranks share this machine"""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes files and reports to the user."""
         return self.rank == 0
 
-    def told(self, make: Callable[[], Any]) -> Any:
-        """What the first rank makes, plain data that JSON keeps, on every rank."""
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first rank (plain data that JSON keeps), on every rank; others do not call it."""
         return make()
 
-    def tensor_told(self, make: Callable[[], Tensor]) -> Tensor:
-        """As `told`, for a tensor on the CPU."""
+    def broadcast_tensor(self, make: Callable[[], Tensor]) -> Tensor:
+        """As `broadcast`, for a tensor on the CPU."""
         return make()
 
-    def exchanged(self, value: Any) -> list[Any]:
-        """Plain data of every rank, in their order."""
+    def broadcast_from(self, owner: int, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Plain data and tensors of the rank `owner`, on every rank, there on the CPU; what other ranks pass is ignored."""
+        return value, tensors
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Plain data of every rank, in their order, on every rank."""
         return [value]
 
-    def shared(self, owner: int, about: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Plain data and tensors of the rank `owner`, on every rank, there on the CPU; what others give is not looked at."""
-        return about, tensors
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, in their order; `tensor` may be changed."""
+        return tensor
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, in their order; `own` may be changed."""
-        return own
-
-    def most(self, own: Tensor) -> Tensor:
-        """The largest of each element over the ranks; `own` may be changed."""
-        return own
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over the ranks; `tensor` may be changed."""
+        return tensor
 
     def send(self, to: int, tensors: Iterable[Tensor]) -> None:
-        """Hand tensors to another rank, which must `receive` them; one of the two is the first."""
+        """Send tensors to another rank, which must `receive` them; one of the two is the first."""
         raise NotImplementedError("a single process sends nothing")
 
     def receive(self, source: int) -> Iterator[Tensor]:
@@ -74,30 +74,34 @@ class Group:
 
 
 ALONE = Group()
+"""The group of a run that has one process."""
 
 
 class Ranks(Group):
-    """Processes that torch.distributed connects. Whatever waits here ends with RanksError where another rank has ended."""
+    """Processes connected by torch.distributed. Every operation raises RanksError where another rank has ended."""
 
-    def __init__(self, watch: Watch, store: Store, backend: str, here: int) -> None:
-        """Connect; every rank must come here at the same time. store: for torch.distributed alone."""
-        self.rank, self.size, self.here = watch.rank, watch.size, here
+    def __init__(self, watch: Watch, store: Store, backend: str, local_size: int) -> None:
+        """Connect; every rank must call this at the same time. `store` is used by torch.distributed alone."""
+        self.rank, self.size, self.local_size = watch.rank, watch.size, local_size
         self.watch = watch
-        with watch.blamed():
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+        with watch.explaining_failures():
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
             # Two ranks in a group of their own, because a plain send cannot be asked whether it is done.
-            pairs = [dist.new_group([0, other], timeout=_PATIENCE, backend="gloo") for other in range(1, self.size)]
+            pairs = [dist.new_group([0, other], timeout=_TIMEOUT, backend="gloo") for other in range(1, self.size)]
         self._pairs = dict(enumerate(pairs, 1))
 
-    def told(self, make: Callable[[], Any]) -> Any:
+    def broadcast(self, make: Callable[[], Any]) -> Any:
         made = make() if self.first else None
-        theirs = self.shared(0, made, {})[0]
-        return made if self.first else theirs
+        received = self.broadcast_from(0, made, {})[0]
+        return made if self.first else received
 
-    def tensor_told(self, make: Callable[[], Tensor]) -> Tensor:
-        return self.shared(0, None, {"": make()} if self.first else {})[1][""]
+    def broadcast_tensor(self, make: Callable[[], Tensor]) -> Tensor:
+        return self.broadcast_from(0, None, {"": make()} if self.first else {})[1][""]
 
-    def exchanged(self, value: Any) -> list[Any]:
+    def broadcast_from(self, owner: int, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        return self._broadcast(owner, value, tensors, None)
+
+    def all_gather(self, value: Any) -> list[Any]:
         data = _bytes_of(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         self._wait(dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
@@ -108,12 +112,9 @@ class Ranks(Group):
         self._wait(dist.all_gather(found, padded, async_op=True))
         return [_value_of(each[:length]) for each, length in zip(found, lengths, strict=True)]
 
-    def shared(self, owner: int, about: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        return self._passed(owner, about, tensors, None)
-
-    def total(self, own: Tensor) -> Tensor:
-        for piece in own.view(-1).split(_AT_ONCE):
-            # Each rank adds one stripe up and hands the sum to all.
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        for piece in tensor.view(-1).split(_ELEMENTS_AT_ONCE):
+            # Each rank adds one stripe up and sends the sum to all.
             stripe = -(-len(piece) // self.size)
             mine = piece.new_zeros(self.size * stripe)
             mine[: len(piece)] = piece
@@ -124,46 +125,46 @@ class Ranks(Group):
                 first += other
             self._wait(dist.all_gather(list(mine.split(stripe)), first, async_op=True))
             piece.copy_(mine[: len(piece)])
-        return own
+        return tensor
 
-    def most(self, own: Tensor) -> Tensor:
-        self._wait(dist.all_reduce(own, dist.ReduceOp.MAX, async_op=True))
-        return own
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        self._wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
+        return tensor
 
     def send(self, to: int, tensors: Iterable[Tensor]) -> None:
         pair = self._pairs[max(to, self.rank)]
         for tensor in tensors:
-            self._passed(self.rank, True, {"": tensor}, pair)
-        self._passed(self.rank, False, {}, pair)
+            self._broadcast(self.rank, True, {"": tensor}, pair)
+        self._broadcast(self.rank, False, {}, pair)
 
     def receive(self, source: int) -> Iterator[Tensor]:
         pair = self._pairs[max(source, self.rank)]
         while True:
-            more, tensors = self._passed(source, None, {}, pair)
+            more, tensors = self._broadcast(source, None, {}, pair)
             if not more:
                 return
             yield tensors[""]
 
-    def leave(self) -> None:
-        """Disconnect."""
+    def disconnect(self) -> None:
+        """Leave torch.distributed."""
         dist.destroy_process_group()
 
-    def _passed(
-        self, owner: int, about: Any, tensors: dict[str, Tensor], among: dist.ProcessGroup | None
+    def _broadcast(
+        self, owner: int, value: Any, tensors: dict[str, Tensor], among: dist.ProcessGroup | None
     ) -> tuple[Any, dict[str, Tensor]]:
-        """What `owner` has, at everyone of a group of ranks (None: all)."""
+        """What `owner` passes, on every rank of a process group (None: all ranks)."""
         mine = self.rank == owner
-        kinds: dict[str, Any] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-        head = _bytes_of([about, kinds]) if mine else torch.empty(0, dtype=torch.uint8)
+        layout: dict[str, Any] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+        head = _bytes_of([value, layout]) if mine else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(head)])
         self._wait(dist.broadcast(size, owner, group=among, async_op=True))
         if not mine:
             head = torch.empty(int(size), dtype=torch.uint8)
         self._wait(dist.broadcast(head, owner, group=among, async_op=True))
         if not mine:
-            about, kinds = _value_of(head)
+            value, layout = _value_of(head)
         found = {}
-        for name, (dtype, shape) in kinds.items():
+        for name, (dtype, shape) in layout.items():
             if mine:
                 flat = tensors[name].detach().cpu().contiguous().view(-1)
             else:
@@ -171,20 +172,20 @@ class Ranks(Group):
                 found[name] = flat.view(shape)
             if len(flat):
                 self._wait(dist.broadcast(flat.view(torch.uint8), owner, group=among, async_op=True))
-        return about, tensors if mine else found
+        return value, tensors if mine else found
 
     def _wait(self, work: Any) -> None:
-        nap = 5e-5
+        pause = 5e-5
         while not work.is_completed():
-            self.watch.look()
-            time.sleep(nap)
-            nap = min(2 * nap, _NAP)
-        with self.watch.blamed():
+            self.watch.check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        with self.watch.explaining_failures():
             work.wait()
 
 
-def dealt(costs: dict[str, float], ranks: int) -> dict[str, int]:
-    """A rank for each job: the dearest first, each to the rank with the least to do (the lowest of several)."""
+def assign(costs: dict[str, float], ranks: int) -> dict[str, int]:
+    """A rank for each job: the most expensive first, each to the rank with the least to do (the lowest of several)."""
     loads = [0.0] * ranks
     found = {}
     for name, cost in sorted(costs.items(), key=lambda job: -job[1]):

@@ -1,4 +1,4 @@
-"""Become one of several ranks where a launcher (torchrun, or anything that sets what it sets) started several processes."""
+"""Join the ranks of a run where a launcher (torchrun, or anything that sets what it sets) started several processes."""
 
 import os
 import signal
@@ -16,21 +16,21 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from slimlm.core.errors import RanksError, SlimlmError
-from slimlm.distributed.environment import started
+from slimlm.distributed.environment import world_size
 from slimlm.distributed.group import ALONE, Group, Ranks
 from slimlm.distributed.liveness import Watch
 
 _RUNS = count()
-"""Runs of this process so far: each keeps its own words in the launcher's store."""
+"""Runs of this process so far: each has a prefix of its own in the launcher's store."""
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def join_ranks() -> Iterator[Group]:
     """The ranks of this run. An error on one of them ends all, each with RanksError where the error was another's.
 
-    A rank that dies without a word ends the others as soon as its connections break, or after `watch.SILENCE` seconds.
+    A rank that dies without a message ends the others as soon as its connections break, or after `liveness.SILENCE` seconds.
     """
-    if started() == 1:
+    if world_size() == 1:
         yield ALONE
         return
     if dist.is_initialized():
@@ -38,62 +38,64 @@ def joined() -> Iterator[Group]:
             "torch.distributed is set up already in this process; slimlm sets it up itself. Call slimlm.compress before that, "
             "or after torch.distributed.destroy_process_group()"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    backend = "cpu:gloo,cuda:nccl" if here <= torch.cuda.device_count() else "gloo"
-    store, rank, size = _met()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "cpu:gloo,cuda:nccl" if local_size <= torch.cuda.device_count() else "gloo"
+    store, rank, size = _rendezvous()
     run = f"slimlm-{next(_RUNS)}"
     watch = Watch(PrefixStore(run, store), rank, size)
-    with _terminated() as told_to_end:
-        watch.begin()
+    with _sigterm_as_interrupt() as terminated:
+        watch.start()
         group: Ranks | None = None
         try:
-            group = Ranks(watch, PrefixStore(f"{run}-group", store), backend, here)
+            group = Ranks(watch, PrefixStore(f"{run}-group", store), backend, local_size)
             yield group
         except RanksError:
             raise
         except KeyboardInterrupt:
-            watch.look()
-            if told_to_end.is_set():
+            watch.check()
+            if terminated.is_set():
                 # Launchers end the other ranks when one is gone.
-                watch.find_out()
-            watch.record("stopped", stopped=True)
+                watch.check_after_a_moment()
+            watch.leave_reason("stopped", stopped=True)
             raise
         except SlimlmError as error:
-            watch.record(str(error))
+            watch.leave_reason(str(error))
             raise
         except BaseException as error:
-            watch.record(f"{type(error).__name__}: {error}")
+            watch.leave_reason(f"{type(error).__name__}: {error}")
             raise
         finally:
-            watch.end()
+            watch.stop()
             if group is not None:
-                group.leave()
+                group.disconnect()
 
 
 @cache
-def _met() -> tuple[Store, int, int]:
+def _rendezvous() -> tuple[Store, int, int]:
     """The launcher's store, this rank and the number of ranks; one store serves all runs of a process."""
     try:
         return next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RanksError(f"the {started()} processes did not find one another at {place}: {error}", speaks=True) from error
+        raise RanksError(
+            f"the {world_size()} processes did not find one another at {place}: {error}", reported_here=True
+        ) from error
 
 
 @contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """Meanwhile SIGTERM ends the work as Ctrl-C does; gives what tells the two apart."""
-    told = threading.Event()
+def _sigterm_as_interrupt() -> Iterator[threading.Event]:
+    """Let SIGTERM end the work as Ctrl-C does; the event that is given is set by SIGTERM alone."""
+    terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield terminated
         return
 
-    def end(*_: Any) -> None:
-        told.set()
+    def terminate(*_: Any) -> None:
+        terminated.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        yield told
+        yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)

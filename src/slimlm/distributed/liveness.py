@@ -1,8 +1,8 @@
-"""Signs of life, and the words in which a run of many ranks ends.
+"""Heartbeats between the ranks, and the reason with which a run of many ranks ends.
 
-Each rank counts on, twice a second, under a key of its own in the store that torch.distributed keeps for all. A rank whose
-count stands still for `SILENCE` seconds is taken for dead, however long the others would have waited for it. A rank that ends
-with an error leaves its words in the store first, so that the others can say why they end.
+Each rank increments a counter of its own, twice a second, in the store that torch.distributed keeps for all. A rank whose
+counter does not change for `SILENCE` seconds is taken for dead, however long the others would have waited for it. A rank that
+ends with an error leaves its message in the store first, so that the others can report why they end.
 """
 
 import _thread
@@ -20,33 +20,34 @@ from torch.distributed.distributed_c10d import Store
 from slimlm.core.errors import RanksError
 
 SILENCE = 60.0
-"""Seconds without a sign of life after which a rank is taken for dead."""
-_BEAT = 0.5
+"""Seconds without a heartbeat after which a rank is taken for dead."""
+_INTERVAL = 0.5
+"""Seconds between two heartbeats."""
 _JOIN = timedelta(minutes=5)
 """How long ranks wait for one another at the beginning."""
-_LOOK = 4.0
-"""Seconds to find out who is missing, once something shows that somebody is."""
+_SEARCH = 4.0
+"""Seconds to find out which rank is missing, once a connection has failed."""
 _NOTICE = 5.0
-"""Seconds after which work that does not wait for others is interrupted because a rank has ended."""
+"""Seconds after which work that does not wait for other ranks is interrupted because a rank has ended."""
 
 
 class Watch:
-    """One rank's view of who is alive. Its thread runs from `begin` to `end`."""
+    """One rank's view of which ranks are alive. Its thread runs from `start` to `stop`."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, *, silence: float = SILENCE) -> None:
         self.rank, self.size = rank, size
-        self._store = store
+        self._store, self._silence = store, silence
         self._ended: RanksError | None = None
         self._stopped = False
         """whether a rank was stopped by its user"""
         self._hosts: list[str] = []
         self._seen: list[tuple[bytes, float]] = []
-        """each rank's count, and when it was new"""
+        """each rank's counter, and when it last changed"""
         self._over, self._noticed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="slimlm-watch", daemon=True)
 
-    def begin(self) -> None:
-        """Meet the other ranks; raises RanksError where one does not come."""
+    def start(self) -> None:
+        """Wait for the other ranks and start the heartbeat; raises RanksError where a rank does not come."""
         self._store.set(f"host/{self.rank}", platform.node())
         self._store.set(self._key(self.rank), "0")
         for rank in range(self.size):
@@ -54,18 +55,18 @@ class Watch:
                 self._store.wait([self._key(rank)], _JOIN)
             except RuntimeError as error:
                 raise RanksError(
-                    f"rank {rank} of {self.size} did not come within {_JOIN.seconds // 60} minutes; see what it says itself"
+                    f"rank {rank} of {self.size} did not come within {_JOIN.seconds // 60} minutes; see its own output"
                 ) from error
             self._hosts.append(self._store.get(f"host/{rank}").decode())
         self._seen = [(b"0", time.monotonic())] * self.size
         self._thread.start()
 
-    def end(self) -> None:
-        """Give no more signs."""
+    def stop(self) -> None:
+        """Stop the heartbeat."""
         self._over.set()
-        self._thread.join(timeout=2 * _BEAT)
+        self._thread.join(timeout=2 * _INTERVAL)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Raise where the run has ended: RanksError with the reason, or KeyboardInterrupt where a rank was stopped."""
         if self._ended is None and not self._stopped:
             return
@@ -74,44 +75,44 @@ class Watch:
             raise KeyboardInterrupt
         raise self._ended
 
-    def find_out(self) -> None:
-        """As `look`, after a moment in which to learn who has ended; returns where nobody has."""
+    def check_after_a_moment(self) -> None:
+        """As `check`, after a few seconds in which to learn which rank has ended; returns where none has."""
         self._noticed.set()
-        until = time.monotonic() + _LOOK
+        until = time.monotonic() + _SEARCH
         while time.monotonic() < until:
-            self.look()
+            self.check()
             time.sleep(0.1)
-        missing = self._silent(_LOOK - 2 * _BEAT)
+        missing = self._silent(_SEARCH - 2 * _INTERVAL)
         if missing:
             self._ended = self._dead(missing)
-        self.look()
+        self.check()
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """A failed connection in the words of whoever brought it down."""
+    def explaining_failures(self) -> Iterator[None]:
+        """Raise, where a connection fails, the reason that the rank which ended has left."""
         try:
             yield
         except RuntimeError as error:
-            self.find_out()
-            raise RanksError(f"the connection between the ranks failed: {error}", speaks=self.rank == 0) from error
+            self.check_after_a_moment()
+            raise RanksError(f"the connection between the ranks failed: {error}", reported_here=self.rank == 0) from error
 
-    def record(self, words: str, *, stopped: bool = False) -> None:
-        """Leave the words in which this rank ends, unless another has ended before."""
-        said = json.dumps({"rank": self.rank, "words": words, "stopped": stopped})
+    def leave_reason(self, message: str, *, stopped: bool = False) -> None:
+        """Leave the message with which this rank ends, unless another has ended before."""
+        reason = json.dumps({"rank": self.rank, "message": message, "stopped": stopped})
         try:
-            self._store.compare_set("end", "", said)
+            self._store.compare_set("end", "", reason)
         except RuntimeError:
-            # The store is gone, and with it whoever could have read this.
+            # The store is gone, and with it every rank that could have read this.
             return
 
     def _key(self, rank: int) -> str:
-        return f"beat/{rank}"
+        return f"heartbeat/{rank}"
 
     def _run(self) -> None:
         store: Any = self._store.clone()  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=SILENCE))
+        store.set_timeout(timedelta(seconds=self._silence))
         count = 0
-        while not self._over.wait(_BEAT):
+        while not self._over.wait(_INTERVAL):
             count += 1
             try:
                 store.set(self._key(self.rank), str(count))
@@ -120,9 +121,9 @@ class Watch:
             except RuntimeError:
                 if self._over.is_set():
                     return
-                lost = RanksError("the machine that keeps the ranks together no longer answers", speaks=True)
+                lost = RanksError("the machine that keeps the store of the ranks no longer answers", reported_here=True)
                 self._ended = self._ended or lost
-                self._insist()
+                self._interrupt()
                 return
             now = time.monotonic()
             self._seen = [before if beat == before[0] else (beat, now) for beat, before in zip(beats, self._seen, strict=True)]
@@ -132,14 +133,14 @@ class Watch:
                 if end["stopped"]:
                     self._stopped = True
                 else:
-                    self._ended = RanksError(f"{self._name(end['rank'])}: {end['words']}")
-            elif missing := self._silent(SILENCE):
+                    self._ended = RanksError(f"{self._name(end['rank'])}: {end['message']}")
+            elif missing := self._silent(self._silence):
                 self._ended = self._dead(missing)
             if self._ended is not None or self._stopped:
-                threading.Thread(target=self._insist, daemon=True).start()
+                threading.Thread(target=self._interrupt, daemon=True).start()
 
-    def _insist(self) -> None:
-        """Interrupt the main thread where it has not found out by itself."""
+    def _interrupt(self) -> None:
+        """Interrupt the main thread where it has not noticed the end by itself."""
         if not self._noticed.wait(_NOTICE) and not self._over.is_set():
             _thread.interrupt_main()
 
@@ -148,12 +149,13 @@ class Watch:
         return [rank for rank, (_, since) in enumerate(self._seen) if rank != self.rank and now - since > seconds]
 
     def _dead(self, missing: list[int]) -> RanksError:
-        """The lowest rank that is alive speaks."""
+        """The error for ranks that are dead; the lowest rank that is alive reports it."""
         lowest = next(rank for rank in range(self.size) if rank not in missing)
-        words = " and ".join(map(self._name, missing))
-        verb = "gives" if len(missing) == 1 else "give"
+        names = " and ".join(map(self._name, missing))
+        verb = "sends" if len(missing) == 1 else "send"
         return RanksError(
-            f"{words} {verb} no sign of life: killed, out of memory, or cut off from the network", speaks=self.rank == lowest
+            f"{names} {verb} no heartbeat any more: killed, out of memory, or cut off from the network",
+            reported_here=self.rank == lowest,
         )
 
     def _name(self, rank: int) -> str:

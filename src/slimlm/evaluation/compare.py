@@ -34,20 +34,20 @@ class OpenModel:
 
 
 def open_any(
-    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, tell: Notify = warnings.warn
+    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, notify: Notify = warnings.warn
 ) -> OpenModel:
     """Open a slimlm checkpoint or a dense model on a device; raises where it has no tokenizer.
 
     Activations are float32, but for checkpoints on GPU kernels, where they are of the dtype that the original had.
 
-    kernels and tell: for a checkpoint, as in `slimlm.load`.
+    kernels and notify: for a checkpoint, as in `slimlm.load`.
     """
     method = quantization_of(read_config(source), source).get("quant_method")
     if method == checkpoint.METHOD:
         # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
         ready = uses_cpu_kernels(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
         dtype = "auto" if ready else torch.float32
-        model = load(source, dtype=dtype, device=device, kernels=kernels, notify=tell)
+        model = load(source, dtype=dtype, device=device, kernels=kernels, notify=notify)
         tokenizer = open_tokenizer(source)
         inside = (module for block in blocks_of(model).values() for module in block.modules())
         layers = [module for module in inside if isinstance(module, CompressedLinear)]

@@ -32,7 +32,7 @@ from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kern
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import check_description, own_entries
 from slimlm.storage.kernel_cache import kept_or_made
-from slimlm.storage.mapping import map_file
+from slimlm.storage.mapping import MappedFiles
 
 Release = Callable[[Iterable[Tensor]], int]
 """Drops the memory pages of those of these tensors that are views of a file, and gives the bytes that were dropped."""
@@ -87,13 +87,8 @@ def load(
     try:
         folder = fetch(source)
         about = read_description(folder)
-        files = [map_file(path) for path in checkpoint.check_files(folder)]
-
-        def release(tensors: Iterable[Tensor]) -> int:
-            wanted = list(tensors)
-            return sum(file.release(wanted) for file in files)
-
-        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        files = MappedFiles.of(checkpoint.check_files(folder))
+        stored, release = dict(files.tensors), files.release
         packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
         empty = empty_model(folder, all_of_them, about.get("experts", ()))

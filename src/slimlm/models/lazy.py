@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.core.profiling import profiled
+from slimlm.events import Notify
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.meta import empty_model
 from slimlm.models.opening import (
@@ -42,11 +43,10 @@ from slimlm.models.opening import (
     words_of,
 )
 from slimlm.models.stacked_experts import Stack, stacks_in, taken_as_they_are, taken_of
-from slimlm.storage.mapping import MappedFile, map_file, unknown_dtype
+from slimlm.storage.mapping import MappedFiles, unknown_dtype
 from slimlm.storage.streams import KINDS, is_plain_name, write_tensors
 
 Release = Callable[[Iterable[Tensor]], Any]
-Tell = Callable[[str], None]
 Made = TypeVar("Made")
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -188,10 +188,10 @@ def ahead(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
 
 
 @profiled("open")
-def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
+def open_streamed(source: str, scratch: Path, notify: Notify) -> StreamedModel:
     """Open a causal language model without reading its weights; nothing is trusted to run code.
 
-    scratch: a folder for what old .bin files are converted to, made when it is needed. tell: hears where the model has to be
+    scratch: a folder for what old .bin files are converted to, made when it is needed. notify: hears where the model has to be
     opened whole, and of an index beside the file that is read. Raises ModelError for a missing, damaged, incomplete or already
     quantized model.
     """
@@ -200,18 +200,16 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
     try:
-        files = [map_file(path, pass_over=True) for path in safetensors_of(folder, scratch, tell)]
+        files = MappedFiles.of(safetensors_of(folder, scratch, notify), pass_over=True)
     except CheckpointError as error:
         raise ModelError(
             f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
         ) from error
-    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    release = _release_of(files)
-    unread = {name: about for file in files for name, about in file.unread.items()}
-    found = _skeleton(source, folder, stored, unread, release)
+    release = files.release
+    found = _skeleton(source, folder, files.tensors, files.unread, release)
     tokenizer = open_tokenizer(source)
     if found is None:
-        tell(
+        notify(
             f"{source} is opened whole: transformers makes some of its weights of several tensors of the files, in a way that "
             "slimlm does not know, so they cannot be read block by block"
         )
@@ -220,14 +218,6 @@ def open_streamed(source: str, scratch: Path, tell: Tell) -> StreamedModel:
     dtypes = {name: tensor.dtype for name, tensor in weights.items()}
     own = own_config(folder, model)
     return StreamedModel(source, folder, model, tokenizer, weights, dtypes, release, own, experts)
-
-
-def _release_of(files: list[MappedFile]) -> Release:
-    def release(tensors: Iterable[Tensor]) -> int:
-        wanted = list(tensors)
-        return sum(file.release(wanted) for file in files)
-
-    return release
 
 
 def _skeleton(
@@ -353,19 +343,19 @@ def _streamed_from_whole(source: str, tokenizer: PreTrainedTokenizerBase | None)
     )
 
 
-def weight_files(folder: Path, tell: Tell | None = None) -> list[Path]:
+def weight_files(folder: Path, notify: Notify | None = None) -> list[Path]:
     """The files that hold a model's weights, safetensors before .bin; raises ModelError where there are none.
 
     As transformers does, the single file is taken before those that an index lists, and these before any others: a repository
-    may hold the same weights a second time under other names. tell: hears of an index that is passed over.
+    may hold the same weights a second time under other names. notify: hears of an index that is passed over.
     """
     for index, one, pattern in (
         (INDEX, "model.safetensors", "*.safetensors"),
         (BIN_INDEX, "pytorch_model.bin", "pytorch_model*.bin"),
     ):
         if (folder / one).is_file():
-            if tell is not None and (folder / index).is_file():
-                tell(
+            if notify is not None and (folder / index).is_file():
+                notify(
                     f"{folder} holds both {one} and {index}; as transformers does, {one} is read and the index is not. If the "
                     f"files of the index are the ones that you mean, take {one} away"
                 )
@@ -390,10 +380,10 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def safetensors_of(folder: Path, scratch: Path, tell: Tell | None = None) -> list[Path]:
+def safetensors_of(folder: Path, scratch: Path, notify: Notify | None = None) -> list[Path]:
     """The weight files; old .bin files converted one at a time into `scratch`, where that was not done yet."""
     files = []
-    for path in weight_files(folder, tell):
+    for path in weight_files(folder, notify):
         if path.suffix == ".safetensors":
             files.append(path)
             continue

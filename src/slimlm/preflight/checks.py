@@ -1,4 +1,4 @@
-"""Whether what a run needs is there: refused where it surely is not, told where it is tight."""
+"""Whether what a run needs is there: refused where it surely is not, warned of where it is tight."""
 
 import shutil
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
 from slimlm.data.documents import documents
 from slimlm.preflight.estimate import Memory, memory_of
-from slimlm.preflight.job import Job, folder_bytes
+from slimlm.preflight.needs import RunNeeds, folder_bytes
 from slimlm.runtime.memory import in_words, total_and_free
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import journal_folder
 
 _TIGHT = 0.9
-"""Share of what is free from which on a need is told."""
+"""Share of what is free from which on a need is warned of."""
 
 
 def existing(out: Path) -> Path:
@@ -34,7 +34,7 @@ def free_on_disk(folder: Path) -> int:
 def check_memory(memory: Memory, allowed: int | None) -> str | None:
     """A warning where memory is tight; raises DoesNotFitError where even the least is more than there is.
 
-    allowed: `--memory`, by which one who knows of more (swap) can say so.
+    allowed: the argument `memory`, by which one who knows of more (swap) can say so.
     """
     if memory.total is None:
         return None
@@ -44,7 +44,7 @@ def check_memory(memory: Memory, allowed: int | None) -> str | None:
         raise DoesNotFitError(
             f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
             f"{in_words(needed)}, and there are {in_words(there)}. {_smaller(memory)}; or use a machine with more. If "
-            "there is more than slimlm sees (swap), say so: --memory SIZE"
+            "there is more than slimlm sees (swap), say so with `memory`"
         )
     if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
         return (
@@ -59,7 +59,7 @@ def _smaller(memory: Memory) -> str:
     if 2 * memory.covariances > memory.least:
         return (
             f"{in_words(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
-            "mixture, for every expert): take a recipe without them (slim, absmax); fewer --samples do not help"
+            "mixture, for every expert): take a recipe without them (slim, absmax); fewer `samples` do not help"
         )
     return (
         "A recipe that does not follow the original model holds the block once (gptq), one without covariances needs less "
@@ -70,42 +70,42 @@ def _smaller(memory: Memory) -> str:
 def _lighter(memory: Memory) -> str:
     """What takes less, by what takes the most."""
     if not memory.on_disk and 2 * memory.activations >= memory.peak - memory.process:
-        return "Fewer --samples, or a smaller --memory (activations go to the disk then), take less"
+        return "Fewer `samples`, or a smaller `memory` (activations go to the disk then), take less"
     if 2 * memory.covariances >= memory.block >= max(memory.begin, memory.end):
-        return "Most of it are covariances: a recipe without them (slim, absmax) takes less, fewer --samples do not"
+        return "Most of it are covariances: a recipe without them (slim, absmax) takes less, fewer `samples` do not"
     return (
-        "Fewer --samples, a smaller --memory (activations go to the disk then), a recipe that does not follow the original "
+        "Fewer `samples`, a smaller `memory` (activations go to the disk then), a recipe that does not follow the original "
         "model (gptq) or one without covariances (slim, absmax) take less"
     )
 
 
-def check_device(job: Job, device: torch.device) -> str | None:
+def check_device(run: RunNeeds, device: torch.device) -> str | None:
     """Raise DoesNotFitError where a block and what goes with it is more than the whole memory of the GPU."""
     if device.type != "cuda":
         return None
     _, total = torch.cuda.mem_get_info(device)
-    if job.least_on_device > total:
+    if run.least_on_device > total:
         raise DoesNotFitError(
             f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(job.least_on_device)}; use --device cpu, a recipe that does not follow the original model (gptq), or "
+            f"{in_words(run.least_on_device)}; use `device` cpu, a recipe that does not follow the original model (gptq), or "
             "one without covariances (slim, absmax)"
         )
     return None
 
 
-def check_disk(job: Job, out: Path, journal: Path) -> str | None:
+def check_disk(run: RunNeeds, out: Path, journal: Path) -> str | None:
     """A warning where the disk is nearly full with it; raises DoesNotFitError where it surely does not suffice.
 
     journal: its folder; what an unfinished run has in it already counts.
     """
     free = free_on_disk(existing(out)) + folder_bytes(journal)
-    needed = job.disk_bytes
+    needed = run.disk_bytes
     if needed > free:
         raise DoesNotFitError(
             f"the disk does not suffice: writing {out} takes {in_words(needed)} at the fullest moment "
-            f"({in_words(job.stored_bytes)} for the output; finished blocks and {in_words(job.activations_bytes)} of "
-            f"activations in the journal beside it), and {in_words(free)} are free. Give an --out on another disk, or fewer "
-            "--samples"
+            f"({in_words(run.stored_bytes)} for the output; finished blocks and {in_words(run.activations_bytes)} of "
+            f"activations in the journal beside it), and {in_words(free)} are free. Give an `out` on another disk, or fewer "
+            "`samples`"
         )
     if needed > _TIGHT * free:
         return f"the disk will be nearly full: {in_words(needed)} at the fullest moment, of {in_words(free)} that are free"
@@ -118,7 +118,7 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     if total is not None and size > max(total, allowed or 0):
         raise DoesNotFitError(
             f"a plan or text of the model's own needs the whole model in memory, {in_words(size)} in float32, and there are "
-            f"{in_words(total)}; give a recipe without a plan (no --bits), and calibration text from a file"
+            f"{in_words(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
         )
     return None
 
@@ -135,14 +135,14 @@ def check_text(data: str) -> None:
 
 
 def problems_of(
-    job: Job, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
+    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
 ) -> tuple[str, ...]:
     """What the checks before a run would refuse or warn of, in words."""
     checks: list[Callable[[], str | None]] = [
-        lambda: check_device(job, device),
-        lambda: check_memory(memory_of(job, allowed), allowed),
-        lambda: check_whole(job.dense.whole_bytes, allowed) if job.planned else None,
-        lambda: None if out is None else check_disk(job, out, journal_folder(out)),
+        lambda: check_device(run, device),
+        lambda: check_memory(memory_of(run, allowed), allowed),
+        lambda: check_whole(run.dense.whole_bytes, allowed) if run.planned else None,
+        lambda: None if out is None else check_disk(run, out, journal_folder(out)),
         lambda: None if out is None else check_place(out),
         lambda: None if data is None else check_text(data),
     ]

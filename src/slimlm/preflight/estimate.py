@@ -1,6 +1,6 @@
 """The estimate: everything that is known of a run before it, as plain data.
 
-What is stored is exact but for what only the weights tell (a table of levels that does not pay, scales too small for float16).
+What is stored is exact but for what only the weights tell (a codebook that does not pay, scales too small for float16).
 Memory and time are estimates; docs/estimates.md compares them with real runs.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.preflight.forms import Steps
-from slimlm.preflight.job import Job
+from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Clock, Rates, StepCost, measured_rates, measured_steps
 from slimlm.preflight.times import seconds_of
 from slimlm.runtime.memory import resident, total_and_free
@@ -61,7 +61,8 @@ class Estimate:
     layers: dict[str, tuple[int, int]]
     """that are compressed, by full name: shape (out, in)"""
     layer_bits: dict[str, int]
-    left: dict[str, str]
+    skipped: dict[str, str]
+    """what is not compressed, and why"""
     bits_per_weight: float
     planned: bool
     """whether what layers become is yet to be planned, within the bits asked for"""
@@ -93,7 +94,7 @@ class Estimate:
         return {**data, "total_seconds": self.total_seconds}
 
 
-def memory_of(job: Job, allowed: int | None, *, processes: int = 1) -> Memory:
+def memory_of(run: RunNeeds, allowed: int | None, *, processes: int = 1) -> Memory:
     """What the run holds; `allowed`: bytes that activations may take (None: half of what is free).
 
     processes: how many on this machine are to share its memory.
@@ -102,20 +103,20 @@ def memory_of(job: Job, allowed: int | None, *, processes: int = 1) -> Memory:
     limit = allowed if allowed is not None else None if free is None else free // 2
     return Memory(
         process=resident() or 0,
-        begin=job.beginning_bytes,
-        block=job.working_bytes,
-        end=job.ending_bytes,
-        activations=job.held_bytes,
-        on_disk=limit is not None and job.held_bytes > limit,
-        least=job.least_bytes,
+        begin=run.beginning_bytes,
+        block=run.working_bytes,
+        end=run.ending_bytes,
+        activations=run.held_bytes,
+        on_disk=limit is not None and run.held_bytes > limit,
+        least=run.least_bytes,
         total=total,
         free=free,
-        covariances=job.covariances_bytes,
+        covariances=run.covariances_bytes,
     )
 
 
 def estimate_of(
-    job: Job,
+    run: RunNeeds,
     *,
     name: str,
     memory: Memory,
@@ -124,37 +125,37 @@ def estimate_of(
     problems: tuple[str, ...],
 ) -> Estimate:
     """Put together what is known. name: the model's, as it is shown. seconds: see `timed`."""
-    needed = job.widest_needed
+    needed = run.widest_needed
     return Estimate(
         model=name,
-        recipe=job.recipe.name,
-        summary=job.recipe.summary,
-        blocks=len(job.blocks),
-        layers=job.shapes,
-        layer_bits=job.layer_bits,
-        left=job.left,
-        bits_per_weight=job.bits_per_weight,
-        planned=job.planned,
-        original_bytes=job.dense.bytes,
-        stored_bytes=job.stored_bytes,
-        tokens=job.tokens,
+        recipe=run.recipe.name,
+        summary=run.recipe.summary,
+        blocks=len(run.blocks),
+        layers=run.shapes,
+        layer_bits=run.layer_bits,
+        skipped=run.skipped,
+        bits_per_weight=run.bits_per_weight,
+        planned=run.planned,
+        original_bytes=run.dense.bytes,
+        stored_bytes=run.stored_bytes,
+        tokens=run.tokens,
         tokens_needed=None if needed is None else tokens_needed(needed),
         memory=memory,
-        whole_bytes=job.dense.whole_bytes if job.planned else None,
-        disk=job.disk_bytes,
+        whole_bytes=run.dense.whole_bytes if run.planned else None,
+        disk=run.disk_bytes,
         disk_free=disk_free,
         seconds=seconds,
         problems=problems,
     )
 
 
-def timed(job: Job, folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> dict[str, float]:
+def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> dict[str, float]:
     """Seconds of each stage, from rates measured here within seconds. folder: on the disk that will be written to."""
     rates: Rates = measured_rates(folder, device, clock)
     costs: dict[Steps, StepCost] = {}
     largest: dict[Steps, int] = {}
-    for name, shape in job.shapes.items():
-        largest[job.steps(name)] = min(_LARGEST_TRIAL, max(largest.get(job.steps(name), 0), *shape))
+    for name, shape in run.shapes.items():
+        largest[run.steps(name)] = min(_LARGEST_TRIAL, max(largest.get(run.steps(name), 0), *shape))
     for steps, side in largest.items():
-        costs[steps] = measured_steps(steps, side, length=job.length, device=device, clock=clock)
-    return seconds_of(job, rates, lambda name: costs[job.steps(name)])
+        costs[steps] = measured_steps(steps, side, length=run.length, device=device, clock=clock)
+    return seconds_of(run, rates, lambda name: costs[run.steps(name)])

@@ -1,20 +1,17 @@
-"""What a model, a recipe and a text are asked before any work; most of it needs shapes alone."""
+"""What is refused of a model, a recipe and a text before any work; most of it needs shapes alone."""
 
 import fnmatch
-import hashlib
-from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from slimlm.core.errors import ModelError, RecipeError
-from slimlm.core.layer import Need, refuse_not_finite
-from slimlm.core.profiling import profiled
+from slimlm.core.layer import Need
 from slimlm.core.solvers.inverse import tokens_needed
-from slimlm.models.lazy import StreamedModel, Tell
+from slimlm.events import Notify
+from slimlm.models.embeddings import Embeddings
+from slimlm.models.lazy import StreamedModel
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
-from slimlm.run.embeddings import Ends
 
 
 def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -24,20 +21,20 @@ def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tupl
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
-def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
-    """What stays as it is, when some of embedding and head does not."""
-    return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
+def without_embeddings(skipped: dict[str, str], embeddings: Embeddings) -> dict[str, str]:
+    """What is not compressed, where some of embedding and head is."""
+    return {name: reason for name, reason in skipped.items() if name != embeddings.head} | embeddings.skipped
 
 
 def refuse_early(
     dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
 ) -> dict[str, str]:
-    """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
+    """Check every layer against the recipe, by its shape; gives the layers that are not compressed, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
     """
     model = dense.model
-    left = {
+    skipped = {
         name: "outside the blocks"
         for name, module in linears_of(model).items()
         if not any(name.startswith(block + ".") for block in blocks)
@@ -52,18 +49,18 @@ def refuse_early(
             raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.leaves, known)):
         raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
-    refuse_windows_of_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
+    refuse_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
             full = f"{block_name}.{name}"
             if recipe.leaves(full):
-                left[full] = "left by the recipe"
+                skipped[full] = "ignored by the recipe"
                 continue
             out, width = weight_of(linear).shape
             if not planning and (reason := recipe.refuses(full, (out, width))):
                 raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
-        left |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
-    return left
+        skipped |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
+    return skipped
 
 
 def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -84,40 +81,22 @@ def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
         )
 
 
-def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
-    """Raise ModelError where a step needs whole windows and a layer to compress is an expert's, which is given some tokens."""
+def refuse_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
+    """Raise ModelError where a step needs whole samples and a layer to compress is an expert's, which is given some tokens."""
     inside = tuple(f"{name}." for name in experts)
     if recipe.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and (own := [n for n in layers if n.startswith(inside)]):
         raise ModelError(
             f"{own[0]} is an expert's, which is given some of the tokens; a step of the recipe (l2qer, jsq) needs whole "
-            'windows. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
+            'samples. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
         )
 
 
-@profiled("check the model")
-def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
-    """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
-
-    What lies outside the blocks has one of its own, under the name "the rest".
-    """
-    sums = {name: hashlib.sha256() for name in (*blocks, "the rest")}
-    owner = {f"{block}.": block for block in blocks}
-    for name, tensor in dense.weights.items():
-        if tensor.is_floating_point():
-            refuse_not_finite(name, tensor)
-        block = next((block for prefix, block in owner.items() if name.startswith(prefix)), "the rest")
-        sums[block].update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sums[block].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        dense.release([tensor])
-    return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
-
-
-def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Tell) -> None:
-    """Say so where the calibration text is too short for the covariance of the widest layer."""
+def warn_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, notify: Notify) -> None:
+    """Notify where the calibration text is too short for the covariance of the widest layer."""
     name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
     if tokens < tokens_needed(width):
-        tell(
+        notify(
             f"calibration has {tokens} tokens, but the covariance of the widest layer ({name}, {width} inputs) needs "
             f"{tokens_needed(width)}: for layers with too few, what is measured between two inputs is shrunk and the original "
-            "model's outputs are not followed. Give more text or --samples for a better result"
+            "model's outputs are not followed. Give more text or `samples` for a better result"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from slimlm.core.layer import Need
 from slimlm.models.structure import linears_of, weight_of
-from slimlm.preflight.job import Job
+from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 
 _TOKENIZED = 100_000
@@ -16,7 +16,7 @@ _UNPACKING = 12
 _ELEMENTS = 6
 """Passes over the outputs of a block's layers by what is between them: norms, activations, sums, positions."""
 _TUNING = 60
-"""Passes over a block's weights in one step of matching: rounding both ways, Adam."""
+"""Passes over a block's weights in one step of block reconstruction: rounding both ways, Adam."""
 _BEFORE = (0.35, 0.5)
 """Share of a block that runs before a stage's inputs are there: on average over several stages; where there is only one."""
 
@@ -33,24 +33,24 @@ class Forward:
         return self.per_token * tokens + self.unpacking * batches
 
 
-def forward_of(job: Job, rates: Rates) -> Forward:
+def forward_of(run: RunNeeds, rates: Rates) -> Forward:
     """The cost of the first block."""
-    block = next(iter(job.blocks.values()))
+    block = next(iter(run.blocks.values()))
     shapes = [weight_of(linear).shape for linear in linears_of(block).values()]
     weights, outputs = sum(out * width for out, width in shapes), sum(out for out, _ in shapes)
-    operations = 2 * weights * _active(job) + 4 * job.length * job.width
+    operations = 2 * weights * _active(run) + 4 * run.length * run.width
     per_token = operations / rates.products + 8 * _ELEMENTS * outputs / rates.passes
     return Forward(per_token, 8 * _UNPACKING * weights / rates.passes)
 
 
-def _active(job: Job) -> float:
+def _active(run: RunNeeds) -> float:
     """Share of the block's weights that a token meets: of experts only those that it is routed to."""
-    config = job.dense.model.config
+    config = run.dense.model.config
     counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     experts, each = next((count for count in counts if count), None), getattr(config, "num_experts_per_tok", None)
     if not experts or not each:
         return 1.0
-    sizes = {name: out * width for name, (out, width) in job.shapes.items()}
+    sizes = {name: out * width for name, (out, width) in run.shapes.items()}
     inside = sum(size for name, size in sizes.items() if ".experts." in name)
     return 1 - inside / sum(sizes.values()) * (1 - each / experts)
 
@@ -59,45 +59,45 @@ Cost = Callable[[str], StepCost]
 """Of the steps for a layer, by its full name."""
 
 
-def seconds_of(job: Job, rates: Rates, cost: Cost) -> dict[str, float]:
+def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     """Seconds of each stage of a run, by its name."""
-    forward, blocks, needs = forward_of(job, rates), len(job.blocks), job.recipe.needs
-    batches = job.tokens / job.tokens_at_once
-    whole = forward.seconds(job.tokens)
-    opening = 3 * job.dense.bytes / rates.passes + job.tokens * _READ_AHEAD / _TOKENIZED
-    first = blocks * forward.seconds(job.tokens_at_once)
-    count = len(job.inputs) if job.recipe.sequential else 1
-    runs = count * (_BEFORE[0] if count > 1 else 1.0) * job.streams
+    forward, blocks, needs = forward_of(run, rates), len(run.blocks), run.recipe.needs
+    batches = run.tokens / run.tokens_at_once
+    whole = forward.seconds(run.tokens)
+    opening = 3 * run.dense.bytes / rates.passes + run.tokens * _READ_AHEAD / _TOKENIZED
+    first = blocks * forward.seconds(run.tokens_at_once)
+    count = len(run.inputs) if run.recipe.sequential else 1
+    runs = count * (_BEFORE[0] if count > 1 else 1.0) * run.streams
     if needs & Need.DRIFT:
         runs += 2 + 4 / batches
-    measure = blocks * (runs * whole + _sums(job, rates))
-    steps = sum(cost(name).seconds(shape) for name, shape in job.shapes.items())
-    passed = blocks * (forward.seconds(job.tokens, batches) + (job.streams - 1) * whole)
-    kept = (job.blocks_bytes + (blocks + 1) * job.activations_bytes) / rates.written
-    written = (2 * job.stored_bytes) / rates.written
-    checked = first + blocks * forward.seconds(0, 1) + 2 * job.stored_bytes / rates.written
+    measure = blocks * (runs * whole + _sums(run, rates))
+    steps = sum(cost(name).seconds(shape) for name, shape in run.shapes.items())
+    passed = blocks * (forward.seconds(run.tokens, batches) + (run.streams - 1) * whole)
+    kept = (run.blocks_bytes + (blocks + 1) * run.activations_bytes) / rates.written
+    written = (2 * run.stored_bytes) / rates.written
+    checked = first + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
     times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
-    if job.recipe.matching is not None:
-        times["match"] = blocks * _matching(job, forward, rates)
+    if run.recipe.matching is not None:
+        times["reconstruct"] = blocks * _reconstruction(run, forward, rates)
     return {**times, "propagate": passed, "keep": kept, "write": written, "verify": checked}
 
 
-def _sums(job: Job, rates: Rates) -> float:
+def _sums(run: RunNeeds, rates: Rates) -> float:
     """Of one block: the products that make its statistics."""
-    squares = sum(width**2 for widths in job.inputs for width in widths)
+    squares = sum(width**2 for widths in run.inputs for width in widths)
     operations = 0.0
-    if job.recipe.needs & Need.GRAM:
-        operations += 1.5 * squares * job.tokens
-    if job.recipe.needs & Need.CROSS:
-        operations += 2 * squares * job.tokens
+    if run.recipe.needs & Need.GRAM:
+        operations += 1.5 * squares * run.tokens
+    if run.recipe.needs & Need.CROSS:
+        operations += 2 * squares * run.tokens
     return operations / rates.products
 
 
-def _matching(job: Job, forward: Forward, rates: Rates) -> float:
-    """Of one block: there and back on each window, and the weights rounded anew in every step."""
-    options = job.recipe.matching
+def _reconstruction(run: RunNeeds, forward: Forward, rates: Rates) -> float:
+    """Of one block: forward and backward on each sample, and the weights rounded anew in every step."""
+    options = run.recipe.matching
     assert options is not None
-    steps = options.passes * job.windows / options.batch
-    weights = job.block_bytes / 4
+    steps = options.passes * run.sample_count / options.batch
+    weights = run.block_bytes / 4
     runs = options.passes * (3 + options.held_back) + 1
-    return runs * forward.seconds(job.tokens) + steps * 8 * _TUNING * weights / rates.passes
+    return runs * forward.seconds(run.tokens) + steps * 8 * _TUNING * weights / rates.passes

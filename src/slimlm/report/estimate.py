@@ -19,7 +19,7 @@ def estimate_table(found: Estimate) -> Table:
     rows = [
         ("recipe", f"{found.recipe}: {found.summary}"),
         ("layers", f"{len(found.layers)} in {found.blocks} blocks, {weights / 1e6:.1f} million weights ({_shapes(found)})"),
-        *[("not compressed" if i == 0 else "", text) for i, text in enumerate(_skipped(found.left))],
+        *[("not compressed" if i == 0 else "", text) for i, text in enumerate(_skipped(found.skipped))],
         ("bits per weight", f"{found.bits_per_weight:.3f}{planned}"),
         ("size", f"{size(found.original_bytes)} -> {size(found.stored_bytes)} ({_share(found)})"),
         ("calibration", _tokens(found)),

@@ -25,7 +25,7 @@ _DOING: dict[Doing, str] = {
     "read": "read the weights",
     "measure": "measure the inputs of layers",
     "steps": "compress layers",
-    "match": "block reconstruction",
+    "reconstruct": "block reconstruction",
     "propagate": "compute the block's outputs",
 }
 _LINE_EVERY = 10.0

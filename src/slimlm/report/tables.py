@@ -59,7 +59,7 @@ def layers_table(record: "Record") -> Table:
             str(r.rank),
             f"{r.error:.4f}",
         )
-        for r in (*record.layers, *record.ends)
+        for r in (*record.layers, *record.embeddings)
     )
     columns = ("layer", "out x in", "parts", "bits/weight", "sparsity", "rank", "error")
     return plain_table(None, columns, rows, left=3)
@@ -131,8 +131,8 @@ def summary_table(record: "Record", kernels: str) -> Table:
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
-    others = "norms, position tables" if record.ends else "embeddings, norms"
-    skipped = "".join(f", {name}" for name in _first(record.left))
+    others = "norms, position tables" if record.embeddings else "embeddings, norms"
+    skipped = "".join(f", {name}" for name in _first(record.skipped))
     named = ": ".join(text for text in (record.recipe["name"], record.recipe["summary"]) if text)
     rows = [
         ("recipe", named),
@@ -145,7 +145,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
         *_perplexity_row(record),
-        *_matched_row(record),
+        *_reconstruction_row(record),
         *_plan_row(record),
         *_embedding_rows(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; not compressed: {others}{skipped}"),
@@ -165,11 +165,11 @@ def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
 
 def verified_table(found: "Verified") -> Table:
     """What was found in a checkpoint's folder, and whether it is sound."""
-    dense = "".join(f", {name}" for name in _first(found.left))
+    dense = "".join(f", {name}" for name in _first(found.skipped))
     rows = [
         ("folder", found.folder),
         ("tensors", f"{found.tensors} in {found.shards} files, {size(found.bytes)}; checksums of {found.checksums}"),
-        ("linear layers", f"{found.compressed} compressed, {len(found.left)} dense{dense}"),
+        ("linear layers", f"{found.compressed} compressed, {len(found.skipped)} dense{dense}"),
     ]
     if found.embeddings:
         rows.append(("embeddings", f"{found.embeddings} compressed"))
@@ -191,15 +191,15 @@ def _first(names: Iterable[str]) -> list[str]:
 
 def _embedding_rows(record: "Record") -> list[tuple[str, str]]:
     rows = []
-    for r in record.ends:
+    for r in record.embeddings:
         shape, bits = f"{r.shape[0]} x {r.shape[1]}", f"{r.bits_per_weight:.3f} bits per weight"
         notes = "".join(f"; {note}" for note in r.notes)
         rows.append((r.name, f"{shape}, {r.parts}, {bits}, relative error of the weights {r.error:.4f}{notes}"))
     return rows
 
 
-def _matched_row(record: "Record") -> list[tuple[str, str]]:
-    pairs = [layer.matched for layer in record.layers if layer.matched is not None]
+def _reconstruction_row(record: "Record") -> list[tuple[str, str]]:
+    pairs = [layer.reconstruction for layer in record.layers if layer.reconstruction is not None]
     if not pairs:
         return []
     before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))

@@ -7,6 +7,7 @@ they read back, one after another.
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +15,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from slimlm.calibration.capture import Flow, first_inputs
+from slimlm.calibration.capture import first_inputs
 from slimlm.core.errors import CheckpointError
-from slimlm.core.profiling import profiled
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
+from slimlm.models.embeddings import Embeddings
 from slimlm.models.lazy import StreamedModel, skeleton_copy
 from slimlm.models.structure import vocabulary_size
-from slimlm.record import Compared, LayerRecord
-from slimlm.run.embeddings import Ends, compress_ends
+from slimlm.record import Compared, LayerRecord, Record
+from slimlm.run.config import environment
+from slimlm.run.embeddings import compress_embeddings
+from slimlm.run.prepare import Prepared
+from slimlm.run.resume import Run
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Journal
-from slimlm.storage.mapping import map_file
-from slimlm.verification.folder import verify as check_folder
+from slimlm.storage.mapping import TEMPORARY, MappedFiles, map_and_unlink
+from slimlm.storage.streams import write_tensors
+from slimlm.verification.folder import verify
 from slimlm.verification.stored_model import StoredModel
 
 _TOLERANCE = 1e-4
@@ -42,71 +48,124 @@ class Contents:
     """All that a checkpoint holds, most of it in mapped files."""
 
     tensors: dict[str, Tensor]
-    """as they are stored, by name"""
+    """The tensors as they are stored, by name."""
     layers: dict[str, Any]
-    """what the config says of compressed layers, by name"""
+    """The entries of compressed layers in the config, by name."""
     embeddings: dict[str, Any]
-    ends: list[LayerRecord]
-    release: Callable[[Iterable[Tensor]], Any]
-    """drops the pages of those of these tensors that are views of a file"""
+    """The entries of compressed embeddings in the config, by name."""
+    layer_records: tuple[LayerRecord, ...]
+    """The records of the layers inside the blocks."""
+    embedding_records: tuple[LayerRecord, ...]
+    """The records of embedding and head, where they are compressed."""
+    sources: tuple[Callable[[Iterable[Tensor]], Any], ...]
+    """What drops the pages of the tensors that are views of each file."""
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Drop the pages of those of these tensors that are views of a file."""
+        views = list(tensors)
+        for release in self.sources:
+            release(views)
 
 
-def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal: Journal) -> Contents:
-    """What the journal, embedding and head, and the original's other tensors come to."""
-    packed, about, embeddings, records = _packed_ends(dense, ends)
-    held = journal.spill_tensors("ends", packed)
-    finished, release_finished = journal.tensors()
-    replaced = tuple(f"{name}." for name in (ends.embedding, ends.head) if name is not None)
+@dataclass(frozen=True)
+class PackedEmbeddings:
+    """Embedding and head as they are stored."""
+
+    tensors: dict[str, Tensor]
+    """Their tensors, by full name."""
+    layers: dict[str, Any]
+    """The entry of a compressed head in the config, by name."""
+    embeddings: dict[str, Any]
+    """The entry of a compressed embedding in the config, by name."""
+    records: tuple[LayerRecord, ...]
+    """A record for each matrix."""
+
+
+def contents_of(prepared: Prepared, journal: Journal) -> Contents:
+    """All that the checkpoint will hold: the journal's blocks, embedding and head, and the original's other tensors."""
+    dense, embeddings = prepared.dense, prepared.embeddings
+    packed = _packed_embeddings(dense, embeddings)
+    held = _in_temporary_file(packed.tensors, journal.folder / f"embeddings{TEMPORARY}")
+    finished = journal.tensors()
+    replaced = tuple(f"{name}." for name in embeddings.names)
     cast: dict[int, Tensor] = {}
     tensors = {}
-    for name in dense.outside(blocks):
+    for name in dense.outside(prepared.blocks):
         if not name.startswith(replaced):
             # Tied tensors are one before a cast and must be one after it.
             tensors[name] = cast.setdefault(dense.weights[name].data_ptr(), dense.stored(name).contiguous())
-
-    def release(wanted: Iterable[Tensor]) -> None:
-        views = list(wanted)
-        for drop in (dense.release, held.release, release_finished):
-            drop(views)
-
     layers = {name: entry for block in journal.blocks for name, entry in block.layers.items()}
-    return Contents({**tensors, **held.tensors, **finished}, {**layers, **about}, embeddings, records, release)
+    return Contents(
+        tensors={**tensors, **held.tensors, **finished.tensors},
+        layers={**layers, **packed.layers},
+        embeddings=packed.embeddings,
+        layer_records=tuple(LayerRecord.from_dict(row) for block in journal.blocks for row in block.records),
+        embedding_records=packed.records,
+        sources=(dense.release, held.release, finished.release),
+    )
 
 
-def _packed_ends(
-    dense: StreamedModel, ends: Ends
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
-    """Embedding and head as they are stored: tensors, what the config says of layers and of embeddings, records."""
+def _in_temporary_file(tensors: dict[str, Tensor], path: Path) -> MappedFiles:
+    """The tensors in a file without a name, so that they need not stay in memory."""
+    write_tensors(path, tensors)
+    return MappedFiles({path.name: map_and_unlink(path)})
+
+
+def _packed_embeddings(dense: StreamedModel, embeddings: Embeddings) -> PackedEmbeddings:
+    """Compress embedding and head, read from the model's files."""
     model = skeleton_copy(dense.model)
-    names = [name for name in (ends.embedding, ends.head) if name is not None]
-    for name in names:
+    assert isinstance(model, PreTrainedModel)
+    for name in embeddings.names:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
             # The matrix as it is stored: it is widened piece by piece.
             tensor.data = dense.weights[f"{name}.{key}"] if key == "weight" else dense.weights[f"{name}.{key}"].float()
-    records = compress_ends(model, ends)
+    records = compress_embeddings(model, embeddings)
     tensors = {}
-    for name in names:
+    for name in embeddings.names:
         module: Any = model.get_submodule(name)
         for key, tensor in module.state_dict().items():
             full = f"{name}.{key}"
             tensors[full] = (tensor if key in module.packed_names else tensor.to(dense.dtypes[full])).contiguous()
-    modules = {name: model.get_submodule(name) for name in names}
-    layers = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
-    embeddings = {name: module for name, module in modules.items() if isinstance(module, CompressedEmbedding)}
-    dense.release(dense.weights[f"{name}.weight"] for name in names)
-    return tensors, _described(layers, embeddings), {name: module.about() for name, module in embeddings.items()}, records
+    modules = {name: model.get_submodule(name) for name in embeddings.names}
+    heads = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
+    tables = {name: module for name, module in modules.items() if isinstance(module, CompressedEmbedding)}
+    dense.release(dense.weights[f"{name}.weight"] for name in embeddings.names)
+    return PackedEmbeddings(
+        tensors, _entries(heads, tables), {name: module.about() for name, module in tables.items()}, tuple(records)
+    )
 
 
-def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
+def _entries(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
+    """The entries of compressed layers in the config; that of a tied one says whose tensors it multiplies by."""
     owners = {id(module): name for name, module in embeddings.items()}
     tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
     return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 
-@profiled("saving")
-def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
-    """Write weights, config and tokenizer; gives the sizes and checksums of the weights."""
+def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> tuple[Record, checkpoint.Files]:
+    """Write weights, config, tokenizer and record; gives the record, and the sizes and checksums of the weights."""
+    files = _write(folder, prepared.dense, contents)
+    inside = sum(p.numel() for block in prepared.blocks.values() for p in block.parameters() if p.ndim > 1)
+    record = Record(
+        model=prepared.config.model_name,
+        recipe=prepared.recipe.to_dict(),
+        calibration=prepared.calibration,
+        layers=contents.layer_records,
+        embeddings=contents.embedding_records,
+        skipped=prepared.skipped,
+        coverage=sum(r.shape[0] * r.shape[1] for r in contents.layer_records) / inside,
+        original_bytes=prepared.dense.bytes,
+        stored_bytes=checkpoint.stored_bytes(folder),
+        seconds=0.0,
+        peak_memory=None,
+        versions=environment(),
+        plan=prepared.plan,
+    )
+    checkpoint.write_record(folder, record.to_dict(), files)
+    return record, files
+
+
+def _write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
     if dense.tokenizer is not None:
@@ -122,61 +181,77 @@ def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.
     return files
 
 
-@profiled("verification")
-def verify(
-    folder: Path,
-    dense: StreamedModel,
-    blocks: dict[str, nn.Module],
-    contents: Contents,
-    flow: Flow,
-    windows: Tensor,
-    device: torch.device,
-) -> Compared:
-    """The folder is sound and opens as a user would open it, and the model read back gives the logits of that in memory.
+def peak_memory() -> int | None:
+    """The most memory this process has held, in bytes; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
 
-    flow: the outputs of the last block in memory. Logits are those of a few of the `windows`, which go through the blocks that
-    are read back one after another, and through the dense ones, for the perplexity before and after, which is returned. Raises
-    CheckpointError where anything differs, NumericsError where logits hold NaN.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared) -> Compared:
+    """Verify that the folder is sound, opens as a user would open it, and gives the logits of the model in memory.
+
+    Logits are those of a few calibration samples, which go through the blocks that are read back one after another, and through
+    the dense ones, for the perplexity before and after.
+
+    Args:
+        folder: The checkpoint.
+        contents: What was written.
+        outputs: What the last block in memory gives for the first batch of samples, `[samples, length, width]`.
+        prepared: The original model, the samples and the device.
+
+    Returns:
+        The perplexity before and after.
+
+    Raises:
+        CheckpointError: Something reads back different from what was written.
+        NumericsError: Logits hold NaN.
     """
-    check_folder(folder).raise_if_unsound()
+    verify(folder).raise_if_unsound()
     load(folder, kernels="reference")
-    files = [map_file(path) for path in checkpoint.check_files(folder)]
-    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    dense, device = prepared.dense, prepared.device
+    files = MappedFiles.of(checkpoint.check_files(folder))
+    _refuse_different_tensors(contents, files)
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    reloaded = StoredModel(dense.model, files.tensors, files.release, entries["layers"], entries.get("embeddings", {}))
+    in_memory = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
+    original = StoredModel(dense.model, dense.weights, dense.release)
+    few = few_of(prepared.activations.own(prepared.samples)[: len(outputs)], vocabulary_size(dense.model))
+    # The blocks were compressed on what the original embedding gives them.
+    first = _first_inputs(original, prepared.blocks, few, device) if contents.embeddings else None
+    read_back = reloaded.outputs(few, device, first=first)
+    given = outputs[: len(few), : few.shape[1]]
+    _refuse_different("the outputs of the blocks that were", zip(_hidden(read_back), given, strict=True))
+    pieces = pieces_of(few, vocabulary_size(dense.model))
+    expected = in_memory.logits((given,) if isinstance(read_back, tuple) else given, few, pieces)
+    both = zip(reloaded.logits(read_back, few, pieces), expected, strict=True)
+    _refuse_different("the logits of the model that was", both)
+    if first is not None:
+        read_back = reloaded.outputs(few, device)
+    after = perplexity_of(reloaded.logits(read_back, few, pieces), few, pieces)
+    before = perplexity_of(original.logits(original.outputs(few, device), few, pieces), few, pieces)
+    return Compared(before.value, after.value, after.tokens)
 
-    def release(wanted: Iterable[Tensor]) -> None:
-        views = list(wanted)
-        for file in files:
-            file.release(views)
 
+def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:
+    """Raise CheckpointError where a tensor reads back different from what was written."""
     written = {tensor.data_ptr(): name for name, tensor in reversed(contents.tensors.items())}
     for name, tensor in contents.tensors.items():
-        theirs = stored.get(name if tensor.numel() == 0 else written[tensor.data_ptr()])
+        theirs = files.tensors.get(name if tensor.numel() == 0 else written[tensor.data_ptr()])
         if theirs is None or theirs.dtype != tensor.dtype or not torch.equal(tensor, theirs):
             raise CheckpointError(f"verification failed: {name} reads back different from what was written")
         contents.release([tensor])
-        release([theirs])
-    few = few_of(windows[: len(flow.hidden[0])], vocabulary_size(dense.model))
-    reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
-    here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
-    original = StoredModel(dense.model, dense.weights, dense.release)
-    first = None
-    if contents.embeddings:
-        # The blocks were compressed on what the original embedding gives them.
-        model = original.assembled(device)
-        first = next(first_inputs(model, {name: model.get_submodule(name) for name in blocks}, few))
-    outputs = reloaded.outputs(few, device, first=first)
-    given = flow.hidden[0][: len(few), : few.shape[1]]
-    _refuse_different("the outputs of the blocks that were", zip(_hidden(outputs), given, strict=True))
-    in_memory = (given,) if isinstance(outputs, tuple) else given
-    pieces = pieces_of(few, vocabulary_size(dense.model))
-    both = zip(reloaded.logits(outputs, few, pieces), here.logits(in_memory, few, pieces), strict=True)
-    _refuse_different("the logits of the model that was", both)
-    if first is not None:
-        outputs = reloaded.outputs(few, device)
-    after = perplexity_of(reloaded.logits(outputs, few, pieces), few, pieces)
-    before = perplexity_of(original.logits(original.outputs(few, device), few, pieces), few, pieces)
-    return Compared(before.value, after.value, after.tokens)
+        files.release([theirs])
+
+
+def _first_inputs(stored: StoredModel, blocks: Iterable[str], ids: Tensor, device: torch.device) -> Tensor:
+    """What the first block of a model is given for tokens `[samples, length]`."""
+    model = stored.assembled(device)
+    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in blocks}
+    return next(first_inputs(model, modules, ids))
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,17 +1,19 @@
-"""A model's blocks compressed one after another: what `pipeline.compress` does between opening and writing.
+"""The work on one block: measure its inputs, apply the recipe's steps to its layers, reconstruct it, pass its outputs on.
 
-Each block is measured on the outputs of the compressed ones before it. Where a step follows the original model (`Need.CROSS`,
-`Need.DRIFT`), or matching does, the original block and its own inputs go along. A block is read when its turn comes, and
-committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is gone on from.
+Each block is measured on the outputs of the compressed ones before it. Where a step uses asymmetric calibration (`Need.CROSS`,
+`Need.DRIFT`), or block reconstruction does, the original block and its own inputs go along. A block is read when its turn
+comes, and committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is resumed.
 
-Several ranks (slimlm.distributed) do this together: each runs its own windows through the block, the statistics are those of
-all windows, the layers of a stage are dealt out, and each is handed to all when it is done. Matching is the first rank's alone.
+Several ranks (slimlm.distributed) do this together: each runs its own samples through the block, the statistics are those of
+all samples, the layers of a stage are assigned to ranks, and each is broadcast when it is done. Only the first rank
+reconstructs blocks.
 """
 
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,176 +28,197 @@ from slimlm.calibration.capture import (
     first_inputs,
     measure,
     measure_drift,
-    run,
     run_through,
     stages_of,
+)
+from slimlm.calibration.capture import (
+    run as run_block,
 )
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import dense_of
-from slimlm.distributed.group import Group, dealt
-from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
-from slimlm.models.lazy import StreamedModel
+from slimlm.distributed.group import Group, assign
+from slimlm.events import UNOBSERVED, BlockDone, BlockProgress, Event, LayerDone
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe, apply_steps
-from slimlm.record import LayerRecord, layer_from, record_of, relative_error
+from slimlm.record import LayerRecord, record_of, relative_error
+from slimlm.run.prepare import Prepared
+from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.storage.journal import Journal
-from slimlm.tuning.block_reconstruction import Matching, match_block
+from slimlm.storage.journal import BlockContent, Journal
+from slimlm.tuning.block_reconstruction import match_block
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
-"""The names of the two kinds of activations in the journal."""
+"""The names of the two streams of activations in the journal: outputs of compressed blocks, and of the original ones."""
 
 
-def compress_blocks(
-    dense: StreamedModel,
-    blocks: dict[str, nn.Module],
-    recipe: Recipe,
-    windows: Tensor,
-    device: torch.device,
-    progress: Observer,
-    journal: Journal,
-) -> Flow:
-    """Compress the model's blocks into the journal, each on the outputs of those before it; those it holds are done.
+@dataclass(frozen=True)
+class Streams:
+    """The activations of this rank with which a block begins, and what every block is called with beside them."""
 
-    Gives the outputs of the last compressed block.
-    """
-    names = list(blocks)
-    progress(Event("compress", len(journal.blocks), len(names), blocks=kept_blocks(journal)))
-    arguments, held = _begin(dense, blocks, recipe, windows, journal)
-    coming = dense.coming(names[len(journal.blocks) :], device)
-    for done, name in list(enumerate(names))[len(journal.blocks) :]:
-        watch, began = BlockWatch(progress, name, done, len(names)), time.monotonic()
-        watch.doing("read")
-        flow = Flow(held[_COMPRESSED], arguments, journal.group)
-        original_flow = Flow(_original(held), arguments, journal.group) if follows(recipe) else None
-        block = next(coming)
-        twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
-        original = None if twin is None or original_flow is None else (twin, original_flow)
-        records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original, watch)
-        if recipe.matching is not None and twin is not None:
-            watch.doing("match")
-            teacher = flow if original_flow is None or recipe.matching.inputs == "compressed" else original_flow
-            targets = journal.spill("targets", run(twin, name, teacher, device), journal.share)
-            student = flow if original_flow is None or recipe.matching.inputs != "dense" else original_flow
-            matched = match(block, name, student, targets, recipe.matching, dense.dtypes, device, windows, journal)
-            records = [rerecorded(record, block, name, energies[record.name], twin, matched) for record in records]
-            del targets
-        watch.doing("propagate")
-        streams = {_COMPRESSED: run_through(block, name, flow, device)}
-        if original is not None:
-            streams[_ORIGINAL] = run_through(original[0], name, original[1], device)
-        tensors, about = stored_tensors(block, name, dense.dtypes)
-        rows = [dataclasses.asdict(record) for record in records]
-        held = journal.commit(name, tensors, about, rows, streams)
-        watch.finished(tuple(records), time.monotonic() - began)
-    return Flow(held[_COMPRESSED], arguments, journal.group)
+    held: dict[str, Sequence[Tensor]]
+    """By stream, one tensor `[samples, length, width]` per batch."""
+    arguments: dict[tuple[str, int], Arguments]
+    """By block name and number of samples in the batch."""
+    group: Group
+
+    @property
+    def compressed(self) -> Flow:
+        """The outputs of the compressed blocks."""
+        return Flow(self.held[_COMPRESSED], self.arguments, self.group)
+
+    @property
+    def original(self) -> Flow:
+        """The original model's activations: those held, or, before the first block, the only ones there are."""
+        if _ORIGINAL in self.held:
+            return Flow(self.held[_ORIGINAL], self.arguments, self.group)
+        inputs = self.held[_COMPRESSED]
+        return Flow(list(inputs) if isinstance(inputs, list) else inputs, self.arguments, self.group)
 
 
-def kept_blocks(journal: Journal) -> tuple[BlockDone, ...]:
+@dataclass(frozen=True)
+class BlockTask:
+    """One block, and all that the work on it needs."""
+
+    name: str
+    """The block's full name."""
+    block: nn.Module
+    """The block, on the device, in float32; it is compressed in place."""
+    inputs: Flow
+    """The outputs of the compressed blocks before it."""
+    recipe: Recipe
+    """What is done to its layers."""
+    dtypes: dict[str, torch.dtype]
+    """What each tensor of the model is stored in, by full name."""
+    device: torch.device
+    """Where the block is."""
+    twin: nn.Module | None = None
+    """The block as it was, where something needs it."""
+    twin_inputs: Flow | None = None
+    """The original model's activations, where something needs them."""
+    progress: BlockProgress = UNOBSERVED
+    """Where the block's events go."""
+
+    @classmethod
+    def of(cls, block: nn.Module, progress: BlockProgress, streams: Streams, prepared: Prepared) -> "BlockTask":
+        """The task of a block that is about to be compressed."""
+        recipe = prepared.recipe
+        needs_twin = recipe.follows_original or recipe.matching is not None
+        return cls(
+            name=progress.name,
+            block=block,
+            inputs=streams.compressed,
+            recipe=recipe,
+            dtypes=prepared.dense.dtypes,
+            device=prepared.device,
+            twin=copy.deepcopy(block) if needs_twin else None,
+            twin_inputs=streams.original if recipe.follows_original else None,
+            progress=progress,
+        )
+
+    @property
+    def original(self) -> Original | None:
+        """The block as it was and its inputs in the original model, for steps that use both."""
+        return None if self.twin is None or self.twin_inputs is None else (self.twin, self.twin_inputs)
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """The layers to be compressed, by name within the block."""
+        linears = linears_of(self.block)
+        return {name: linear for name, linear in linears.items() if not self.recipe.leaves(f"{self.name}.{name}")}
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What came of a layer."""
+
+    record: LayerRecord
+    """The layer's record."""
+    second_moment: Tensor
+    """`[in]`: the mean square of its inputs."""
+
+
+def starting_streams(prepared: Prepared, run: Run) -> Streams:
+    """The activations with which to begin or to go on: of the first block, or those that the journal holds."""
+    dense, blocks, activations = prepared.dense, prepared.blocks, prepared.activations
+    own = activations.own(prepared.samples)
+    with dense.ends_filled(blocks):
+        with dense.blocks_in_turn(blocks):
+            arguments = arguments_of(dense.model, blocks, own)
+            if prepared.recipe.matching is not None and run.group.size > 1 and run.group.first:
+                # It will reconstruct blocks on all samples, in batches as large as those of a single process.
+                arguments |= arguments_of(dense.model, blocks, prepared.samples)
+        if run.journal.inputs is None:
+            first = first_inputs(dense.model, blocks, own)
+            return Streams(activations.begin({_COMPRESSED: first}), arguments, run.group)
+    return Streams(activations.resume(len(batches_of(own)[0])), arguments, run.group)
+
+
+def remaining_blocks(prepared: Prepared, run: Run) -> Iterator[tuple[nn.Module, BlockProgress]]:
+    """The blocks that the journal does not hold, each read from the model's files when its turn comes."""
+    names, done = list(prepared.blocks), len(run.journal.blocks)
+    run.progress(Event("compress", done, len(names), blocks=finished_blocks(run.journal)))
+    modules = prepared.dense.coming(names[done:], prepared.device)
+    for number, name in list(enumerate(names))[done:]:
+        progress = BlockProgress(run.progress, name, number, len(names))
+        progress.doing("read")
+        yield next(modules), progress
+
+
+def finished_blocks(journal: Journal) -> tuple[BlockDone, ...]:
     """The blocks that an earlier run finished."""
     return tuple(
-        BlockDone(number, block.name, tuple(map(layer_from, block.records)), None)
+        BlockDone(number, block.name, tuple(map(LayerRecord.from_dict, block.records)), None)
         for number, block in enumerate(journal.blocks, 1)
     )
 
 
-def follows(recipe: Recipe) -> bool:
-    """Whether the recipe needs the original model's activations beside those of the compressed blocks."""
-    return bool(recipe.needs & Need.CROSS) or (recipe.matching is not None and recipe.matching.inputs != "compressed")
+def compress_block(task: BlockTask) -> list[CompressedLayer]:
+    """Measure the inputs of a block's layers, apply the steps to each, and put the packed layers in their place.
 
-
-def _original(held: dict[str, Sequence[Tensor]]) -> Sequence[Tensor]:
-    """The original model's activations: those held, or, before the first block, the only ones there are."""
-    if _ORIGINAL in held:
-        return held[_ORIGINAL]
-    inputs = held[_COMPRESSED]
-    return list(inputs) if isinstance(inputs, list) else inputs
-
-
-def own_windows(windows: Tensor, journal: Journal) -> Tensor:
-    """Those of the windows `[count, length]` that this rank runs."""
-    return windows.split(journal.shares)[journal.group.rank]
-
-
-def _begin(
-    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, windows: Tensor, journal: Journal
-) -> tuple[dict[tuple[str, int], Arguments], dict[str, Sequence[Tensor]]]:
-    """Every block's other arguments, and the activations to go on with: of the first block, or those that the journal holds."""
-    own = own_windows(windows, journal)
-    with dense.ends_filled(blocks):
-        with dense.blocks_in_turn(blocks):
-            arguments = arguments_of(dense.model, blocks, own)
-            if recipe.matching is not None and journal.group.size > 1 and journal.group.first:
-                # It will match all windows, in batches as large as those of a single process.
-                arguments |= arguments_of(dense.model, blocks, windows)
-        if journal.inputs is None:
-            streams = {_COMPRESSED: first_inputs(dense.model, blocks, own)}
-            return arguments, journal.put_inputs(streams)
-    return arguments, journal.held_inputs(len(batches_of(own)[0]))
-
-
-def stored_tensors(
-    block: nn.Module, name: str, dtypes: dict[str, torch.dtype]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
-    """A finished block's tensors as they are stored, on the CPU, and what the config says of its layers; by full name.
-
-    What was not compressed is cast back to its stored dtype, bit for bit.
+    Layers are compressed stage by stage, a stage being those whose inputs are computed together, where the recipe is
+    sequential; else all at once.
     """
-    layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
-    packed = {f"{n}.{tensor}" for n, module in layers.items() for tensor in module.packed_names}
-    tensors = {}
-    for key, tensor in block.state_dict().items():
-        full = f"{name}.{key}"
-        tensors[full] = (tensor if key in packed else tensor.to(dtypes[full])).to("cpu").contiguous()
-    return tensors, {f"{name}.{n}": module.about() for n, module in layers.items()}
-
-
-def compress_block(
-    block: nn.Module,
-    block_name: str,
-    flow: Flow,
-    recipe: Recipe,
-    dtypes: dict[str, torch.dtype],
-    device: torch.device,
-    original: Original | None = None,
-    watch: BlockWatch = UNWATCHED,
-) -> tuple[list[LayerRecord], dict[str, Tensor]]:
-    """Compress one block in place; `original` is the block before and its inputs, for steps that follow them.
-
-    Gives the layers' records and, by full name, the mean square of their inputs `[in]`.
-    """
-    linears = {name: linear for name, linear in linears_of(block).items() if not recipe.leaves(f"{block_name}.{name}")}
+    linears = task.linears
     if not linears:
-        return [], {}
-    energies: dict[str, Tensor] = {}
-    stages = stages_of(block, block_name, linears, flow, device) if recipe.sequential else [list(linears)]
-    records = []
-    for stage in stages:
-        watch.doing("measure", *stage)
-        own = {name: linears[name] for name in stage}
-        stats = measure(block, block_name, own, flow, recipe.needs | Need.MEAN_SQUARE, device, original)
-        if recipe.needs & Need.DRIFT and len(own) == 1 and original is not None:
-            ((name, linear),) = own.items()
-            drift = measure_drift(block, block_name, name, linear, flow, device, original)
-            stats = {name: dataclasses.replace(stats[name], drift=drift)}
-        owners = dealt({name: cost_of(linear, recipe) for name, linear in own.items()}, flow.group.size)
-        made = {}
-        for name, linear in own.items():
-            if owners[name] == flow.group.rank:
-                watch.doing("steps", name)
-                made[name] = compress_layer(f"{block_name}.{name}", linear, stats[name], recipe, dtypes)
-        for name, linear in own.items():
-            module, done = handed(flow.group, owners[name], made.get(name), linear)
-            swap(block, name, module)
-            energies[done.record.name] = measured(stats[name].mean_square)
-            records.append(done.record)
-            watch.finished_layer(done)
-    return records, energies
+        return []
+    sequential = task.recipe.sequential
+    stages = stages_of(task.block, task.name, linears, task.inputs, task.device) if sequential else [list(linears)]
+    return [layer for stage in stages for layer in _compress_stage(task, {name: linears[name] for name in stage})]
 
 
-def cost_of(linear: nn.Module, recipe: Recipe) -> float:
-    """About how long a layer takes, in no unit: for dealing layers out to ranks.
+def _compress_stage(task: BlockTask, linears: dict[str, nn.Module]) -> list[CompressedLayer]:
+    """Compress these layers, each on one of the ranks."""
+    task.progress.doing("measure", *linears)
+    stats, group = _measure(task, linears), task.inputs.group
+    owners = assign({name: _cost_of(linear, task.recipe) for name, linear in linears.items()}, group.size)
+    made = {}
+    for name, linear in linears.items():
+        if owners[name] == group.rank:
+            task.progress.doing("steps", name)
+            made[name] = compress_layer(task, name, linear, stats[name])
+    found = []
+    for name, linear in linears.items():
+        module, done = _broadcast_layer(group, owners[name], made.get(name), linear)
+        swap(task.block, name, module)
+        found.append(CompressedLayer(done.record, measured(stats[name].mean_square)))
+        task.progress.finished_layer(done)
+    return found
+
+
+def _measure(task: BlockTask, linears: dict[str, nn.Module]) -> dict[str, Stats]:
+    """The statistics that the recipe needs, by the layer's name within the block."""
+    needs, original = task.recipe.needs, task.original
+    stats = measure(task.block, task.name, linears, task.inputs, needs | Need.MEAN_SQUARE, task.device, original)
+    if needs & Need.DRIFT and len(linears) == 1 and original is not None:
+        ((name, linear),) = linears.items()
+        drift = measure_drift(task.block, task.name, name, linear, task.inputs, task.device, original)
+        stats = {name: dataclasses.replace(stats[name], drift=drift)}
+    return stats
+
+
+def _cost_of(linear: nn.Module, recipe: Recipe) -> float:
+    """About how long a layer takes, in no unit: for assigning layers to ranks.
 
     Steps that know the covariance pass over it for every output; others work on products of low rank.
     """
@@ -203,23 +226,21 @@ def cost_of(linear: nn.Module, recipe: Recipe) -> float:
     return float(out) * width * (width if recipe.needs & Need.GRAM else min(out, width))
 
 
-def compress_layer(
-    name: str, linear: nn.Module, stats: Stats, recipe: Recipe, dtypes: dict[str, torch.dtype]
-) -> tuple[CompressedLinear, LayerDone]:
-    """Apply the recipe's steps to one layer, by full name; gives what takes its place, and what is to be told of it."""
-    began = time.monotonic()
-    layer = Layer.of(name, weight_of(linear), dtypes[f"{name}.weight"])
+def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) -> tuple[CompressedLinear, LayerDone]:
+    """Apply the recipe's steps to one layer, by its name within the block; gives what takes its place, and its event."""
+    began, full = time.monotonic(), f"{task.name}.{name}"
+    layer = Layer.of(full, weight_of(linear), task.dtypes[f"{full}.weight"])
     if stats.note is not None:
         layer = layer.note(stats.note)
     try:
-        layer = apply_steps(recipe.steps_for(name), layer, stats)
+        layer = apply_steps(task.recipe.steps_for(full), layer, stats)
     except NumericsError as error:
-        raise NumericsError(f"{name}: {error}") from error
+        raise NumericsError(f"{full}: {error}") from error
     module = CompressedLinear.from_parts(layer.parts(), _bias_of(linear))
     return module, LayerDone(record_of(layer, measured(stats.mean_square)), stats.tokens, time.monotonic() - began)
 
 
-def handed(
+def _broadcast_layer(
     group: Group, owner: int, made: tuple[CompressedLinear, LayerDone] | None, linear: nn.Module
 ) -> tuple[CompressedLinear, LayerDone]:
     """The layer that the rank `owner` has made in place of `linear`, on every rank."""
@@ -227,11 +248,11 @@ def handed(
         assert made is not None, "a single process makes every layer"
         return made
     about: Any = None if made is None else [made[0].about(), dataclasses.asdict(made[1])]
-    (described, done), tensors = group.shared(owner, about, {} if made is None else made[0].packed())
+    (described, done), tensors = group.broadcast_from(owner, about, {} if made is None else made[0].packed())
     if made is not None:
         return made
     module = _compressed(described, tensors, _bias_of(linear), weight_of(linear).device)
-    return module, LayerDone(layer_from(done["record"]), done["tokens"], done["seconds"])
+    return module, LayerDone(LayerRecord.from_dict(done["record"]), done["tokens"], done["seconds"])
 
 
 def _bias_of(linear: nn.Module) -> Tensor | None:
@@ -245,53 +266,84 @@ def _compressed(
     return CompressedLinear(tuple(about["shape"]), about["parts"], packed, bias).to(device)
 
 
-def rerecorded(
-    record: LayerRecord, block: nn.Module, block_name: str, energy: Tensor, twin: nn.Module, matched: tuple[float, float]
-) -> LayerRecord:
-    """A layer's record after matching has changed what is stored."""
-    name = record.name.removeprefix(f"{block_name}.")
-    module = block.get_submodule(name)
-    assert isinstance(module, CompressedLinear)
-    parts = module.parts()
-    bits = sum(part.storage_bits() for part in parts)
-    error = relative_error(weight_of(twin.get_submodule(name)), dense_of(parts), energy)
-    return dataclasses.replace(record, bits=bits, error=error, matched=matched)
+def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: Prepared) -> list[CompressedLayer]:
+    """Tune a compressed block towards the original block's outputs; gives its layers with new records.
 
-
-def match(
-    block: nn.Module,
-    block_name: str,
-    inputs: Flow,
-    targets: Sequence[Tensor],
-    options: Matching,
-    dtypes: dict[str, torch.dtype],
-    device: torch.device,
-    windows: Tensor,
-    journal: Journal,
-) -> tuple[float, float]:
-    """Tune a compressed block towards the original outputs; the relative squared error on windows held back, before, after.
-
-    The first rank does it, on all windows, and hands the block to the others.
+    The first rank does it, on all samples, and broadcasts the block to the others.
     """
-    group, batch = journal.group, len(batches_of(windows)[0])
-    hidden = journal.gathered("matched inputs", inputs.hidden, batch)
-    all_targets = journal.gathered("matched targets", targets, batch)
-    found = None
+    options = task.recipe.matching
+    assert options is not None and task.twin is not None
+    task.progress.doing("reconstruct")
+    activations, group = prepared.activations, task.inputs.group
+    teacher = task.inputs if task.twin_inputs is None or options.inputs == "compressed" else task.twin_inputs
+    student = task.inputs if task.twin_inputs is None or options.inputs != "dense" else task.twin_inputs
+    own_targets = activations.hold("targets", run_block(task.twin, task.name, teacher, task.device))
+    batch = len(batches_of(prepared.samples)[0])
+    hidden = activations.gather("student inputs", student.hidden, batch)
+    targets = activations.gather("teacher outputs", own_targets, batch)
+    losses = None
     if group.first:
-        found = match_block(block, block_name, Flow(hidden, inputs.arguments), all_targets, options, dtypes, device)
-    return hand_on(group, block, None if found is None else (found.before, found.after), device)
+        flow = Flow(hidden, student.arguments)
+        found = match_block(task.block, task.name, flow, targets, options, task.dtypes, task.device)
+        losses = found.before, found.after
+    losses = _broadcast_block(task, losses)
+    return [_rerecorded(task, layer, losses) for layer in layers]
 
 
-def hand_on(group: Group, block: nn.Module, matched: tuple[float, float] | None, device: torch.device) -> tuple[float, float]:
-    """Give the other ranks the first one's block, and what matching it came to."""
+def _broadcast_block(task: BlockTask, losses: tuple[float, float] | None) -> tuple[float, float]:
+    """Put the first rank's block in the place of this rank's; gives its losses before and after reconstruction."""
+    block, group = task.block, task.inputs.group
     if group.size == 1:
-        assert matched is not None, "a single process matches every block"
-        return matched
+        assert losses is not None, "a single process reconstructs every block"
+        return losses
     layers = {n: m.about() for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
-    (described, found), tensors = group.shared(0, [layers, matched], block.state_dict())
+    (described, found), tensors = group.broadcast_from(0, [layers, losses], block.state_dict())
     if not group.first:
         for name, about in described.items():
             packed = {key: tensors.pop(f"{name}.{key}") for key in about["tensors"]}
-            swap(block, name, _compressed(about, packed, tensors.pop(f"{name}.bias", None), device))
+            swap(block, name, _compressed(about, packed, tensors.pop(f"{name}.bias", None), task.device))
         block.load_state_dict(tensors, strict=False)
     return found[0], found[1]
+
+
+def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, float]) -> CompressedLayer:
+    """A layer's record after block reconstruction has changed what is stored."""
+    assert task.twin is not None
+    name = layer.record.name.removeprefix(f"{task.name}.")
+    module = task.block.get_submodule(name)
+    assert isinstance(module, CompressedLinear)
+    parts = module.parts()
+    bits = sum(part.storage_bits() for part in parts)
+    error = relative_error(weight_of(task.twin.get_submodule(name)), dense_of(parts), layer.second_moment)
+    record = dataclasses.replace(layer.record, bits=bits, error=error, reconstruction=losses)
+    return dataclasses.replace(layer, record=record)
+
+
+def commit_block(task: BlockTask, layers: list[CompressedLayer], streams: Streams, prepared: Prepared) -> Streams:
+    """Run the compressed block, and store it in the journal with its outputs, which are the inputs of the next."""
+    task.progress.doing("propagate")
+    outputs = {_COMPRESSED: run_through(task.block, task.name, task.inputs, task.device)}
+    if task.original is not None:
+        outputs[_ORIGINAL] = run_through(task.original[0], task.name, task.original[1], task.device)
+    records = tuple(layer.record for layer in layers)
+    tensors, entries = stored_tensors(task.block, task.name, task.dtypes)
+    content = BlockContent(task.name, tensors, entries, [dataclasses.asdict(record) for record in records])
+    held = prepared.activations.commit(content, outputs)
+    task.progress.finished(records, task.progress.elapsed)
+    return dataclasses.replace(streams, held=held)
+
+
+def stored_tensors(
+    block: nn.Module, name: str, dtypes: dict[str, torch.dtype]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+    """A finished block's tensors as they are stored, on the CPU, and its layers' entries in the config; by full name.
+
+    What was not compressed is cast back to its stored dtype, bit for bit.
+    """
+    layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
+    packed = {f"{n}.{tensor}" for n, module in layers.items() for tensor in module.packed_names}
+    tensors = {}
+    for key, tensor in block.state_dict().items():
+        full = f"{name}.{key}"
+        tensors[full] = (tensor if key in packed else tensor.to(dtypes[full])).to("cpu").contiguous()
+    return tensors, {f"{name}.{n}": module.about() for n, module in layers.items()}

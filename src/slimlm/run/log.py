@@ -1,20 +1,19 @@
-"""The log of a run: JSON lines beside the output, a line per layer, written as blocks are finished.
+"""The log of a run: JSON lines beside the output, a line per layer, written when blocks are finished.
 
     OUT.log.jsonl             inside OUT, as slimlm.log.jsonl, where OUT is a folder already as the run begins
 
-    {"event": "run", ...}     as compressing begins or goes on: time (UTC), recipe, model, calibration, device, versions,
+    {"event": "run", ...}     when compressing begins or is resumed: time (UTC), recipe, model, calibration, device, versions,
                               blocks, and `after`, the number of blocks that an earlier run had finished
     {"event": "layer", ...}   block (its number), name, shape, parts, bits, bits_per_weight, sparsity, rank, error, tokens,
-                              seconds, matched, notes
+                              seconds, reconstruction, notes
     {"event": "block", ...}   block, name, error (mean of its layers), seconds; after the lines of its layers
     {"event": "end", ...}     bits_per_weight, stored_bytes, seconds of all runs together, peak_memory
-    {"event": "stopped", ...} in place of `end`: why (the kind of error, without its words)
+    {"event": "stopped", ...} in place of `end`: why (the class of the error, without its message)
 
-Lines are only ever added, so the log outlives kills, goes on with a run, and stays when all is done; a run that begins anew
-adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines are
-written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
-half line that a kill may leave is cut off. Folders' names are nobody's business: models, texts and recipes go by their last
-name.
+Lines are only ever added, so the log outlives kills, is continued when a run is resumed, and stays when all is done; a run that
+begins anew adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines
+are written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
+half line that a kill may leave is cut off. Names of folders are private: of models, texts and recipes the last name is logged.
 """
 
 import json
@@ -28,6 +27,9 @@ from typing import Any
 
 from slimlm.events import BlockDone, Event, LayerDone
 from slimlm.record import LayerRecord, Record
+from slimlm.run.config import environment
+from slimlm.run.prepare import Prepared
+from slimlm.run.resume import Run
 from slimlm.storage.journal import INSIDE_LOG, journal_folder
 
 
@@ -41,11 +43,14 @@ def log_path(out: Path) -> Path:
 class RunLog:
     """An observer that writes the log; see `open_log`."""
 
-    path: Path
+    path: Path | None
+    """The file; None: nothing is logged."""
     _layers: dict[str, LayerDone] = field(default_factory=dict)
-    """of the block at hand, by full name"""
+    """The layers of the current block that are done, by full name."""
 
     def __call__(self, event: Event) -> None:
+        if self.path is None:
+            return
         if event.layer is not None:
             self._layers[event.layer.record.name] = event.layer
         logged = blocks_of(self.path) if any(block.seconds is None for block in event.blocks) else set()
@@ -64,18 +69,32 @@ class RunLog:
                 **_figures(record),
                 "tokens": None if done is None else done.tokens,
                 "seconds": None if done is None else round(done.seconds, 3),
-                "matched": record.matched,
+                "reconstruction": record.reconstruction,
                 "notes": record.notes,
             }
         seconds = None if block.seconds is None else round(block.seconds, 3)
         yield {"event": "block", "block": block.number, "name": block.name, "error": block.error, "seconds": seconds}
 
     def add(self, *lines: dict[str, Any]) -> None:
-        """Append these and bring them to the disk."""
+        """Append these lines, and wait until they are on the disk."""
+        if self.path is None:
+            return
         with self.path.open("ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
+
+    def end(self, record: Record) -> None:
+        """Append the last line of a run that came to its end."""
+        self.add(
+            {
+                "event": "end",
+                "bits_per_weight": record.bits_per_weight,
+                "stored_bytes": record.stored_bytes,
+                "seconds": round(record.seconds, 3),
+                "peak_memory": record.peak_memory,
+            }
+        )
 
 
 def _figures(record: LayerRecord) -> dict[str, Any]:
@@ -108,35 +127,43 @@ def blocks_of(path: Path) -> set[int]:
 
 
 @contextmanager
-def open_log(out: Path, header: dict[str, Any]) -> Iterator[RunLog]:
-    """The log of the run that writes `out`, begun with `header` (see the head of this file); says why where it stops.
+def open_log(prepared: Prepared, run: Run) -> Iterator[RunLog]:
+    """The log of a run, begun with its header (see the head of this file); it says why where the run stops.
 
-    Raises OSError where the disk refuses.
+    Only the first of several ranks writes one. Raises OSError where the disk refuses.
     """
-    log = RunLog(log_path(out))
-    new = not log.path.exists()
-    _cut_half_line(log.path)
-    log.add({"event": "run", "time": datetime.now(UTC).isoformat(timespec="seconds"), **header})
+    if prepared.config.out is None or not run.group.first:
+        yield RunLog(None)
+        return
+    path = log_path(prepared.config.out)
+    new = not path.exists()
+    _cut_half_line(path)
+    log = RunLog(path)
+    log.add(_header(prepared, run))
     try:
         yield log
     except BaseException as error:
-        # On a full disk the run's own error is the one to be told.
+        # On a full disk the run's own error is the one to be reported.
         with suppress(OSError):
-            if new and not blocks_of(log.path):
-                log.path.unlink()
+            if new and not blocks_of(path):
+                path.unlink()
             else:
                 log.add({"event": "stopped", "why": type(error).__name__})
         raise
 
 
-def end_of(record: Record) -> dict[str, Any]:
-    """The last line of a run that came to its end."""
+def _header(prepared: Prepared, run: Run) -> dict[str, Any]:
     return {
-        "event": "end",
-        "bits_per_weight": record.bits_per_weight,
-        "stored_bytes": record.stored_bytes,
-        "seconds": round(record.seconds, 3),
-        "peak_memory": record.peak_memory,
+        "event": "run",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": prepared.config.model_name,
+        "recipe": prepared.recipe.to_dict(),
+        "calibration": prepared.calibration,
+        "device": str(prepared.device),
+        "blocks": len(prepared.blocks),
+        "after": len(run.journal.blocks),
+        "skipped": prepared.skipped,
+        "versions": environment(),
     }
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
+from slimlm.events import Notify
 from slimlm.storage.mapping import MappedFile, map_file
 
 ALIGNMENT = 64
@@ -52,15 +53,15 @@ def kept_or_made(
     names: Sequence[str],
     make: Callable[[str], Tensor],
     whole: Callable[[Tensor], bool],
-    tell: Callable[[str], None],
+    notify: Notify,
 ) -> dict[str, Tensor]:
     """The packed layers by name: views of the cache; made, and kept for the next load, where there is no good cache.
 
     `make` gives one layer's bytes, uint8 `[bytes]`, and is called in the order of `names`, one result being held at a
-    time; `whole` says of one layer's bytes whether they are sound. Where the cache cannot be written, `tell` hears why
+    time; `whole` says of one layer's bytes whether they are sound. Where the cache cannot be written, `notify` hears why
     and all results are held in memory instead.
     """
-    kept = open_cache(folder, layout, fingerprint, names, whole, tell)
+    kept = open_cache(folder, layout, fingerprint, names, whole, notify)
     if kept is not None:
         return kept
     try:
@@ -70,7 +71,7 @@ def kept_or_made(
             return writer.finish()
     except _CannotKeepError as error:
         path = cache_path(folder, layout)
-        tell(f"packed layers cannot be kept in {path} ({error}), so they take memory of their own and each load packs anew")
+        notify(f"packed layers cannot be kept in {path} ({error}), so they take memory of their own and each load packs anew")
     return {name: make(name) for name in names}
 
 
@@ -80,9 +81,9 @@ def open_cache(
     fingerprint: str,
     names: Sequence[str],
     whole: Callable[[Tensor], bool],
-    tell: Callable[[str], None],
+    notify: Notify,
 ) -> dict[str, Tensor] | None:
-    """The packed layers as views of the cache, or None where there is none that fits; `tell` hears what is wrong with it.
+    """The packed layers as views of the cache, or None where there is none that fits; `notify` hears what is wrong with it.
 
     A cache may hold more layers than are asked for.
     """
@@ -96,7 +97,7 @@ def open_cache(
         wrong = f"is damaged: {error}"
     if wrong is None:
         return {name: found.tensors[name] for name in names}
-    tell(f"the packed layers in {path} are made anew: the file {wrong}")
+    notify(f"the packed layers in {path} are made anew: the file {wrong}")
     return None
 
 

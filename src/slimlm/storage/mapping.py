@@ -9,6 +9,7 @@ import json
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, UnknownDtypeError
 from slimlm.storage.streams import KINDS
+
+TEMPORARY = ".spilled"
+"""What the name of a file ends in that is mapped and loses its name at once; a run that is killed may leave one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,34 @@ class MappedFile:
         return found
 
 
+@dataclass(frozen=True)
+class MappedFiles:
+    """The tensors of several safetensors files, such as the shards of a model."""
+
+    files: dict[str, MappedFile]
+    """The files, by their names."""
+
+    @classmethod
+    def of(cls, paths: Iterable[Path], *, pass_over: bool = False) -> "MappedFiles":
+        """Map these files; raises what `map_file` raises."""
+        return cls({path.name: map_file(path, pass_over=pass_over) for path in paths})
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; of one that several files hold, the last."""
+        return {name: tensor for file in self.files.values() for name, tensor in file.tensors.items()}
+
+    @cached_property
+    def unread(self) -> dict[str, tuple[str, Tensor]]:
+        """See `MappedFile.unread`."""
+        return {name: entry for file in self.files.values() for name, entry in file.unread.items()}
+
+    def release(self, tensors: Iterable[Tensor]) -> int:
+        """Drop the pages of those of these tensors that are views of the files; see `MappedFile.release`."""
+        views = list(tensors)
+        return sum(file.release(views) for file in self.files.values())
+
+
 def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
     """Map a safetensors file; raises CheckpointError where it is none, or is cut short, and OSError where it cannot be read.
 
@@ -80,6 +112,13 @@ def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
     tensors = {name: _view(path, memory, name, entry, data) for name, entry in about.items()}
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
     return MappedFile(tensors, metadata, memory, start, memory[:data], unread)
+
+
+def map_and_unlink(path: Path) -> MappedFile:
+    """Map a file and remove its name: the mapping alone keeps the data."""
+    file = map_file(path)
+    path.unlink()
+    return file
 
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:

@@ -1,9 +1,9 @@
 """Is a checkpoint what it says it is? From its folder alone, a tensor and a block at a time.
 
-Every shard, every tensor and the config against its recorded SHA-256, the index against the shards, every packed layer against
-its description (masks, scales, padding), every tensor and linear layer of the model's class accounted for, the record against
-both; whether the tokenizer opens; and then the model runs, block by block, on a few tokens or on a text. What must match the
-model in memory while it is compressed is compared in slimlm.run.assemble.
+Every shard, every tensor and the config is compared with its recorded SHA-256, the index with the shards, every packed layer
+with its description (masks, scales, padding), every tensor and linear layer with the model's class, and the record with all of
+these; the tokenizer is opened; and then the model runs, block by block, on a few tokens or on a text. What must match the model
+in memory while it is compressed is compared in slimlm.run.assemble.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Record, explosion
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import own_entries, packed_names
-from slimlm.storage.mapping import MappedFile, map_file
+from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.streams import tensor_sum
 from slimlm.storage.tensor_checks import faults, not_finite
 from slimlm.verification.stored_model import StoredModel
@@ -44,29 +44,33 @@ class Verified:
     """What was found in a checkpoint's folder."""
 
     folder: str
+    """The folder that was checked."""
     problems: tuple[str, ...]
-    """in words that name the tensor or layer; none: the checkpoint is sound"""
+    """What is wrong, in words that name the tensor or layer; where there is nothing the checkpoint is sound."""
     notes: tuple[str, ...]
-    """what could not be checked, and warnings"""
+    """What could not be checked, and warnings."""
     shards: int
+    """The number of weight files."""
     tensors: int
+    """The number of tensors that they hold."""
     bytes: int
-    """of the shards"""
+    """The size of the weight files."""
     checksums: str
-    """of what they are recorded: "tensors", or "shards" alone in folders of older versions"""
+    """What checksums are recorded of: "tensors", or "shards" alone in folders of older versions."""
     compressed: int
-    """linear layers that are packed"""
-    left: tuple[str, ...]
-    """linear layers that stayed dense"""
+    """The number of linear layers that are packed."""
+    skipped: tuple[str, ...]
+    """The names of linear layers that are dense."""
     embeddings: int
-    """that are packed"""
+    """The number of embeddings that are packed."""
     recorded: dict[str, Any] | None
-    """perplexity before and after that the run recorded"""
+    """The perplexity before and after that the run recorded."""
     measured: dict[str, Any] | None
-    """perplexity on the windows given"""
+    """The perplexity on the windows given."""
 
     @property
     def sound(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,64 +84,93 @@ class Verified:
             raise CheckpointError(f"verification of {self.folder} failed: {'; '.join(self.problems[:3])}{more}")
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A folder whose config and index of files make sense."""
+
+    folder: Path
+    record: dict[str, Any]
+    """slimlm.json"""
+    about: dict[str, Any]
+    """the `quantization_config`"""
+    recorded: checkpoint.Files
+    files: MappedFiles
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Opened":
+        """Open a folder; raises CheckpointError where it is no checkpoint, or so damaged that it cannot be read."""
+        record = checkpoint.read_record(folder)
+        refuse_other(str(folder))
+        about, recorded = read_description(folder), checkpoint.recorded_files(folder)
+        return cls(folder, record, about, recorded, MappedFiles.of(checkpoint.check_files(folder)))
+
+    @property
+    def sums_tensors(self) -> bool:
+        """Whether checksums of single tensors are recorded."""
+        return all("tensors" in entry for entry in self.recorded.values())
+
+    def empty_model(self) -> PreTrainedModel:
+        """The model's class without values; raises CheckpointError where the config does not give one."""
+        try:
+            return empty_model(self.folder, self.files.tensors, self.about.get("experts", ()))
+        except ModelError as error:
+            raise CheckpointError(str(error)) from error
+
+    def stored_model(self) -> StoredModel:
+        """The model that runs from the stored tensors."""
+        meta = _meta_model(empty_model(self.folder, self.files.tensors), self.about.get("experts", ()))
+        entries, embeddings = self.about["layers"], self.about.get("embeddings", {})
+        return StoredModel(meta, self.files.tensors, self.files.release, entries, embeddings)
+
+
 def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
     """Check everything that can be known of a checkpoint from its folder; see the top of this file.
 
-    windows: token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens. device: where
-    blocks run. Raises CheckpointError where the folder is no checkpoint, or so damaged that there is nothing to go through; all
-    else is told in `problems`.
+    Args:
+        folder: The checkpoint.
+        windows: Token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens.
+        device: Where blocks run.
+
+    Returns:
+        What was found; what is wrong is in `problems`.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or so damaged that there is nothing to go through.
     """
-    folder = Path(folder)
-    record = checkpoint.read_record(folder)
-    refuse_other(str(folder))
-    about = read_description(folder)
-    recorded = checkpoint.recorded_files(folder)
-    files = {path.name: map_file(path) for path in checkpoint.check_files(folder)}
-    problems = [*_checksums(files, recorded, folder), *_index(files, folder), *_unopened(folder)]
-    stored = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
-
-    def release(tensors: Any) -> None:
-        wanted = list(tensors)
-        for file in files.values():
-            file.release(wanted)
-
-    problems += _packed(about, stored, release)
-    others = {name: tensor for name, tensor in stored.items() if name not in set(packed_names(about))}
-    try:
-        empty = empty_model(folder, stored, about.get("experts", ()))
-    except ModelError as error:
-        raise CheckpointError(str(error)) from error
-    problems += misfits(empty, about, others)
-    linears = linears_of(empty)
-    left = tuple(name for name in linears if name not in about["layers"])
-    rows, notes = _rows(record)
-    if rows is not None:
-        problems += _record(rows, about, left)
-        if (warning := explosion(rows)) is not None:
+    opened = _Opened.of(Path(folder))
+    problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
+    empty = opened.empty_model()
+    packed = set(packed_names(opened.about))
+    others = {name: tensor for name, tensor in opened.files.tensors.items() if name not in packed}
+    problems += misfits(empty, opened.about, others)
+    skipped = tuple(name for name in linears_of(empty) if name not in opened.about["layers"])
+    record, notes = _record_of(opened.record)
+    if record is not None:
+        problems += _unlike_record(record, opened.about, skipped)
+        if (warning := explosion(record)) is not None:
             notes.append(warning)
-    beside, about_them = _beside(folder)
+    beside, about_them = _beside(opened.folder)
     problems += beside
     notes += about_them
-    if any("tensors" not in entry for entry in recorded.values()):
+    if not opened.sums_tensors:
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        skeleton = _skeleton(empty_model(folder, stored), about.get("experts", ()))
-        found = _run(StoredModel(skeleton, stored, release, about["layers"], about.get("embeddings", {})), windows, device)
+        found = _run(opened.stored_model(), windows, device)
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
-    compared = None if rows is None or rows.perplexity is None else dataclasses.asdict(rows.perplexity)
+    compared = None if record is None or record.perplexity is None else dataclasses.asdict(record.perplexity)
     return Verified(
         folder=str(folder),
         problems=tuple(problems),
         notes=tuple(notes),
-        shards=len(files),
-        tensors=len(stored),
-        bytes=sum(entry["bytes"] for entry in recorded.values()),
-        checksums="tensors" if all("tensors" in entry for entry in recorded.values()) else "shards",
-        compressed=len(about["layers"]),
-        left=left,
-        embeddings=len(about.get("embeddings", {})),
+        shards=len(opened.files.files),
+        tensors=len(opened.files.tensors),
+        bytes=sum(entry["bytes"] for entry in opened.recorded.values()),
+        checksums="tensors" if opened.sums_tensors else "shards",
+        compressed=len(opened.about["layers"]),
+        skipped=skipped,
+        embeddings=len(opened.about.get("embeddings", {})),
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
     )
@@ -168,11 +201,12 @@ def _unopened(folder: Path) -> Iterator[str]:
             yield f"generation_config.json cannot be opened: {words_of(error)}"
 
 
-def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder: Path) -> Iterator[str]:
+def _checksums(opened: _Opened) -> Iterator[str]:
     """Shards and tensors that are not what was written. A shard is its header and its tensors without gaps: it is read once."""
+    files = opened.files.files
     for name, file in files.items():
         whole = hashlib.sha256(file.header)
-        wanted = recorded[name].get("tensors")
+        wanted = opened.recorded[name].get("tensors")
         for key, tensor in file.tensors.items():
             sum_of = tensor_sum(tensor, whole)
             file.release([tensor])
@@ -180,8 +214,8 @@ def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder:
                 yield f"{key} in {name} is not what was written: its SHA-256 is not the recorded one"
         for key in sorted(set(wanted or {}) - set(file.tensors)):
             yield f"{key} is recorded in {name}, which does not hold it"
-        if whole.hexdigest() != recorded[name]["sha256"]:
-            yield f"{folder / name} is corrupt: its SHA-256 is not the recorded one"
+        if whole.hexdigest() != opened.recorded[name]["sha256"]:
+            yield f"{opened.folder / name} is corrupt: its SHA-256 is not the recorded one"
     places: dict[str, str] = {}
     for name, file in files.items():
         for key in file.tensors:
@@ -189,9 +223,9 @@ def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder:
                 yield f"{key} is stored twice, in {first} and in {name}"
 
 
-def _index(files: dict[str, MappedFile], folder: Path) -> Iterator[str]:
+def _index(opened: _Opened) -> Iterator[str]:
     """Where the index and the shards disagree; transformers opens several shards by the index alone."""
-    path = folder / checkpoint.INDEX
+    path, files = opened.folder / checkpoint.INDEX, opened.files.files
     if not path.is_file():
         if len(files) > 1:
             yield f"{path} is missing, and there are {len(files)} shards"
@@ -207,10 +241,10 @@ def _index(files: dict[str, MappedFile], folder: Path) -> Iterator[str]:
             yield f"{key} is in {held.get(key, 'no shard')}; the index says {places.get(key, 'nothing of it')!r}"
 
 
-def _packed(about: dict[str, Any], stored: dict[str, Tensor], release: Any) -> Iterator[str]:
+def _packed(opened: _Opened) -> Iterator[str]:
     """What is wrong with single tensors: of packed layers, and NaN or infinity in the others."""
-    rest = dict(stored)
-    for name, entry in own_entries(about).items():
+    rest, release = dict(opened.files.tensors), opened.files.release
+    for name, entry in own_entries(opened.about).items():
         try:
             own = take(rest, name, entry["tensors"])
         except CheckpointError as error:
@@ -224,20 +258,20 @@ def _packed(about: dict[str, Any], stored: dict[str, Tensor], release: Any) -> I
         release([tensor])
 
 
-def _rows(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
+def _record_of(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
     try:
         return Record.from_dict(record), []
     except CheckpointError as error:
         return None, [f"what slimlm.json says of layers is not compared: {error}"]
 
 
-def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Iterator[str]:
+def _unlike_record(record: Record, about: dict[str, Any], skipped: tuple[str, ...]) -> Iterator[str]:
     """Where the record and the description disagree, and linear layers that neither accounts for."""
     entries = own_entries(about)
-    rows = {row.name: row for row in (*record.layers, *record.ends)}
-    for name in left:
-        if name not in record.left:
-            yield f"{name} is a linear layer that is neither compressed nor recorded as left dense"
+    rows = {row.name: row for row in (*record.layers, *record.embeddings)}
+    for name in skipped:
+        if name not in record.skipped:
+            yield f"{name} is a linear layer that is neither compressed nor recorded as skipped"
     for name in sorted({*rows, *entries}):
         if name not in rows or name not in entries:
             where = ("compressed", "the record does not name it") if name in entries else ("recorded", "it is not compressed")
@@ -255,7 +289,7 @@ def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Ite
                 yield f"{name}: {what} {ours}, and the record says {theirs}"
 
 
-def _skeleton(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
+def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
     """The dense model with placeholders, whose tables are computed, and whose experts in these modules are taken apart."""
     config = empty.config
     given = {}

@@ -22,7 +22,7 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
 _CPU = torch.device("cpu")
-_Way = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+_Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """From a block's arguments to its output."""
 
 
@@ -68,10 +68,10 @@ class StoredModel:
             return self._run(name, device, args, {**kwargs, "hidden_states": first})
 
         names = list(blocks_of(self.skeleton))
-        ways: dict[str, _Way] = {name: partial(self._run, name, device) for name in names}
+        forwards: dict[str, _Forward] = {name: partial(self._run, name, device) for name in names}
         if first is not None:
-            ways[names[0]] = partial(run_first, names[0])
-        return self._around(ways)
+            forwards[names[0]] = partial(run_first, names[0])
+        return self._around(forwards)
 
     def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
         """What the last block gives for tokens `[windows, length]`; no logits are made. `first` as for `assembled`."""
@@ -101,11 +101,11 @@ class StoredModel:
                 logits = model(ids[piece], use_cache=False).logits
             yield logits
 
-    def _around(self, ways: dict[str, _Way]) -> PreTrainedModel:
+    def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
         model = skeleton_copy(self.skeleton)
         assert isinstance(model, PreTrainedModel)
-        for name, way in ways.items():
-            swap(model, name, _InPlace(self.skeleton.get_submodule(name), way))
+        for name, forward in forwards.items():
+            swap(model, name, _InPlace(self.skeleton.get_submodule(name), forward))
         self._put_compressed(model, "")
         self._put_others(model, "")
         widen_activations(model)
@@ -161,7 +161,7 @@ class StoredModel:
 class _InPlace(nn.Module):
     """Stands where a block was. What a decoder asks of its blocks beside running them, the skeleton's block answers."""
 
-    def __init__(self, shown: nn.Module, run: _Way) -> None:
+    def __init__(self, shown: nn.Module, run: _Forward) -> None:
         super().__init__()
         # In a tuple, so that the block does not become a part of this module.
         self._shown, self._run = (shown,), run

@@ -1,6 +1,6 @@
-"""A run that is yet to be: the shapes of what it will work on, what it will store, and what that takes of memory and disk.
+"""What a run will need: the shapes of what it will work on, what it will store, and what that takes of memory and disk.
 
-All of it follows from the skeleton: no weight is read.
+All of it follows from the meta model: no weight is read.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from torch import nn
 from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
+from slimlm.models.embeddings import GROUP_SIZE, Embeddings
 from slimlm.models.lazy import StreamedModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
-from slimlm.run.block import follows
-from slimlm.run.embeddings import GROUP, Ends
 
 _FEW_TOKENS = 8
 _KEPT_BY_ALLOCATOR = 160 * 2**20
@@ -29,29 +28,32 @@ _LAYER_COPIES = {"joint": 14, "quantize": 8, "prune": 6, "compensate": 8}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run is to do."""
+class RunNeeds:
+    """What a run is to do, and what that takes."""
 
     dense: StreamedModel
     blocks: dict[str, nn.Module]
+    """the model's blocks, by full name"""
     recipe: Recipe
-    ends: Ends
-    left: dict[str, str]
-    """what stays as it is, and why"""
-    windows: int
+    embeddings: Embeddings
+    """what becomes of embedding and head"""
+    skipped: dict[str, str]
+    """what is not compressed, and why"""
+    sample_count: int
+    """calibration samples"""
     length: int
-    """tokens per window"""
+    """tokens per sample"""
     bits: float | None = None
     """a budget per weight, where what layers become is yet to be planned"""
 
     @property
     def tokens(self) -> int:
-        return self.windows * self.length
+        return self.sample_count * self.length
 
     @property
     def tokens_at_once(self) -> int:
         """Tokens of a batch."""
-        return batches_of(torch.empty(self.windows, self.length, device="meta"))[0].numel()
+        return batches_of(torch.empty(self.sample_count, self.length, device="meta"))[0].numel()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -87,21 +89,20 @@ class Job:
         return sum(self.layer_bits.values()) // 8 + others
 
     @cached_property
-    def ends_bytes(self) -> int:
+    def embeddings_bytes(self) -> int:
         """Of embedding and head where they are compressed."""
-        names = [self.ends.embedding, None if self.ends.tied and self.ends.embedding is not None else self.ends.head]
-        about = {"kind": "uniform", "bits": self.ends.bits, "group_size": GROUP, "input_scale": False}
-        shapes = [self.dense.weights[f"{name}.weight"].shape for name in names if name is not None]
+        about = {"kind": "uniform", "bits": self.embeddings.bits, "group_size": GROUP_SIZE, "input_scale": False}
+        shapes = [self.dense.weights[f"{name}.weight"].shape for name in self.embeddings.stored_names]
         return sum(stored_bits(about, (shape[0], shape[1])) for shape in shapes) // 8
 
     @cached_property
     def stored_bytes(self) -> int:
         """Of all tensors of the output; the files' headers add about a hundred bytes for each."""
-        replaced = {f"{name}.weight" for name in (self.ends.embedding, self.ends.head) if name is not None}
+        replaced = {f"{name}.weight" for name in self.embeddings.names}
         outside = [name for name in self.dense.outside(self.blocks) if name not in replaced]
         kept = {self.dense.weights[name].data_ptr(): name for name in outside}
         rest = sum(self.dense.weights[name].numel() * self.dense.dtypes[name].itemsize for name in kept.values())
-        return self.blocks_bytes + self.ends_bytes + rest
+        return self.blocks_bytes + self.embeddings_bytes + rest
 
     @cached_property
     def stages(self) -> list[list[str]]:
@@ -112,9 +113,9 @@ class Job:
         """
         name, linears = self._first
         first = {name: self.blocks[name]}
-        windows = torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
-        arguments = arguments_of(self.dense.model, first, windows)
-        flow = Flow(list(first_inputs(self.dense.model, first, windows)), arguments)
+        samples = torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
+        arguments = arguments_of(self.dense.model, first, samples)
+        flow = Flow(list(first_inputs(self.dense.model, first, samples)), arguments)
         return stages_of(first[name], name, linears, flow, torch.device("cpu"))
 
     @property
@@ -143,7 +144,7 @@ class Job:
     @property
     def planned(self) -> bool:
         """Whether what layers become is yet to be planned."""
-        return self.bits is not None or any(getattr(named.step, "rank", None) == "auto" for named in self.recipe.steps)
+        return self.bits is not None or self.recipe.has_auto_rank
 
     # Memory, in bytes
 
@@ -155,7 +156,7 @@ class Job:
     @property
     def copies(self) -> int:
         """Of the block: two where the original goes along."""
-        return 2 if follows(self.recipe) or self.recipe.matching is not None else 1
+        return 2 if self.recipe.follows_original or self.recipe.matching is not None else 1
 
     @cached_property
     def width(self) -> int:
@@ -166,7 +167,7 @@ class Job:
     @property
     def streams(self) -> int:
         """Activations that go from block to block."""
-        return 1 + follows(self.recipe)
+        return 1 + self.recipe.follows_original
 
     @property
     def held_bytes(self) -> int:
@@ -214,8 +215,8 @@ class Job:
         return held + squares + 4 * max(_LAYER_COPIES[kind] for kind in kinds) * largest
 
     @property
-    def matching_bytes(self) -> int:
-        """Of a block that is matched: values, gradients, two moments, the rounded weights; and its steps' activations."""
+    def reconstruction_bytes(self) -> int:
+        """Of a block that is reconstructed: values, gradients, two moments, the rounded weights; and its steps' activations."""
         if self.recipe.matching is None:
             return 0
         steps = min(self.tokens, self.recipe.matching.batch * self.length)
@@ -223,8 +224,8 @@ class Job:
 
     @property
     def working_bytes(self) -> int:
-        """Of a block, its twin where there is one, and the fullest moment of the work on it."""
-        most = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes, self.matching_bytes)
+        """Of a block, its original where that goes along, and the fullest moment of the work on it."""
+        most = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes, self.reconstruction_bytes)
         return self.copies * self.block_bytes + most
 
     @property
@@ -236,13 +237,12 @@ class Job:
     @property
     def ending_bytes(self) -> int:
         """While embedding and head are rounded: as they are stored, their codes, and these packed."""
-        names = [name for name in (self.ends.embedding, self.ends.head) if name is not None]
-        weights = {w.data_ptr(): w for w in (self.dense.weights[f"{name}.weight"] for name in names)}
-        return sum(w.numel() * (w.element_size() + 1) for w in weights.values()) + self.ends_bytes
+        weights = {w.data_ptr(): w for w in (self.dense.weights[f"{name}.weight"] for name in self.embeddings.names)}
+        return sum(w.numel() * (w.element_size() + 1) for w in weights.values()) + self.embeddings_bytes
 
     @property
     def least_bytes(self) -> int:
-        """What is held at one time whatever else is done: a block, its twin, the covariances that are measured together."""
+        """What is held at one time whatever else is done: a block, its original, the covariances that are measured together."""
         return self.copies * self.block_bytes + self.covariances_bytes
 
     @property
@@ -262,7 +262,7 @@ class Job:
         """Of output and journal at the fullest moment: while the last block is kept, or while all is written a second time."""
         spilled = 0 if self.recipe.matching is None else self.tokens * self.width * 4
         block = self.blocks_bytes + 2 * self.activations_bytes + spilled
-        return max(block, self.blocks_bytes + self.activations_bytes + self.ends_bytes + self.stored_bytes)
+        return max(block, self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes)
 
 
 def folder_bytes(folder: Path) -> int:

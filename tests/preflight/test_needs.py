@@ -9,16 +9,16 @@ from torch import nn
 from transformers import Gemma3Config
 
 import slimlm
-from slimlm.calibration.samples import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
+from slimlm.models.embeddings import embeddings_of
 from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.structure import blocks_of, context_length, text_config
-from slimlm.pipeline import Asked, estimate
-from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
-from slimlm.preflight.job import Job
-from slimlm.recipe import apply_steps, open_recipe, shipped
-from slimlm.run.embeddings import ends_of
+from slimlm.pipeline import estimate
+from slimlm.preflight import forms
+from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, resolved
+from slimlm.preflight.needs import RunNeeds
+from slimlm.recipe import AS_STORED, apply_steps, open_recipe, shipped
 from tests.conftest import FAMILIES, random_model, save
 
 
@@ -27,7 +27,7 @@ from tests.conftest import FAMILIES, random_model, save
 def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape: tuple[int, int]) -> None:
     steps = brief(resolved(open_recipe(recipe).steps))
     assert fitting(shape, steps) == shape
-    parts = apply_steps(steps, *drawn_layer(shape, needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
+    parts = apply_steps(steps, *drawn_layer(shape, forms.needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
     base = parts[0].inner if isinstance(parts[0], Pruned) else parts[0]
     levels = {getattr(named.step, "codebook", "none") for named in steps}
     spared = table_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
@@ -49,11 +49,11 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
     assert expected.layer_bits == {layer.name: layer.bits for layer in record.layers}
     assert expected.layers == {layer.name: layer.shape for layer in record.layers}
     assert (expected.bits_per_weight, expected.original_bytes) == (record.bits_per_weight, record.original_bytes)
-    assert expected.left == record.left
+    assert expected.skipped == record.skipped
 
 
 def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.calibration.samples", "calibration_windows")):
+    for module, name in (("slimlm.run.prepare", "weights_identity"), ("slimlm.calibration.samples", "calibration_windows")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
     monkeypatch.setattr(StreamedModel, "_put", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)
@@ -61,41 +61,40 @@ def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pyte
 
 
 def test_stages_and_inputs_are_those_of_the_model(llama_folder: Path) -> None:
-    job = job_of(llama_folder, "best")
-    names = [[name.rpartition(".")[2] for name in stage] for stage in job.stages]
+    needs = needs_of(llama_folder, "best")
+    names = [[name.rpartition(".")[2] for name in stage] for stage in needs.stages]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    first = next(iter(job.blocks))
-    assert job.inputs == [[job.shapes[f"{first}.{stage[0]}"][1]] for stage in job.stages]
+    first = next(iter(needs.blocks))
+    assert needs.inputs == [[needs.shapes[f"{first}.{stage[0]}"][1]] for stage in needs.stages]
 
 
-def job_of(folder: Path, recipe: str, samples: int = 8, length: int = 32) -> Job:
-    dense = open_streamed(str(folder), folder / "none", pytest.fail)
-    asked = Asked(str(folder), open_recipe(recipe), None, "size", Calibration(samples=samples, length=length), "cpu", None)
-    ends = ends_of(dense.model, asked.recipe.embedding_bits)
-    return Job(dense, blocks_of(dense.model), asked.recipe, ends, {}, samples, length)
+def needs_of(folder: Path, recipe: str, samples: int = 8, length: int = 32) -> RunNeeds:
+    dense, opened = open_streamed(str(folder), folder / "none", pytest.fail), open_recipe(recipe)
+    embeddings = embeddings_of(dense.model, None if opened.embedding_bits == AS_STORED else opened.embedding_bits)
+    return RunNeeds(dense, blocks_of(dense.model), opened, embeddings, {}, samples, length)
 
 
 def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
-    slim, best = job_of(llama_folder, "slim"), job_of(llama_folder, "best")
+    slim, best = needs_of(llama_folder, "slim"), needs_of(llama_folder, "best")
     assert best.copies == best.streams == 2 and slim.copies == slim.streams == 1
     assert best.held_bytes == 2 * slim.held_bytes == 2 * 8 * 32 * best.width * 4
-    assert job_of(llama_folder, "best-matched").held_bytes == 3 * slim.held_bytes
+    assert needs_of(llama_folder, "best-matched").held_bytes == 3 * slim.held_bytes
     assert best.least_bytes > 2 * best.block_bytes > slim.least_bytes == slim.block_bytes
-    more = job_of(llama_folder, "slim", samples=80)
+    more = needs_of(llama_folder, "slim", samples=80)
     assert more.disk_bytes >= slim.disk_bytes + 72 * 32 * slim.width * 4
     assert more.block_bytes == slim.block_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_least_counts_the_covariances_that_are_held_together(family: str, tmp_path: Path) -> None:
-    job = job_of(save(random_model(family), tmp_path / "m"), "gptq")
-    stages = [sum(width**2 for width in widths) for widths in job.inputs]
-    together = max(stages) if job.recipe.sequential else sum(stages)
-    assert job.covariances_bytes == 12 * together and job.least_bytes == job.copies * job.block_bytes + 12 * together
-    assert job.least_on_device == job.copies * job.block_bytes + 8 * together
+    needs = needs_of(save(random_model(family), tmp_path / "m"), "gptq")
+    stages = [sum(width**2 for width in widths) for widths in needs.inputs]
+    together = max(stages) if needs.recipe.sequential else sum(stages)
+    assert needs.covariances_bytes == 12 * together and needs.least_bytes == needs.copies * needs.block_bytes + 12 * together
+    assert needs.least_on_device == needs.copies * needs.block_bytes + 8 * together
     if family == "mixtral":
-        experts = job.dense.model.config.num_local_experts
-        assert max(map(len, job.inputs)) == experts and together > experts * min(job.inputs[-1]) ** 2
+        experts = needs.dense.model.config.num_local_experts
+        assert max(map(len, needs.inputs)) == experts and together > experts * min(needs.inputs[-1]) ** 2
 
 
 def test_the_text_part_of_a_model_with_images_says_width_and_context() -> None:

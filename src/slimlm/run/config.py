@@ -1,0 +1,172 @@
+"""What a run is asked to do: the options of `compress`, `plan` and `estimate`, in one object."""
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from slimlm.calibration.samples import Calibration
+from slimlm.core.errors import RecipeError, SlimlmError
+from slimlm.data.documents import DEFAULT_DATA
+from slimlm.data.windows import check_seed
+from slimlm.distributed.environment import local_rank, world_size
+from slimlm.planner.objective import Objective
+from slimlm.planner.options import Budget
+from slimlm.planner.plan import alternation_of, asked_budget
+from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
+from slimlm.recipes import DEFAULT_RECIPE
+from slimlm.storage.identity import files_identity
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of a run; `RunConfig` says what they mean and what they are when left out."""
+
+    recipe: str | Recipe
+    bits: float | None
+    objective: Objective
+    embedding_bits: int | None
+    data: str | None
+    samples: int
+    length: int
+    seed: int
+    device: str
+    memory: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run is asked to do.
+
+    Raises:
+        RecipeError: The recipe is unknown or makes no sense.
+        DataError: The samples, their length or the seed make no sense.
+    """
+
+    model: str
+    """The model: a folder or a hub name."""
+    out: Path | None = None
+    """The folder to write; None: nothing is written."""
+    recipe: str | Recipe = DEFAULT_RECIPE
+    """What is done to every layer: a shipped recipe's name, a .toml file or a Recipe."""
+    bits: float | None = None
+    """Average bits per weight that may be spent, everything counted; what each layer becomes is then planned."""
+    objective: Objective = "size"
+    """What a budget counts: stored bits ("size"), or bytes and operations ("speed")."""
+    embedding_bits: int | None = None
+    """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: what the recipe says."""
+    data: str | None = None
+    """The calibration text: a file, a folder, a hub data set, "stdlib" or "self"; None: the default data set."""
+    samples: int = 128
+    """The number of calibration samples."""
+    length: int = 2048
+    """Tokens per sample, at most the model's context."""
+    seed: int = 0
+    """Which samples are drawn."""
+    device: str = "auto"
+    """Where one block at a time is worked on: "auto", "cpu", "cuda" or "cuda:N"."""
+    memory: int | None = None
+    """Bytes that calibration activations may take before they stay on the disk; None: half of what is free."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.calibration.seed)
+        assert self.opened_recipe
+
+    @cached_property
+    def opened_recipe(self) -> Recipe:
+        """The recipe, with other bits for embedding and head where they are asked for."""
+        recipe = open_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        if self.embedding_bits is None:
+            return recipe
+        return dataclasses.replace(recipe, embedding_bits=check_embedding_bits(self.embedding_bits, "embedding_bits"))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The calibration text and how much of it is used."""
+        return Calibration(self.data or DEFAULT_DATA, self.samples, self.length, self.seed)
+
+    @property
+    def planned(self) -> bool:
+        """Whether what layers become has to be planned."""
+        return self.bits is not None or self.opened_recipe.has_auto_rank
+
+    @property
+    def model_name(self) -> str:
+        """The model's name as it is recorded."""
+        return name_of(self.model)
+
+    def budget(self) -> Budget | None:
+        """The budget where bits are asked for; raises RecipeError where that makes no sense, whatever the model."""
+        recipe = self.opened_recipe
+        if self.bits is not None:
+            return asked_budget(recipe, self.bits, self.objective)
+        if recipe.has_auto_rank:
+            alternation_of(recipe)
+        elif self.objective != "size":
+            raise RecipeError(f"`objective` {self.objective} says what a budget counts, and there is none; give `bits`")
+        return None
+
+    def identity(self, files: list[Path], config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """What the result depends on, but for weights and calibration text, which the journal compares when they are read.
+
+        Args:
+            files: The model's weight files.
+            config: The model's configuration.
+            device: Where the run computes.
+        """
+        return {
+            "model": files_identity(files),
+            "config": config,
+            "recipe": self.opened_recipe.to_dict(),
+            "budget": {"bits": self.bits, "objective": self.objective},
+            "calibration": {**dataclasses.asdict(self.calibration), "data": name_of(self.calibration.data)},
+            "device": device.type,
+            "versions": versions("slimlm", "torch", "transformers"),
+        }
+
+
+def name_of(source: str) -> str:
+    """A source's name without the folders above it, which are private; a hub name as it is."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of these packages."""
+    return {name: version(name) for name in packages}
+
+
+def environment() -> dict[str, str]:
+    """The versions that a record and a log name."""
+    return {**versions("slimlm", "torch", "transformers", "safetensors"), "python": platform.python_version()}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to compute on; "auto" is cuda where there is one, else the CPU. Several ranks take a GPU each.
+
+    Raises:
+        SlimlmError: The name is no device, or the device is not there.
+    """
+    if name == "auto":
+        return pick_device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SlimlmError("`device` cuda was asked for, but torch finds no CUDA device here; use `device` cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"') from error
+    if found.type == "cuda" and world_size() > 1:
+        if found.index is not None or local_rank() >= torch.cuda.device_count():
+            raise SlimlmError(
+                f"device = {name!r}: each process on a machine takes a GPU of its own; this is number {local_rank() + 1}, and "
+                f"torch finds {torch.cuda.device_count()}. Start one for each GPU with `device` cuda, or give `device` cpu"
+            )
+        return torch.device("cuda", local_rank())
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SlimlmError(f"device = {name!r}: torch finds {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return found

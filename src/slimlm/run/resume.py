@@ -1,0 +1,107 @@
+"""How a run is begun, stopped and resumed: its journal and its ranks, and what is said where it ends early."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from slimlm.core.errors import CheckpointError, RanksError, SlimlmError
+from slimlm.distributed.group import ALONE, Group
+from slimlm.distributed.launch import join_ranks
+from slimlm.events import Notify, Observer, quiet, silent
+from slimlm.models.opening import words_of
+from slimlm.storage import checkpoint
+from slimlm.storage.journal import Content, Journal, open_journal
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of a run is given."""
+
+    journal: Journal
+    """What is finished; on ranks other than the first a copy of what it held at the beginning."""
+    group: Group = ALONE
+    """The ranks that share the run."""
+    progress: Observer = quiet
+    """Where events go."""
+    notify: Notify = silent
+    """Where messages for the user go."""
+
+
+@contextmanager
+def open_run(out: Path, *, restart: bool, progress: Observer, notify: Notify) -> Iterator[Run]:
+    """The run that writes `out`: begun, or resumed where its journal holds finished blocks.
+
+    Several ranks are joined; only the first writes, and reports to the user.
+
+    Args:
+        out: The output folder.
+        restart: Drop what the journal holds, once the new run has begun.
+        progress: Where events go.
+        notify: Where messages for the user go.
+
+    Raises:
+        CheckpointError: Something is in the way of `out`, or the journal is damaged, locked or cannot be written.
+        RanksError: Another rank has ended.
+    """
+    with join_ranks() as group:
+        if group.first:
+            checkpoint.refuse_occupied(out, restart=restart)
+        else:
+            progress, notify = quiet, silent
+        with _journal_of(out, group, restart=restart) as journal, saying_what_is_kept(journal, notify):
+            if group.first:
+                # Once more under the lock: the process that held it may have finished meanwhile.
+                checkpoint.refuse_occupied(out, restart=restart)
+            yield Run(journal, group, progress, notify)
+
+
+@contextmanager
+def _journal_of(out: Path, group: Group, *, restart: bool) -> Iterator[Journal]:
+    """The journal of the run; ranks other than the first get a copy of it in a temporary folder."""
+    if group.first:
+        with open_journal(out, restart=restart) as journal:
+            group.broadcast(lambda: journal.content.to_dict())
+            yield journal
+        return
+    with TemporaryDirectory(prefix="slimlm-") as folder:
+        yield Journal(Path(folder), Content.from_dict(group.broadcast(dict)))
+
+
+@contextmanager
+def saying_what_is_kept(journal: Journal, notify: Notify) -> Iterator[None]:
+    """Say what is kept and how to resume it where a run is stopped, or memory or the disk runs out."""
+
+    def kept() -> str:
+        if journal.restarting:
+            return f"nothing of it is kept; what was in {journal.folder} before `restart` still is"
+        if not journal.holds_work:
+            return "no block was finished, and nothing is kept"
+        return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same call resumes from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        notify(f"stopped: {kept()}")
+        raise
+    except RanksError as error:
+        raise RanksError(f"{error}; {kept()}", reported_here=error.reported_here) from error
+    except OSError as error:
+        raise CheckpointError(f"reading or writing failed: {error}; {kept()}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SlimlmError(f"memory ran out ({words_of(error)}); {kept()}. Give it more, or fewer `samples`") from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise CheckpointError(f"{error}; {kept()}") from error
+        raise
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Torch and Python have no class for it where the CPU's memory ran out and where a thread finds no room for its stack."""
+    messages = ("allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -1,5 +1,6 @@
 """The same error names an argument in Python and the verb's flag on the command line."""
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from slimlm.cli.app import VERBS, app
 from slimlm.cli.verb import in_flags
 from slimlm.core.errors import SlimlmError
 from slimlm.data.documents import documents
+from slimlm.run.config import RunConfig, RunOptions
 from tests.cli.test_refusals import Line, line, packed  # noqa: F401, fixtures
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -32,7 +34,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
         ("compress", "`embedding_bits=3`: 4 to 8", "--embedding-bits 3: 4 to 8"),
         ("compress", "`model` and `out` are alike", "MODEL and --out are alike"),
         ("compress", "`text` and `x y` are no arguments here", "`text` and `x y` are no arguments here"),
-        ("bench", "`new=0` and `batches`", "--new-tokens 0 and --batch"),
+        ("bench", "`new_tokens=0` and `batches`", "--new-tokens 0 and --batch"),
         ("verify", "the `folder`", "the FOLDER"),
         ("plan", "`out=/a b`: is taken", "--out /a b: is taken"),
     ],
@@ -63,16 +65,16 @@ def cases(llama_folder: Path, packed: Path, tmp_path: Path) -> Cases:  # noqa: F
         "length": (lambda: slimlm.compress(llama_folder, out, **few), (*compress, out, *given)),
         "data": (lambda: next(documents("no-such-text", "calibration")), (*compress, out, "--data", "no-such-text")),
         "text": (lambda: next(documents("no-such-text", "evaluation")), ("eval", packed, "--text", "no-such-text")),
-        "prompt": (lambda: bench(packed, prompt=64), ("bench", packed, "--quick", "--prompt-tokens", 64)),
+        "prompt_tokens": (lambda: bench(packed, prompt_tokens=64), ("bench", packed, "--quick", "--prompt-tokens", 64)),
         "batches": (lambda: bench(packed, batches=(0,)), ("bench", packed, "--quick", "--batch", 0)),
     }
 
 
-FLAGS = {"prompt": "--prompt-tokens", "batches": "--batch"}
+FLAGS = {"prompt_tokens": "--prompt-tokens", "batches": "--batch"}
 """of the arguments whose flag has another name"""
 
 
-@pytest.mark.parametrize("argument", ["bits", "seed", "out", "length", "data", "text", "prompt", "batches"])
+@pytest.mark.parametrize("argument", ["bits", "seed", "out", "length", "data", "text", "prompt_tokens", "batches"])
 def test_an_error_names_the_argument_in_python_and_the_flag_on_the_command_line(
     argument: str,
     cases: Cases,
@@ -96,8 +98,8 @@ def test_notes_name_flags(
     line: Line,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def compress(*_: object, tell: Callable[[str], None], **__: object) -> None:
-        tell('give more `samples`, or `recipe="gptq"`')
+    def compress(*_: object, notify: Callable[[str], None], **__: object) -> None:
+        notify('give more `samples`, or `recipe="gptq"`')
         raise SlimlmError("then `data`")
 
     monkeypatch.setattr("slimlm.pipeline.compress", compress)
@@ -117,11 +119,13 @@ def test_flags_have_the_names_and_defaults_of_the_arguments(
     verb: Callable[..., object], functions: list[Callable[..., object]]
 ) -> None:
     flags = inspect.signature(verb).parameters
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     for function in functions:
-        for name, argument in inspect.signature(function).parameters.items():
-            if name not in ("progress", "tell"):
+        given = {name: argument.default for name, argument in inspect.signature(function).parameters.items()}
+        for name, default in {**given, **{option: defaults[option] for option in RunOptions.__annotations__}}.items():
+            if name not in ("progress", "notify", "options"):
                 assert name in flags, name
-                assert flags[name].default == argument.default, name
+                assert flags[name].default == default, name
 
 
 def test_every_default_is_shown() -> None:

@@ -133,7 +133,7 @@ def test_ranks_get_consecutive_whole_batches_where_there_are_enough(
 
 
 def test_more_ranks_than_windows_are_refused() -> None:
-    with pytest.raises(DataError, match="3 processes share 2 calibration windows"):
+    with pytest.raises(DataError, match="3 processes share 2 calibration samples"):
         shares_of(torch.zeros(2, 8, dtype=torch.int64), 3)
 
 

@@ -143,7 +143,7 @@ def test_the_command_shows_it_as_a_table_and_as_json(llama_folder: Path) -> None
         "lm_head",
         "outside the blocks",
         "bits per weight",
-        "too few",
+        "too few: give more calibration samples",
     ):
         assert words in said
     data = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)

@@ -11,7 +11,7 @@ from slimlm.cli.console import notes, output, print_json, say
 if TYPE_CHECKING:
     from slimlm.bench.recipes import Setting, Trial
 
-_BUDGETS = (4.5, 4.0, 3.5, 3.0)
+_BUDGETS = (4.0, 3.0)
 _PROMPT = "class Queue:\n    def __init__(self, maxsize=0):"
 _EXPLANATION = """\
 Perplexity says how well a model predicts text that it has not seen (here: modules of Python's standard library); lower is \

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model: options.AnyModel,
-    text: Annotated[str, typer.Option(help=f"Text to measure on: {options.TEXTS}.")],
+    text: Annotated[str, typer.Option(help=f"Text to measure on: {options.EVALUATION_TEXT}.")],
     against: Annotated[str | None, typer.Option(help="A second model to measure beside it.", show_default="none")] = None,
     length: options.MeasuredLength = None,
     max_tokens: Annotated[

@@ -15,7 +15,8 @@ from slimlm.data.documents import DEFAULT_DATA
 from slimlm.planner.objective import Objective
 from slimlm.runtime.kernel_names import Kernels
 
-TEXTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set, or stdlib (Python's own source)"
+_TEXTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set"
+EVALUATION_TEXT = f"{_TEXTS}, or stdlib (Python's own source)"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; notes and errors are still shown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -42,7 +43,11 @@ EmbeddingBits = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None, typer.Option(help=f"Calibration text: {TEXTS}, or self (the model's own).", show_default=DEFAULT_DATA)
+    str | None,
+    typer.Option(
+        help=f"Calibration text: {_TEXTS}, stdlib (Python's own source), or self (text that the model writes).",
+        show_default=DEFAULT_DATA,
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample; at most the model's context is used.")]

@@ -19,7 +19,7 @@ def verify(
     folder: options.Folder,
     text: Annotated[
         str | None,
-        typer.Option(help=f"Measure the perplexity on this text, too: {options.TEXTS}.", show_default="not measured"),
+        typer.Option(help=f"Measure the perplexity on this text, too: {options.EVALUATION_TEXT}.", show_default="not measured"),
     ] = None,
     length: options.MeasuredLength = None,
     max_tokens: Annotated[

@@ -1,0 +1,63 @@
+"""Several ways to compress one model beside the original, as the demo shows them."""
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import slimlm
+from slimlm.bench.recipes import Setting, Trial, compare_recipes
+from slimlm.cli.demo import _trials
+from slimlm.core.errors import CheckpointError
+from slimlm.events import Event
+from slimlm.models.opening import open_dense
+from slimlm.report.comparison import comparison_table
+
+
+def setting(text: Path) -> Setting:
+    return Setting(str(text), samples=4, length=32, measured_samples=3, prompt="one two")
+
+
+def test_each_trial_is_a_row_beside_the_original_and_its_model_is_kept_where_asked(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    stages: list[str] = []
+
+    def observer(event: Event) -> None:
+        stages.append(event.stage)
+
+    trials = (Trial("a", "rounded", "absmax", continues=True), Trial("b", "pruned", "slim", out=tmp_path / "kept"))
+    found = compare_recipes(llama_folder, trials, setting(text_file), progress=observer)
+    original, rounded, pruned = found.rows
+    assert [row.name for row in found.rows] == ["original", "a", "b"]
+    assert found.tokens == 3 * 31
+    assert original.bytes == open_dense(str(llama_folder)).bytes > rounded.bytes
+    assert 16 <= original.bits_per_weight <= 32 and 4 < rounded.bits_per_weight < 8
+    assert all(math.isfinite(row.perplexity) for row in found.rows)
+    assert original.seconds == 0 < min(rounded.seconds, pruned.seconds)
+    assert set(found.continuations) == {"original", "a"}
+    assert slimlm.verify(tmp_path / "kept").sound
+    assert {"original: evaluate", "a: compress", "b: compress", "b: evaluate"} <= set(stages)
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(comparison_table(found, "title"))
+    text = console.export_text()
+    change = f"{pruned.perplexity / original.perplexity - 1:+.1%}"
+    assert "title" in text and "100%" in text and change in text
+
+
+def test_a_folder_that_is_taken_is_refused_before_any_work(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    trials = (Trial("a", "rounded", "absmax"), Trial("b", "pruned", "slim", out=tmp_path))
+    with pytest.raises(CheckpointError, match="already holds something"):
+        compare_recipes(llama_folder, trials, setting(text_file), progress=lambda _: pytest.fail("work has begun"))
+
+
+def test_the_demo_shows_rounding_gptq_and_one_sparse_model_and_more_with_full() -> None:
+    quick, full = _trials(Path("kept"), full=False), _trials(Path("kept"), full=True)
+    assert [trial.recipe for trial in quick] == ["absmax", "gptq", "slim"]
+    assert {"absmax", "magnitude", "wanda", "slim", "best"} <= {trial.recipe for trial in full}
+    assert sum(trial.bits is not None for trial in full) == 2
+    assert len({trial.name for trial in full}) == len(full)
+    assert [trial.out for trial in quick] == [None, None, Path("kept")] and full[-1].out == Path("kept")

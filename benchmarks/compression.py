@@ -170,7 +170,7 @@ def nothing(*_: Any, **__: Any) -> Work:
 
 
 STAGES: list[tuple[str, Any, str, Callable[..., Work]]] = [
-    ("open", pipeline, "open_streamed", nothing),
+    ("open", pipeline, "open_lazy", nothing),
     ("check the model", pipeline, "read_once", nothing),
     ("read text", samples, "documents", nothing),
     ("calibration forward", block, "arguments_of", nothing),

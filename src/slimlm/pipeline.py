@@ -33,14 +33,15 @@ from torch import Tensor, nn
 
 from slimlm.calibration.capture import POOLED, Flow, shares_of
 from slimlm.calibration.samples import Calibration, kept_windows
-from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
+from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError, first_line
 from slimlm.core.layer import Need
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.data.windows import check_seed
 from slimlm.distributed.launch import joined, local_rank, started
 from slimlm.events import Event, Observer, both, quiet
-from slimlm.models.lazy import StreamedModel, open_streamed, weight_files
-from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
+from slimlm.models.files import weight_files
+from slimlm.models.lazy import LazyModel, open_lazy
+from slimlm.models.opening import DenseModel, open_dense, read_config
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.planner.options import Budget, Objective
 from slimlm.planner.plan import Plan, alternation_of, asked_budget, auto_budget, make_plan, refuse_budget, refuse_few_windows
@@ -188,7 +189,7 @@ def gone_on_with(journal: Journal, tell: Tell) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise SlimlmError(f"memory ran out ({words_of(error)}); {words()}. Give it more, or fewer --samples") from error
+        raise SlimlmError(f"memory ran out ({first_line(error)}); {words()}. Give it more, or fewer --samples") from error
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise CheckpointError(f"{error}; {words()}") from error
@@ -338,7 +339,7 @@ def estimate(
     )
     where, planning = pick_device(device), budget_asked(asked) is not None or has_auto_rank(asked.recipe)
     with TemporaryDirectory() as scratch:
-        dense = open_streamed(asked.model, Path(scratch), tell)
+        dense = open_lazy(asked.model, Path(scratch), tell)
         blocks, ends = blocks_of(dense.model), ends_of(dense.model, asked.recipe.embedding_bits)
         left = without_ends(refuse_early(dense, blocks, asked.recipe, planning=planning), ends)
         job = Job(dense, blocks, asked.recipe, ends, left, samples, min(length, context_length(dense.model) or length), bits)
@@ -389,7 +390,7 @@ class Asked:
 class Ready:
     """A model, opened and checked, before any work."""
 
-    dense: StreamedModel
+    dense: LazyModel
     blocks: dict[str, nn.Module]
     recipe: Recipe
     ends: Ends
@@ -418,13 +419,13 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     where, budget = pick_device(asked.device), budget_asked(asked)
     planning = bits is not None or has_auto_rank(recipe)
     progress(Event("open the model", 0, 1))
-    dense = open_streamed(asked.model, journal.folder / "original", tell)
+    dense = open_lazy(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
     files = weight_files(dense.folder)
     make_room(most_files(dense, len(files), len(blocks)))
     alike = ("model", "config", "recipe", "budget", "device", "versions")
     journal.meet(asked.identity(files, dense.config, where), alike=alike)
-    with dense.ends_filled(blocks):
+    with dense.outer_tensors_filled(blocks):
         ends = ends_of(dense.model, recipe.embedding_bits)
     left = refuse_early(dense, blocks, recipe, planning=planning)
     if journal.group.first:
@@ -453,7 +454,7 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     return Ready(dense, blocks, recipe, ends, left, windows, where, budget, whole if PLAN not in journal.notes else None)
 
 
-def most_files(dense: StreamedModel, files: int, blocks: int) -> int:
+def most_files(dense: LazyModel, files: int, blocks: int) -> int:
     """How many more files are open at once at the end of a run: the journal's, the original's again, and the new shards."""
     return blocks + files + dense.bytes // checkpoint.SHARD_BYTES + _FILES_BESIDE
 
@@ -475,7 +476,7 @@ def needs_whole(asked: Asked, journal: Journal, *, planning: bool) -> list[str]:
     return [*reasons, "text of its own"] if asked.calibration.data == "self" and OWN_TEXT not in journal.notes else reasons
 
 
-def open_whole(asked: Asked, dense: StreamedModel, reasons: list[str], tell: Tell) -> DenseModel:
+def open_whole(asked: Asked, dense: LazyModel, reasons: list[str], tell: Tell) -> DenseModel:
     """The model in float32; raises ModelError where that is more than the memory that may be used."""
     what, size = " and ".join(reasons), dense.whole_bytes
     check_whole(size, asked.memory)

@@ -12,7 +12,7 @@ import slimlm
 from slimlm.calibration.samples import Calibration
 from slimlm.core.parts import Codebook, Pruned
 from slimlm.core.stored import table_bits
-from slimlm.models.lazy import StreamedModel, open_streamed
+from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
 from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
@@ -55,7 +55,7 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
 def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (("slimlm.pipeline", "read_once"), ("slimlm.calibration.samples", "calibration_windows")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
-    monkeypatch.setattr(StreamedModel, "_put", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(LazyModel, "_fill", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)
     assert found.tokens == 96 and found.total_seconds is not None and found.total_seconds > 0
 
@@ -69,7 +69,7 @@ def test_stages_and_inputs_are_those_of_the_model(llama_folder: Path) -> None:
 
 
 def job_of(folder: Path, recipe: str, samples: int = 8, length: int = 32) -> Job:
-    dense = open_streamed(str(folder), folder / "none", pytest.fail)
+    dense = open_lazy(str(folder), folder / "none", pytest.fail)
     asked = Asked(str(folder), open_recipe(recipe), None, "size", Calibration(samples=samples, length=length), "cpu", None)
     ends = ends_of(dense.model, asked.recipe.embedding_bits)
     return Job(dense, blocks_of(dense.model), asked.recipe, ends, {}, samples, length)

@@ -47,3 +47,8 @@ class RanksError(SlimlmError):
         super().__init__(words)
         self.speaks = speaks
         """whether this process is to tell the user, although it is not the first"""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

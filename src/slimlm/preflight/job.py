@@ -13,7 +13,7 @@ from torch import nn
 from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
-from slimlm.models.lazy import StreamedModel
+from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
@@ -32,7 +32,7 @@ _LAYER_COPIES = {"joint": 14, "quantize": 8, "prune": 6, "compensate": 8}
 class Job:
     """What a run is to do."""
 
-    dense: StreamedModel
+    dense: LazyModel
     blocks: dict[str, nn.Module]
     recipe: Recipe
     ends: Ends
@@ -230,7 +230,7 @@ class Job:
     @property
     def beginning_bytes(self) -> int:
         """While the first inputs are computed: what is outside the blocks, one block, a batch."""
-        outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.ends(self.blocks).values()}
+        outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.outer_tensors(self.blocks).values()}
         return sum(outside.values()) + self.block_bytes + self.batch_bytes
 
     @property

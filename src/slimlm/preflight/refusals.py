@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from slimlm.core.errors import ModelError, RecipeError
 from slimlm.core.layer import Need, refuse_not_finite
 from slimlm.core.solvers.sweep import tokens_needed
-from slimlm.models.lazy import StreamedModel, Tell
+from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
 from slimlm.run.embeddings import Ends
@@ -28,9 +28,7 @@ def without_ends(left: dict[str, str], ends: Ends) -> dict[str, str]:
     return {name: reason for name, reason in left.items() if name != ends.head} | ends.left
 
 
-def refuse_early(
-    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
-) -> dict[str, str]:
+def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False) -> dict[str, str]:
     """Check every layer against the recipe, by its shape; gives the layers that stay as they are, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
@@ -93,7 +91,7 @@ def refuse_windows_of_experts(layers: list[str], experts: list[str], recipe: Rec
         )
 
 
-def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
+def read_once(dense: LazyModel, blocks: Iterable[str]) -> dict[str, str]:
     """Read every weight from end to end: raises NumericsError for one that is not finite; gives a checksum of each block's.
 
     What lies outside the blocks has one of its own, under the name "the rest".
@@ -110,7 +108,7 @@ def read_once(dense: StreamedModel, blocks: Iterable[str]) -> dict[str, str]:
     return {name: sum_of.hexdigest() for name, sum_of in sums.items()}
 
 
-def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Tell) -> None:
+def tell_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, tell: Callable[[str], None]) -> None:
     """Say so where the calibration text is too short for the covariance of the widest layer."""
     name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
     if tokens < tokens_needed(width):

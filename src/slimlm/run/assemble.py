@@ -19,7 +19,8 @@ from slimlm.calibration.capture import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
-from slimlm.models.lazy import StreamedModel, skeleton_copy
+from slimlm.models.lazy import LazyModel
+from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import vocabulary_size
 from slimlm.record import Compared, LayerRecord
 from slimlm.run.embeddings import Ends, compress_ends
@@ -50,7 +51,7 @@ class Contents:
     """drops the pages of those of these tensors that are views of a file"""
 
 
-def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal: Journal) -> Contents:
+def contents_of(dense: LazyModel, blocks: Iterable[str], ends: Ends, journal: Journal) -> Contents:
     """What the journal, embedding and head, and the original's other tensors come to."""
     packed, about, embeddings, records = _packed_ends(dense, ends)
     held = journal.spill_tensors("ends", packed)
@@ -72,11 +73,9 @@ def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal
     return Contents({**tensors, **held.tensors, **finished}, {**layers, **about}, embeddings, records, release)
 
 
-def _packed_ends(
-    dense: StreamedModel, ends: Ends
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
+def _packed_ends(dense: LazyModel, ends: Ends) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
     """Embedding and head as they are stored: tensors, what the config says of layers and of embeddings, records."""
-    model = skeleton_copy(dense.model)
+    model = meta_copy(dense.model)
     names = [name for name in (ends.embedding, ends.head) if name is not None]
     for name in names:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
@@ -103,7 +102,7 @@ def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, Compre
     return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
 
 
-def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
+def write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Files:
     """Write weights, config and tokenizer; gives the sizes and checksums of the weights."""
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
@@ -122,7 +121,7 @@ def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.
 
 def verify(
     folder: Path,
-    dense: StreamedModel,
+    dense: LazyModel,
     blocks: dict[str, nn.Module],
     contents: Contents,
     flow: Flow,

@@ -35,7 +35,7 @@ from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.parts import dense_of
 from slimlm.distributed.group import Group, dealt
 from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
-from slimlm.models.lazy import StreamedModel
+from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe, apply_steps
 from slimlm.record import LayerRecord, layer_from, record_of, relative_error
@@ -48,7 +48,7 @@ _COMPRESSED, _ORIGINAL = "compressed", "original"
 
 
 def compress_blocks(
-    dense: StreamedModel,
+    dense: LazyModel,
     blocks: dict[str, nn.Module],
     recipe: Recipe,
     windows: Tensor,
@@ -63,7 +63,7 @@ def compress_blocks(
     names = list(blocks)
     progress(Event("compress", len(journal.blocks), len(names), blocks=kept_blocks(journal)))
     arguments, held = _begin(dense, blocks, recipe, windows, journal)
-    coming = dense.coming(names[len(journal.blocks) :], device)
+    coming = dense.iterate_blocks(names[len(journal.blocks) :], device)
     for done, name in list(enumerate(names))[len(journal.blocks) :]:
         watch, began = BlockWatch(progress, name, done, len(names)), time.monotonic()
         watch.doing("read")
@@ -119,12 +119,12 @@ def own_windows(windows: Tensor, journal: Journal) -> Tensor:
 
 
 def _begin(
-    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, windows: Tensor, journal: Journal
+    dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe, windows: Tensor, journal: Journal
 ) -> tuple[dict[tuple[str, int], Arguments], dict[str, Sequence[Tensor]]]:
     """Every block's other arguments, and the activations to go on with: of the first block, or those that the journal holds."""
     own = own_windows(windows, journal)
-    with dense.ends_filled(blocks):
-        with dense.blocks_in_turn(blocks):
+    with dense.outer_tensors_filled(blocks):
+        with dense.blocks_filled_in_turn(blocks):
             arguments = arguments_of(dense.model, blocks, own)
             if recipe.matching is not None and journal.group.size > 1 and journal.group.first:
                 # It will match all windows, in batches as large as those of a single process.

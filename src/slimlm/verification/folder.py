@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from slimlm.core.errors import CheckpointError, ModelError, NumericsError
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take
 from slimlm.models.experts import take_apart
-from slimlm.models.lazy import placeholder
-from slimlm.models.meta import empty_model, misfits
-from slimlm.models.opening import open_tokenizer, without_bars, words_of
+from slimlm.models.meta import meta_model, misfits
+from slimlm.models.opening import open_tokenizer, without_progress_bars
+from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Record, explosion
 from slimlm.storage import checkpoint
@@ -104,7 +104,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
     problems += _packed(about, stored, release)
     others = {name: tensor for name, tensor in stored.items() if name not in set(packed_names(about))}
     try:
-        empty = empty_model(folder, stored, about.get("experts", ()))
+        empty = meta_model(folder, stored, about.get("experts", ()))
     except ModelError as error:
         raise CheckpointError(str(error)) from error
     problems += misfits(empty, about, others)
@@ -122,7 +122,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        skeleton = _skeleton(empty_model(folder, stored), about.get("experts", ()))
+        skeleton = _skeleton(meta_model(folder, stored), about.get("experts", ()))
         found = _run(StoredModel(skeleton, stored, release, about["layers"], about.get("embeddings", {})), windows, device)
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
@@ -165,7 +165,7 @@ def _unopened(folder: Path) -> Iterator[str]:
         try:
             GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
-            yield f"generation_config.json cannot be opened: {words_of(error)}"
+            yield f"generation_config.json cannot be opened: {first_line(error)}"
 
 
 def _checksums(files: dict[str, MappedFile], recorded: checkpoint.Files, folder: Path) -> Iterator[str]:
@@ -199,7 +199,7 @@ def _index(files: dict[str, MappedFile], folder: Path) -> Iterator[str]:
     try:
         places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        yield f"{path} is damaged: {words_of(error)}"
+        yield f"{path} is damaged: {first_line(error)}"
         return
     held = {key: name for name, file in files.items() for key in file.tensors}
     for key in sorted({*places, *held}):
@@ -263,7 +263,7 @@ def _skeleton(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel
         given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with without_bars():
+    with without_progress_bars():
         model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     for name in experts:

@@ -23,8 +23,7 @@ from slimlm.calibration.capture import shares_of
 from slimlm.core.errors import DataError, RanksError
 from slimlm.distributed.group import Group, dealt
 from slimlm.distributed.liveness import Watch
-from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
-from tests.conftest import random_model, save
+from tests.conftest import Line, random_model, save
 from tests.storage.test_journal import same
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes is tried on Linux and macOS")
@@ -142,7 +141,7 @@ def test_a_single_process_passes_nothing_on() -> None:
     assert group.told(lambda: {"a": 1}) == {"a": 1} and group.exchanged(5) == [5]
 
 
-def test_only_compress_is_divided(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_only_compress_is_divided(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert "methods is work for one process" in line.refused("methods")

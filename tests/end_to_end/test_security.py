@@ -35,13 +35,6 @@ def dense(llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_folder, tmp_path / "dense"))
 
 
-@pytest.fixture(scope="module")
-def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=32)
-    return out
-
-
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))

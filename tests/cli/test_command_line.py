@@ -80,7 +80,7 @@ def test_a_model_in_the_current_folder_has_its_name(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("form", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_results_that_cannot_be_written_are_one_message(form: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

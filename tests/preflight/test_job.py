@@ -34,8 +34,18 @@ def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape
     assert form_of(steps, torch.bfloat16).bits(shape) == sum(part.storage_bits() for part in parts) + spared
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("recipe", "embedding_bits"), [("slim", None), ("gptq", 8), ("sparsegpt-gptq", 5)])
+EMBEDDINGS = {"llama", "llama-tied", "opt-projected", "gpt2"}
+"""Families whose embedding and head differ in kind: apart, tied, narrower than the blocks, transposed linear layers."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "embedding_bits", "family"),
+    [
+        pytest.param(recipe, bits, family, marks=() if bits is None or family in EMBEDDINGS else pytest.mark.slow)
+        for recipe, bits in (("slim", None), ("gptq", 8), ("sparsegpt-gptq", 5))
+        for family in FAMILIES
+    ],
+)
 def test_the_estimate_of_what_is_stored_is_what_is_stored(
     family: str, recipe: str, embedding_bits: int | None, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ SMALLEST_MULTIPROCESSOR = 99 * 1024
 """Bytes of shared memory that a kernel may take on cards of compute capability 8.6, 8.9 and 12.0."""
 
 
-@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(own, marks=pytest.mark.slow) for own in CARDS if own != 90)])
 def test_some_of_each_kind_are_lean(capability: int) -> None:
     check(measured(str(capability), *SOME), f"sm_{capability}")
 

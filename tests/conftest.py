@@ -1,8 +1,12 @@
-"""Tiny random models of the real transformers classes, and the project's real data where it is there."""
+"""Tiny random models of the real transformers classes, what compression makes of them, and the command line in this process."""
 
 import os
+import pickle
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Workers that run side by side (pytest -n) share the cores; torch and the commands that tests start read this.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
@@ -10,6 +14,7 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     FalconConfig,
@@ -46,6 +51,9 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+import slimlm
+from slimlm.cli.app import main
+from slimlm.record import Record
 from slimlm.runtime.cpu import bindings, native
 from tests.fake_cuda import FakeCuda, install
 
@@ -226,3 +234,77 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """torch.cuda with two fake GPUs."""
     return install(monkeypatch)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed model and its original. Many tests share the folders: a test that changes one copies it first."""
+
+    dense: Path
+    out: Path
+    record: Record
+
+
+class Checkpoints:
+    """Random models, each compressed once, whichever test and whichever worker asks first."""
+
+    def __init__(self, root: Path, text: Path) -> None:
+        self._root = root
+        self._text = text
+        root.mkdir(exist_ok=True)
+
+    def __call__(self, family: str = "llama", dtype: torch.dtype = torch.float16, recipe: str = "slim") -> Checkpoint:
+        """The model of this family and dtype, compressed by a shipped recipe on eight samples of 48 tokens."""
+        folder = self._root / f"{family}-{dtype}-{recipe}"
+        record = folder / "record.pickle"
+        with FileLock(folder.with_suffix(".lock")):
+            if not record.is_file():
+                save(random_model(family, dtype), folder / "dense")
+                options: dict[str, Any] = {"recipe": recipe, "data": str(self._text), "samples": 8, "length": 48}
+                made = slimlm.compress(folder / "dense", folder / "out", device="cpu", **options)
+                record.write_bytes(pickle.dumps(made.record))
+        return Checkpoint(folder / "dense", folder / "out", pickle.loads(record.read_bytes()))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Checkpoints:
+    """Compressed models that all tests share."""
+    root = tmp_path_factory.getbasetemp()
+    return Checkpoints((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints", text_file)
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoints: Checkpoints) -> Path:
+    """The tiny Llama in float16, compressed by `slim`."""
+    return checkpoints().out
+
+
+class Line:
+    """Types a command line into this process, and gives what came of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """The exit status, standard output and standard error."""
+        self.monkeypatch.setattr(sys, "argv", ["slimlm", *map(str, arguments)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = self.capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    def refused(self, *arguments: object) -> str:
+        """The message of a refusal: status 2, nothing on standard output, no traceback."""
+        status, out, err = self(*arguments)
+        assert status == 2
+        assert out == ""
+        assert "Traceback" not in err
+        return " ".join(err.split())
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
+    """The command line."""
+    return Line(monkeypatch, capsys)

@@ -30,7 +30,7 @@ from torch import Tensor
 from slimlm.calibration.capture import POOLED
 from slimlm.core.errors import RecipeError
 from slimlm.events import Event, Notify, Observer, both, quiet, silent
-from slimlm.models.lazy import open_streamed
+from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
 from slimlm.planner.plan import Plan
 from slimlm.preflight.checks import existing, free_on_disk, problems_of
@@ -220,7 +220,7 @@ def estimate(
     device = pick_device(config.device)
     config.budget()  # A budget that makes no sense is refused.
     with TemporaryDirectory() as scratch:
-        needs = needs_of(config, open_streamed(config.model, Path(scratch), notify))
+        needs = needs_of(config, open_lazy(config.model, Path(scratch), notify))
         folder = None if config.out is None else existing(config.out)
         return estimate_of(
             needs,

@@ -129,14 +129,6 @@ def test_what_others_took_is_a_share_of_the_time_that_passed() -> None:
 # The verb
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, text_file: Path) -> Path:
-    """A tiny compressed Llama."""
-    out = tmp_path_factory.mktemp("bench") / "out"
-    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=16)
-    return out
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
     """The command line in little time; gives standard output and error."""

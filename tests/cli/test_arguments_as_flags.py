@@ -20,7 +20,7 @@ from slimlm.cli.verb import in_flags
 from slimlm.core.errors import SlimlmError
 from slimlm.data.documents import documents
 from slimlm.run.config import RunConfig, RunOptions
-from tests.cli.test_refusals import Line, line, packed  # noqa: F401, fixtures
+from tests.conftest import Line
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ Cases = dict[str, tuple[Callable[[], object], tuple[object, ...]]]
 
 
 @pytest.fixture
-def cases(llama_folder: Path, packed: Path, tmp_path: Path) -> Cases:  # noqa: F811
+def cases(llama_folder: Path, packed: Path, tmp_path: Path) -> Cases:
     """By the argument that it names: an error raised in Python, and the line that gives the same error."""
     out = tmp_path / "out"
     (tmp_path / "few.txt").write_text("few words of text")
@@ -78,7 +78,7 @@ FLAGS = {"prompt_tokens": "--prompt-tokens", "batches": "--batch"}
 def test_an_error_names_the_argument_in_python_and_the_flag_on_the_command_line(
     argument: str,
     cases: Cases,
-    line: Line,  # noqa: F811
+    line: Line,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -95,7 +95,7 @@ def test_an_error_names_the_argument_in_python_and_the_flag_on_the_command_line(
 def test_notes_name_flags(
     llama_folder: Path,
     tmp_path: Path,
-    line: Line,  # noqa: F811
+    line: Line,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def compress(*_: object, notify: Callable[[str], None], **__: object) -> None:

@@ -13,7 +13,7 @@ from slimlm.cli.app import app
 from slimlm.core.errors import DataError
 from slimlm.pipeline import estimate
 from slimlm.run.config import name_of
-from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
+from tests.conftest import Line
 
 SHORT = ("--recipe", "absmax", "--samples", 2, "--length", 16)
 
@@ -33,7 +33,7 @@ def test_help_names_the_defaults(verb: str, words: tuple[str, ...]) -> None:
 
 
 def test_a_plan_says_that_the_output_is_there_and_that_the_text_is_not(
-    line: Line,  # noqa: F811
+    line: Line,
     llama_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -51,14 +51,14 @@ def test_a_plan_says_that_the_output_is_there_and_that_the_text_is_not(
     assert "no folder of its own" in estimate(llama_folder, "/", recipe="absmax").problems[-1]
 
 
-def test_the_root_is_refused_as_output(line: Line, llama_folder: Path) -> None:  # noqa: F811
+def test_the_root_is_refused_as_output(line: Line, llama_folder: Path) -> None:
     assert "no folder of its own" in line.refused("compress", llama_folder, "-o", "/", *SHORT)
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
 def test_a_seed_that_no_generator_takes_is_refused(
     seed: int,
-    line: Line,  # noqa: F811
+    line: Line,
     llama_folder: Path,
     tmp_path: Path,
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_seed_that_no_generator_takes_is_refused(
 
 
 @pytest.mark.parametrize("option", ["--length", "--max-tokens"])
-def test_verify_refuses_what_only_a_text_needs(option: str, line: Line, tmp_path: Path) -> None:  # noqa: F811
+def test_verify_refuses_what_only_a_text_needs(option: str, line: Line, tmp_path: Path) -> None:
     assert f"{option} needs --text" in line.refused("verify", tmp_path, option, 64)
 
 
@@ -81,7 +81,7 @@ def test_a_model_in_the_current_folder_has_its_name(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("form", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_results_that_cannot_be_written_are_one_message(form: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

@@ -6,48 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
-import slimlm
-from slimlm.cli.app import main
-from tests.conftest import needs_kernels
+from tests.conftest import Line, needs_kernels
 
 pytestmark = needs_kernels
 
 
-@pytest.fixture(scope="module")
-def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("option") / "out"
-    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=32)
-    return out
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["slimlm", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 @pytest.mark.parametrize(("wanted", "said"), [("auto", "fast"), ("fast", "fast"), ("precise", "precise"), ("reference", "")])
-def test_generate_is_fast_unless_told_otherwise_and_says_what_ran(
-    packed: Path, wanted: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_is_fast_unless_told_otherwise_and_says_what_ran(packed: Path, wanted: str, said: str, line: Line) -> None:
     asked = [] if wanted == "auto" else ["--kernels", wanted]
-    status, _, err = typed(monkeypatch, capsys, "generate", packed, "--prompt", "one", "--max-new-tokens", 4, *asked)
-    line = next(line for line in err.splitlines() if line.startswith("kernels: "))
+    status, _, err = line("generate", packed, "--prompt", "one", "--max-new-tokens", 4, *asked)
+    [named] = [text for text in err.splitlines() if text.startswith("kernels: ")]
     assert status == 0
     assert f"made by {'fast decode in the CPU kernels, all blocks in one call' if said else 'fast decode with torch'}" in err
-    assert line.endswith(f", {said}; 14 of 14 layers" if said else "kernels: reference; 14 of 14 layers")
+    assert named.endswith(f", {said}; 14 of 14 layers" if said else "kernels: reference; 14 of 14 layers")
 
 
-def test_eval_is_precise_unless_told_otherwise_and_close_to_the_reference(
-    packed: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_is_precise_unless_told_otherwise_and_close_to_the_reference(packed: Path, text_file: Path, line: Line) -> None:
     found = {}
     for wanted in ("auto", "fast", "reference"):
         arguments = ("eval", packed, "--text", text_file, "--length", 32, "--kernels", wanted, "--json")
-        status, out, err = typed(monkeypatch, capsys, *arguments)
+        status, out, err = line(*arguments)
         [row] = json.loads(out)["models"]
         assert status == 0 and f"kernels: {row['kernels']}" in err
         found[wanted] = row
@@ -57,18 +35,14 @@ def test_eval_is_precise_unless_told_otherwise_and_close_to_the_reference(
     assert found["fast"]["perplexity"] == pytest.approx(found["reference"]["perplexity"], rel=2e-2)
 
 
-def test_inspect_says_which_layers_kernels_would_take(
-    packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, out, _ = typed(monkeypatch, capsys, "inspect", packed)
+def test_inspect_says_which_layers_kernels_would_take(packed: Path, line: Line) -> None:
+    _, out, _ = line("inspect", packed)
     assert "14 of 14 layers" in next(line for line in out.splitlines() if line.startswith("kernels"))
-    _, out, _ = typed(monkeypatch, capsys, "inspect", packed, "--json")
+    _, out, _ = line("inspect", packed, "--json")
     assert json.loads(out)["kernels"].endswith("; 14 of 14 layers")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cpu_kernels_are_refused_on_another_device(
-    packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, _, err = typed(monkeypatch, capsys, "generate", packed, "--prompt", "a", "--device", "cuda", "--kernels", "fast")
+def test_cpu_kernels_are_refused_on_another_device(packed: Path, line: Line) -> None:
+    status, _, err = line("generate", packed, "--prompt", "a", "--device", "cuda", "--kernels", "fast")
     assert status == 2 and "run on the CPU" in err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,44 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimlm
-from slimlm.cli.app import app, main
+from slimlm.cli.app import app
 from slimlm.events import Event
-from tests.conftest import random_model, save
-
-
-class Line:
-    """A typed command line and what came of it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch = monkeypatch
-        self.capsys = capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["slimlm", *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = self.capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    def refused(self, *arguments: object) -> str:
-        status, out, err = self(*arguments)
-        assert status == 2
-        assert out == ""
-        assert "Traceback" not in err
-        return " ".join(err.split())
-
-
-@pytest.fixture
-def line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Line:
-    return Line(monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    slimlm.compress(llama_folder, out, data=str(text_file), samples=8, length=32)
-    return out
+from tests.conftest import Line, random_model, save
 
 
 @pytest.fixture
@@ -240,17 +206,18 @@ def test_without_a_network_and_without_data_the_ways_out_are_named(
 
 
 def test_transformers_refuses_the_folder_in_words_where_slimlm_is_not_imported(packed: Path) -> None:
-    import subprocess
-
     code = (
         "import sys, transformers\n"
-        "cls = getattr(transformers, sys.argv[2])\n"
-        "try:\n    cls.from_pretrained(sys.argv[1])\nexcept Exception as error:\n    print(error)\nelse:\n    print('LOADED')\n"
+        "for name in sys.argv[2:]:\n"
+        "    print('CLASS', flush=True)\n"
+        "    try:\n        getattr(transformers, name).from_pretrained(sys.argv[1])\n"
+        "    except Exception as error:\n        print(error)\n    else:\n        print('LOADED')\n"
     )
-    for cls, words in (("AutoModelForCausalLM", "install slimlm"), ("LlamaForCausalLM", "MISMATCH")):
-        done = subprocess.run([sys.executable, "-c", code, str(packed), cls], capture_output=True, text=True, check=True)
-        assert "LOADED" not in done.stdout
-        assert words in done.stdout + done.stderr
+    typed = [sys.executable, "-c", code, str(packed), "AutoModelForCausalLM", "LlamaForCausalLM"]
+    done = subprocess.run(typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    _, of_auto, of_llama = done.stdout.split("CLASS\n")
+    assert "LOADED" not in done.stdout
+    assert "install slimlm" in of_auto and "MISMATCH" in of_llama
 
 
 def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_path: Path, text_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The code blocks of the README and of docs/ run as a reader would type them, page by page and in order."""
+"""The code blocks of the README and of docs/ are run as a reader would type them, page by page and in order."""
 
 import os
 import re
@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 import slimlm
+from tests.docs import typed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = Path("examples/pystd-5m")
 INSTALL = "python -m pip install "
-SECONDS = 1200
-"""A page compresses a five-million-parameter model three times at most, once by `best`: three minutes on an idle machine."""
+SECONDS = 600
+"""A page compresses a model of five million parameters three times at most, none of them by `best`: half a minute when idle."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def script_of(page: Path) -> str:
 
     Lines that install are left out: CI types them itself, and the tests run in what they made.
     """
-    lines = ["import subprocess", "page = {}"]
+    lines = ["import subprocess", "from tests.docs import typed", "typed.start()", "page = {}"]
     for block in blocks_of(page.read_text(encoding="utf-8")):
         if block.file is not None:
             continue
@@ -56,10 +57,17 @@ def script_of(page: Path) -> str:
             code = "\n" * (block.line - 1) + block.code
             lines.append(f"exec(compile({code!r}, {str(page)!r}, 'exec'), page)")
         elif block.language == "bash":
-            code = "".join(line for line in block.code.splitlines(keepends=True) if not line.startswith(INSTALL))
-            if code.strip():
-                lines.append(f"subprocess.run(['bash', '-euo', 'pipefail', '-c', {code!r}], check=True)")
+            lines += statements_of([line for line in block.code.splitlines() if line.strip() and not line.startswith(INSTALL)])
     return "\n".join(lines) + "\n"
+
+
+def statements_of(lines: list[str]) -> list[str]:
+    """The Python statements that run lines of a shell."""
+    words = [typed.words_of(line) for line in lines]
+    if None not in words:
+        return [f"typed.run({own!r})" for own in words]
+    code = "\n".join(lines)
+    return [f"subprocess.run(['bash', '-euo', 'pipefail', '-c', {code!r}], check=True)"]
 
 
 def needs_the_model(page: Path) -> bool:
@@ -87,15 +95,16 @@ def test_the_code_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> N
         pytest.skip(f"{MODEL} is not there yet; train it with examples/train_example_model.py")
     (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
     added = write_files(page, tmp_path)
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {
         **os.environ,
         # The commands of the environment that runs this test, whether or not it is activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*([str(tmp_path / "src")] if added else []), *inherited, str(ROOT)]),
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
     }
-    if added:
-        environment["PYTHONPATH"] = str(tmp_path / "src")
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

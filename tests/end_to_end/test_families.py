@@ -1,7 +1,6 @@
 """Every family of this version, from a model folder to a packed one and back."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from slimlm.calibration.capture import enter, run
 from slimlm.inference.generate import generate
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import recipe_from_dict
-from slimlm.record import Record
 from slimlm.runtime.linear import CompressedLinear
-from tests.conftest import ALL_FAMILIES, FAMILIES, MORE_FAMILIES, random_model, save
+from tests.conftest import ALL_FAMILIES, FAMILIES, MORE_FAMILIES, Checkpoint, Checkpoints, random_model, save
 
 LENGTH = 48
 # float32 addition in another order moves logits of size one by about 1e-6
@@ -24,21 +22,10 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(MORE_FAMILIES)]
 
 
-@dataclass(frozen=True)
-class Squeezed:
-    """A model in bfloat16, and what compression made of it."""
-
-    dense: Path
-    out: Path
-    record: Record
-
-
 @pytest.fixture(scope="module", params=sorted(ALL_FAMILIES))
-def squeezed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Squeezed:
-    """Every family, compressed once."""
-    where = tmp_path_factory.mktemp("family")
-    folder = save(random_model(request.param, torch.bfloat16), where / "dense")
-    return Squeezed(folder, where / "out", squeeze(folder, where / "out", text_file).record)
+def squeezed(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Checkpoint:
+    """Every family in bfloat16, and what compression made of it."""
+    return checkpoints(request.param, torch.bfloat16)
 
 
 def squeeze(folder: Path, out: Path, text_file: Path, recipe: object = "slim") -> slimlm.Result:
@@ -67,7 +54,7 @@ def put_back(dense: PreTrainedModel, layers: dict[str, CompressedLinear]) -> Non
             own[half * (projection == "up_proj") :][:half].copy_(weight)
 
 
-def test_a_saved_model_gives_the_logits_and_greedy_text_of_the_original_class_with_these_weights(squeezed: Squeezed) -> None:
+def test_a_saved_model_gives_the_logits_and_greedy_text_of_the_original_class_with_these_weights(squeezed: Checkpoint) -> None:
     ids = torch.randint(1, 256, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     ours = slimlm.load(squeezed.out, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(squeezed.out, dtype=torch.float32)
@@ -88,7 +75,7 @@ def test_a_saved_model_gives_the_logits_and_greedy_text_of_the_original_class_wi
     assert torch.equal(expected, made)
 
 
-def test_what_is_not_compressed_stays_bit_for_bit(squeezed: Squeezed) -> None:
+def test_what_is_not_compressed_stays_bit_for_bit(squeezed: Checkpoint) -> None:
     before = AutoModelForCausalLM.from_pretrained(squeezed.dense, dtype="auto").state_dict()
     after = load_file(squeezed.out / "model.safetensors")
     compressed = {layer.name for layer in squeezed.record.layers}
@@ -106,7 +93,7 @@ def test_what_is_not_compressed_stays_bit_for_bit(squeezed: Squeezed) -> None:
     assert {key: config[key] for key in original} == original
 
 
-def test_bits_reported_bits_in_memory_and_bytes_on_disk_agree(squeezed: Squeezed) -> None:
+def test_bits_reported_bits_in_memory_and_bytes_on_disk_agree(squeezed: Checkpoint) -> None:
     record = squeezed.record
     layers = {
         n: m for n, m in slimlm.load(squeezed.out, kernels="reference").named_modules() if isinstance(m, CompressedLinear)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_checkpoints_do_no_harm(count: int, tmp_path: Path) -> None:
     # A process of its own, whose memory is limited and which may die.
     typed = [sys.executable, "-m", "tests.fuzz", "--count", str(count), "--work", str(tmp_path / "work")]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import slimlm
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.data.documents import documents
-from slimlm.models.lazy import StreamedModel, open_streamed
+from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import open_dense
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Content, Journal
@@ -26,20 +26,13 @@ from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import is_plain_name
 
 
-def opened(folder: Path) -> StreamedModel:
-    return open_streamed(str(folder), folder / "converted", pytest.fail)
+def opened(folder: Path) -> LazyModel:
+    return open_lazy(str(folder), folder / "converted", pytest.fail)
 
 
 @pytest.fixture
 def dense(llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_folder, tmp_path / "dense"))
-
-
-@pytest.fixture(scope="module")
-def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=32)
-    return out
 
 
 @pytest.fixture

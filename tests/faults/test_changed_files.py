@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.faults.conftest import Bench
+from tests.faults import harness
+from tests.faults.conftest import Bench, Lines
 from tests.faults.harness import Moment, kept
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -85,10 +86,19 @@ def test_a_shard_that_is_cut_short_while_a_run_reads_it(bench: Bench, model: Pat
     bench.same()
 
 
+@pytest.fixture(scope="module")
+def stopped(lines: Lines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The journal of a run that was killed in the second of three blocks."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = harness.start(lines("matched", folder / "o"), folder / "said.txt", Moment(("slimlm.run.block:measure",), 2))
+    assert run.ended().code == -signal.SIGKILL
+    return folder / "o.partial"
+
+
 @pytest.mark.parametrize("file", ["journal.json", "block-0001.safetensors", "inputs-0001.safetensors", "text.safetensors"])
 @pytest.mark.parametrize("how", ["a bit", "half", "all", "gone"])
-def test_a_damaged_journal(bench: Bench, file: str, how: str) -> None:
-    bench.run("matched", Moment(("slimlm.run.block:measure",), 2))
+def test_a_damaged_journal(bench: Bench, stopped: Path, file: str, how: str) -> None:
+    shutil.copytree(stopped, bench.journal)
     path = bench.journal / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -100,5 +110,6 @@ def test_a_damaged_journal(bench: Bench, file: str, how: str) -> None:
         bench.goes_on()
         return
     bench.run().refused("cannot be resumed", "restart")
-    bench.run("matched", None, None, "--restart").done()
-    bench.same()
+    if how == "a bit":
+        bench.run("matched", None, None, "--restart").done()
+        bench.same()

@@ -28,7 +28,7 @@ from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import describe, packed_layers
 from slimlm.storage import checkpoint
 from slimlm.storage.kernel_cache import cache_path
-from tests.conftest import ENDS, FAMILIES, needs_kernels, random_model, save
+from tests.conftest import ENDS, FAMILIES, Checkpoints, needs_kernels, random_model, save
 from tests.storage.test_mapping import MIB, needs_smaps, resident
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -36,20 +36,10 @@ DTYPES = ["auto", "float32", torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(scope="module", params=itertools.product(sorted(FAMILIES), ["float32", "bfloat16"]), ids="-".join)
-def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def out(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Path:
     """Every family's checkpoint, from two dtypes."""
     family, stored = request.param
-    folder = tmp_path_factory.mktemp("load")
-    save(random_model(family, getattr(torch, stored)), folder / "dense")
-    slimlm.compress(folder / "dense", folder / "out", recipe="slim", data=str(text_file), samples=4, length=32)
-    return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def packed(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    slimlm.compress(llama_folder, out, recipe="slim", data=str(text_file), samples=4, length=32)
-    return out
+    return checkpoints(family, getattr(torch, stored)).out
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Weights stay in their files: what comes out is what an open model gives, and no more than a block is in memory."""
+"""A lazy model gives what an open one gives, and no more than one block of it is in memory."""
 
 import json
 import threading
@@ -15,7 +15,8 @@ from slimlm import pipeline
 from slimlm.calibration.capture import arguments_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
-from slimlm.models.lazy import StreamedModel, ahead, open_streamed, weight_files
+from slimlm.models.files import weight_files
+from slimlm.models.lazy import LazyModel, open_lazy, prefetched
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.run.block import BlockTask
@@ -25,55 +26,53 @@ CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"recipe": "slim", "samples": 6, "length": 32}
 
 
-def opened(folder: Path) -> StreamedModel:
-    return open_streamed(str(folder), folder / "converted", pytest.fail)
+def opened(folder: Path) -> LazyModel:
+    return open_lazy(str(folder), folder / "converted", pytest.fail)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_streamed_model_has_the_weights_names_and_inputs_of_an_open_one(
-    family: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_lazy_model_has_the_weights_names_and_inputs_of_an_open_one(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = save(random_model(family, dtype), tmp_path / "m")
-    streamed, dense = opened(folder), open_dense(str(folder))
-    assert (streamed.dtypes, streamed.bytes, streamed.config) == (dense.dtypes, dense.bytes, dense.config)
+    lazy, dense = opened(folder), open_dense(str(folder))
+    assert (lazy.dtypes, lazy.bytes, lazy.config) == (dense.dtypes, dense.bytes, dense.config)
     state = dense.model.state_dict()
-    assert list(streamed.weights) == list(state)
-    for name, tensor in streamed.weights.items():
+    assert list(lazy.weights) == list(state)
+    for name, tensor in lazy.weights.items():
         assert tensor.dtype == dtype and torch.equal(tensor.float(), state[name])
-    blocks, theirs = blocks_of(streamed.model), blocks_of(dense.model)
+    blocks, theirs = blocks_of(lazy.model), blocks_of(dense.model)
     assert list(blocks) == list(theirs)
     windows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
-    with streamed.ends_filled(blocks):
-        with streamed.blocks_in_turn(blocks):
-            arguments = arguments_of(streamed.model, blocks, windows)
-        hidden = list(first_inputs(streamed.model, blocks, windows))
+    with lazy.outer_tensors_filled(blocks):
+        with lazy.blocks_filled_in_turn(blocks):
+            arguments = arguments_of(lazy.model, blocks, windows)
+        hidden = list(first_inputs(lazy.model, blocks, windows))
     expected = enter(dense.model, theirs, windows)
     assert all(torch.equal(ours, own) for ours, own in zip(hidden, expected.hidden, strict=True))
     assert arguments.keys() == expected.arguments.keys()
     for name, block in theirs.items():
-        own = streamed.block(name, CPU).state_dict()
+        own = lazy.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, own[key]) for key, tensor in block.state_dict().items())
-    # Nothing was left in the skeleton.
-    assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in streamed.model.state_dict().values())
+    # Nothing was left in the meta model.
+    assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in lazy.model.state_dict().values())
 
 
 def test_only_one_block_is_filled_at_a_time(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(random_model("llama"), tmp_path / "m")
     filled: list[int] = []
-    real = StreamedModel.fill
+    real = LazyModel.fill
 
-    def counted(self: StreamedModel, module: torch.nn.Module, name: str) -> None:
+    def counted(self: LazyModel, module: torch.nn.Module, name: str) -> None:
         real(self, module, name)
         held = [t for t in self.model.state_dict().values() if t.untyped_storage().nbytes() > 8]
         filled.append(sum(t.numel() for t in held) + sum(p.numel() for p in module.parameters()))
 
-    monkeypatch.setattr(StreamedModel, "fill", counted)
+    monkeypatch.setattr(LazyModel, "fill", counted)
     slimlm.compress(folder, tmp_path / "o", data=str(text_file), **OPTIONS)
     model = random_model("llama")
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
-    # While arguments are captured the block that runs is the skeleton's own, and counted twice; the head is never there.
+    # While arguments are captured the block that runs is the meta model's own, and counted twice; the head is never there.
     assert max(filled) <= 2 * block + outside
 
 
@@ -109,12 +108,12 @@ def test_what_needs_the_whole_model_is_refused_over_the_limit(tmp_path: Path, te
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_an_expert_s_weight_is_a_view_of_the_files(family: str, tmp_path: Path) -> None:
-    streamed = opened(save(random_model(family, torch.bfloat16), tmp_path / "m"))
-    inside = [tensor for name, tensor in streamed.weights.items() if ".experts." in name and name.endswith("weight")]
-    assert streamed.experts and len(inside) == 3 * sum(len(streamed.model.get_submodule(name)) for name in streamed.experts)
+    lazy = opened(save(random_model(family, torch.bfloat16), tmp_path / "m"))
+    inside = [tensor for name, tensor in lazy.weights.items() if ".experts." in name and name.endswith("weight")]
+    assert lazy.experts and len(inside) == 3 * sum(len(lazy.model.get_submodule(name)) for name in lazy.experts)
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in inside}
     assert sum(sizes.values()) == sum(tensor.numel() * 2 for tensor in inside)
-    assert streamed.bytes == sum(t.numel() * 2 for t in load_file(tmp_path / "m" / "model.safetensors").values())
+    assert lazy.bytes == sum(t.numel() * 2 for t in load_file(tmp_path / "m" / "model.safetensors").values())
 
 
 def test_experts_that_the_files_hold_in_one_tensor_are_the_same(tmp_path: Path) -> None:
@@ -134,7 +133,7 @@ def test_files_that_lack_an_expert_are_refused(tmp_path: Path) -> None:
     del state["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError):
-        open_streamed(str(folder), folder / "converted", lambda _: None)
+        open_lazy(str(folder), folder / "converted", lambda _: None)
 
 
 def test_a_model_whose_files_are_joined_in_an_unknown_way_is_opened_whole_which_is_told(
@@ -144,7 +143,7 @@ def test_a_model_whose_files_are_joined_in_an_unknown_way_is_opened_whole_which_
     expected = opened(folder)
     monkeypatch.setattr("slimlm.models.stacked_experts._stacks", lambda converter: False)
     told: list[str] = []
-    found = open_streamed(str(folder), folder / "converted", told.append)
+    found = open_lazy(str(folder), folder / "converted", told.append)
     assert len(told) == 1 and "opened whole" in told[0]
     assert list(found.weights) == list(expected.weights) and found.dtypes == expected.dtypes
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
@@ -236,13 +235,13 @@ def test_the_next_block_is_made_while_one_is_worked_on_and_never_two_ahead() -> 
             second.set()
         return name.upper()
 
-    coming = ahead(make, ["a", "b", "c"])
+    coming = prefetched(make, ["a", "b", "c"])
     assert made == [], "nothing is made before it is asked for"
     assert next(coming) == "A"
     assert second.wait(10), "b is made without being asked for"
     assert made == ["a", "b"]
     assert list(coming) == ["B", "C"] and made == ["a", "b", "c"]
-    assert list(ahead(make, [])) == []
+    assert list(prefetched(make, [])) == []
 
 
 def test_what_fails_ahead_fails_where_it_is_wanted() -> None:
@@ -251,17 +250,17 @@ def test_what_fails_ahead_fails_where_it_is_wanted() -> None:
             raise ModelError("b is damaged")
         return name
 
-    coming = ahead(make, ["a", "b"])
+    coming = prefetched(make, ["a", "b"])
     assert next(coming) == "a"
     with pytest.raises(ModelError, match="b is damaged"):
         next(coming)
 
 
 def test_blocks_that_come_in_turn_are_the_blocks(tmp_path: Path) -> None:
-    streamed = opened(save(random_model("llama"), tmp_path / "m"))
-    names = list(blocks_of(streamed.model))
-    for name, block in zip(names, streamed.coming(names, CPU), strict=True):
-        alone = streamed.block(name, CPU).state_dict()
+    lazy = opened(save(random_model("llama"), tmp_path / "m"))
+    names = list(blocks_of(lazy.model))
+    for name, block in zip(names, lazy.iterate_blocks(names, CPU), strict=True):
+        alone = lazy.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, alone[key]) for key, tensor in block.state_dict().items())
 
 
@@ -273,10 +272,10 @@ def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_stays_itsel
     state = load_file(folder / "model.safetensors")
     own = torch.randn(state["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(5))
     save_file(state | {"lm_head.weight": own}, folder / "model.safetensors", metadata={"format": "pt"})
-    streamed, dense = opened(folder), open_dense(str(folder))
-    assert torch.equal(streamed.weights["lm_head.weight"], own)
-    assert (streamed.dtypes, streamed.bytes, streamed.config) == (dense.dtypes, dense.bytes, dense.config)
-    assert streamed.config["tie_word_embeddings"] is False
+    lazy, dense = opened(folder), open_dense(str(folder))
+    assert torch.equal(lazy.weights["lm_head.weight"], own)
+    assert (lazy.dtypes, lazy.bytes, lazy.config) == (dense.dtypes, dense.bytes, dense.config)
+    assert lazy.config["tie_word_embeddings"] is False
     slimlm.compress(
         folder, tmp_path / "o", **{**OPTIONS, "recipe": "absmax"}, data=str(text_file), embedding_bits=embedding_bits
     )
@@ -298,9 +297,9 @@ def test_a_head_that_is_stored_twice_and_the_same_is_tied(tmp_path: Path) -> Non
     state = load_file(folder / "model.safetensors")
     twice = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
     save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
-    streamed = opened(folder)
-    assert streamed.bytes == open_dense(str(folder)).bytes == sum(tensor.nbytes for tensor in state.values())
-    assert streamed.config["tie_word_embeddings"] is True
+    lazy = opened(folder)
+    assert lazy.bytes == open_dense(str(folder)).bytes == sum(tensor.nbytes for tensor in state.values())
+    assert lazy.config["tie_word_embeddings"] is True
 
 
 def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: Path) -> None:
@@ -332,7 +331,7 @@ def test_a_single_file_is_read_before_an_index_left_over_beside_it_which_is_told
     index = {"metadata": {}, "weight_map": dict.fromkeys(old, shard)}
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
     told: list[str] = []
-    found = open_streamed(str(folder), folder / "converted", told.append)
+    found = open_lazy(str(folder), folder / "converted", told.append)
     dense = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, state[name]) and torch.equal(tensor, dense[name]) for name, tensor in found.weights.items())
     assert len(told) == 1 and f"both {stem}.{kind} and {stem}.{kind}.index.json" in told[0]

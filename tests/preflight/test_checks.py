@@ -16,8 +16,7 @@ from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.storage import checkpoint
-from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
-from tests.conftest import random_model, save
+from tests.conftest import Line, random_model, save
 from tests.preflight.test_needs import needs_of
 
 OPTIONS: dict[str, Any] = {"recipe": "absmax", "samples": 4, "length": 32}
@@ -101,7 +100,7 @@ def test_a_run_takes_no_more_disk_than_was_said(
 
 
 def test_compress_refuses_what_cannot_fit_and_leaves_nothing(
-    line: Line,  # noqa: F811
+    line: Line,
     llama_folder: Path,
     text_file: Path,
     tmp_path: Path,
@@ -152,5 +151,5 @@ def test_the_command_shows_it_as_a_table_and_as_json(llama_folder: Path) -> None
     assert data["estimate"]["total_seconds"] == pytest.approx(sum(data["estimate"]["seconds"].values()))
 
 
-def test_there_is_nothing_to_save_without_a_plan(line: Line, llama_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_there_is_nothing_to_save_without_a_plan(line: Line, llama_folder: Path, tmp_path: Path) -> None:
     assert "no plan to save" in line.refused("plan", llama_folder, "--save", tmp_path / "r.toml")

@@ -70,7 +70,7 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_both_ends_become_the_nearest_points_of_a_grid_and_tied_ones_stay_one(
     family: str, bits: int, tmp_path: Path, text_file: Path
 ) -> None:

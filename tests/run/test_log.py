@@ -1,6 +1,7 @@
 """The log beside the output: every layer once, whatever happens to the run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,21 @@ def options(text: Path, recipe: str = "slim") -> dict[str, Any]:
     return {"recipe": recipe, "data": str(text), "samples": 6, "length": 32}
 
 
-def died(model: Path, out: Path, text: Path) -> None:
-    """A run that ended without a word, all blocks done, when the checkpoint was to be written."""
-    ended = subprocess.run([sys.executable, "-c", CHILD, str(model), str(out), str(text)], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def dead(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended without a message, all blocks done, when the checkpoint was to be written."""
+    folder = tmp_path_factory.mktemp("dead")
+    line = [sys.executable, "-c", CHILD, str(model), str(folder / "o"), str(text_file)]
+    ended = subprocess.run(line, capture_output=True, text=True)
     assert ended.returncode == 9, ended.stderr
+    return folder
+
+
+@pytest.fixture
+def died(dead: Path, tmp_path: Path) -> Path:
+    """What that run was to write, in a folder to go on in."""
+    shutil.copytree(dead, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "o"
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
@@ -81,14 +93,13 @@ def test_the_log_names_no_folder(model: Path, text_file: Path, tmp_path: Path) -
 @pytest.mark.parametrize("half", ["", '{"event": "layer", "blo'])
 @pytest.mark.parametrize("lost", [0, 8])
 def test_a_run_that_goes_on_adds_to_the_log_and_makes_up_for_lost_lines(
-    model: Path, text_file: Path, tmp_path: Path, half: str, lost: int
+    model: Path, text_file: Path, died: Path, half: str, lost: int
 ) -> None:
-    died(model, tmp_path / "o", text_file)
-    path = tmp_path / "o.log.jsonl"
+    path = died.with_name("o.log.jsonl")
     left = path.read_text().splitlines(keepends=True)
     assert kinds([json.loads(line) for line in left]) == WHOLE[:-1], "killed, so it says no end"
     path.write_text("".join(left[: len(left) - lost]) + half)
-    result = slimlm.compress(model, tmp_path / "o", **options(text_file))
+    result = slimlm.compress(model, died, **options(text_file))
     lines = entries(path)
     assert [line["name"] for line in lines if line["event"] == "layer"] == [layer.name for layer in result.record.layers]
     assert [line["after"] for line in lines if line["event"] == "run"] == [0, 2]
@@ -97,10 +108,9 @@ def test_a_run_that_goes_on_adds_to_the_log_and_makes_up_for_lost_lines(
     assert lines[-1]["event"] == "end"
 
 
-def test_a_run_that_begins_anew_has_lines_of_its_own(model: Path, text_file: Path, tmp_path: Path) -> None:
-    died(model, tmp_path / "o", text_file)
-    slimlm.compress(model, tmp_path / "o", **options(text_file), restart=True)
-    lines = entries(tmp_path / "o.log.jsonl")
+def test_a_run_that_begins_anew_has_lines_of_its_own(model: Path, text_file: Path, died: Path) -> None:
+    slimlm.compress(model, died, **options(text_file), restart=True)
+    lines = entries(died.with_name("o.log.jsonl"))
     assert kinds(lines) == [*WHOLE[:-1], *WHOLE]
     assert [line["after"] for line in lines if line["event"] == "run"] == [0, 0]
 

@@ -14,8 +14,7 @@ from slimlm.recipe import recipe_from_dict
 from slimlm.run.block import BlockTask
 from slimlm.storage import set_aside
 from slimlm.storage.journal import open_journal
-from tests.cli.test_refusals import Line, line  # noqa: F401, a fixture
-from tests.conftest import random_model, save
+from tests.conftest import Line, random_model, save
 from tests.faults.harness import same
 
 
@@ -58,7 +57,7 @@ def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatc
 
 
 def test_another_recipe_model_or_text_is_refused_and_said_and_restart_begins_anew(
-    line: Line,  # noqa: F811
+    line: Line,
     model: Path,
     text_file: Path,
     tmp_path: Path,
@@ -111,7 +110,7 @@ def kept_in(journal: Path) -> dict[str, bytes]:
 
 
 def test_a_restart_that_is_refused_drops_nothing(
-    line: Line,  # noqa: F811
+    line: Line,
     model: Path,
     text_file: Path,
     tmp_path: Path,

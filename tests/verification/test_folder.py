@@ -19,7 +19,7 @@ from slimlm.calibration.samples import Calibration, calibration_windows
 from slimlm.cli.app import main
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
-from slimlm.models.lazy import open_streamed
+from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import open_dense
 from slimlm.record import Compared, Record, explosion
 from slimlm.run import assemble
@@ -143,7 +143,7 @@ def test_a_tensor_left_over_or_missing_is_named(copy: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     resum(copy)
     problems = " ".join(slimlm.verify(copy).problems)
-    assert "model.norm.weight is missing" in problems and "model.norm.other is left over" in problems
+    assert "model.norm.weight is missing" in problems and "model.norm.other is unexpected" in problems
     assert "the index says 'nothing of it'" in problems
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         slimlm.load(copy, kernels="reference")
@@ -211,7 +211,7 @@ def test_a_streamed_perplexity_is_that_of_the_loaded_model(packed: Path) -> None
 def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Path) -> None:
     recorded = Record.from_dict(checkpoint.read_record(packed)).perplexity
     assert recorded is not None
-    original = open_streamed(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
+    original = open_lazy(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
     chosen = calibration_windows(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]))
     dense = perplexity(open_dense(str(packed.parent / "dense")).model, chosen)
     after = perplexity(slimlm.load(packed, kernels="reference", dtype=torch.float32), chosen)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.core.errors import DataError, ModelError, NumericsError
+from slimlm.core.errors import DataError, ModelError, NumericsError, first_line
 from slimlm.core.layer import Need, Stats
 from slimlm.core.profiling import profiled
 from slimlm.distributed.group import ALONE, Group
-from slimlm.models.opening import words_of
 from slimlm.models.structure import weight_of
 from slimlm.runtime.memory import free_on_gpu
 
@@ -128,7 +127,7 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
             model(batch, use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ModelError(
-            f"{type(model).__name__} fails where its blocks are read one at a time, on plain text: {words_of(error)}"
+            f"{type(model).__name__} fails where its blocks are read one at a time, on plain text: {first_line(error)}"
         ) from error
     finally:
         for handle in hooks:

@@ -10,7 +10,7 @@ from slimlm.core.profiling import profiled
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, token_stream, windows_of
 from slimlm.events import Event, Observer
-from slimlm.models.lazy import StreamedModel
+from slimlm.models.lazy import LazyModel
 from slimlm.models.opening import DenseModel
 from slimlm.models.structure import context_length
 from slimlm.storage.journal import OWN_TEXT, TEXT, Journal
@@ -38,7 +38,7 @@ class Calibration:
 
 
 def kept_windows(
-    dense: StreamedModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
+    dense: LazyModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
 ) -> Tensor:
     """The calibration windows `[count, length]`, kept in the journal.
 
@@ -75,7 +75,7 @@ def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tens
 
 
 @profiled("read text")
-def calibration_windows(dense: StreamedModel, wanted: Calibration) -> Tensor:
+def calibration_windows(dense: LazyModel, wanted: Calibration) -> Tensor:
     """Token windows `[count, length]` of a text to calibrate on; raises DataError for tokens that the model does not have."""
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")

@@ -48,3 +48,8 @@ class RanksError(SlimlmError):
         super().__init__(message)
         self.reported_here = reported_here
         """whether this process reports it to the user, although it is not the first"""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

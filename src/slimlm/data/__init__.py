@@ -1,1 +1,1 @@
-"""Text by name: documents from files, the hub, Python's standard library or the model itself; token windows."""
+"""Text by name (files, the hub, Python's standard library), and windows of tokens."""

@@ -26,13 +26,22 @@ SEPARATOR = "<|endoftext|>"
 _READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 _FIELDS = ("text", "content")
 _LOG, _LOG_BEGINS = ".log.jsonl", b'{"event": "run"'
-"""What the name of a run's log ends in (slimlm.run.log), and how the file begins."""
+"""How the name of a run's log ends (slimlm.run.log), and how the file begins."""
 _RECORD = "slimlm.json"
 """The file that makes a folder a checkpoint (slimlm.storage.checkpoint)."""
 
 
 def documents(source: str, purpose: Purpose) -> Iterator[str]:
-    """The documents of a source, lazily, in order; raises DataError in words where there is none."""
+    """The documents of a source, read lazily and in order.
+
+    Args:
+        source: see the head of this file.
+        purpose: which part of a source is read that has one for calibration and one for evaluation.
+
+    Raises:
+        DataError: there is no text at the source, or it cannot be read; some sources are found unreadable only when the
+            documents are read.
+    """
     if source == "self":
         raise DataError(
             "'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on"
@@ -57,7 +66,7 @@ def documents(source: str, purpose: Purpose) -> Iterator[str]:
 
 
 def _own_output(file: Path, folder: Path) -> bool:
-    """Whether slimlm wrote a file below this folder: the log of a run, or what lies in a run's folder or a checkpoint."""
+    """Whether slimlm wrote a file below this folder: a run's log, or a file in a run's folder or in a checkpoint."""
     if file.name.endswith(_LOG) and file.is_file():
         with file.open("rb") as log:
             if log.read(len(_LOG_BEGINS)) == _LOG_BEGINS:

@@ -1,8 +1,8 @@
 """Text that every Python already has: the source of its standard library.
 
-The bundled example model is trained, calibrated and judged on it, so the demo needs no network and the project ships
-nobody's text. Files are dealt to three splits by a hash of their path, which makes the splits disjoint by file and
-the same on every machine (the files themselves differ a little from one Python version to the next).
+The bundled example model is trained, calibrated and evaluated on it, so the demo needs no network and the project ships no text
+of others. A hash of its path assigns each file to one of three splits, which are therefore disjoint by file and the same on
+every machine (the files themselves differ a little from one Python version to the next).
 """
 
 import hashlib
@@ -21,15 +21,20 @@ _NOT_PROSE = {"encodings", "pydoc_data", "site-packages", "dist-packages", "lib2
 
 
 def split_of(path: str) -> Split:
-    """The split a file belongs to: 1/16 evaluation, 1/16 calibration, the rest training; by a hash of its path."""
-    lot = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 16
-    return "evaluation" if lot == 0 else "calibration" if lot == 1 else "train"
+    """The split that a file belongs to, by a hash of its path: 1/16 evaluation, 1/16 calibration, the rest training."""
+    share = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 16
+    return "evaluation" if share == 0 else "calibration" if share == 1 else "train"
 
 
 def stdlib_documents(split: Split, *, with_tests: bool = False) -> Iterator[str]:
     """The text of each standard-library module in one split, in order of path.
 
-    `with_tests` adds Python's own test suite, which not every installation has; only training uses it.
+    Args:
+        split: which split.
+        with_tests: add Python's own test suite, which not every installation has; only training uses it.
+
+    Raises:
+        DataError: this Python comes without the source of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = sorted(_modules(root, _NOT_PROSE if with_tests else _NOT_PROSE | _TESTS))

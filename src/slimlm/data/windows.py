@@ -1,7 +1,7 @@
-"""Token windows: a stream of documents cut into pieces of one length, none overlapping.
+"""Token windows: a stream of documents cut into pieces of one length that do not overlap.
 
-Every document is preceded by the tokenizer's beginning-of-sequence token, where it has one; the last, incomplete window
-is dropped. This is the usual perplexity protocol and serves calibration as well.
+Every document is preceded by the tokenizer's beginning-of-sequence token, where it has one; the last, incomplete window is
+dropped. This is the usual protocol for perplexity. Calibration samples are drawn from such windows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,16 @@ _CHARACTERS_AT_ONCE = 2**20
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
-    """All tokens of the texts, int64 `[tokens]`; reading stops once `at_most` are there."""
+    """All tokens of texts, one after another.
+
+    Args:
+        tokenizer: the model's.
+        texts: documents; each one is preceded by the beginning-of-sequence token.
+        at_most: stop reading after this many tokens.
+
+    Returns:
+        int64 `[tokens]`.
+    """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens: list[int] = []
     for batch in _batches(texts):
@@ -29,7 +38,19 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at
 
 
 def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
-    """Non-overlapping windows `[count, length]`; raises DataError where the text fills none."""
+    """Windows of a stream of tokens that do not overlap.
+
+    Args:
+        tokens: int64 `[tokens]`.
+        length: tokens per window.
+        source: the text's name in messages.
+
+    Returns:
+        A view `[count, length]` of the tokens, without the last, incomplete window.
+
+    Raises:
+        DataError: the text fills no window, or `length` is below 2.
+    """
     if length < 2:
         raise DataError(f"`length={length}`: a sample needs at least 2 tokens")
     count = len(tokens) // length
@@ -40,37 +61,64 @@ def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
 
 
 def check_seed(seed: int) -> int:
-    """The seed; raises DataError where torch's generators do not take it."""
+    """The seed itself.
+
+    Raises:
+        DataError: torch's generators do not accept it.
+    """
     if not -(2**63) <= seed < 2**64:
         raise DataError(f"`seed={seed}`: give a whole number of at most 64 bits, such as 0")
     return seed
 
 
-def choose_windows(windows: Tensor, samples: int, seed: int) -> Tensor:
-    """`samples` windows drawn without repetition by `seed`, or all where there are fewer."""
+def choose_windows(windows: Tensor, count: int, seed: int) -> Tensor:
+    """Windows drawn at random without repetition.
+
+    Args:
+        windows: `[all, length]`.
+        count: how many to draw; where there are fewer, all are drawn.
+        seed: of the random numbers.
+
+    Returns:
+        `[count, length]`, in random order.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]
 
 
 def refuse_unknown_tokens(tokens: Tensor, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise DataError where tokens have no row in the model's embedding; a tokenizer of another model gives such."""
+    """Raise DataError where tokens have no row in the model's embedding, as those of another model's tokenizer may.
+
+    Args:
+        tokens: integers of any shape.
+        model: its input embedding is looked at; a model without one accepts all tokens.
+        tokenizer: shows such a token as text in the message.
+    """
     find = getattr(model, "get_input_embeddings", None)
     rows = getattr(find() if find else None, "num_embeddings", None)
     if not isinstance(rows, int) or tokens.numel() == 0 or int(tokens.max()) < rows:
         return
     token = int(tokens.max())
-    words = "" if tokenizer is None else f" ({tokenizer.decode([token])!r})"
+    text = "" if tokenizer is None else f" ({tokenizer.decode([token])!r})"
     raise DataError(
-        f"the tokenizer gives token {token}{words}; the embedding of {type(model).__name__} has {rows} rows, for tokens 0 to "
-        f"{rows - 1}. The tokenizer files belong to another model, or got tokens that the model was never given: use those "
-        "that came with the model, or a text without such tokens"
+        f"the tokenizer gives token {token}{text}; the embedding of {type(model).__name__} has {rows} rows, for tokens 0 to "
+        f"{rows - 1}. The tokenizer files belong to another model, or have tokens that the model lacks: use those that "
+        "came with the model, or a text without such tokens"
     )
 
 
 def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed: int, start: int | None) -> Iterator[Tensor]:
-    """Windows `[batch, length]` that the model writes itself (temperature 1), for when no data can be had.
+    """Calibration samples that the model generates itself, at temperature 1, for when there is no text.
 
-    Each begins with the token `start`, or with a random one where the tokenizer has none.
+    Args:
+        model: on the CPU.
+        samples: how many.
+        length: tokens of each.
+        seed: of the random numbers.
+        start: the first token of each sample; None: a random one.
+
+    Yields:
+        int64 `[batch, length]`, until there are as many samples as were asked for.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     batch = max(1, 4096 // length)
@@ -93,7 +141,7 @@ def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
-    """Pieces of text, each with whether it begins a document; a book in one document is cut, so as not to be read whole."""
+    """Lists of pieces of text, each with whether it begins a document; a long document is cut, and tokenized in pieces."""
     batch: list[tuple[bool, str]] = []
     characters = 0
     for text in texts:

@@ -1,1 +1,1 @@
-"""Measurements: perplexity, activation rounding, and the record of a run."""
+"""Measurements of quality: perplexity, and 8-bit activations."""

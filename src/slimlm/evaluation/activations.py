@@ -1,7 +1,7 @@
 """8-bit activations as an option of evaluation (SLiM, arXiv 2410.09615, appendix B).
 
-Emulated: the inputs of every linear layer in the blocks are rounded and multiplied in the model's own dtype, so the figure is
-about quality, not speed. The tensor that a layer is given is never changed in place.
+They are emulated: the inputs of every linear layer in the blocks are rounded and multiplied in the model's own dtype, so the
+result tells about quality, not speed. The tensor that a layer is given is never changed in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,18 +20,18 @@ _FP8_TOP = 448.0
 
 
 def fp8_per_tensor(x: Tensor) -> Tensor:
-    """Round to float8 E4M3 with one scale for the whole tensor, its largest magnitude on 448."""
+    """Round a tensor of any shape to float8 E4M3 with one scale for all of it, which maps its largest magnitude to 448."""
     scale = x.abs().amax().float().clamp_min(1e-30) / _FP8_TOP
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
 def int8_per_token(x: Tensor) -> Tensor:
-    """Round to 255 levels per token (last dimension), the largest magnitude on 127."""
+    """Round activations `[..., in]` to 255 values with a scale per token, which maps its largest magnitude to 127."""
     return _int8(x.float()).to(x.dtype)
 
 
 def int8_per_group(x: Tensor) -> Tensor:
-    """Round to 255 levels per 128 consecutive inputs of a token; a short last group has its own scale."""
+    """Round activations `[..., in]` as `int8_per_token`, with a scale per 128 inputs; a shorter last group has its own."""
     width = x.shape[-1]
     padded = nn.functional.pad(x.float(), (0, -width % _GROUP))
     return _int8(padded.unflatten(-1, (-1, _GROUP))).flatten(-2)[..., :width].to(x.dtype)
@@ -51,7 +51,12 @@ FORMATS: dict[ActivationFormat, Callable[[Tensor], Tensor]] = {
 
 @contextmanager
 def rounded_activations(model: nn.Module, form: ActivationFormat | None) -> Iterator[None]:
-    """Within this context the linear layers of the model's blocks see rounded inputs (none: as they are)."""
+    """Within this context the linear layers of the model's blocks get rounded inputs.
+
+    Args:
+        model: compressed or dense.
+        form: how they are rounded; None: not at all.
+    """
     if form is None:
         yield
         return

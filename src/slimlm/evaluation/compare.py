@@ -1,4 +1,4 @@
-"""Open any model folder, compressed or dense, and measure it beside another."""
+"""Any model, compressed or dense, opened to be measured beside another."""
 
 import warnings
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to run, with its size."""
+    """A model that is ready to run, with its size."""
 
     source: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     bytes: int
-    """tensors as stored"""
+    """of its tensors as stored"""
     bits_per_weight: float
     """of the linear layers in the blocks: stored bits over weights"""
 
@@ -36,15 +36,23 @@ class OpenModel:
 def open_any(
     source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, notify: Notify = warnings.warn
 ) -> OpenModel:
-    """Open a slimlm checkpoint or a dense model on a device; raises where it has no tokenizer.
+    """Open a slimlm checkpoint or a dense model on a device.
 
-    Activations are float32, but for checkpoints on GPU kernels, where they are of the dtype that the original had.
+    Activations are float32, but for checkpoints on GPU kernels, where they have the dtype of the original model.
 
-    kernels and notify: for a checkpoint, as in `slimlm.load`.
+    Args:
+        source: a folder, or a name on the hub.
+        kernels: for a checkpoint, as in `slimlm.load`.
+        device: where it is to run.
+        notify: for a checkpoint, as in `slimlm.load`.
+
+    Raises:
+        SlimlmError: the model cannot be opened.
+        DataError: it has no tokenizer.
     """
     method = quantization_of(read_config(source), source).get("quant_method")
     if method == checkpoint.METHOD:
-        # With CPU kernels "auto" is float32 activations, too, without widening what is stored in 16 bits.
+        # With CPU kernels "auto" means float32 activations, too, and leaves tensors that are stored in 16 bits as they are.
         ready = uses_cpu_kernels(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
         dtype = "auto" if ready else torch.float32
         model = load(source, dtype=dtype, device=device, kernels=kernels, notify=notify)
@@ -67,9 +75,9 @@ def open_any(
 
 
 def same_tokens(one: OpenModel, other: OpenModel, sample: str) -> bool:
-    """Whether both models' tokenizers cut a text alike, so that perplexities per token can be compared."""
+    """Whether both models' tokenizers give the same tokens for a text, so that perplexities per token can be compared."""
 
-    def cut(opened: OpenModel) -> list[int]:
+    def tokens(opened: OpenModel) -> list[int]:
         return list(opened.tokenizer(sample, add_special_tokens=False)["input_ids"])
 
-    return cut(one) == cut(other)
+    return tokens(one) == tokens(other)

@@ -1,7 +1,7 @@
 """Perplexity over non-overlapping windows, the protocol of the compression papers.
 
-exp of the mean negative log-likelihood of every token but the first of each window, each predicted from those before it
-in the window; windows of the model's context length unless told otherwise; the last incomplete window is left out.
+exp of the mean negative log-likelihood of every token but the first of each window, predicted from those before it in the
+window. The windows are usually as long as the model's context; the last, incomplete one is left out.
 """
 
 import math
@@ -25,15 +25,22 @@ class Perplexity:
 
     value: float
     tokens: int
-    """tokens that were predicted"""
+    """number of tokens that were predicted"""
     length: int
     """tokens per window"""
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Perplexity:
-    """Perplexity of a causal model (token ids to `.logits`) on windows `[count, length]`; float32 losses.
+    """Perplexity of a causal language model; losses are computed in float32.
 
-    Raises DataError for tokens that the model does not have.
+    Args:
+        model: called with token ids `[batch, length]`, gives an object with `logits` `[batch, length, vocabulary]`.
+        windows: int64 `[count, length]`.
+        progress: called after each batch with the number of batches done and of all.
+
+    Raises:
+        DataError: a token has no row in the model's embedding.
+        NumericsError: the logits hold NaN.
     """
     refuse_unknown_tokens(windows, model)
     device = next(model.parameters()).device
@@ -52,17 +59,30 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
 
 
 def few_of(windows: Tensor, vocabulary: int) -> Tensor:
-    """So many of these windows `[count, length]`, or as much of the first, as `perplexity` runs at once."""
+    """The first of these windows, as much as `perplexity` runs in one batch.
+
+    Args:
+        windows: `[count, length]`.
+        vocabulary: tokens that the model's logits are of.
+
+    Returns:
+        At least one window, which is cut where it alone is too long.
+    """
     tokens = max(2, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary))
     return windows[: max(1, tokens // windows.shape[1]), :tokens]
 
 
 Piece = tuple[slice, slice]
-"""Some of the windows `[count, length]`, and the positions in them."""
+"""Rows and columns of windows `[count, length]`."""
 
 
 def pieces_of(windows: Tensor, vocabulary: int) -> list[Piece]:
-    """Windows cut so that the logits of each piece take little memory."""
+    """Windows divided so that the logits of each piece take little memory.
+
+    Args:
+        windows: `[count, length]`.
+        vocabulary: tokens that the model's logits are of.
+    """
     count, length = windows.shape
     size = max(1, _LOGITS_IN_A_PIECE // vocabulary)
     rows = max(1, size // length)
@@ -74,7 +94,16 @@ def pieces_of(windows: Tensor, vocabulary: int) -> list[Piece]:
 
 
 def perplexity_of(logits: Iterable[Tensor], windows: Tensor, pieces: Iterable[Piece]) -> Perplexity:
-    """Perplexity of logits `[windows, positions, vocabulary]`, piece after piece, on the windows they are of."""
+    """Perplexity of logits that were computed piece by piece.
+
+    Args:
+        logits: for each piece `[windows, positions, vocabulary]`.
+        windows: int64 `[count, length]`.
+        pieces: as `pieces_of` divides the windows.
+
+    Raises:
+        NumericsError: the logits hold NaN.
+    """
     total = 0.0
     for piece, (some, positions) in zip(logits, pieces, strict=True):
         later = windows[some, positions.start + 1 : positions.stop + 1]

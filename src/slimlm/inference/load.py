@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.events import Notify
-from slimlm.models.meta import empty_model, misfits
-from slimlm.models.opening import fetch, quantization_of, read_config, without_bars
+from slimlm.models.meta import meta_model, misfits
+from slimlm.models.opening import fetch, quantization_of, read_config, without_progress_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
@@ -91,7 +91,7 @@ def load(
         stored, release = dict(files.tensors), files.release
         packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
-        empty = empty_model(folder, all_of_them, about.get("experts", ()))
+        empty = meta_model(folder, all_of_them, about.get("experts", ()))
         if wrong := next(misfits(empty, about, stored), None):
             raise CheckpointError(f"{source} does not fit its own description: {wrong}")
         model, info = _filled(folder, empty, packed, _widened(stored, dtype, release), dtype)
@@ -195,7 +195,7 @@ def _filled(
     layers, embeddings = about["layers"], about.get("embeddings", {})
     config.quantization_config = {**about, "layers": _short(layers), "embeddings": _short(embeddings)}
     given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
-    with without_bars():
+    with without_progress_bars():
         model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
     for name, entry in embeddings.items():
         activations = model.get_submodule(name).activations

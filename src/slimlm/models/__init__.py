@@ -1,1 +1,1 @@
-"""Where a transformers model keeps its blocks and linear layers, and how to open one."""
+"""Dense models: opened, read lazily, and taken apart into blocks and linear layers."""

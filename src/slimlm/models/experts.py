@@ -1,11 +1,11 @@
-"""Mixtures of experts: fused weights taken apart into linear layers, and routers told from other layers.
+"""Mixtures of experts: fused weights taken apart into linear layers, and routers distinguished from other layers.
 
-Transformers keeps the weights of all experts of a block in two tensors `[experts, out, in]`. The classes that do so say of
-themselves how theirs are laid out (attributes that `use_experts_implementation` sets), so they are known by structure.
-`Experts` takes the place of such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an
-`nn.Linear` of its own, and computes what the class computes, with the class's own gate.
+Transformers keeps the weights of all experts of a block in two tensors `[experts, out, in]`. The classes that do so declare
+their layout in attributes (which `use_experts_implementation` sets), so they are recognized by structure. `Experts` replaces
+such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an `nn.Linear`, and computes what the
+class computes, with the class's own activation.
 
-A router is what stands beside experts and gives a number for each of them, or a single one.
+A router is a module beside experts that gives one number for each of them, or a single one.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import ModelError
 
-ROUTER = "a router, which picks experts; routers stay as they are"
+ROUTER = "a router, which picks experts; routers are not compressed"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a fused class lays out its weights."""
+    """How a fused module lays out the weights of its experts."""
 
     count: int
-    """experts"""
+    """number of experts"""
     gated: bool
     """whether gate and up are in one tensor"""
     interleaved: bool
-    """whether the rows of gate and up take turns, rather than the halves"""
+    """whether rows of gate and up alternate; otherwise gate is the first half and up the second"""
     transposed: bool
     """whether weights are `[experts, in, out]`"""
     biased: bool
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The linear layers of one expert."""
+        """The names of one expert's linear layers."""
         return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
 
     @property
@@ -46,27 +46,27 @@ class Layout:
         return frozenset(weights | {f"{name}_bias" for name in weights} if self.biased else weights)
 
     def fused(self, projection: str) -> str:
-        """The fused tensor in which a projection's weight is."""
+        """The name of the fused tensor that holds a projection's weight."""
         return "gate_up_proj" if self.gated and projection != "down_proj" else projection
 
     def weight(self, fused: Tensor, projection: str) -> Tensor:
-        """A projection's weight `[out, in]`, a view of one expert's share of the fused tensor."""
+        """A projection's weight `[out, in]`, a view of one expert's slice of the fused tensor."""
         return self.rows(fused.T if self.transposed else fused, projection)
 
     def rows(self, stacked: Tensor, projection: str) -> Tensor:
-        """A projection's rows, or its bias, a view of one expert's `[out, ...]`, gate and up together."""
+        """A projection's rows `[out, ...]`, or its bias `[out]`, a view of those of gate and up together."""
         if not self.gated or projection == "down_proj":
             return stacked
         second = projection == "up_proj"
         return stacked[second::2] if self.interleaved else stacked.chunk(2)[second]
 
     def joined(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What gate and up give `[tokens, inner]` as the fused layer gives it, `[tokens, 2 inner]`."""
+        """Outputs of gate and up, each `[tokens, inner]`, as one tensor `[tokens, 2 inner]` in the fused layer's layout."""
         return torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a fused module; None where it is none, or holds more than is understood."""
+    """The layout of a fused module; None where a module is not one, or has tensors that its layout does not explain."""
     flags = [getattr(module, name, None) for name in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
     if not all(isinstance(flag, bool) for flag in flags) or getattr(module, "has_post_expert_norm", False):
         return None
@@ -81,20 +81,28 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 class Experts(nn.ModuleList):
-    """In the place of a fused module: a linear layer per expert and projection, `self[i]["gate_proj"]` and so on.
+    """Replaces a fused module: one linear layer per expert and projection, `self[i]["gate_proj"]` and so on.
 
-    Called as transformers calls the fused one: tokens `[tokens, width]`, the experts picked for each `[tokens, picked]` and
-    their weights `[tokens, picked]`; gives `[tokens, width]`.
+    It is called as transformers calls the fused module.
     """
 
     def __init__(self, experts: list[nn.ModuleDict], layout: Layout, activate: Callable[[Tensor], Tensor]) -> None:
         super().__init__(experts)
         self.layout = layout
         self.activate = activate
-        """the class's own: from what gate and up give, joined, to the inputs of the down projection"""
+        """the fused class's own function from the joined outputs of gate and up to the inputs of the down projection"""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of what the picked experts give."""
+        """The weighted sum of the outputs of the experts that were picked for each token.
+
+        Args:
+            hidden_states: inputs `[tokens, width]`.
+            top_k_index: the experts picked for each token, `[tokens, picked]`.
+            top_k_weights: their weights, `[tokens, picked]`.
+
+        Returns:
+            Outputs `[tokens, width]`.
+        """
         total = torch.zeros_like(hidden_states)
         for i in top_k_index.unique().tolist():
             token, place = torch.where(top_k_index == i)
@@ -103,7 +111,7 @@ class Experts(nn.ModuleList):
         return total
 
     def expert(self, layers: nn.ModuleDict, x: Tensor) -> Tensor:
-        """What one expert gives for tokens `[tokens, width]`, before it is weighted."""
+        """The outputs `[tokens, width]` of one expert for inputs `[tokens, width]`, not yet weighted."""
         inner = layers["up_proj"](x)
         if self.layout.gated:
             inner = self.layout.joined(layers["gate_proj"](x), inner)
@@ -112,15 +120,15 @@ class Experts(nn.ModuleList):
 
 @dataclass(frozen=True)
 class Share:
-    """Which share of a fused tensor a linear layer's weight or bias is."""
+    """Which part of a fused tensor a linear layer's weight or bias is."""
 
     fused: str
     """full name of the fused tensor"""
     expert: int
     view: Callable[[Tensor], Tensor]
-    """from the expert's share of the fused tensor to the weight or bias"""
+    """from the expert's slice of the fused tensor to the weight or bias"""
     half: int | None
-    """0 and 1: the upper and the lower half of the expert's rows; None: it is not that simple"""
+    """0 or 1: the first or the second half of the expert's rows; None: neither"""
 
 
 def fused_in(model: nn.Module) -> list[str]:
@@ -129,15 +137,22 @@ def fused_in(model: nn.Module) -> list[str]:
 
 
 def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
-    """Put `Experts` in the place of a fused module, whose weights are views of the fused tensors.
+    """Replace a fused module of the model by `Experts`, whose weights are views of the fused tensors.
 
-    Gives, by the full name of each new weight and bias, which share of the model's former tensors it is. Raises ModelError for
-    a module that `fused_in` does not name.
+    Args:
+        model: it is changed in place.
+        name: the fused module's name in it.
+
+    Returns:
+        Which part of the model's former tensors each new weight and bias is, by full name.
+
+    Raises:
+        ModelError: the module is not one that `fused_in` names.
     """
     fused: Any = model.get_submodule(name)
     layout = layout_of(fused)
     if layout is None:
-        raise ModelError(f"{name} is a {type(fused).__name__}, which holds no fused experts that slimlm could take apart")
+        raise ModelError(f"{name} is a {type(fused).__name__}, which is not a module of fused experts that slimlm knows")
     tensors = {key: parameter for key, parameter in fused.named_parameters() if key in layout.parameters}
     experts, shares = [], {}
     for i in range(layout.count):
@@ -152,14 +167,14 @@ def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
         experts.append(layers)
     for key in tensors:
         delattr(fused, key)
-    # Bound to the old module, which has no tensors any more: the gate may look at its settings.
+    # Bound to the old module, which has no tensors any more: the activation may read its settings.
     activate = fused._apply_gate if layout.gated else fused.act_fn.forward
     model.set_submodule(name, Experts(experts, layout, activate).train(fused.training))
     return shares
 
 
 def _linear() -> nn.Linear:
-    """A linear layer without a weight yet."""
+    """A linear layer without values; the caller sets its weight."""
     with torch.device("meta"):
         return nn.Linear(1, 1, bias=False)
 
@@ -175,7 +190,7 @@ def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator
 
 
 def routers_of(block: nn.Module) -> set[str]:
-    """The names of modules that pick experts: beside experts, with a weight that has a row for each of them or a single one."""
+    """The names of a block's routers: modules beside experts whose weight has one row for each expert, or a single row."""
     found = set()
     for name, parent in block.named_modules():
         counts = {len(child) for child in parent.children() if isinstance(child, Experts)}

@@ -1,6 +1,6 @@
-"""The model that a folder's config describes, without values, and whether tensors are those that it needs.
+"""The model that a folder's config describes, on the meta device, and whether stored tensors are those that it needs.
 
-Both come before any tensor is read or made: a config says in a few bytes what would take any amount of memory and time.
+Both are checked before any tensor is read or allocated: a config of a few bytes can ask for any amount of memory and time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,26 +11,31 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from slimlm.core.errors import ModelError
+from slimlm.core.errors import ModelError, first_line
 from slimlm.models.experts import take_apart
-from slimlm.models.opening import read_config, refuse_foreign_code, without_bars, words_of
+from slimlm.models.opening import read_config, refuse_foreign_code, without_progress_bars
 from slimlm.models.structure import LINEAR_KINDS, weight_of
 
 _BLOCKS = ("num_hidden_layers", "num_layers")
-"""What configs call the number of blocks, each of which has a tensor at least."""
+"""Names in configs of the number of blocks, each of which has at least one tensor."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Likewise of experts, each of which has a row of a tensor at least."""
+"""Names in configs of the number of experts, each of which has at least one row of a tensor."""
 _SPARE = 2**26
-"""Bytes that tables which a model computes for itself may take, beside sixteen times those of its tensors; weights that a model
-may have, beside eight for each of those bytes."""
+"""Bytes that computed buffers (rotary tables) may take beyond sixteen times the bytes of the stored tensors, and weights that a
+model may have beyond eight for each of those bytes."""
 
 
-def empty_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str] = ()) -> PreTrainedModel:
-    """The model of a folder's config on the meta device, of the class that transformers has for it.
+def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str] = ()) -> PreTrainedModel:
+    """The model that a folder's config describes, on the meta device, of the class that transformers has for it.
 
-    stored: the tensors that it is to be made of. experts: modules that the folder has taken apart (models.experts). Raises
-    ModelError where transformers makes nothing of the config, or where the config describes a model out of all proportion to
-    its tensors.
+    Args:
+        folder: holds the config.
+        stored: the tensors of its files; their number and sizes limit what the config may ask for.
+        experts: the names of modules whose experts the folder stores as linear layers (`models.experts`).
+
+    Raises:
+        ModelError: transformers cannot make a causal language model of the config, or the config asks for far more than the
+            stored tensors could fill.
     """
     refuse_foreign_code(read_config(str(folder)), str(folder))
     rows = sum(len(tensor) if tensor.ndim else 1 for tensor in stored.values())
@@ -43,13 +48,15 @@ def empty_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[st
                     raise ModelError(
                         f"{folder} has {len(stored)} tensors of {rows} rows in all, and its config says {name} = {count}"
                     )
-        with without_bars(), torch.device("meta"):
+        with without_progress_bars(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ModelError:
         raise
     except Exception as error:
-        # Whatever transformers' own code meets in a config that makes no sense.
-        raise ModelError(f"transformers makes no causal language model of the config in {folder}: {words_of(error)}") from error
+        # A config that makes no sense can make transformers raise anything.
+        raise ModelError(
+            f"transformers cannot make a causal language model of the config in {folder}: {first_line(error)}"
+        ) from error
     state = set(model.state_dict())
     computed = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in state)
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
@@ -60,7 +67,7 @@ def empty_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[st
         raise ModelError(f"the config in {folder} asks for tables of {computed} bytes beside tensors of {size} bytes")
     for name in experts:
         if name not in dict(model.named_modules()):
-            raise ModelError(f"{folder} speaks of experts in {name}, which {type(model).__name__} does not have")
+            raise ModelError(f"the config in {folder} names experts in {name}, which {type(model).__name__} does not have")
         take_apart(model, name)
     return model
 
@@ -71,9 +78,12 @@ def _inner_configs(config: Any) -> list[Any]:
 
 
 def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Iterator[str]:
-    """What keeps tensors from being this empty model's, in words: each names the layer or tensor.
+    """Why tensors cannot be those of this model: one message for each layer or tensor that does not fit.
 
-    about: layers and embeddings as a checkpoint's `quantization_config` describes them. stored: all tensors but theirs.
+    Args:
+        model: on the meta device.
+        about: a checkpoint's `quantization_config`, which describes compressed layers and embeddings.
+        stored: all stored tensors but theirs, by name in the model's state.
     """
     layers, embeddings = about.get("layers", {}), about.get("embeddings", {})
     modules = dict(model.named_modules())
@@ -87,7 +97,8 @@ def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Ten
             yield f"{name} is described with the shape {entry['shape']}; the model's is {list(shape)}"
         has_bias = getattr(module, "bias", None) is not None
         if name in layers and has_bias != entry["bias"]:
-            yield f"{name} is described {'with' if entry['bias'] else 'without'} a bias; the model's is the other way"
+            described, found = ("with", "none") if entry["bias"] else ("without", "one")
+            yield f"{name} is described {described} a bias; the model's layer has {found}"
     state = model.state_dict(keep_vars=True)
     compressed = {f"{name}.weight" for name in (*layers, *embeddings)}
     names: dict[int, list[str]] = {}
@@ -106,4 +117,4 @@ def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Ten
     known = {name for own in names.values() for name in own}
     for name in stored:
         if name not in known:
-            yield f"{name} is left over: it is stored, and nothing in the model or its description takes it"
+            yield f"{name} is unexpected: it is stored, and neither the model nor its description has a tensor of that name"

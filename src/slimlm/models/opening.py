@@ -1,4 +1,4 @@
-"""Open a dense model from a folder or the hub, and say in words what is wrong when that fails."""
+"""A dense model, its config and its tokenizer, opened from a folder or the hub; code that comes with a model is never run."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from slimlm.core.errors import ModelError
+from slimlm.core.errors import ModelError, first_line
 from slimlm.models.experts import fused_in, take_apart
 
 _TOKENIZER_FILES = (
@@ -43,12 +43,20 @@ class DenseModel:
     bytes: int
     """size of its tensors as stored; tied tensors count once"""
     config: dict[str, Any]
+    """as it is to be written with a checkpoint"""
     experts: list[str]
-    """the names of the modules that hold experts, where these were taken apart"""
+    """the names of the modules whose experts were taken apart into linear layers"""
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """A model's config as a dictionary; raises ModelError where there is none."""
+    """A model's config, as its file has it.
+
+    Args:
+        source: a folder, or a name on the hub.
+
+    Raises:
+        ModelError: there is no config, or it is damaged.
+    """
     folder = Path(source)
     if folder.is_dir():
         path = folder / "config.json"
@@ -64,32 +72,35 @@ def read_config(source: str) -> dict[str, Any]:
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     try:
-        # As it is in the file: whether its class is one that transformers has is asked later, in words.
+        # As it is in the file: whether transformers has its class is checked later, with a better message.
         config, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
-            f"{source!r} is neither a folder here nor a model that the hub gave ({words_of(error)}). "
+            f"{source!r} is neither a folder here nor a model that the hub gave ({first_line(error)}). "
             "Give the path of a downloaded model folder, or check the name and the network"
         ) from error
     return dict(config)
 
 
 def folder_of(source: str) -> Path:
-    """The folder that holds a model's files: the one given, or the hub's cache once it was loaded from there."""
+    """The folder that holds a model's files: the one given, or the hub's cache, where the model was loaded from the hub."""
     path = Path(source)
     return path if path.is_dir() else Path(snapshot_download(source, local_files_only=True))
 
 
 def fetch(source: str) -> Path:
-    """The folder that holds a model's config and weights; a hub name is downloaded first, as far as it is not here yet."""
+    """The folder that holds a model's config and safetensors files; of a name on the hub, what is missing is downloaded."""
     path = Path(source)
     return path if path.is_dir() else Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def weights_folder(source: str) -> Path:
-    """The folder that holds a model's config and weights, which is downloaded first as far as it is not here yet.
+    """The folder that holds a model's config and weights; of a name on the hub, what is missing is downloaded.
 
-    Old .bin files are downloaded only where there are no safetensors files. Raises ModelError where the hub does not give it.
+    Old .bin files are downloaded only where there are no safetensors files.
+
+    Raises:
+        ModelError: the hub does not give the files.
     """
     path = Path(source)
     if path.is_dir():
@@ -99,24 +110,28 @@ def weights_folder(source: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(f"the hub does not give the files of {source!r} ({words_of(error)}); check the network") from error
+        raise ModelError(f"the hub does not give the files of {source!r} ({first_line(error)}); check the network") from error
     return folder
 
 
 def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where it has no tokenizer files; raises ModelError where they cannot be read."""
+    """The model's tokenizer, or None where it has no tokenizer files.
+
+    Raises:
+        ModelError: the tokenizer files cannot be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        raise ModelError(f"the tokenizer of {source} cannot be opened: {words_of(error)}") from error
+        raise ModelError(f"the tokenizer of {source} cannot be opened: {first_line(error)}") from error
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off the screen meanwhile; ours tell what a run does."""
+def without_progress_bars() -> Iterator[None]:
+    """Within this context transformers shows no progress bars; slimlm reports its progress itself."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -127,15 +142,19 @@ def without_bars() -> Iterator[None]:
 
 
 def open_dense(source: str) -> DenseModel:
-    """Load a causal language model in float32; nothing is trusted to run code.
+    """Load a causal language model in float32; code that comes with it is never run.
 
-    Raises ModelError for a missing, damaged, incomplete or already quantized model.
+    Args:
+        source: a folder, or a name on the hub.
+
+    Raises:
+        ModelError: the model is missing, damaged, incomplete or already quantized.
     """
     config = read_config(source)
     refuse_quantized(config, source)
     refuse_foreign_code(config, source)
     try:
-        with without_bars():
+        with without_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
@@ -144,7 +163,7 @@ def open_dense(source: str) -> DenseModel:
     except SafetensorError as error:
         raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source} cannot be opened as a causal language model: {words_of(error)}") from error
+        raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
     refuse_missing(info, source, type(model).__name__)
     size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
     model = model.eval().requires_grad_(False)
@@ -152,15 +171,22 @@ def open_dense(source: str) -> DenseModel:
     for name in experts:
         dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}
     dtypes = {name: dtypes[name] for name in model.state_dict()}
-    own = own_config(folder, model)
+    own = config_to_write(folder, model)
     return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, own, experts)
 
 
-def own_config(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """The config in a folder as it is to be written with the model that transformers made of it.
+def config_to_write(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """The config of a folder as it is to be written with a checkpoint of this model.
 
-    Where the config ties tensors that the files hold twice and otherwise, transformers ties none of them; then the config
-    says so. Raises ModelError where it ties others all the same, which no config says.
+    Where the config ties tensors that the files hold twice with different values, transformers ties none of them; the config
+    that is written says so.
+
+    Args:
+        folder: holds the config.
+        model: what transformers made of it and of the weights.
+
+    Raises:
+        ModelError: only some of the tensors that the config ties are tied, which no config can express.
     """
     stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     stored.pop("_name_or_path", None)
@@ -172,8 +198,8 @@ def own_config(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     if tied := [name for name in pairs if name not in untied]:
         raise ModelError(
             f"the config in {folder} ties {untied[0]} to {pairs[untied[0]]} and {tied[0]} to {pairs[tied[0]]}; the files hold "
-            f"another {untied[0]}, so the one would have to be tied and the other not. Store {tied[0]} in the files, too, and "
-            "set tie_word_embeddings to false in config.json"
+            f"a different {untied[0]}, so the second would have to be tied and the first not. Store {tied[0]} in the files, "
+            "too, and set tie_word_embeddings to false in config.json"
         )
     stored["tie_word_embeddings"] = False
     if isinstance(inner := stored.get("text_config"), dict):
@@ -182,24 +208,28 @@ def own_config(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def quantization_of(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """What a config says of how the weights are quantized, empty where it says nothing; raises ModelError for a riddle."""
+    """The `quantization_config` of a config, empty where there is none.
+
+    Raises:
+        ModelError: it is not an object.
+    """
     about = config.get("quantization_config") or {}
     if not isinstance(about, dict):
-        raise ModelError(f"the config of {source} has a quantization_config that is no object ({type(about).__name__})")
+        raise ModelError(f"the config of {source} has a quantization_config that is not an object but a {type(about).__name__}")
     return about
 
 
 def refuse_quantized(config: dict[str, Any], source: str) -> None:
-    """Raise ModelError where a config says that the weights are quantized already."""
+    """Raise ModelError where a config says that the weights are already quantized."""
     if about := quantization_of(config, source):
         method = about.get("quant_method", "unknown")
         raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
 
 
 def refuse_foreign_code(config: dict[str, Any], source: str) -> None:
-    """Raise ModelError where opening a model would take code that comes with it, or that it names on the hub.
+    """Raise ModelError where opening a model would run code that comes with it or that its config names on the hub.
 
-    A model with code of its own opens all the same where transformers has a class for its `model_type`; that one is used.
+    A model that comes with code is accepted where transformers has a class for its `model_type`; that class is used.
     """
     named = config.get("auto_map")
     kind = config.get("slimlm_model_type") or config.get("model_type")
@@ -207,14 +237,14 @@ def refuse_foreign_code(config: dict[str, Any], source: str) -> None:
         found = ", ".join(f"{k}: {v}" for k, v in named.items()) if isinstance(named, dict) else repr(named)
         raise ModelError(
             f"{source} comes with Python code of its own (auto_map: {found}), and transformers knows no model_type {kind!r}. "
-            "slimlm runs no code that comes with a model. What works: a model whose model_type this transformers knows (a "
-            "newer one may know it), or the same weights converted to such a model, whose config has no auto_map"
+            "slimlm runs no code that comes with a model. What works: a model whose model_type this version of transformers "
+            "knows (a newer version may know it), or the same weights converted to such a model, whose config has no auto_map"
         )
     for key, value in config.items():
         if key.removeprefix("_") in _IMPLEMENTATIONS and _names_repository(value):
             raise ModelError(
                 f"the config of {source} says {key} = {value!r}, which would fetch code from the hub and run it; slimlm does "
-                f"not. Take {key} out of config.json: transformers then uses its own"
+                f"not. Remove {key} from config.json: transformers then uses its own"
             )
     for inner in config.values():
         if isinstance(inner, dict):
@@ -235,7 +265,13 @@ def _names_repository(value: Any) -> bool:
 
 
 def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:
-    """Raise ModelError where transformers, by its loading info, did not find all tensors of a model of this class."""
+    """Raise ModelError where transformers did not find all tensors of a model.
+
+    Args:
+        info: what `from_pretrained` gives as loading info.
+        source: the model's name in messages.
+        kind: the name of its class.
+    """
     lost = sorted(info["missing_keys"])
     if lost:
         raise ModelError(
@@ -278,8 +314,3 @@ def _guessed_dtypes(source: str) -> dict[str, torch.dtype]:
     """For old .bin files: the dtypes that transformers gives the model."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     return {name: tensor.dtype for name, tensor in model.state_dict().items()}
-
-
-def words_of(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

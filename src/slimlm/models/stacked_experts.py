@@ -1,8 +1,8 @@
 """Which tensors of a model's files transformers stacks into one: the weights of single experts.
 
-A model's files mostly hold a tensor per expert and projection, its class one for all experts. Transformers says by a conversion
-mapping how it gets from one to the other. Where that is stacking experts, gate above up, every expert's share of the class's
-tensor is a tensor of the files, or half of it is, so that nothing has to be put together.
+A model's files mostly hold one tensor per expert and projection, where its class has one for all experts; a conversion mapping
+of transformers leads from the files to the class. Where it stacks experts, and gate above up, each linear layer that
+`models.experts` takes out of the class's tensor is a tensor of the files, so nothing has to be concatenated.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,14 +28,14 @@ class Stack:
     """One tensor of a model, `[experts, out, ...]`, and the tensors of the files that it is made of."""
 
     pieces: tuple[tuple[str, ...], ...]
-    """names in the files, an expert after the other: of the upper half of their rows, then of the lower; or of all rows"""
+    """names in the files, expert by expert: of the tensors of the first half of the rows, then of the second; or of all rows"""
 
     def names(self) -> list[str]:
         """All names in the files."""
         return [name for half in self.pieces for name in half]
 
     def shape(self, stored: dict[str, Tensor]) -> tuple[int, ...] | None:
-        """The shape of the whole; None where the pieces do not fit together."""
+        """The shape of the stacked tensor; None where the shapes of the pieces do not match."""
         shapes = {stored[name].shape for name in self.names()}
         if len(shapes) > 1 or len({len(half) for half in self.pieces}) > 1:
             return None
@@ -43,16 +43,23 @@ class Stack:
         return len(self.pieces[0]), len(self.pieces) * one[0], *one[1:]
 
     def share(self, share: Share, stored: dict[str, Tensor]) -> Tensor | None:
-        """A layer's weight or bias, a view of a tensor of the files; None where it is a view of none."""
+        """A layer's weight or bias as a view of one tensor of the files; None where it is not a part of a single one."""
         if len(self.pieces) == 1:
             return share.view(stored[self.pieces[0][share.expert]])
         return None if share.half is None else stored[self.pieces[share.half][share.expert]]
 
 
 def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]:
-    """By its name in the model, each tensor that transformers stacks of several of these tensors of the files.
+    """The tensors of a model that transformers stacks of several tensors of the files.
 
-    Names are matched as transformers does when it loads; what it makes in other ways is left out.
+    Names are matched as transformers matches them when it loads. Tensors that it makes in other ways are not in the result.
+
+    Args:
+        empty: the model on the meta device.
+        stored: the names of the tensors in the files.
+
+    Returns:
+        The tensors stacked, by name in the model.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name, renamed, pattern in _renamed(empty, stored):
@@ -69,17 +76,17 @@ def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]
 
 
 def taken_as_they_are(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The names in the files of the tensors that transformers takes as they are, by their names in the model."""
+    """The names in the files of the tensors that transformers takes unconverted, by their names in the model."""
     return {renamed: name for name, renamed, pattern in _renamed(empty, stored) if pattern is None}
 
 
 def taken_of(empty: PreTrainedModel, stored: Iterable[str]) -> list[str]:
-    """Those of these names in the files that the model has a place for, as they are or converted."""
+    """Those of these names in the files that the model uses, converted or not."""
     return [name for name, _, _ in _renamed(empty, stored)]
 
 
 def _renamed(empty: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
-    """Each name in the files that the model has a place for, what it is in the model, and the pattern of what converts it."""
+    """Each name in the files that the model uses, its name in the model, and the pattern of its converter, if it has one."""
     mapping = get_model_conversion_mapping(empty)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -91,7 +98,7 @@ def _renamed(empty: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[st
 
 
 def _stacks(converter: WeightConverter) -> bool:
-    """Whether this stacks experts and puts one sort of their weights above the other, and nothing else."""
+    """Whether this stacks experts, at most concatenates two of their projections by rows, and does nothing else."""
     first, *rest = converter.operations
     if not isinstance(first, MergeModulelist) or first.dim != 0:
         return False

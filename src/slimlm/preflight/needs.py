@@ -14,7 +14,7 @@ from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inp
 from slimlm.core.layer import Need
 from slimlm.core.stored import stored_bits
 from slimlm.models.embeddings import GROUP_SIZE, Embeddings
-from slimlm.models.lazy import StreamedModel
+from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
@@ -31,7 +31,7 @@ _LAYER_COPIES = {"joint": 14, "quantize": 8, "prune": 6, "compensate": 8}
 class RunNeeds:
     """What a run is to do, and what that takes."""
 
-    dense: StreamedModel
+    dense: LazyModel
     blocks: dict[str, nn.Module]
     """the model's blocks, by full name"""
     recipe: Recipe
@@ -231,7 +231,7 @@ class RunNeeds:
     @property
     def beginning_bytes(self) -> int:
         """While the first inputs are computed: what is outside the blocks, one block, a batch."""
-        outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.ends(self.blocks).values()}
+        outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.outer_tensors(self.blocks).values()}
         return sum(outside.values()) + self.block_bytes + self.batch_bytes
 
     @property

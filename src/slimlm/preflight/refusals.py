@@ -9,7 +9,7 @@ from slimlm.core.layer import Need
 from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.events import Notify
 from slimlm.models.embeddings import Embeddings
-from slimlm.models.lazy import StreamedModel
+from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
 
@@ -26,9 +26,7 @@ def without_embeddings(skipped: dict[str, str], embeddings: Embeddings) -> dict[
     return {name: reason for name, reason in skipped.items() if name != embeddings.head} | embeddings.skipped
 
 
-def refuse_early(
-    dense: StreamedModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False
-) -> dict[str, str]:
+def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False) -> dict[str, str]:
     """Check every layer against the recipe, by its shape; gives the layers that are not compressed, and why.
 
     When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.

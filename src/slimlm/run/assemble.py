@@ -22,7 +22,8 @@ from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
 from slimlm.models.embeddings import Embeddings
-from slimlm.models.lazy import StreamedModel, skeleton_copy
+from slimlm.models.lazy import LazyModel
+from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import vocabulary_size
 from slimlm.record import Compared, LayerRecord, Record
 from slimlm.run.config import environment
@@ -111,9 +112,9 @@ def _in_temporary_file(tensors: dict[str, Tensor], path: Path) -> MappedFiles:
     return MappedFiles({path.name: map_and_unlink(path)})
 
 
-def _packed_embeddings(dense: StreamedModel, embeddings: Embeddings) -> PackedEmbeddings:
+def _packed_embeddings(dense: LazyModel, embeddings: Embeddings) -> PackedEmbeddings:
     """Compress embedding and head, read from the model's files."""
-    model = skeleton_copy(dense.model)
+    model = meta_copy(dense.model)
     assert isinstance(model, PreTrainedModel)
     for name in embeddings.names:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
@@ -165,7 +166,7 @@ def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> 
     return record, files
 
 
-def _write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
+def _write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Files:
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
     if dense.tokenizer is not None:

@@ -142,8 +142,8 @@ def starting_streams(prepared: Prepared, run: Run) -> Streams:
     """The activations with which to begin or to go on: of the first block, or those that the journal holds."""
     dense, blocks, activations = prepared.dense, prepared.blocks, prepared.activations
     own = activations.own(prepared.samples)
-    with dense.ends_filled(blocks):
-        with dense.blocks_in_turn(blocks):
+    with dense.outer_tensors_filled(blocks):
+        with dense.blocks_filled_in_turn(blocks):
             arguments = arguments_of(dense.model, blocks, own)
             if prepared.recipe.matching is not None and run.group.size > 1 and run.group.first:
                 # It will reconstruct blocks on all samples, in batches as large as those of a single process.
@@ -158,7 +158,7 @@ def remaining_blocks(prepared: Prepared, run: Run) -> Iterator[tuple[nn.Module, 
     """The blocks that the journal does not hold, each read from the model's files when its turn comes."""
     names, done = list(prepared.blocks), len(run.journal.blocks)
     run.progress(Event("compress", done, len(names), blocks=finished_blocks(run.journal)))
-    modules = prepared.dense.coming(names[done:], prepared.device)
+    modules = prepared.dense.iterate_blocks(names[done:], prepared.device)
     for number, name in list(enumerate(names))[done:]:
         progress = BlockProgress(run.progress, name, number, len(names))
         progress.doing("read")

@@ -18,7 +18,8 @@ from slimlm.core.layer import Need
 from slimlm.distributed.group import Group
 from slimlm.events import Event, Observer
 from slimlm.models.embeddings import Embeddings, embeddings_of
-from slimlm.models.lazy import StreamedModel, open_streamed, weight_files
+from slimlm.models.files import weight_files
+from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.planner.options import Budget
@@ -50,7 +51,7 @@ class Prepared:
 
     config: RunConfig
     """What was asked for."""
-    dense: StreamedModel
+    dense: LazyModel
     """The model; its weights are read when they are needed."""
     blocks: dict[str, nn.Module]
     """The blocks by full name, in order, without values."""
@@ -91,12 +92,12 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     device, budget = pick_device(config.device), config.budget()
     recipe = config.opened_recipe
     run.progress(Event("open the model", 0, 1))
-    dense = open_streamed(config.model, run.journal.folder / "original", run.notify)
+    dense = open_lazy(config.model, run.journal.folder / "original", run.notify)
     blocks = blocks_of(dense.model)
     files = weight_files(dense.folder)
     make_room(_most_files(dense, len(files), len(blocks)))
     match_run(config.identity(files, dense.config, device), run)
-    with dense.ends_filled(blocks):
+    with dense.outer_tensors_filled(blocks):
         embeddings = planned_embeddings(dense, recipe)
     skipped = refuse_early(dense, blocks, recipe, planning=config.planned)
     if run.group.first:
@@ -163,7 +164,7 @@ def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
     )
 
 
-def needs_of(config: RunConfig, dense: StreamedModel) -> RunNeeds:
+def needs_of(config: RunConfig, dense: LazyModel) -> RunNeeds:
     """What the run will need, without reading a weight or a text: it is taken to have as many samples as are asked for."""
     recipe, blocks = config.opened_recipe, blocks_of(dense.model)
     embeddings = planned_embeddings(dense, recipe)
@@ -172,7 +173,7 @@ def needs_of(config: RunConfig, dense: StreamedModel) -> RunNeeds:
     return RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits)
 
 
-def planned_embeddings(dense: StreamedModel, recipe: Recipe) -> Embeddings:
+def planned_embeddings(dense: LazyModel, recipe: Recipe) -> Embeddings:
     """What becomes of embedding and head."""
     return embeddings_of(dense.model, None if recipe.embedding_bits == AS_STORED else recipe.embedding_bits)
 
@@ -191,12 +192,12 @@ def match_run(identity: dict[str, Any], run: Run) -> None:
         raise CheckpointError(f"the ranks are not alike; what the first has, and this one: {'; '.join(others[:5])}")
 
 
-def _most_files(dense: StreamedModel, files: int, blocks: int) -> int:
+def _most_files(dense: LazyModel, files: int, blocks: int) -> int:
     """How many more files are open at once at the end of a run: the journal's, the original's again, and the new shards."""
     return blocks + files + dense.bytes // checkpoint.SHARD_BYTES + _FILES_BESIDE
 
 
-def _open_whole(config: RunConfig, dense: StreamedModel, run: Run) -> DenseModel | None:
+def _open_whole(config: RunConfig, dense: LazyModel, run: Run) -> DenseModel | None:
     """The model in float32, where something that the journal does not hold needs it whole; on the first rank only.
 
     Raises:

@@ -8,11 +8,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimlm.core.errors import CheckpointError, RanksError, SlimlmError
+from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_line
 from slimlm.distributed.group import ALONE, Group
 from slimlm.distributed.launch import join_ranks
 from slimlm.events import Notify, Observer, quiet, silent
-from slimlm.models.opening import words_of
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Content, Journal, open_journal
 
@@ -94,7 +93,7 @@ def saying_what_is_kept(journal: Journal, notify: Notify) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise SlimlmError(f"memory ran out ({words_of(error)}); {kept()}. Give it more, or fewer `samples`") from error
+        raise SlimlmError(f"memory ran out ({first_line(error)}); {kept()}. Give it more, or fewer `samples`") from error
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise CheckpointError(f"{error}; {kept()}") from error

@@ -1,4 +1,4 @@
-"""Room for mapped files: each holds one of the open files that the system allows a process (`ulimit -n`)."""
+"""The limit of open files: every mapped file counts as one that the system allows a process to have open (`ulimit -n`)."""
 
 import contextlib
 import sys
@@ -8,9 +8,13 @@ from slimlm.core.errors import CheckpointError
 
 
 def make_room(files: int) -> None:
-    """Let this process open so many files more, which raises its soft limit where that is too low.
+    """Let this process open more files: its soft limit is raised where it is too low. Windows has no such limit.
 
-    Raises CheckpointError where the hard limit is lower than that. Does nothing on Windows, which has no such limit.
+    Args:
+        files: how many more.
+
+    Raises:
+        CheckpointError: the hard limit is too low.
     """
     if sys.platform == "win32":
         return
@@ -25,7 +29,7 @@ def make_room(files: int) -> None:
         return
     raise CheckpointError(
         f"a run on this model may have {needed} files open at once, and the system allows {soft} and no more than {hard}; "
-        "raise that (ulimit -n) and type the same line again"
+        "raise that limit (ulimit -n) and start the run again"
     )
 
 

@@ -1,14 +1,14 @@
-"""What a kernel backend packs a checkpoint's layers into, kept beside the checkpoint, so that it is made once.
+"""Layers as a kernel backend packs them, kept beside their checkpoint, so that they are packed once.
 
     OUT/.cache/huggingface/slimlm/kernels-LAYOUT.safetensors
 
-holds one uint8 tensor per layer, each beginning at a multiple of 64 bytes of the file, and as metadata the layout and
-the fingerprint of the checkpoint it was made from. The folder `.cache/huggingface` is the one that the hub's tools never
-upload, and no `*.safetensors` of the checkpoint's own folder matches a file in there, so the cache is neither shipped
-nor counted. It may be deleted at any time.
+holds one uint8 tensor per layer, each beginning at a multiple of 64 bytes of the file, and as metadata the layout and the
+fingerprint of the checkpoint that it was made from. The hub's tools never upload the folder `.cache/huggingface`, and no
+pattern `*.safetensors` in the checkpoint's own folder matches a file in there, so the cache is neither uploaded nor counted. It
+may be deleted at any time.
 
-The file is written layer by layer beside its place and renamed when it is complete, so what bears the name is whole.
-Its bytes are not summed at each load; its header, size, layout and fingerprint are checked.
+The file is written layer by layer under another name and renamed when it is complete, so a file of this name is complete. A
+load checks its header, size, layout and fingerprint, but computes no checksum of its bytes.
 """
 
 import json
@@ -31,17 +31,22 @@ from slimlm.storage.mapping import MappedFile, map_file
 ALIGNMENT = 64
 _VERSION = "1"
 _PADDING = "#"
-"""begins the names of the tensors that fill the gaps; no layer's name does"""
+"""Begins the names of the tensors that fill the gaps; no layer's name begins so."""
 _ABANDONED = 3600.0
-"""seconds after which a half-written file that nobody writes to is removed: its process was killed"""
+"""Seconds after which an incomplete file that is not written to is removed: its process was killed."""
 
 
 class _CannotKeepError(Exception):
-    """The cache cannot be written; says why."""
+    """The cache cannot be written; the message is the reason."""
 
 
 def cache_path(folder: Path, layout: str) -> Path:
-    """Where the packed layers of a checkpoint lie for one layout (letters, digits, dots, dashes and underscores)."""
+    """The file that holds a checkpoint's packed layers.
+
+    Args:
+        folder: the checkpoint.
+        layout: the name of the kernels' layout: letters, digits, dots, dashes and underscores.
+    """
     assert re.fullmatch(r"[\w.-]+", layout, re.ASCII), f"a kernel layout is called {layout!r}"
     return folder / ".cache" / "huggingface" / "slimlm" / f"kernels-{layout}.safetensors"
 
@@ -55,11 +60,19 @@ def kept_or_made(
     whole: Callable[[Tensor], bool],
     notify: Notify,
 ) -> dict[str, Tensor]:
-    """The packed layers by name: views of the cache; made, and kept for the next load, where there is no good cache.
+    """The packed layers of a checkpoint, as views of the cache, which is written first where there is none that fits.
 
-    `make` gives one layer's bytes, uint8 `[bytes]`, and is called in the order of `names`, one result being held at a
-    time; `whole` says of one layer's bytes whether they are sound. Where the cache cannot be written, `notify` hears why
-    and all results are held in memory instead.
+    Args:
+        folder: the checkpoint.
+        layout: the name of the kernels' layout.
+        fingerprint: identifies the checkpoint's contents.
+        names: the layers.
+        make: packs the layer of a name, gives uint8 `[bytes]`; called in the order of `names`, one result is held at a time.
+        whole: whether a layer's packed bytes are valid.
+        notify: receives a message where a cache does not fit, or cannot be written; then all packed layers are held in memory.
+
+    Returns:
+        uint8 `[bytes]` by the layer's name.
     """
     kept = open_cache(folder, layout, fingerprint, names, whole, notify)
     if kept is not None:
@@ -83,9 +96,13 @@ def open_cache(
     whole: Callable[[Tensor], bool],
     notify: Notify,
 ) -> dict[str, Tensor] | None:
-    """The packed layers as views of the cache, or None where there is none that fits; `notify` hears what is wrong with it.
+    """The packed layers as views of the cache, which may hold more layers than are asked for.
 
-    A cache may hold more layers than are asked for.
+    The arguments are those of `kept_or_made`.
+
+    Returns:
+        uint8 `[bytes]` by the layer's name; None where there is no cache, or none that fits, of which `tell` receives a
+        message.
     """
     path = cache_path(folder, layout)
     if not path.is_file():
@@ -104,7 +121,7 @@ def open_cache(
 def _misfit(
     found: MappedFile, layout: str, fingerprint: str, names: Sequence[str], whole: Callable[[Tensor], bool]
 ) -> str | None:
-    """Why a mapped cache is not the one looked for, or None where it is."""
+    """Why a cache does not fit, or None where it does."""
     about = found.metadata
     if about.get("slimlm_kernels") != _VERSION or about.get("layout") != layout:
         return f"holds version {about.get('slimlm_kernels')}, layout {about.get('layout')}, not {_VERSION}, {layout}"
@@ -125,9 +142,13 @@ def _layers(found: MappedFile) -> dict[str, Tensor]:
 
 
 class CacheWriter:
-    """Writes a cache layer by layer, holding none of them; what was written is removed unless `finish` was reached.
+    """Writes a cache layer by layer without holding them; an incomplete file is removed at the end of the context.
 
-    `names` are the layers that will be added, in any order; they say how much room the header needs.
+    Args:
+        folder: the checkpoint.
+        layout: the name of the kernels' layout.
+        fingerprint: identifies the checkpoint's contents.
+        names: the layers that will be added, in any order; they determine the room for the header.
     """
 
     def __init__(self, folder: Path, layout: str, fingerprint: str, names: Sequence[str]) -> None:
@@ -152,7 +173,7 @@ class CacheWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self._file.close()
-        except OSError as refused:  # the last buffer does not fit on the disk
+        except OSError as refused:  # the last buffer did not fit on the disk
             if error is None:
                 raise _CannotKeepError(refused.strerror or str(refused)) from refused
         finally:
@@ -160,7 +181,7 @@ class CacheWriter:
 
     def add(self, name: str, blob: Tensor) -> None:
         """Write one layer's bytes, uint8 `[bytes]` on the CPU."""
-        assert name in self._names and name not in self._entries, f"{name} was not announced, or comes twice"
+        assert name in self._names and name not in self._entries, f"{name} was not announced, or was added before"
         assert blob.dtype == torch.uint8 and blob.ndim == 1 and blob.is_contiguous() and blob.device.type == "cpu"
         begin = max((end for _, end in self._entries.values()), default=0)
         padding = -blob.numel() % ALIGNMENT
@@ -174,7 +195,7 @@ class CacheWriter:
             self._entries[f"{_PADDING}{len(self._entries)}"] = begin + blob.numel(), begin + blob.numel() + padding
 
     def finish(self) -> dict[str, Tensor]:
-        """Put the finished file in its place and give its layers as views of it."""
+        """Complete the file, give it its name, and return its layers as views of it."""
         assert self._names <= self._entries.keys(), "layers that were announced are missing"
         header = _header(self._metadata, self._entries)
         assert len(header) <= self._room
@@ -192,7 +213,7 @@ class CacheWriter:
 
 
 def _header(metadata: dict[str, str], entries: dict[str, tuple[int, int]]) -> bytes:
-    """The beginning of a safetensors file whose tensors are rows of bytes."""
+    """The header of a safetensors file whose tensors are uint8 `[bytes]`; `entries` gives the first and last offset of each."""
     about: dict[str, Any] = {"__metadata__": metadata}
     for name, (begin, end) in entries.items():
         about[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
@@ -201,21 +222,21 @@ def _header(metadata: dict[str, str], entries: dict[str, tuple[int, int]]) -> by
 
 
 def _header_room(metadata: dict[str, str], names: frozenset[str]) -> int:
-    """Bytes that the header of these layers and their padding cannot exceed, a multiple of the alignment."""
+    """An upper bound of the bytes of the header for these layers and their padding, a multiple of the alignment."""
     most = 10**18
     every = [*names, *(f"{_PADDING}{most + i}" for i in range(len(names)))]
     return -(-len(_header(metadata, dict.fromkeys(every, (most, 2 * most)))) // ALIGNMENT) * ALIGNMENT
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove half-written files that a killed process left beside `path`."""
+    """Remove incomplete files that a killed process left beside `path`."""
     for partial in path.parent.glob(f".{path.name}.partial-*"):
         if time.time() - partial.stat().st_mtime > _ABANDONED:
             partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder outlast a power cut, where the system can open folders."""
+    """Make a rename in this folder survive a loss of power, where the system can open folders."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

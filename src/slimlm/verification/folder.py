@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from slimlm.core.errors import CheckpointError, ModelError, NumericsError
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take
 from slimlm.models.experts import take_apart
-from slimlm.models.lazy import placeholder
-from slimlm.models.meta import empty_model, misfits
-from slimlm.models.opening import open_tokenizer, without_bars, words_of
+from slimlm.models.meta import meta_model, misfits
+from slimlm.models.opening import open_tokenizer, without_progress_bars
+from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Record, explosion
 from slimlm.storage import checkpoint
@@ -109,16 +109,16 @@ class _Opened:
         """Whether checksums of single tensors are recorded."""
         return all("tensors" in entry for entry in self.recorded.values())
 
-    def empty_model(self) -> PreTrainedModel:
+    def meta_model(self) -> PreTrainedModel:
         """The model's class without values; raises CheckpointError where the config does not give one."""
         try:
-            return empty_model(self.folder, self.files.tensors, self.about.get("experts", ()))
+            return meta_model(self.folder, self.files.tensors, self.about.get("experts", ()))
         except ModelError as error:
             raise CheckpointError(str(error)) from error
 
     def stored_model(self) -> StoredModel:
         """The model that runs from the stored tensors."""
-        meta = _meta_model(empty_model(self.folder, self.files.tensors), self.about.get("experts", ()))
+        meta = _meta_model(meta_model(self.folder, self.files.tensors), self.about.get("experts", ()))
         entries, embeddings = self.about["layers"], self.about.get("embeddings", {})
         return StoredModel(meta, self.files.tensors, self.files.release, entries, embeddings)
 
@@ -139,7 +139,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
     """
     opened = _Opened.of(Path(folder))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
-    empty = opened.empty_model()
+    empty = opened.meta_model()
     packed = set(packed_names(opened.about))
     others = {name: tensor for name, tensor in opened.files.tensors.items() if name not in packed}
     problems += misfits(empty, opened.about, others)
@@ -198,7 +198,7 @@ def _unopened(folder: Path) -> Iterator[str]:
         try:
             GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
-            yield f"generation_config.json cannot be opened: {words_of(error)}"
+            yield f"generation_config.json cannot be opened: {first_line(error)}"
 
 
 def _checksums(opened: _Opened) -> Iterator[str]:
@@ -233,7 +233,7 @@ def _index(opened: _Opened) -> Iterator[str]:
     try:
         places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        yield f"{path} is damaged: {words_of(error)}"
+        yield f"{path} is damaged: {first_line(error)}"
         return
     held = {key: name for name, file in files.items() for key in file.tensors}
     for key in sorted({*places, *held}):
@@ -297,7 +297,7 @@ def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedMod
         given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with without_bars():
+    with without_progress_bars():
         model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     for name in experts:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slimlm.calibration.capture import sent_to
 from slimlm.core.errors import CheckpointError
-from slimlm.models.lazy import skeleton_copy
+from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import blocks_of, swap
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
@@ -42,7 +42,7 @@ class StoredModel:
 
     def block(self, name: str, device: torch.device) -> nn.Module:
         """A block in float32, on the device."""
-        block = skeleton_copy(self.skeleton.get_submodule(name))
+        block = meta_copy(self.skeleton.get_submodule(name))
         self._put_compressed(block, name)
         self._put_others(block, name)
         for module in block.modules():
@@ -102,7 +102,7 @@ class StoredModel:
             yield logits
 
     def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
-        model = skeleton_copy(self.skeleton)
+        model = meta_copy(self.skeleton)
         assert isinstance(model, PreTrainedModel)
         for name, forward in forwards.items():
             swap(model, name, _InPlace(self.skeleton.get_submodule(name), forward))

@@ -52,7 +52,7 @@ SMALLEST_MULTIPROCESSOR = 99 * 1024
 """Bytes of shared memory that a kernel may take on GPUs of compute capability 8.6, 8.9 and 12.0."""
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(own, marks=pytest.mark.slow) for own in CAPABILITIES if own != 90)])
 def test_some_variants_of_each_kind_take_few_instructions(capability: int) -> None:
     check(measured(str(capability), *SOME), f"sm_{capability}")
 

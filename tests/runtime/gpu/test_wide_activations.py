@@ -14,7 +14,7 @@ from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.memory import free_on_gpu
 from slimlm.runtime.whole_model import activation_dtype, describe, use_kernels
-from tests.conftest import random_model, save
+from tests.conftest import Checkpoints, random_model, save
 
 UNPACKED = "activations are float32: weights are unpacked for every product; dtype=torch.bfloat16 multiplies them packed"
 ONCE = (
@@ -24,11 +24,8 @@ ONCE = (
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    folder = tmp_path_factory.mktemp("wide")
-    model = save(random_model("llama", torch.float32), folder / "model")
-    slimlm.compress(model, folder / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")
-    return folder / "out"
+def out(checkpoints: Checkpoints) -> Path:
+    return checkpoints("llama", torch.float32).out
 
 
 @pytest.fixture

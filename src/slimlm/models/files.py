@@ -1,0 +1,81 @@
+"""Which files of a folder hold a model's weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from slimlm.core.errors import ModelError
+from slimlm.models.bin_files import read_bin
+from slimlm.storage.streams import is_plain_name, write_tensors
+
+_LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+)
+"""Index, single file and pattern of all files of each format, the preferred format first."""
+
+
+def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> list[Path]:
+    """The files that hold a model's weights, safetensors before .bin.
+
+    As transformers does, the single file is preferred to those that an index lists, and these to any others: a repository may
+    hold the same weights a second time under other names.
+
+    Args:
+        folder: the model's folder.
+        notify: receives a message where an index is ignored because the single file is there, too.
+
+    Raises:
+        ModelError: there are no weights, or the index is damaged or names a file that is missing or outside the folder.
+    """
+    for index, single, pattern in _LAYOUTS:
+        if (folder / single).is_file():
+            if notify is not None and (folder / index).is_file():
+                notify(
+                    f"{folder} holds both {single} and {index}; as transformers does, {single} is read and the index is not. "
+                    f"If the files of the index are the ones that you mean, remove {single}"
+                )
+            return [folder / single]
+        if (folder / index).is_file():
+            return [folder / name for name in _indexed(folder / index)]
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin")
+
+
+def safetensors_files(folder: Path, scratch: Path, notify: Callable[[str], None] | None = None) -> list[Path]:
+    """The weight files of a folder as safetensors files; old .bin files are converted one at a time, once.
+
+    Args:
+        folder: the model's folder.
+        scratch: the folder for converted files, made when it is needed.
+        notify: as in `weight_files`.
+
+    Raises:
+        ModelError: as `weight_files` and `read_bin`.
+    """
+    files = []
+    for path in weight_files(folder, notify):
+        if path.suffix == ".safetensors":
+            files.append(path)
+            continue
+        converted = scratch / f"{path.stem}.safetensors"
+        if not converted.is_file():
+            scratch.mkdir(parents=True, exist_ok=True)
+            write_tensors(converted, read_bin(path))
+        files.append(converted)
+    return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of the files that an index lists; all of them exist in its folder."""
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is damaged ({error}); download it again") from error
+    for name in names:
+        if not is_plain_name(name):
+            raise ModelError(f"{index} names a weight file outside the folder: {name!r}")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name} is missing, which the index names; download the model again")
+    return names

@@ -44,7 +44,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from results_file import Results, slug, this_run
 from slimlm.core.grid import storable
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.generate import Generated, generate
 from slimlm.runtime.backends.triton import Gpu, Ready, Together
 from slimlm.runtime.dispatch import Choice

@@ -18,7 +18,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slimlm.core import grid
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import AS_STORED, check_embedding_bits
 from slimlm.runtime.embedding import CompressedEmbedding

@@ -9,7 +9,13 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError
 from slimlm.core.grid import GroupSize, scale_shape
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of, pack_parts, unpack_parts
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import PartEntries, Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.linear import CompressedLinear
 
 SHAPES = [(1, 1), (3, 5), (7, 12), (48, 172)]

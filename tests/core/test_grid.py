@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 
 GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 40, 8, 1000]
 SHAPES = [(48, 172), (3, 5), (1, 1), (96, 352)]

@@ -7,7 +7,10 @@ from torch import Tensor
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Plain, Uniform, dense_of
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from slimlm.calibration.capture import Flow, enter
 from slimlm.core.grid import Levels
 from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
-from slimlm.core.parts import dense_of
+from slimlm.core.parts.pack import Parts
 from slimlm.core.solvers.coordinate_descent import polish
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.low_rank_descent import descend

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slimlm
 from slimlm.core.errors import ModelError
-from slimlm.core.parts import dense_of
+from slimlm.core.parts.pack import Parts
 from slimlm.inference.generate import generate
 from slimlm.models.experts import fused_in, take_apart
 from slimlm.models.structure import linears_of, put_weight

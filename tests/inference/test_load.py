@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import slimlm
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Pruned, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.generate import generate
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.backends import Stored, cpu

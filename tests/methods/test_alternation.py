@@ -12,7 +12,12 @@ from torch import Tensor
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora

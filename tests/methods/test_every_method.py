@@ -11,7 +11,10 @@ from torch import Tensor
 
 from slimlm.core import registry
 from slimlm.core.layer import Layer, Need, Stats, Step
-from slimlm.core.parts import Codebook, Pruned, Uniform, dense_of, pack_parts, unpack_parts
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.pack import PartEntries, Parts
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 Name = tuple[str, str]

@@ -9,7 +9,8 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Pruned, Uniform
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda

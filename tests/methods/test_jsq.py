@@ -9,7 +9,7 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda

@@ -7,7 +7,7 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.methods.quantize.absmax import AbsMax
 from slimlm.methods.quantize.slim_quant import SlimQuant, absolute_histogram, alpha_of_code, alpha_of_paper
 from slimlm.methods.quantize.slim_quant_o import SlimQuantO

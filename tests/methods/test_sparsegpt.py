@@ -8,7 +8,9 @@ from torch import Tensor
 
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Plain, Pruned, pack_parts, unpack_parts
+from slimlm.core.parts.pack import PartEntries, Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt

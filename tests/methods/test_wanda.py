@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.wanda import Wanda
 from tests.methods.conftest import draw, inputs, layer_of, stats_of

@@ -10,7 +10,8 @@ from transformers import Gemma3Config
 
 import slimlm
 from slimlm.calibration.samples import Calibration
-from slimlm.core.parts import Codebook, Pruned
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.pruned import Pruned
 from slimlm.core.stored import table_bits
 from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.structure import blocks_of, context_length, text_config

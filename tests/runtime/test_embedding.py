@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
-from slimlm.core.parts import Plain, Uniform
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.cpu import native
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.dispatch import Kernels

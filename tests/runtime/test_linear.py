@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.linear import CompressedLinear
 
 OUT, WIDTH = 24, 44

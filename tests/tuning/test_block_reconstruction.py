@@ -11,7 +11,13 @@ from slimlm.calibration.capture import enter, run
 from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction

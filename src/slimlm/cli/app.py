@@ -300,7 +300,7 @@ def _tell_kernels(opened: OpenModel) -> None:
 
 def _prospect(folder: Path) -> str:
     """Who would multiply a checkpoint's layers here."""
-    return prospect([about["parts"] for about in read_description(folder)["layers"].values()])
+    return prospect([entry.parts for entry in read_description(folder).layers.values()])
 
 
 @app.command(name="eval")

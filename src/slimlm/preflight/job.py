@@ -12,7 +12,7 @@ from torch import nn
 
 from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
 from slimlm.core.layer import Need
-from slimlm.core.stored import stored_bits
+from slimlm.core.parts.uniform import UniformEntry
 from slimlm.models.lazy import StreamedModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.preflight.forms import Steps, form_of, resolved
@@ -90,9 +90,9 @@ class Job:
     def ends_bytes(self) -> int:
         """Of embedding and head where they are compressed."""
         names = [self.ends.embedding, None if self.ends.tied and self.ends.embedding is not None else self.ends.head]
-        about = {"kind": "uniform", "bits": self.ends.bits, "group_size": GROUP, "input_scale": False}
+        entry = UniformEntry(self.ends.bits, GROUP)
         shapes = [self.dense.weights[f"{name}.weight"].shape for name in names if name is not None]
-        return sum(stored_bits(about, (shape[0], shape[1])) for shape in shapes) // 8
+        return sum(entry.stored_bits((shape[0], shape[1])) for shape in shapes) // 8
 
     @cached_property
     def stored_bytes(self) -> int:

@@ -4,6 +4,7 @@ Nothing of it holds the whole model: tensors go from mapped files to the shards 
 they read back, one after another.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from slimlm.calibration.capture import Flow, first_inputs
 from slimlm.core.errors import CheckpointError
+from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
 from slimlm.models.lazy import StreamedModel, skeleton_copy
@@ -26,6 +28,7 @@ from slimlm.run.embeddings import Ends, compress_ends
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+from slimlm.storage.entries import Description, parse_description
 from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import map_file
 from slimlm.verification.folder import verify as check_folder
@@ -42,9 +45,8 @@ class Contents:
 
     tensors: dict[str, Tensor]
     """as they are stored, by name"""
-    layers: dict[str, Any]
-    """what the config says of compressed layers, by name"""
-    embeddings: dict[str, Any]
+    description: Description
+    """of the compressed layers and embeddings"""
     ends: list[LayerRecord]
     release: Callable[[Iterable[Tensor]], Any]
     """drops the pages of those of these tensors that are views of a file"""
@@ -52,7 +54,7 @@ class Contents:
 
 def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal: Journal) -> Contents:
     """What the journal, embedding and head, and the original's other tensors come to."""
-    packed, about, embeddings, records = _packed_ends(dense, ends)
+    packed, outside, records = _packed_ends(dense, ends)
     held = journal.spill_tensors("ends", packed)
     finished, release_finished = journal.tensors()
     replaced = tuple(f"{name}." for name in (ends.embedding, ends.head) if name is not None)
@@ -68,14 +70,13 @@ def contents_of(dense: StreamedModel, blocks: Iterable[str], ends: Ends, journal
         for drop in (dense.release, held.release, release_finished):
             drop(views)
 
-    layers = {name: entry for block in journal.blocks for name, entry in block.layers.items()}
-    return Contents({**tensors, **held.tensors, **finished}, {**layers, **about}, embeddings, records, release)
+    layers = {name: LayerEntry.parse(entry) for block in journal.blocks for name, entry in block.layers.items()}
+    description = Description({**layers, **outside.layers}, outside.embeddings, tuple(dense.experts))
+    return Contents({**tensors, **held.tensors, **finished}, description, records, release)
 
 
-def _packed_ends(
-    dense: StreamedModel, ends: Ends
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], list[LayerRecord]]:
-    """Embedding and head as they are stored: tensors, what the config says of layers and of embeddings, records."""
+def _packed_ends(dense: StreamedModel, ends: Ends) -> tuple[dict[str, Tensor], Description, list[LayerRecord]]:
+    """Embedding and head as they are stored: tensors, what the config says of them, records."""
     model = skeleton_copy(dense.model)
     names = [name for name in (ends.embedding, ends.head) if name is not None]
     for name in names:
@@ -93,20 +94,23 @@ def _packed_ends(
     layers = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
     embeddings = {name: module for name, module in modules.items() if isinstance(module, CompressedEmbedding)}
     dense.release(dense.weights[f"{name}.weight"] for name in names)
-    return tensors, _described(layers, embeddings), {name: module.about() for name, module in embeddings.items()}, records
+    return tensors, _described(layers, embeddings), records
 
 
-def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint's config says of compressed layers by name; of a tied one, whose tensors it multiplies by."""
+def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> Description:
+    """What a checkpoint's config says of these modules; of a tied layer, whose tensors it multiplies by."""
     owners = {id(module): name for name, module in embeddings.items()}
-    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
-    return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
+    entries = {}
+    for name, module in layers.items():
+        tied_to = owners[id(module.embedding)] if isinstance(module, TiedLinear) else None
+        entries[name] = dataclasses.replace(module.describe(), tied_to=tied_to)
+    return Description(entries, {name: module.describe() for name, module in embeddings.items()})
 
 
 def write(folder: Path, dense: StreamedModel, contents: Contents) -> checkpoint.Files:
     """Write weights, config and tokenizer; gives the sizes and checksums of the weights."""
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
-    checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
+    checkpoint.write_config(folder, dense.config, contents.description)
     if dense.tokenizer is not None:
         try:
             dense.tokenizer.save_pretrained(folder)
@@ -139,7 +143,8 @@ def verify(
     load(folder, kernels="reference")
     files = [map_file(path) for path in checkpoint.check_files(folder)]
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about, own = parse_description(config["quantization_config"], folder), contents.description
 
     def release(wanted: Iterable[Tensor]) -> None:
         views = list(wanted)
@@ -154,11 +159,11 @@ def verify(
         contents.release([tensor])
         release([theirs])
     few = few_of(windows[: len(flow.hidden[0])], vocabulary_size(dense.model))
-    reloaded = StoredModel(dense.model, stored, release, about["layers"], about.get("embeddings", {}))
-    here = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
+    reloaded = StoredModel(dense.model, stored, release, about.layers, about.embeddings)
+    here = StoredModel(dense.model, contents.tensors, contents.release, own.layers, own.embeddings)
     original = StoredModel(dense.model, dense.weights, dense.release)
     first = None
-    if contents.embeddings:
+    if own.embeddings:
         # The blocks were compressed on what the original embedding gives them.
         model = original.assembled(device)
         first = next(first_inputs(model, {name: model.get_submodule(name) for name in blocks}, few))

@@ -32,7 +32,8 @@ from slimlm.calibration.capture import (
 )
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.parts import dense_of
+from slimlm.core.parts.fields import Json
+from slimlm.core.parts.pack import LayerEntry
 from slimlm.distributed.group import Group, dealt
 from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
 from slimlm.models.lazy import StreamedModel
@@ -137,7 +138,7 @@ def _begin(
 
 def stored_tensors(
     block: nn.Module, name: str, dtypes: dict[str, torch.dtype]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Json]]]:
     """A finished block's tensors as they are stored, on the CPU, and what the config says of its layers; by full name.
 
     What was not compressed is cast back to its stored dtype, bit for bit.
@@ -148,7 +149,7 @@ def stored_tensors(
     for key, tensor in block.state_dict().items():
         full = f"{name}.{key}"
         tensors[full] = (tensor if key in packed else tensor.to(dtypes[full])).to("cpu").contiguous()
-    return tensors, {f"{name}.{n}": module.about() for n, module in layers.items()}
+    return tensors, {f"{name}.{n}": module.describe().to_json() for n, module in layers.items()}
 
 
 def compress_block(
@@ -210,7 +211,7 @@ def compress_layer(
     began = time.monotonic()
     layer = Layer.of(name, weight_of(linear), dtypes[f"{name}.weight"])
     if stats.note is not None:
-        layer = layer.note(stats.note)
+        layer = layer.with_notes(stats.note)
     try:
         layer = apply_steps(recipe.steps_for(name), layer, stats)
     except NumericsError as error:
@@ -226,11 +227,11 @@ def handed(
     if group.size == 1:
         assert made is not None, "a single process makes every layer"
         return made
-    about: Any = None if made is None else [made[0].about(), dataclasses.asdict(made[1])]
+    about: Any = None if made is None else [made[0].describe().to_json(), dataclasses.asdict(made[1])]
     (described, done), tensors = group.shared(owner, about, {} if made is None else made[0].packed())
     if made is not None:
         return made
-    module = _compressed(described, tensors, _bias_of(linear), weight_of(linear).device)
+    module = _compressed(LayerEntry.parse(described), tensors, _bias_of(linear), weight_of(linear).device)
     return module, LayerDone(layer_from(done["record"]), done["tokens"], done["seconds"])
 
 
@@ -238,11 +239,9 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
     return dict(linear.named_parameters()).get("bias")
 
 
-def _compressed(
-    about: dict[str, Any], packed: dict[str, Tensor], bias: Tensor | None, device: torch.device
-) -> CompressedLinear:
-    """A layer of what `CompressedLinear.about` says and its packed tensors."""
-    return CompressedLinear(tuple(about["shape"]), about["parts"], packed, bias).to(device)
+def _compressed(entry: LayerEntry, packed: dict[str, Tensor], bias: Tensor | None, device: torch.device) -> CompressedLinear:
+    """A layer of what `CompressedLinear.describe` says and its packed tensors."""
+    return CompressedLinear(entry.shape, entry.parts, packed, bias).to(device)
 
 
 def rerecorded(
@@ -253,9 +252,8 @@ def rerecorded(
     module = block.get_submodule(name)
     assert isinstance(module, CompressedLinear)
     parts = module.parts()
-    bits = sum(part.storage_bits() for part in parts)
-    error = relative_error(weight_of(twin.get_submodule(name)), dense_of(parts), energy)
-    return dataclasses.replace(record, bits=bits, error=error, matched=matched)
+    error = relative_error(weight_of(twin.get_submodule(name)), parts.dense(), energy)
+    return dataclasses.replace(record, bits=parts.storage_bits(), error=error, matched=matched)
 
 
 def match(
@@ -287,11 +285,12 @@ def hand_on(group: Group, block: nn.Module, matched: tuple[float, float] | None,
     if group.size == 1:
         assert matched is not None, "a single process matches every block"
         return matched
-    layers = {n: m.about() for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
+    layers = {n: m.describe().to_json() for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     (described, found), tensors = group.shared(0, [layers, matched], block.state_dict())
     if not group.first:
         for name, about in described.items():
-            packed = {key: tensors.pop(f"{name}.{key}") for key in about["tensors"]}
-            swap(block, name, _compressed(about, packed, tensors.pop(f"{name}.bias", None), device))
+            entry = LayerEntry.parse(about)
+            packed = {key: tensors.pop(f"{name}.{key}") for key in entry.tensors}
+            swap(block, name, _compressed(entry, packed, tensors.pop(f"{name}.bias", None), device))
         block.load_state_dict(tensors, strict=False)
     return found[0], found[1]

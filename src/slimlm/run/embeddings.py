@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slimlm.core import grid
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.uniform import Uniform
 from slimlm.models.structure import swap
 from slimlm.recipe import AS_STORED
-from slimlm.record import LayerRecord, parts_words
+from slimlm.record import LayerRecord
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
@@ -124,7 +125,7 @@ def compress_ends(model: PreTrainedModel, ends: Ends) -> list[LayerRecord]:
             new: CompressedLinear = TiedLinear(embedding, head.bias)
         else:
             part, record = _rounded(ends.head, head.weight.detach(), ends.bits)
-            new = CompressedLinear.from_parts((part,), head.bias)
+            new = CompressedLinear.from_parts(Parts(part), head.bias)
             records.append(record)
         swap(model, ends.head, new)
     return records
@@ -148,4 +149,4 @@ def _rounded(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord
         total += float(wide.double().square().sum())
     part = Uniform(codes, scale, bits, GROUP)
     error = (missed / total) ** 0.5 if total else 0.0
-    return part, LayerRecord(name, (rows, width), parts_words((part,)), part.storage_bits(), 0.0, 0, error)
+    return part, LayerRecord(name, (rows, width), part.summary(), part.storage_bits(), 0.0, 0, error)

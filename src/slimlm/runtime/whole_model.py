@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts import Description
+from slimlm.core.parts.pack import PartEntries
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.cpu import kernels, native
 from slimlm.runtime.dense import WideEmbedding
@@ -132,10 +132,10 @@ def words(model: nn.Module) -> str | None:
     return "; ".join([*found, *reasons])
 
 
-def prospect(layers: Sequence[Sequence[Description]]) -> str:
+def prospect(layers: Sequence[PartEntries]) -> str:
     """Who would multiply layers of these parts on this machine's CPU, and why not the kernels where they would not."""
     if native.library() is None:
         return f"reference; {len(layers)} of {len(layers)} layers; there are no CPU kernels: {native.status().reason}"
-    reasons = Counter(reason for parts in layers if (reason := cpu.unfit(parts)) is not None)
+    reasons = Counter(reason for entries in layers if (reason := cpu.unfit(entries)) is not None)
     found = [f"cpu {kernels.active()}; {len(layers) - reasons.total()} of {len(layers)} layers"]
     return "; ".join([*found, *(f"reference for {count}: {reason}" for reason, count in reasons.most_common())])

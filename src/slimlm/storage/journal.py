@@ -40,7 +40,7 @@ from slimlm.storage import set_aside
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import NEW, check_sum, is_plain_name, sha256_of, sync_folder, write_stream, write_tensors, written
 
-FORMAT = 1
+FORMAT = 2
 INSIDE = "slimlm.partial"
 """The journal's name where the output folder is there already."""
 INSIDE_LOG = "slimlm.log.jsonl"

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError
+from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take
 from slimlm.models.experts import take_apart
@@ -28,10 +29,9 @@ from slimlm.models.opening import open_tokenizer, without_bars, words_of
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Record, explosion
 from slimlm.storage import checkpoint
-from slimlm.storage.entries import own_entries, packed_names
+from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFile, map_file
 from slimlm.storage.streams import tensor_sum
-from slimlm.storage.tensor_checks import faults, not_finite
 from slimlm.verification.stored_model import StoredModel
 
 _CPU = torch.device("cpu")
@@ -102,14 +102,15 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
             file.release(wanted)
 
     problems += _packed(about, stored, release)
-    others = {name: tensor for name, tensor in stored.items() if name not in set(packed_names(about))}
+    packed = set(about.packed_names())
+    others = {name: tensor for name, tensor in stored.items() if name not in packed}
     try:
-        empty = empty_model(folder, stored, about.get("experts", ()))
+        empty = empty_model(folder, stored, about.experts)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
     problems += misfits(empty, about, others)
     linears = linears_of(empty)
-    left = tuple(name for name in linears if name not in about["layers"])
+    left = tuple(name for name in linears if name not in about.layers)
     rows, notes = _rows(record)
     if rows is not None:
         problems += _record(rows, about, left)
@@ -122,8 +123,8 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        skeleton = _skeleton(empty_model(folder, stored), about.get("experts", ()))
-        found = _run(StoredModel(skeleton, stored, release, about["layers"], about.get("embeddings", {})), windows, device)
+        skeleton = _skeleton(empty_model(folder, stored), about.experts)
+        found = _run(StoredModel(skeleton, stored, release, about.layers, about.embeddings), windows, device)
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
     compared = None if rows is None or rows.perplexity is None else dataclasses.asdict(rows.perplexity)
@@ -135,9 +136,9 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         tensors=len(stored),
         bytes=sum(entry["bytes"] for entry in recorded.values()),
         checksums="tensors" if all("tensors" in entry for entry in recorded.values()) else "shards",
-        compressed=len(about["layers"]),
+        compressed=len(about.layers),
         left=left,
-        embeddings=len(about.get("embeddings", {})),
+        embeddings=len(about.embeddings),
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
     )
@@ -207,16 +208,16 @@ def _index(files: dict[str, MappedFile], folder: Path) -> Iterator[str]:
             yield f"{key} is in {held.get(key, 'no shard')}; the index says {places.get(key, 'nothing of it')!r}"
 
 
-def _packed(about: dict[str, Any], stored: dict[str, Tensor], release: Any) -> Iterator[str]:
+def _packed(about: Description, stored: dict[str, Tensor], release: Any) -> Iterator[str]:
     """What is wrong with single tensors: of packed layers, and NaN or infinity in the others."""
     rest = dict(stored)
-    for name, entry in own_entries(about).items():
+    for name, entry in about.own().items():
         try:
-            own = take(rest, name, entry["tensors"])
+            own = take(rest, name, entry.tensors)
         except CheckpointError as error:
             yield str(error)
             continue
-        for words in faults(entry, own):
+        for words in entry.parts.check(own, entry.shape):
             yield f"{name}: {words}"
         release(own.values())
     for name, tensor in rest.items():
@@ -231,9 +232,9 @@ def _rows(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
         return None, [f"what slimlm.json says of layers is not compared: {error}"]
 
 
-def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Iterator[str]:
+def _record(record: Record, about: Description, left: tuple[str, ...]) -> Iterator[str]:
     """Where the record and the description disagree, and linear layers that neither accounts for."""
-    entries = own_entries(about)
+    entries = about.own()
     rows = {row.name: row for row in (*record.layers, *record.ends)}
     for name in left:
         if name not in record.left:
@@ -244,12 +245,10 @@ def _record(record: Record, about: dict[str, Any], left: tuple[str, ...]) -> Ite
             yield f"{name} is {where[0]}, and {where[1]}"
             continue
         row, entry = rows[name], entries[name]
-        bits = sum(8 * torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in entry["tensors"].values())
-        ranks = sum(part["rank"] for part in entry["parts"] if part["kind"] == "low_rank")
         for what, ours, theirs in (
-            ("shape", entry["shape"], list(row.shape)),
-            ("stored bits", bits, row.bits),
-            ("rank", ranks, row.rank),
+            ("shape", list(entry.shape), list(row.shape)),
+            ("stored bits", entry.stored_bits, row.bits),
+            ("rank", entry.parts.added_rank, row.rank),
         ):
             if ours != theirs:
                 yield f"{name}: {what} {ours}, and the record says {theirs}"

@@ -11,7 +11,8 @@ from slimlm.core import grid
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.grid import GroupSize, Levels
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Uniform
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.coordinate_descent import polish
 from slimlm.core.solvers.sweep import (
     Across,

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from slimlm.core.parts import Plain
+from slimlm.core.parts.plain import Plain
 from slimlm.inference.decode import lean
 from slimlm.inference.decode.grouped import direct, joint
 from slimlm.inference.decode.lean import LeanStep, StaticStep, attend, captured, disagrees, refuses

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts import Plain
+from slimlm.core.parts.plain import Plain
 from slimlm.inference.decode.lean import LeanStep, disagrees, refuses, stepper
 from slimlm.inference.decode.native_decoder import PackedDecoder
 from slimlm.inference.generate import generate

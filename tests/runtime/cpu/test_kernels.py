@@ -21,7 +21,14 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.decode import native_decoder
 from slimlm.runtime.backends.cpu import pack
 from slimlm.runtime.cpu import kernels, native

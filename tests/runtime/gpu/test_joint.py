@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimlm.core.parts import Part
+from slimlm.core.parts.base import Part
 from slimlm.inference.decode.grouped import joint
 from slimlm.runtime.backends.triton import Gpu, Together
 from slimlm.runtime.gpu import layout, tiles

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from slimlm.core.errors import CheckpointError, KernelError
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.dispatch import choose

@@ -12,7 +12,13 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.gpu import device, layout, products, tiles
 from slimlm.runtime.linear import CompressedLinear

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.parts import LowRank, Plain, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.sweep import Across, Along, Inverse, coded, inverse_of, sweep
 
@@ -110,9 +112,7 @@ def _swept_right(right: Tensor, inverse: Inverse, levels: grid.Levels, form: Ada
 
 
 def _uniform(index: Tensor, scale: Tensor, levels: grid.Levels, form: AdapterFormat) -> Uniform:
-    part = coded(index, scale, levels, form.group_size)
-    assert isinstance(part, Uniform)
-    return part
+    return as_uniform(coded(index, scale, levels, form.group_size))
 
 
 def _rounded(error: Tensor, energy: Tensor, left: Tensor, right: Tensor, form: AdapterFormat) -> LowRank:

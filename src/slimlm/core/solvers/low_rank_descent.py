@@ -17,7 +17,9 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.grid import Levels
-from slimlm.core.parts import Elementwise, LowRank, Uniform
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.solvers import linalg
 
 _INPUTS_AT_ONCE = 64
@@ -93,8 +95,9 @@ def descend_right(error: Tensor, gram: Tensor, part: LowRank) -> LowRank:
 
 
 def _even(factor: Elementwise) -> tuple[Uniform, Levels]:
-    assert isinstance(factor, Uniform), "a factor that is not rounded is refitted instead"
-    return factor, Levels.of_bits(factor.bits)
+    # A factor that is not rounded is refitted instead.
+    part = as_uniform(factor)
+    return part, Levels.of_bits(part.bits)
 
 
 def _codes(index: Tensor, levels: Levels) -> Tensor:

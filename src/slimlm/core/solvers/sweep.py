@@ -24,7 +24,9 @@ from slimlm.core import grid
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.grid import GroupSize, Levels
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, Uniform
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.uniform import Uniform
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""

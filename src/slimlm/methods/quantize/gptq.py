@@ -40,5 +40,5 @@ class Gptq:
         )
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
         levels = grid.Levels.of_bits(self.bits)
-        swept = rounded_sweep(layer.whole, inverse, order, levels=levels, group_size=self.group_size, keep=layer.keep)
-        return layer.encode(swept.code(self.group_size)).note(*notes, *inverse.notes)
+        swept = rounded_sweep(layer.base_reference, inverse, order, levels=levels, group_size=self.group_size, keep=layer.mask)
+        return layer.with_base(swept.code(self.group_size)).with_notes(*notes, *inverse.notes)

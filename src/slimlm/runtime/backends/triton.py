@@ -38,7 +38,7 @@ class Gpu:
 
     def refuses(self, stored: Stored) -> str | None:
         """Without Triton or a card that it can use, off that card, and for parts that the layout does not hold."""
-        return device.refuses(stored.device) or layout.unfit(stored.descriptions, stored.shape)
+        return device.refuses(stored.device) or layout.unfit(stored.entries, stored.shape)
 
     def prepare(self, stored: Stored) -> Ready:
         """Pack a layer where its tensors lie; raises CheckpointError where these do not fit its description."""
@@ -59,8 +59,8 @@ class Gpu:
                 tail = own.packed.words, own.packed.scale, own.packed.levels, own.group
             elif own.values is not None:
                 tail = own.values, None, None, own.group
-        if layer.input_scale is not None:
-            x = x * layer.input_scale.to(x.dtype)
+        if layer.channel_scale is not None:
+            x = x * layer.channel_scale.to(x.dtype)
         return products.product(x, layer.base, layer.counters, bias=prepared.bias, t=t, tail=tail)
 
 

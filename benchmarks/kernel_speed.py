@@ -84,7 +84,7 @@ def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -
         if not any(_wanted(f"slimlm {name}, {precision}", only) for precision in ("fast", "precise")):
             continue
         parts = kind.parts(shape, generator)
-        tensors = pack_parts(parts)
+        tensors = Parts(*parts).tensors()
         blob = cpu.pack(Stored(shape, [part.describe() for part in parts], tensors, None))
         copies = [Packed([blob.clone()], [None], [shape[0]], shape[1]) for _ in range(effort.copies(blob.numel()))]
         bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / (shape[0] * shape[1])

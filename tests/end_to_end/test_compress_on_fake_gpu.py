@@ -16,7 +16,6 @@ from slimlm.calibration.capture import Flow, enter
 from slimlm.core.grid import Levels
 from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
-from slimlm.core.parts.pack import Parts
 from slimlm.core.solvers.coordinate_descent import polish
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.low_rank_descent import descend
@@ -58,7 +57,7 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     records, _ = compress_block(block, name, flow, recipe, dtypes, device, original)
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
-    return {n: near(dense_of(layer.parts())) for n, layer in layers.items()}, records
+    return {n: near(layer.parts().dense()) for n, layer in layers.items()}, records
 
 
 def quick(recipe: Recipe) -> Recipe:

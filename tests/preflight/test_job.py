@@ -10,9 +10,8 @@ from transformers import Gemma3Config
 
 import slimlm
 from slimlm.calibration.samples import Calibration
-from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.codebook import Codebook, codebook_bits
 from slimlm.core.parts.pruned import Pruned
-from slimlm.core.stored import table_bits
 from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
@@ -29,10 +28,10 @@ def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape
     steps = brief(resolved(open_recipe(recipe).steps))
     assert fitting(shape, steps) == shape
     parts = apply_steps(steps, *drawn_layer(shape, needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
-    base = parts[0].inner if isinstance(parts[0], Pruned) else parts[0]
+    base = parts.base.inner if isinstance(parts.base, Pruned) else parts.base
     levels = {getattr(named.step, "codebook", "none") for named in steps}
-    spared = table_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
-    assert form_of(steps, torch.bfloat16).bits(shape) == sum(part.storage_bits() for part in parts) + spared
+    spared = codebook_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
+    assert form_of(steps, torch.bfloat16).bits(shape) == parts.storage_bits() + spared
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -55,7 +55,7 @@ def parts(out: int = OUT, seed: int = 0) -> tuple[Part, ...]:
 
 
 def layer(kernels: Kernels, *, bias: bool = True, out: int = OUT, seed: int = 0) -> CompressedLinear:
-    made = CompressedLinear.from_parts(parts(out, seed), draw(out, seed=8) if bias else None)
+    made = CompressedLinear.from_parts(Parts(*parts(out, seed)), draw(out, seed=8) if bias else None)
     made.use_kernels(kernels)
     return made
 
@@ -65,7 +65,7 @@ def near(found: Tensor, exact: Tensor, allowed: float) -> bool:
 
 
 def exact(x: Tensor) -> Tensor:
-    return x.double() @ dense_of(parts()).double().T + draw(OUT, seed=8).double()
+    return x.double() @ Parts(*parts()).dense().double().T + draw(OUT, seed=8).double()
 
 
 @both
@@ -203,7 +203,7 @@ def test_a_bias_that_was_cast_is_the_one_that_is_added_and_the_bytes_stay() -> N
 
 
 def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing() -> None:
-    refused = CompressedLinear.from_parts((Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5"),), None)
+    refused = CompressedLinear.from_parts(Parts(Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5")), None)
     model = nn.Sequential(layer("reference"), layer("reference"), refused)
     use_kernels(model, "auto")
     assert words(model).endswith("its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits")
@@ -213,7 +213,7 @@ def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing
     with pytest.raises(KernelError, match="2: the precise kernels were asked for"):
         use_kernels(model, "precise")
     assert ", fast; 2 of 3 layers" in words(model)
-    assert "; 2 of 3 layers; reference for 1: its base is pruned" in prospect([one.descriptions for one in model])
+    assert "; 2 of 3 layers; reference for 1: its base is pruned" in prospect([one.entries for one in model])
     assert words(nn.Linear(2, 2)) is None
 
 

@@ -187,7 +187,7 @@ class Layer:
         """The decided parts. A base that nothing has coded is stored in the weight's own dtype."""
         base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
         first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
-        return Parts(first, self.outliers, self.adapter)
+        return Parts(first, adapter=self.adapter, outliers=self.outliers)
 
 
 class Step(Protocol):

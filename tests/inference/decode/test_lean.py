@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.inference.decode import lean
 from slimlm.inference.decode.grouped import direct, joint
@@ -414,7 +415,7 @@ def compressed() -> PreTrainedModel:
     own = model.get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(own, nn.Linear)
     weight = own.weight.detach()
-    model.set_submodule("model.layers.1.mlp.up_proj", CompressedLinear.from_parts((Plain(weight),), None))
+    model.set_submodule("model.layers.1.mlp.up_proj", CompressedLinear.from_parts(Parts(Plain(weight)), None))
     return model
 
 

@@ -49,8 +49,8 @@ def codes(shape: tuple[int, int], group_size: grid.GroupSize, *, bits: int = 4, 
     generator = torch.Generator().manual_seed(seed)
     top = 2 ** (bits - 1)
     drawn = torch.randint(-top, top, shape, generator=generator, dtype=torch.int8)
-    input_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
-    return Uniform(drawn, scales(shape, group_size, seed), bits, group_size, input_scale)
+    channel_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
+    return Uniform(drawn, scales(shape, group_size, seed), bits, group_size, channel_scale)
 
 
 def table(shape: tuple[int, int], group_size: grid.GroupSize, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
@@ -105,11 +105,11 @@ def combinations(out: int = OUT, width: int = WIDTH) -> dict[str, tuple[Part, ..
 
 
 def layer(parts: tuple[Part, ...], *, bias: bool = True) -> CompressedLinear:
-    return CompressedLinear.from_parts(parts, draw(parts[0].shape[0], seed=8) if bias else None).to(WHERE)
+    return CompressedLinear.from_parts(Parts(*parts), draw(parts[0].shape[0], seed=8) if bias else None).to(WHERE)
 
 
 def exact(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
-    y = x.cpu().double() @ dense_of(parts).double().T
+    y = x.cpu().double() @ Parts(*parts).dense().double().T
     return y + draw(parts[0].shape[0], seed=8).double() if bias else y
 
 
@@ -117,10 +117,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu().double() - expected).abs().max() / expected.abs().max())
 
 
-def without_input_scale(part: Part) -> Part:
+def without_channel_scale(part: Part) -> Part:
     """As the layout has it."""
     if isinstance(part, Pruned) and isinstance(part.inner, Uniform):
-        return replace(part, inner=replace(part.inner, input_scale=None))
+        return replace(part, inner=replace(part.inner, channel_scale=None))
     return part
 
 
@@ -152,7 +152,7 @@ def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, wid
 def test_ranks_that_fill_up_give_nothing_even_under_a_table_of_one_scale(left: Part) -> None:
     # A rank of the table's first level alone would come to more than float16 holds, and infinity times zero is NaN.
     right, size = table((5, WIDTH), "per-tensor", seed=6), 1000.0
-    assert abs(float(right.levels[0] * right.scale)) * WIDTH * size > 65504
+    assert abs(float(right.values[0] * right.scale)) * WIDTH * size > 65504
     parts = (codes((OUT, WIDTH), 128), LowRank(left, right))
     x = torch.full((2, WIDTH), size).half()
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[torch.float16]
@@ -171,7 +171,7 @@ def test_an_unpacked_weight_is_that_of_the_reference_to_the_bit(name: str, dtype
     base, *extras = combinations()[name]
     ready = Gpu().prepare(layer((base, *extras)).stored()).layer
     found = products.matrix(ready.base, dtype)
-    assert torch.equal(found.cpu(), without_input_scale(base).dense().to(dtype))
+    assert torch.equal(found.cpu(), without_channel_scale(base).dense().to(dtype))
     assert found.stride(0) % 64 == 0, "so that a thread stores 16 bytes at a time"
     for extra in extras:
         assert isinstance(extra, LowRank)
@@ -243,7 +243,7 @@ def test_gradients_are_those_of_the_dense_matrix(dtype: torch.dtype) -> None:
     x, weights = draw(3, WIDTH).to(WHERE, dtype).requires_grad_(), draw(3, OUT, seed=9)
     gpu.matmul(x, gpu.prepare(one.stored())).mul(weights.to(WHERE, dtype)).sum().backward()
     assert x.grad is not None and one.bias.grad is not None
-    assert error(x.grad, weights.double() @ dense_of(parts).double()) < ERRORS[dtype]
+    assert error(x.grad, weights.double() @ Parts(*parts).dense().double()) < ERRORS[dtype]
     assert error(one.bias.grad, weights.sum(dim=0).double()) < ERRORS[dtype]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import slimlm
+from slimlm.core.parts.pack import Parts
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu, Ready
 from slimlm.runtime.embedding import TiedLinear
@@ -19,7 +20,7 @@ FAR = torch.device("meta")
 
 def resting() -> tuple[CompressedLinear, dict[str, torch.Tensor]]:
     """A layer that multiplies on another device, and the equal tensors on the CPU."""
-    layer = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), draw(8))
+    layer = CompressedLinear.from_parts(Parts(pruned(codes((8, 16), 8))), draw(8))
     rest = layer.packed()
     there = layer.to(FAR)
     there.choice()
@@ -36,9 +37,9 @@ def test_saving_reads_what_rests() -> None:
 
 def test_what_rests_is_unpacked_where_the_layer_multiplies() -> None:
     _, rest = resting()
-    one = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), None)
-    stored = Stored((8, 16), one.descriptions, rest, None, works_on=torch.device("cpu"))
-    assert torch.equal(stored.parts()[0].dense(), one.parts()[0].dense())
+    one = CompressedLinear.from_parts(Parts(pruned(codes((8, 16), 8))), None)
+    stored = Stored((8, 16), one.entries, rest, None, works_on=torch.device("cpu"))
+    assert torch.equal(stored.parts().base.dense(), one.parts().base.dense())
 
 
 @pytest.mark.parametrize("change", ["half", "same place"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import KernelError
+from slimlm.core.parts.pack import Parts
 from slimlm.runtime.gpu import device, layout, products, tiles, tuning
 from slimlm.runtime.gpu.layout import Packed
 from slimlm.runtime.gpu.tiles import Kind, Table, Tile
@@ -32,7 +33,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def packed(out: int = 128, width: int = 256) -> Packed:
-    return layout.lay_out(CompressedLinear.from_parts((pruned(codes((out, width), "per-tensor")),), None).stored()).base
+    return layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((out, width), "per-tensor"))), None).stored()).base
 
 
 def test_what_was_written_is_read_and_used_on_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_every_kind_and_batch_has_its_key() -> None:
 def test_the_fastest_tile_that_gives_the_same_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "BATCHES", (8, 16))
     monkeypatch.setattr(tuning, "TRIED", {"warps": (4,), "waves": (1, 2)})
-    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 512), "per-tensor")),), None).to(WHERE).stored())
+    own = layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((64, 512), "per-tensor"))), None).to(WHERE).stored())
     kind, told = str(Kind.of(own.base, HALF)), []
 
     def clock(calls: Sequence[tuning.Call]) -> float:
@@ -116,7 +117,7 @@ def test_the_fastest_tile_that_gives_the_same_result_is_found(monkeypatch: pytes
 def test_tiles_that_cannot_run_or_err_are_left_out_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "BATCHES", (8,))
     monkeypatch.setattr(tuning, "TRIED", {"warps": (4, 8)})
-    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 256), "per-tensor")),), None).to(WHERE).stored())
+    own = layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((64, 256), "per-tensor"))), None).to(WHERE).stored())
     plain = tuning.products.product
 
     def product(x: Tensor, *rest: object) -> Tensor:

@@ -31,8 +31,9 @@ class LowRankEntry(Entry):
     @classmethod
     def parse(cls, fields: Fields) -> Self:
         """Read the fields; see `Entry.parse`."""
+        rank = fields.count("rank")
         left, right = (parse_elementwise(fields.data.get(side)) for side in _SIDES)
-        return cls(fields.count("rank"), left, right)
+        return cls(rank, left, right)
 
     def _factors(self, shape: tuple[int, int]) -> Iterator[tuple[str, ElementwiseEntry, tuple[int, int]]]:
         """Name, entry and shape of both factors."""

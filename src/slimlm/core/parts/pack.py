@@ -8,7 +8,7 @@ adapter     adapter_left, adapter_left_scale, adapter_right, ...
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -28,17 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slots(Generic[T]):
-    """What stands in a layer's slots."""
+    """What stands in a layer's slots: a base, and beside it an adapter, outliers, both or neither."""
 
     base: T
-    outliers: T | None = None
     adapter: T | None = None
+    outliers: T | None = None
 
     def filled(self) -> Iterator[tuple[str, T]]:
         """The slots that are not empty by name, in the order in which parts are added up."""
-        for field in fields(self):
-            if (held := getattr(self, field.name)) is not None:
-                yield field.name, held
+        for slot, held in (("base", self.base), ("outliers", self.outliers), ("adapter", self.adapter)):
+            if held is not None:
+                yield slot, held
 
     def __iter__(self) -> Iterator[T]:
         return (held for _, held in self.filled())

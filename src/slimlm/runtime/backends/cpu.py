@@ -5,7 +5,7 @@ become integers inside, with one scale for 128 of them: 8 bits in "fast", 16 bit
 rounding the activations to bfloat16 would. Gradients flow to the activations and the bias; the parts are frozen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -118,14 +118,19 @@ def _two_of_four(layout: MatrixLayout, width: int) -> bool:
 
 def pack(stored: Stored) -> Tensor:
     """The layer's bytes in the kernels' layout, uint8 `[size]`."""
+    filled = stored.entries.filled()
+    return pack_sum([(entry.kernel_layout(), tensors_of(slot, stored.tensors)) for slot, entry in filled], stored.shape)
+
+
+def pack_sum(parts: Sequence[tuple[KernelLayout | Refusal, dict[str, Tensor]]], shape: tuple[int, int]) -> Tensor:
+    """The bytes, uint8 `[size]`, of a base and up to eight low-rank parts `[out, in]`: layouts and stored tensors by suffix."""
     # The matrices hold addresses only; this list keeps alive what lies there.
     alive: list[Tensor] = []
     matrices = []
-    for slot, entry in stored.entries.filled():
-        tensors = tensors_of(slot, stored.tensors)
-        for name, layout, shape in _matrices(entry.kernel_layout(), stored.shape):
-            transposed = name == "left"
-            matrices.append(_matrix(layout, under(name, tensors) if name else tensors, shape, transposed, alive))
+    for part, tensors in parts:
+        for name, layout, sizes in _matrices(part, shape):
+            own = under(name, tensors) if name else tensors
+            matrices.append(_matrix(layout, own, sizes, name == "left", alive))
     return kernels.pack(matrices)
 
 

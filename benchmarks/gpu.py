@@ -44,7 +44,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from results_file import Results, slug, this_run
 from slimlm.core.grid import storable
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.generate import Generated, generate
 from slimlm.runtime.backends.triton import Gpu, PreparedOnGpu, StackedLayers
 from slimlm.runtime.dispatch import Selection
@@ -314,9 +319,9 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
     """Rows with the largest error of layers packed from parts against float64 products, relative to the largest output."""
     shape, batches = ((64, 256), (1, 3)) if where.type == "cpu" else ((1536, 2048), (1, 7, 16, 33, 64, 128, 257))
     parts = random_parts(shape, KINDS[name])
-    exact = dense_of(parts).double().to(where)
+    exact = Parts(*parts).dense().double().to(where)
     gpu, rows = Gpu(), []
-    ready = gpu.prepare(CompressedLinear.from_parts(parts, None).to(where).stored())
+    ready = gpu.prepare(CompressedLinear.from_parts(Parts(*parts), None).to(where).stored())
     for dtype in products.NARROW:
         worst = 0.0
         for batch in batches:
@@ -343,10 +348,10 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
 def check_together(name: str, shape: tuple[int, int], where: torch.device) -> float:
     """The error of two layers in one launch, as text is written with, for one token in bfloat16."""
     each = [random_parts(shape, KINDS[name]) for _ in range(2)]
-    ready = [Gpu().prepare(CompressedLinear.from_parts(parts, None).to(where).stored()) for parts in each]
+    ready = [Gpu().prepare(CompressedLinear.from_parts(Parts(*parts), None).to(where).stored()) for parts in each]
     x, worst = torch.randn(1, shape[1], device=where, dtype=torch.bfloat16), 0.0
     for parts, y in zip(each, StackedLayers(ready)(x), strict=True):
-        expected = x.double() @ dense_of(parts).double().to(where).T
+        expected = x.double() @ Parts(*parts).dense().double().to(where).T
         worst = max(worst, float((y.double() - expected).abs().max() / expected.abs().max()))
     if not worst < ERRORS[torch.bfloat16]:
         raise RuntimeError(f"{name}, two at once: error {worst:.2g}, where {ERRORS[torch.bfloat16]:.2g} is allowed")

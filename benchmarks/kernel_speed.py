@@ -35,7 +35,7 @@ from random_checkpoint import Kind
 from results_file import Data, Results, slug, this_run
 from slimlm.bench import layer_speed
 from slimlm.bench.layer_speed import Call, Contender, Effort
-from slimlm.core.parts import dense_of, pack_parts
+from slimlm.core.parts.pack import Parts
 from slimlm.report.tables import plain_table
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.cpu import native, processor
@@ -84,13 +84,13 @@ def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -
         if not any(_wanted(f"slimlm {name}, {precision}", only) for precision in ("fast", "precise")):
             continue
         parts = kind.parts(shape, generator)
-        tensors = pack_parts(parts)
+        tensors = Parts(*parts).tensors()
         blob = cpu.pack(Stored(shape, [part.describe() for part in parts], tensors, None))
         copies = [PackedProducts([blob.clone()], [None], [shape[0]], shape[1]) for _ in range(effort.copies(blob.numel()))]
         bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / (shape[0] * shape[1])
         for precision in ("fast", "precise"):
             contender = Contender(f"slimlm {name}, {precision}", blob.numel(), partial(_packed_calls, copies, precision))
-            found.append(Entry(contender, bits, partial(dense_of, parts)))
+            found.append(Entry(contender, bits, Parts(*parts).dense))
     return found
 
 

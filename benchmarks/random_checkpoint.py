@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slimlm.core import grid
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import AS_STORED, check_embedding_bits
 from slimlm.runtime.embedding import CompressedEmbedding
@@ -154,7 +160,7 @@ def write(out: Path, size: Size, *, seed: int = 0, embedding_bits: int = 8) -> d
         for name, linear in linears_of(module).items():
             full, shape = f"{block}.{name}", (linear.out_features, linear.in_features)
             layer = CompressedLinear.from_parts(best_like(name).parts(shape, generator), None)
-            about[full] = layer.about()
+            about[full] = layer.describe()
             tensors |= {f"{full}.{key}": value for key, value in layer.packed().items()}
     bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in about.values())
@@ -162,8 +168,8 @@ def write(out: Path, size: Size, *, seed: int = 0, embedding_bits: int = 8) -> d
     if embedding_bits != AS_STORED:
         shape = (size.vocabulary, size.width)
         embedding = CompressedEmbedding.from_part(tokens_by_width(shape, embedding_bits, generator), torch.float32)
-        head = CompressedLinear.from_parts((tokens_by_width(shape, embedding_bits, generator),), None)
-        embeddings["model.embed_tokens"], about["lm_head"] = embedding.about(), head.about()
+        head = CompressedLinear.from_parts(Parts(tokens_by_width(shape, embedding_bits, generator)), None)
+        embeddings["model.embed_tokens"], about["lm_head"] = embedding.describe(), head.describe()
         tensors |= {f"model.embed_tokens.{key}": value for key, value in embedding.packed().items()}
         tensors |= {f"lm_head.{key}": value for key, value in head.packed().items()}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,6 @@
 """The record of a compression: what each layer became, and the totals. Plain data; saved as slimlm.json."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.core.layer import Layer
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
 from slimlm.core.profiling import profiled
 
 
@@ -22,7 +20,7 @@ class LayerRecord:
     shape: tuple[int, int]
     """(out, in)"""
     parts: str
-    """in words, such as "2:4 of 4-bit (one scale) + rank 25 at 4 bits" """
+    """in words, such as "2:4 of 4-bit (per-tensor) + rank 25 at 4 bits" """
     bits: int
     """stored bits of all parts together: codes, masks, scales, adapters, padding to whole bytes"""
     sparsity: float
@@ -148,10 +146,10 @@ def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
     return LayerRecord(
         name=layer.name,
         shape=layer.shape,
-        parts=parts_words(parts),
-        bits=sum(part.storage_bits() for part in parts),
-        sparsity=0.0 if layer.keep is None else 1 - float(layer.keep.float().mean()),
-        rank=sum(part.rank for part in parts if isinstance(part, LowRank)),
+        parts=parts.summary(),
+        bits=parts.storage_bits(),
+        sparsity=0.0 if layer.mask is None else 1 - float(layer.mask.float().mean()),
+        rank=parts.describe().added_rank,
         error=relative_error(layer.original, layer.original - layer.error, energy),
         notes=layer.notes,
     )
@@ -162,23 +160,3 @@ def relative_error(weight: Tensor, found: Tensor, energy: Tensor) -> float:
     root = energy.to(weight).sqrt()
     size = (weight * root).norm()
     return float(((weight - found) * root).norm() / size) if float(size) > 0 else 0.0
-
-
-def parts_words(parts: Iterable[Part]) -> str:
-    """A layer's parts in words."""
-    return " + ".join(_words(part) for part in parts)
-
-
-def _words(part: Part) -> str:
-    if isinstance(part, Pruned):
-        pattern = part.pattern if ":" in part.pattern else f"{float(part.pattern):.0%} sparse"
-        return f"{pattern} of {_words(part.inner)}"
-    if isinstance(part, LowRank):
-        return f"rank {part.rank} at {16 if isinstance(part.left, Plain) else part.left.bits} bits"
-    if isinstance(part, Uniform | Codebook):
-        scale = {"per-tensor": "one scale", "per-channel": "scale per row"}.get(
-            str(part.group_size), f"groups of {part.group_size}"
-        )
-        return f"{part.bits}-bit{' table' if isinstance(part, Codebook) else ''} ({scale})"
-    assert isinstance(part, Plain)
-    return str(part.values.dtype).removeprefix("torch.")

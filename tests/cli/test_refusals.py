@@ -160,6 +160,16 @@ def test_a_newer_format_asks_for_an_upgrade(line: Line, spoiled: Path, file: str
     assert "newer slimlm" in said
 
 
+@pytest.mark.parametrize("file", ["config.json", "slimlm.json"])
+def test_a_format_of_before_the_first_release_is_refused(line: Line, spoiled: Path, file: str) -> None:
+    data = json.loads((spoiled / file).read_text())
+    (data if file == "slimlm.json" else data["quantization_config"])["format"] = 1
+    (spoiled / file).write_text(json.dumps(data))
+    said = line.refused("generate", spoiled, "--prompt", "a")
+    assert "checkpoint format 1, of a slimlm that was never released" in said
+    assert "Compress the model again" in said
+
+
 def test_a_shard_outside_the_folder_is_refused(spoiled: Path) -> None:
     data = json.loads((spoiled / "slimlm.json").read_text())
     data["files"]["../other.safetensors"] = data["files"].pop("model.safetensors")

@@ -18,7 +18,7 @@ from slimlm.core.grid import (
     spread,
     storable,
 )
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 
 CODEBOOK = Grid(torch.tensor([-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0]), False)
 ALL = [*map(Grid.of_bits, (2, 3, 4, 8)), CODEBOOK]

@@ -7,7 +7,9 @@ from torch import Tensor
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Plain, Uniform, dense_of
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -29,18 +31,18 @@ def mask() -> Tensor:
 def states() -> dict[str, Layer]:
     """Every combination of a mask, codes and an adapter."""
     bare = Layer.of("fc1", draw(8, 12))
-    pruned = bare.prune(mask(), "2:4")
-    coded = bare.encode(codes_for(bare.target))
+    pruned = bare.with_mask(mask(), "2:4")
+    coded = bare.with_base(codes_for(bare.masked_reference))
     return {
         "bare": bare,
         "pruned": pruned,
         "coded": coded,
-        "repaired": bare.repair(adapter()),
-        "coded-pruned": coded.prune(mask(), "2:4"),
-        "pruned-coded": pruned.encode(codes_for(pruned.target)),
-        "pruned-repaired": pruned.repair(adapter()),
-        "coded-repaired": coded.repair(adapter()),
-        "all": coded.prune(mask(), "2:4").repair(adapter()),
+        "repaired": bare.with_adapter(adapter()),
+        "coded-pruned": coded.with_mask(mask(), "2:4"),
+        "pruned-coded": pruned.with_base(codes_for(pruned.masked_reference)),
+        "pruned-repaired": pruned.with_adapter(adapter()),
+        "coded-repaired": coded.with_adapter(adapter()),
+        "all": coded.with_mask(mask(), "2:4").with_adapter(adapter()),
     }
 
 
@@ -48,24 +50,24 @@ def states() -> dict[str, Layer]:
 def test_the_error_is_the_original_less_what_the_parts_stand_for(state: str) -> None:
     layer = states()[state]
     # Float32 sums of the same few terms in another order: an ulp or two of entries up to 4.
-    torch.testing.assert_close(layer.error, layer.original - dense_of(layer.parts()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.error, layer.original - layer.parts().dense(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("state", states())
 def test_the_base_is_zero_wherever_the_mask_says_so(state: str) -> None:  # law 8
     layer = states()[state]
-    if layer.keep is None:
-        assert int((layer.parts()[0].dense() == 0).sum()) < layer.original.numel() / 2
+    if layer.mask is None:
+        assert int((layer.parts().base.dense() == 0).sum()) < layer.original.numel() / 2
     else:
-        for base in (layer.target, layer.working, layer.parts()[0].dense()):
-            assert int((base[~layer.keep] != 0).sum()) == 0
+        for base in (layer.masked_reference, layer.base_weight, layer.parts().base.dense()):
+            assert int((base[~layer.mask] != 0).sum()) == 0
 
 
 def test_the_damage_is_that_of_rounding_where_weights_stay_and_of_pruning_where_they_go() -> None:  # law 15
     layer = states()["coded-pruned"]
-    assert layer.code is not None and layer.keep is not None
-    rounding, pruning = layer.original - layer.code.dense(), layer.original
-    assert torch.equal(layer.damage, rounding * layer.keep + pruning * ~layer.keep)
+    assert layer.base is not None and layer.mask is not None
+    rounding, pruning = layer.original - layer.base.dense(), layer.original
+    assert torch.equal(layer.residual, rounding * layer.mask + pruning * ~layer.mask)
 
 
 def test_a_layer_on_which_nothing_was_decided_is_its_weight_again() -> None:
@@ -78,27 +80,28 @@ def test_a_layer_on_which_nothing_was_decided_is_its_weight_again() -> None:
 
 def test_steps_return_new_layers_and_leave_the_old_alone() -> None:
     layer = Layer.of("fc1", draw(8, 12))
-    layer.prune(mask(), "2:4")
-    layer.encode(codes_for(layer.target))
-    layer.repair(adapter())
-    assert (layer.keep, layer.code, layer.extras) == (None, None, ())
+    layer.with_mask(mask(), "2:4")
+    layer.with_base(codes_for(layer.masked_reference))
+    layer.with_adapter(adapter())
+    assert (layer.mask, layer.base, layer.adapter) == (None, None, None)
     assert torch.equal(layer.original, draw(8, 12))
 
 
 def test_later_codes_aim_at_what_the_adapter_leaves() -> None:
     layer = states()["all"]
-    assert layer.keep is not None
-    torch.testing.assert_close(layer.target, (layer.original - adapter().dense()) * layer.keep, rtol=0, atol=0)
+    assert layer.mask is not None
+    torch.testing.assert_close(layer.masked_reference, (layer.original - adapter().dense()) * layer.mask, rtol=0, atol=0)
 
 
 def test_a_later_repair_takes_the_place_of_the_earlier() -> None:
-    layer = states()["all"].repair(adapter())
-    assert len(layer.extras) == 1
+    other = LowRank(Plain(draw(2, 8, seed=8)), Plain(draw(2, 12, seed=9)))
+    layer = states()["all"].with_adapter(other)
+    assert layer.adapter is other and list(layer.parts())[1:] == [other]
 
 
 def test_pruning_twice_is_refused_by_the_name_of_the_layer() -> None:
     with pytest.raises(RecipeError, match="fc1"):
-        states()["pruned"].prune(mask(), "2:4")
+        states()["pruned"].with_mask(mask(), "2:4")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

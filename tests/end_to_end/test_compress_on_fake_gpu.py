@@ -16,7 +16,6 @@ from slimlm.calibration.capture import Flow, enter
 from slimlm.core.grid import Grid
 from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
-from slimlm.core.parts import dense_of
 from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
@@ -61,7 +60,7 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     ]
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
-    return {n: unwrapped(dense_of(layer.parts())) for n, layer in layers.items()}, records
+    return {n: unwrapped(layer.parts().dense()) for n, layer in layers.items()}, records
 
 
 def quick(recipe: Recipe) -> Recipe:

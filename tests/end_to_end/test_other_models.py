@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slimlm
 from slimlm.core.errors import ModelError
-from slimlm.core.parts import dense_of
 from slimlm.inference.generate import generate
 from slimlm.models.experts import fused_in, take_apart
 from slimlm.models.structure import linears_of, put_weight
@@ -133,7 +132,7 @@ def test_it_is_compressed_opened_and_written_with(
     for fused in fused_in(dense):
         take_apart(dense, fused)
     for layer in record.layers:
-        put_weight(dense.get_submodule(layer.name), dense_of(ours.get_submodule(layer.name).parts()))
+        put_weight(dense.get_submodule(layer.name), ours.get_submodule(layer.name).parts().dense())
     assert torch.allclose(dense(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
     options_of = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     written = ours.generate(ids[:, :8], attention_mask=torch.ones(2, 8, dtype=torch.long), **options_of)[:, 8:]

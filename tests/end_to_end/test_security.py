@@ -133,20 +133,33 @@ def described(folder: Path, **changes: Any) -> None:
     configure(folder, quantization_config=about)
 
 
+FLOATS = {"kind": "plain", "dtype": "float16"}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"shape": [2**30, 2**30]}, "weight_keep is .*; of these parts it is"),
+        ({"shape": [2**30, 2**30]}, "weight_mask is .*; of these parts it is"),
         ({"shape": [88]}, "not two numbers"),
         ({"bias": 1}, "neither true nor false"),
-        ({"parts": []}, "has no parts"),
-        ({"parts": [{"kind": "mystery"}]}, "unknown kind 'mystery'"),
+        ({"base": None}, "has no base"),
+        ({"base": "uniform"}, "a part is 'uniform', not an object with fields"),
+        ({"base": {"kind": "mystery"}}, "unknown kind 'mystery'"),
+        ({"base": {"kind": "base"}}, "unknown kind 'base'"),
         (
-            {"parts": [{"kind": "uniform", "bits": 99, "group_size": "per-channel", "input_scale": False}]},
+            {"base": {"kind": "uniform", "bits": 99, "group_size": "per-channel", "channel_scale": False}},
             "2 to 8 bits, not 99",
         ),
-        ({"parts": [{"kind": "low_rank", "rank": 2**50}]}, "rank is"),
-        ({"tensors": {"weight": ["uint8", [1]]}}, "its parts are stored in weight, weight_scale, weight_keep"),
+        ({"base": {"kind": "uniform", "bits": 4, "group": 32, "channel_scale": False}}, "group_size is None"),
+        ({"base": {"kind": "plain", "dtype": "Tensor"}}, "dtype is 'Tensor'; it can be float16"),
+        ({"base": {"kind": "pruned", "pattern": "2:4", "inner": {"kind": "pruned"}}}, "cannot lie under a mask"),
+        ({"base": {"kind": "low_rank", "rank": 2**50}}, "rank is"),
+        (
+            {"base": {"kind": "low_rank", "rank": 2, "left": FLOATS, "right": FLOATS}},
+            "its base is low_rank, which has no elements",
+        ),
+        ({"outliers": {"kind": "mystery"}}, "unknown kind 'mystery'"),
+        ({"tensors": {"weight": ["uint8", [1]]}}, "its parts are stored in weight, weight_scale, weight_mask"),
         ({"tied_to": "model.embed_tokens"}, "which is no embedding here"),
     ],
 )

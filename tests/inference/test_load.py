@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import slimlm
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Pruned, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.generate import generate
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.backends import Stored, cpu
@@ -27,6 +30,7 @@ from slimlm.runtime.dense import DenseLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import describe, packed_layers
 from slimlm.storage import checkpoint
+from slimlm.storage.entries import Description
 from slimlm.storage.kernel_cache import cache_path
 from tests.conftest import ENDS, FAMILIES, Checkpoints, needs_kernels, random_model, save
 from tests.storage.test_mapping import MIB, needs_smaps, resident
@@ -85,14 +89,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows, columns = linear.weight.shape
             keep = choose(torch.rand(rows, columns, generator=generator), Pattern.parse("2:4"))
             parts = Pruned(uniform(rows, columns), keep, "2:4"), LowRank(uniform(32, rows), uniform(32, columns))
-            layers[f"{block}.{name}"] = CompressedLinear.from_parts(parts, None)
+            layers[f"{block}.{name}"] = CompressedLinear.from_parts(Parts(*parts), None)
     tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in layers:
             tensors[name] = torch.randn(parameter.shape, generator=generator).bfloat16()
     folder = tmp_path_factory.mktemp("wide")
     checkpoint.write_weights(folder, tensors)
-    checkpoint.write_config(folder, config.to_dict(), {name: layer.about() for name, layer in layers.items()})
+    description = Description({name: layer.describe() for name, layer in layers.items()})
+    checkpoint.write_config(folder, config.to_dict(), description)
     checkpoint.write_record(folder, {})
     return folder
 
@@ -314,7 +319,7 @@ def test_at_most_one_layer_s_stored_tensors_are_in_memory_while_packing(
     assert sum(sizes) > 18 * MIB
     # What was stored can be read all the same.
     layer = next(iter(compressed(model).values()))
-    assert layer.parts()[0].shape == (layer.out_features, layer.in_features)
+    assert layer.parts().base.shape == (layer.out_features, layer.in_features)
 
 
 @needs_kernels

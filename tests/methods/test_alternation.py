@@ -12,7 +12,11 @@ from torch import Tensor
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora
@@ -35,7 +39,7 @@ GRAM = STATS.gram if STATS.gram is not None else torch.empty(0)
 
 def left(layer: Layer, gram: Tensor = GRAM) -> float:
     """tr(E H E^T) of the error of what is stored."""
-    return weighted_square(layer.original - dense_of(layer.parts()), gram)
+    return weighted_square(layer.original - layer.parts().dense(), gram)
 
 
 def bits_of(layer: Layer) -> int:
@@ -61,7 +65,7 @@ def _solved(seed: int, options: tuple[tuple[str, Any], ...]) -> Layer:
 
 
 def base_of(layer: Layer) -> Elementwise:
-    base = layer.parts()[0]
+    base = layer.parts().base
     return base.inner if isinstance(base, Pruned) else base  # type: ignore[return-value]
 
 
@@ -134,10 +138,10 @@ def test_a_higher_rank_and_more_bits_leave_less() -> None:  # law 12
 @pytest.mark.parametrize("base", ["sweep", "project"])
 def test_a_given_mask_is_left_alone(base: str, pattern: str | float) -> None:  # law 8
     keep = choose(draw(16, 32, seed=4), Pattern.parse("2:4"))
-    given = layer_of(16, 32).prune(keep, "2:4")
+    given = layer_of(16, 32).with_mask(keep, "2:4")
     after = Alternation(group_size=16, pattern=pattern, base=base, rounds=3, polish=2)(given, STATS)  # type: ignore[arg-type]
-    assert after.keep is keep and after.pattern == "2:4"
-    part = after.parts()[0]
+    assert after.mask is keep and after.pattern == "2:4"
+    part = after.parts().base
     assert isinstance(part, Pruned)
     assert int((part.dense()[~keep] != 0).sum()) == 0
     assert left(after) < left(Gptq(4, 16)(given, STATS))
@@ -148,28 +152,28 @@ def test_as_many_weights_stay_as_the_pattern_says(pattern: str | float) -> None:
     for group_size, width in ((16, 32), ("per-channel", 172)):
         stats = correlated(width)
         layer = Alternation(pattern=pattern, group_size=group_size, rounds=2, polish=1)(layer_of(8, width), stats)  # type: ignore[arg-type]
-        assert layer.keep is not None and layer.pattern == str(pattern)
+        assert layer.mask is not None and layer.pattern == str(pattern)
         if isinstance(pattern, str):
-            assert bool((layer.keep.view(-1, 4).sum(dim=1) == int(pattern[0])).all())
+            assert bool((layer.mask.view(-1, 4).sum(dim=1) == int(pattern[0])).all())
         else:
-            assert layer.keep.sum(dim=1).tolist() == [width - int(width * pattern)] * 8
+            assert layer.mask.sum(dim=1).tolist() == [width - int(width * pattern)] * 8
 
 
 def test_without_a_pattern_the_base_is_dense() -> None:
     layer = solved(pattern="")
-    assert layer.keep is None
-    assert isinstance(layer.parts()[0], Uniform | Codebook)
+    assert layer.mask is None
+    assert isinstance(layer.parts().base, Uniform | Codebook)
 
 
 def test_rank_zero_means_no_adapter() -> None:
     layer = solved(rank=0.0)
-    assert len(layer.parts()) == 1 and layer.extras == ()
+    assert list(layer.parts()) == [layer.parts().base] and layer.adapter is None
     assert left(layer) < left(Gptq(4, 16)(SparseGpt()(layer_of(16, 32), STATS), STATS))
 
 
 @pytest.mark.parametrize("adapter_bits", [4, 8, 16])
 def test_adapters_are_stored_as_asked(adapter_bits: int) -> None:
-    adapter = solved(adapter_bits=adapter_bits, adapter_group_size=16).extras[0]
+    adapter = solved(adapter_bits=adapter_bits, adapter_group_size=16).adapter
     assert adapter.rank == 3
     if adapter_bits == 16:
         assert isinstance(adapter.left, Plain) and isinstance(adapter.right, Plain)
@@ -198,7 +202,7 @@ def test_a_table_is_taken_only_where_it_saves(pattern: str) -> None:
     if isinstance(base_of(auto), Codebook):
         assert left(auto) < left(even)
     else:
-        assert torch.equal(dense_of(auto.parts()), dense_of(even.parts()))
+        assert torch.equal(auto.parts().dense(), even.parts().dense())
 
 
 def test_under_two_of_four_a_table_saves_and_for_weights_on_a_grid_none_does() -> None:
@@ -218,7 +222,7 @@ def test_a_table_that_is_asked_for_comes(options: dict[str, Any]) -> None:
 def test_over_four_bits_no_table_is_tried(bits: int) -> None:
     auto = solved(bits=bits)
     assert isinstance(base_of(auto), Uniform)
-    assert torch.equal(dense_of(auto.parts()), dense_of(solved(bits=bits, codebook="none").parts()))
+    assert torch.equal(auto.parts().dense(), solved(bits=bits, codebook="none").parts().dense())
 
 
 def test_two_bits_and_one_scale_for_all_work() -> None:
@@ -241,10 +245,10 @@ def test_a_layer_that_is_sparse_and_on_the_grid_comes_back_without_an_adapter() 
         after = Alternation(**{"group_size": 16, "rank": 0.2, "follow": 0.0, "polish": 2, **options})(
             Layer.of("fc1", weight), stats
         )  # type: ignore[arg-type]
-        assert after.keep is not None and torch.equal(after.keep, keep)
+        assert after.mask is not None and torch.equal(after.mask, keep)
         # A search ends within 2^-9 or so of a scale; a code of 8 is then off by 8 / 512 of a step.
-        torch.testing.assert_close(dense_of(after.parts()), weight, rtol=0, atol=0.02 * step)
-        assert all(float(extra.dense().abs().max()) < 0.02 * step for extra in after.extras)
+        torch.testing.assert_close(after.parts().dense(), weight, rtol=0, atol=0.02 * step)
+        assert after.adapter is None or float(after.adapter.dense().abs().max()) < 0.02 * step
 
 
 def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
@@ -255,7 +259,7 @@ def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
         assert left(solved(stats=stats, **options), gram) < 0.2 * weighted_square(layer_of(16, 32).original, gram)
         silent = replace(stats, gram=torch.zeros(32, 32), cross=torch.zeros(32, 32))
         layer = solved(stats=silent, **options)
-        assert bool(dense_of(layer.parts()).isfinite().all())
+        assert bool(layer.parts().dense().isfinite().all())
         assert "all inputs are dead (always zero); weights rounded to nearest" in layer.notes
 
 
@@ -279,7 +283,7 @@ def test_the_number_of_threads_does_not_matter() -> None:  # law 28
         torch.set_num_threads(before)
     one, other = (left(layer, stats.gram) for layer in found)
     assert other == pytest.approx(one, rel=1e-2)  # sums in another order may flip a code
-    same = (dense_of(found[0].parts()) - dense_of(found[1].parts())).abs() < 1e-4
+    same = (found[0].parts().dense() - found[1].parts().dense()).abs() < 1e-4
     assert float(same.float().mean()) > 0.99
 
 
@@ -299,7 +303,7 @@ def test_following_the_original_outputs_brings_them_nearer(options: dict[str, An
         z, x, stats = followed(seed)
         wanted = z @ layer_of(16, 32, seed).original.T
         outputs = [
-            float((x @ dense_of(solved(seed, stats, follow=follow, **options).parts()).T - wanted).square().mean())
+            float((x @ solved(seed, stats, follow=follow, **options).parts().dense().T - wanted).square().mean())
             for follow in (0.0, 0.1, 0.01)
         ]
         assert outputs[1] < 0.8 * outputs[0]
@@ -309,23 +313,23 @@ def test_following_the_original_outputs_brings_them_nearer(options: dict[str, An
 def test_the_goal_is_the_damped_least_squares_answer() -> None:
     z, x, stats = followed()
     layer = solved(stats=stats, follow=0.1)
-    assert layer.goal is not None and stats.gram is not None
+    assert layer.reference is not layer.original and stats.gram is not None
     # The answer of ridge regression of the original outputs on x, drawn towards W: solved with extra rows for the damping.
     amount = (0.1 * float(stats.gram.diagonal().mean()) * len(x)) ** 0.5 * torch.eye(32, dtype=torch.float64)
     rows = torch.cat([x.double(), amount])
     weight = layer.original.double()
     wanted = torch.cat([z.double() @ weight.T, amount @ weight.T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
-    torch.testing.assert_close(layer.goal.double(), expected, rtol=1e-3, atol=1e-5)  # float32 statistics of 2048 tokens
+    torch.testing.assert_close(layer.reference.double(), expected, rtol=1e-3, atol=1e-5)  # float32 statistics of 2048 tokens
 
 
 @pytest.mark.parametrize("norm", ["full", "diagonal"])
 @pytest.mark.parametrize("follow", [0.01, 0.1, 1.0])
 def test_where_the_inputs_are_the_original_ones_the_goal_is_the_original_weight(follow: float, norm: str) -> None:
     layer = solved(follow=follow, norm=norm)
-    assert layer.goal is not None
+    assert layer.reference is not layer.original
     largest = float(layer.original.abs().max())
-    torch.testing.assert_close(layer.goal, layer.original, rtol=1e-4, atol=1e-4 * largest)  # float32, through an inverse
+    torch.testing.assert_close(layer.reference, layer.original, rtol=1e-4, atol=1e-4 * largest)  # float32, through an inverse
 
 
 def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> None:
@@ -333,21 +337,21 @@ def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> N
     assert step.needs == Need.GRAM
     assert Alternation().needs == Need.GRAM | Need.CROSS | Need.DRIFT
     layer = step(layer_of(16, 32), replace(STATS, cross=None))
-    assert layer.goal is None and layer.notes == ()
-    assert torch.equal(dense_of(layer.parts()), dense_of(step(layer_of(16, 32), STATS).parts()))
+    assert layer.reference is layer.original and layer.notes == ()
+    assert torch.equal(layer.parts().dense(), step(layer_of(16, 32), STATS).parts().dense())
 
 
 def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
     layer = solved(stats=replace(STATS, cross=None), follow=0.1)
-    assert layer.goal is None
+    assert layer.reference is layer.original
     assert len(layer.notes) == 1 and "routed otherwise" in layer.notes[0]
-    assert torch.equal(dense_of(layer.parts()), dense_of(solved().parts()))
+    assert torch.equal(layer.parts().dense(), solved().parts().dense())
 
 
 def test_too_few_tokens_are_noted_and_not_followed() -> None:
     _, _, stats = followed()
     layer = solved(stats=replace(stats, tokens=50), follow=0.1)
-    assert layer.goal is None
+    assert layer.reference is layer.original
     assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "not followed" in layer.notes[1]
 
 

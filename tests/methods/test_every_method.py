@@ -11,7 +11,9 @@ from torch import Tensor
 
 from slimlm.core import registry
 from slimlm.core.layer import Layer, Need, Stats, Step
-from slimlm.core.parts import Codebook, Pruned, Uniform, dense_of, pack_parts, unpack_parts
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 Name = tuple[str, str]
@@ -76,25 +78,25 @@ def started(kind: str, layer: Layer, stats: Stats) -> Layer:
 
 
 def tensors_of(layer: Layer) -> dict[str, Tensor]:
-    return {f"{i}_{name}": t for i, part in enumerate(layer.parts()) for name, t in part.packed().items()}
+    return {f"{i}_{name}": t for i, part in enumerate(layer.parts()) for name, t in part.tensors().items()}
 
 
 def assert_sound(layer: Layer) -> None:
     """Finite, masked, of the right shape, and the same after storage."""
     parts = layer.parts()
-    dense = dense_of(parts)
+    dense = parts.dense()
     assert dense.shape == layer.original.shape
     assert bool(dense.isfinite().all())
-    if layer.keep is not None:  # law 8
-        assert int((parts[0].dense()[~layer.keep] != 0).sum()) == 0
-    packed = pack_parts(parts)
-    back = unpack_parts([part.describe() for part in parts], packed, layer.shape)
-    assert torch.equal(dense_of(back), dense)  # law 23
-    again = pack_parts(back)
+    if layer.mask is not None:  # law 8
+        assert int((parts.base.dense()[~layer.mask] != 0).sum()) == 0
+    packed = parts.tensors()
+    back = parts.describe().from_stored(packed, layer.shape)
+    assert torch.equal(back.dense(), dense)  # law 23
+    again = back.tensors()
     assert again.keys() == packed.keys()
     assert all(torch.equal(again[name], packed[name]) for name in packed)
     stored = sum(8 * len(t.contiguous().view(torch.uint8).flatten()) for t in packed.values())
-    assert sum(part.storage_bits() for part in parts) == stored  # law 29
+    assert parts.storage_bits() == stored  # law 29
 
 
 @every_method
@@ -182,7 +184,7 @@ def test_inputs_that_never_fire_do_no_harm(kind: str, name: str, dead: int) -> N
     layer = default(kind, name)(started(kind, layer_of(*SMALL), stats), stats)
     assert_sound(layer)
     # A dead input may lose its repair, but no weight may come out larger than it and its rounding can explain.
-    assert float(dense_of(layer.parts()).abs().max()) <= 2 * float(layer.original.abs().max())
+    assert float(layer.parts().dense().abs().max()) <= 2 * float(layer.original.abs().max())
 
 
 @every_method
@@ -191,7 +193,7 @@ def test_a_weight_of_zeros_stays_zero(kind: str, name: str) -> None:
     zero = Layer.of("fc1", torch.zeros(*SMALL, dtype=torch.float16))
     layer = default(kind, name)(started(kind, zero, stats), stats)
     assert_sound(layer)
-    assert int((dense_of(layer.parts()) != 0).sum()) == 0
+    assert int((layer.parts().dense() != 0).sum()) == 0
 
 
 @every_method
@@ -209,11 +211,11 @@ def test_methods_work_in_every_order(names: tuple[Name, ...]) -> None:
     masks: list[Tensor] = []
     for kind, name in names:
         layer = brief(kind, name)(layer, stats)
-        masks += [] if layer.keep is None else [layer.keep]
+        masks += [] if layer.mask is None else [layer.mask]
     assert_sound(layer)
     assert all(torch.equal(mask, masks[0]) for mask in masks)  # no later step touches the mask
     kinds = {kind for kind, _ in names}
-    base = layer.parts()[0]
+    base = layer.parts().base
     # A joint solver leaves codes, and a mask where it has a pattern.
     assert isinstance(base, Pruned) == any(getattr(default(kind, name), "pattern", "") != "" for kind, name in names)
     coded = isinstance(base.inner if isinstance(base, Pruned) else base, Uniform | Codebook)

@@ -9,7 +9,8 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Pruned, Uniform
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
@@ -38,8 +39,8 @@ def left(layer: Layer, stats: Stats) -> float:
 
 
 def code_of(layer: Layer) -> Uniform:
-    assert isinstance(layer.code, Uniform)
-    return layer.code
+    assert isinstance(layer.base, Uniform)
+    return layer.base
 
 
 @pytest.mark.parametrize("order", ["energy", "input"])
@@ -81,10 +82,10 @@ def test_after_a_pruner_the_mask_stays_and_what_stays_repairs(pruner: Wanda | Sp
     stats = correlated(64)
     pruned = pruner(layer_of(32, 64), stats)
     after = Gptq(4, 32)(pruned, stats)
-    assert after.keep is pruned.keep and after.keep is not None
-    base = after.parts()[0]
+    assert after.mask is pruned.mask and after.mask is not None
+    base = after.parts().base
     assert isinstance(base, Pruned) and isinstance(base.inner, Uniform)
-    assert int((base.dense()[~after.keep] != 0).sum()) == 0
+    assert int((base.dense()[~after.mask] != 0).sum()) == 0
     assert left(after, stats) < left(SlimQuant(4, 32)(pruned, stats), stats)
     if isinstance(pruner, Wanda):  # which moves nothing itself: rounding with repair beats the unrounded mask
         assert left(after, stats) < left(pruned, stats)
@@ -110,7 +111,7 @@ def test_a_weight_on_the_grid_comes_back() -> None:  # law 21
     weight = codes * 0.03125
     after = Gptq(4, 32)(Layer.of("fc1", weight), stats_of(draw(4, 32, 64)))
     # The search ends within 2^-9 or so of a scale; a code of 8 is then off by 8 / 512 of a step.
-    torch.testing.assert_close(after.working, weight, rtol=0, atol=0.03125 * 8 / 512)
+    torch.testing.assert_close(after.base_weight, weight, rtol=0, atol=0.03125 * 8 / 512)
     assert torch.equal(code_of(after).codes, codes.to(torch.int8))
 
 

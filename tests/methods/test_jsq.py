@@ -10,7 +10,7 @@ from slimlm.core import grid
 from slimlm.core.chunks import pieces_of
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
@@ -20,17 +20,17 @@ GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 32]
 
 
 def code_of(layer: Layer) -> Uniform:
-    assert isinstance(layer.code, Uniform)
-    return layer.code
+    assert isinstance(layer.base, Uniform)
+    return layer.base
 
 
 def keep_of(layer: Layer) -> Tensor:
-    assert layer.keep is not None
-    return layer.keep
+    assert layer.mask is not None
+    return layer.mask
 
 
 def inverse_of(layer: Layer) -> Tensor:
-    inverse = code_of(layer).input_scale
+    inverse = code_of(layer).channel_scale
     assert inverse is not None
     return inverse.float()
 
@@ -164,7 +164,7 @@ def test_smoothing_spares_the_inputs_that_matter() -> None:
     smoothed = Jsq(rho=0.0, clip=0.0)(layer_of(), stats)
     plain = AbsMax()(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(smoothed), keep_of(plain))
-    lost = [float(((layer.damage * keep_of(layer)).square() * stats.mean_square).sum()) for layer in (smoothed, plain)]
+    lost = [float(((layer.residual * keep_of(layer)).square() * stats.mean_square).sum()) for layer in (smoothed, plain)]
     assert lost[0] < 0.7 * lost[1]
 
 
@@ -211,7 +211,7 @@ def test_jsq_by_hand() -> None:
     # s is 4 (the root of 32 / 2) and 1, of geometric mean 2: the weights become 2 x 2 = 4 and 1 / 2, the scale 4 / 7.
     assert inverse_of(layer).tolist() == [0.5, 1, 2, 1]
     assert code_of(layer).codes.tolist() == [[7, 0, 1, 0]]  # 0.5 / (4 / 7) is 0.875
-    torch.testing.assert_close(layer.working, torch.tensor([[2.0, 0, 8 / 7, 0]]), rtol=1e-6, atol=0)  # one float32 scale
+    torch.testing.assert_close(layer.base_weight, torch.tensor([[2.0, 0, 8 / 7, 0]]), rtol=1e-6, atol=0)  # one float32 scale
 
 
 @pytest.mark.parametrize(

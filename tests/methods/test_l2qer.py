@@ -29,7 +29,7 @@ def tail(error: Tensor, rank: int) -> float:
 def test_the_error_left_is_the_tail_of_the_scaled_spectrum() -> None:  # law 9
     layer = damaged()
     # float16 factors, whose 2^-11 the residual feels in the second order.
-    assert weighted_square(L2qer(0.2)(layer, STATS).error, ENERGY) == pytest.approx(tail(layer.damage, 9), rel=1e-4)
+    assert weighted_square(L2qer(0.2)(layer, STATS).error, ENERGY) == pytest.approx(tail(layer.residual, 9), rel=1e-4)
 
 
 def test_it_is_slim_lora_with_another_saliency() -> None:  # law 13: the paper's scale by a constant does not matter
@@ -40,8 +40,8 @@ def test_it_is_slim_lora_with_another_saliency() -> None:  # law 13: the paper's
 
 def test_only_rounding_repairs_the_rounding_and_leaves_the_pruning() -> None:
     layer = damaged()
-    assert layer.keep is not None
-    rounding, pruning = layer.damage * layer.keep, layer.damage * ~layer.keep
+    assert layer.mask is not None
+    rounding, pruning = layer.residual * layer.mask, layer.residual * ~layer.mask
     after = L2qer(0.2, only_rounding=True)(layer, STATS)
     left = after.error - pruning
     # float16 factors; a rounding error of a tenth of the whole is repaired to the tail of its own spectrum.

@@ -31,7 +31,7 @@ def test_the_joint_error_left_is_the_tail_of_its_weighted_spectrum(saliency: str
     layer = damaged()
     after = SlimLora(0.2, 16, saliency=saliency)(layer, STATS)  # type: ignore[arg-type]
     # float16 factors are off by 2^-11, which the residual feels in the second order.
-    assert weighted_square(after.error, energy) == pytest.approx(tail(layer.damage, energy, 9), rel=1e-4)
+    assert weighted_square(after.error, energy) == pytest.approx(tail(layer.residual, energy, 9), rel=1e-4)
 
 
 def test_the_output_error_falls_and_falls_more_than_with_the_plain_svd() -> None:  # laws 11 and 19
@@ -84,11 +84,11 @@ def test_the_full_rank_leaves_only_rounding() -> None:  # law 12
 
 def test_rounding_and_pruning_are_repaired_together() -> None:  # law 15
     layer = damaged()
-    assert layer.keep is not None
+    assert layer.mask is not None
     error = SlimLora(1.0, 16)(layer, STATS).error * (SQUARE > 0)
     # 2^-9: two float16 factors, and sums of 48 components, of the largest weight.
     largest = 2.0**-9 * float(layer.original.abs().max())
-    for where in (layer.keep, ~layer.keep):
+    for where in (layer.mask, ~layer.mask):
         assert float(error[where].abs().max()) <= largest
 
 

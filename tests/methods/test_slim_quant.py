@@ -7,7 +7,7 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.methods.quantize.absmax import AbsMax
 from slimlm.methods.quantize.slim_quant import SlimQuant, absolute_histogram, alpha_of_code, alpha_of_paper
 from slimlm.methods.quantize.slim_quant_o import SlimQuantO
@@ -19,8 +19,8 @@ GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 32]
 
 
 def code_of(layer: Layer) -> Uniform:
-    assert isinstance(layer.code, Uniform)
-    return layer.code
+    assert isinstance(layer.base, Uniform)
+    return layer.base
 
 
 def loss(layer: Layer) -> float:
@@ -65,8 +65,8 @@ def test_quantizing_what_is_quantized_changes_no_weight(  # law 1
     method: type[AbsMax] | type[SlimQuant], group_size: grid.GroupSize, bits: int
 ) -> None:
     step = method(bits, group_size)
-    once = step(layer_of(), NOTHING).parts()[0].dense()
-    twice = step(Layer.of("fc1", once), NOTHING).parts()[0].dense()
+    once = step(layer_of(), NOTHING).parts().base.dense()
+    twice = step(Layer.of("fc1", once), NOTHING).parts().base.dense()
     if method is AbsMax or group_size == "per-tensor":
         # Two float32 roundings; float16 scales come back exactly.
         torch.testing.assert_close(twice, once, rtol=2.0**-22, atol=0)
@@ -149,7 +149,7 @@ def test_the_grid_that_is_applied_is_the_one_to_search(search: str, bits: int) -
 def test_pruned_weights_do_not_take_part_in_the_search() -> None:
     weight = draw(48, 172)
     keep = weight.abs() < 1
-    layer = SlimQuant(4)(Layer.of("fc1", weight).prune(keep, "0.3"), NOTHING)
+    layer = SlimQuant(4)(Layer.of("fc1", weight).with_mask(keep, "0.3"), NOTHING)
     direct = SlimQuant(4)(Layer.of("fc1", weight * keep), NOTHING)
     assert torch.equal(code_of(layer).codes, code_of(direct).codes)
 
@@ -180,10 +180,10 @@ def test_slim_quant_by_hand() -> None:
 def test_salient_inputs_are_rounded_on_a_grid_finer_by_the_boost(bits: int, boost: float) -> None:  # law 2
     layer, stats = layer_of(), stats_of(inputs())
     code = code_of(SlimQuantO(bits, 0.05, boost)(layer, stats))
-    assert code.input_scale is not None
-    salient = code.input_scale < 1
+    assert code.channel_scale is not None
+    salient = code.channel_scale < 1
     assert int(salient.sum()) == 8  # the integer part of 0.05 x 172
-    step = code.scale.float() * code.input_scale.float()
+    step = code.scale.float() * code.channel_scale.float()
     inside = (code.codes < 2 ** (bits - 1) - 1) & (code.codes > -(2 ** (bits - 1)))
     miss = (code.dense() - layer.original).abs()
     assert bool((miss <= step * (0.5 + 2.0**-15))[inside].all())  # 2^-15: float32 quotients of up to 128 steps
@@ -193,8 +193,8 @@ def test_the_salient_inputs_are_those_of_largest_activation_times_weight() -> No
     layer = Layer.of("fc1", torch.tensor([[1.0, 2.0, 3.0, 0.5], [1.0, 2.0, -3.0, 0.5]]))
     stats = Stats(1, mean_abs=torch.tensor([8.0, 3.0, 1.0, 1.0]))  # products 8, 6, 3, 0.5
     code = code_of(SlimQuantO(4, 0.5)(layer, stats))
-    assert code.input_scale is not None
-    assert code.input_scale.tolist() == [0.5, 0.5, 1, 1]
+    assert code.channel_scale is not None
+    assert code.channel_scale.tolist() == [0.5, 0.5, 1, 1]
 
 
 def test_the_scale_of_the_activation_aware_variant_is_the_plain_one() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Stats
-from slimlm.core.parts import Plain, Pruned, pack_parts, unpack_parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt
@@ -34,8 +35,8 @@ def left(layer: Layer, stats: Stats) -> float:
 
 
 def mask_of(layer: Layer) -> Tensor:
-    assert layer.keep is not None
-    return layer.keep
+    assert layer.mask is not None
+    return layer.mask
 
 
 @pytest.mark.parametrize("order", ["energy", "input"])
@@ -45,7 +46,7 @@ def test_uncorrelated_inputs_give_wanda_s_mask_and_move_nothing(pattern: str | f
     stats, layer = Stats(10**6, mean_square=energy, gram=torch.diag(energy)), layer_of(16, 120)
     found, wanda = SparseGpt(pattern, order, damp=0)(layer, stats), Wanda(pattern)(layer, stats)  # type: ignore[arg-type]
     assert torch.equal(mask_of(found), mask_of(wanda))
-    assert torch.equal(found.working, wanda.working)
+    assert torch.equal(found.base_weight, wanda.base_weight)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -66,9 +67,9 @@ def test_as_many_weights_stay_as_the_pattern_says_and_can_be_stored(width: int, 
     else:
         assert keep.sum(dim=1).tolist() == [width - int(pattern * width)] * 6
     parts = layer.parts()
-    back = unpack_parts([part.describe() for part in parts], pack_parts(parts), layer.shape)
-    assert torch.equal(back[0].dense(), parts[0].dense())
-    assert int((parts[0].dense()[~keep] != 0).sum()) == 0
+    back = parts.describe().from_stored(parts.tensors(), layer.shape)
+    assert torch.equal(back.base.dense(), parts.base.dense())
+    assert int((parts.base.dense()[~keep] != 0).sum()) == 0
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -76,7 +77,7 @@ def test_the_output_error_is_less_than_that_of_wanda_and_of_its_own_mask_alone(p
     for seed in range(3):
         stats, layer = correlated(64), layer_of(32, 64, seed)
         found = SparseGpt(pattern)(layer, stats)
-        masked = layer.prune(mask_of(found), "own")
+        masked = layer.with_mask(mask_of(found), "own")
         assert left(found, stats) < left(masked, stats)
         assert left(found, stats) < 0.8 * left(Wanda(pattern)(layer, stats), stats)
 
@@ -84,8 +85,8 @@ def test_the_output_error_is_less_than_that_of_wanda_and_of_its_own_mask_alone(p
 def test_the_weights_that_stay_are_moved_and_stored_in_the_model_s_dtype() -> None:
     layer, stats = layer_of(32, 64), stats_of(inputs(64))
     found = SparseGpt()(layer, stats)
-    assert not torch.equal(found.working, layer.original * mask_of(found))
-    base = found.parts()[0]
+    assert not torch.equal(found.base_weight, layer.original * mask_of(found))
+    base = found.parts().base
     assert isinstance(base, Pruned) and isinstance(base.inner, Plain)
     assert base.inner.values.dtype == torch.float16
     assert torch.equal(found.original, layer.original)
@@ -97,21 +98,21 @@ def test_a_quantizer_after_it_codes_the_moved_weights() -> None:
     coded = SlimQuant(8, 32)(found, stats)
     assert torch.equal(mask_of(coded), mask_of(found))
     # Eight bits: half a step of the largest moved weight of a group, and nothing of how far the weights were moved.
-    assert float((coded.working - found.working).abs().max()) < 0.6 / 127 * float(found.working.abs().max())
+    assert float((coded.base_weight - found.base_weight).abs().max()) < 0.6 / 127 * float(found.base_weight.abs().max())
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_nothing(factor: float) -> None:  # law 7
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     scaled = replace(stats, gram=gram_of(stats) * factor)
-    assert torch.equal(SparseGpt()(layer, stats).working, SparseGpt()(layer, scaled).working)  # powers of two
+    assert torch.equal(SparseGpt()(layer, stats).base_weight, SparseGpt()(layer, scaled).base_weight)  # powers of two
 
 
 def test_a_weight_that_is_2_4_already_stays_as_it_is() -> None:  # law 21
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     sparse = Layer.of("fc1", layer.original * mask_of(Magnitude()(layer, stats)))
     found = SparseGpt()(sparse, stats)
-    assert torch.equal(found.working, sparse.original)
+    assert torch.equal(found.base_weight, sparse.original)
     assert torch.equal(mask_of(found), sparse.original != 0)
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Gemma3Config
 
 import slimlm
-from slimlm.core.parts import Codebook, Pruned
-from slimlm.core.stored import table_bits
+from slimlm.core.parts.codebook import Codebook, codebook_bits
+from slimlm.core.parts.pruned import Pruned
 from slimlm.models.embeddings import embeddings_of
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.structure import blocks_of, context_length, text_config
@@ -28,10 +28,10 @@ def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape
     steps = brief(resolved(open_recipe(recipe).steps))
     assert fitting(shape, steps) == shape
     parts = apply_steps(steps, *drawn_layer(shape, forms.needs_of(steps), dtype=torch.bfloat16, length=8)).parts()
-    base = parts[0].inner if isinstance(parts[0], Pruned) else parts[0]
+    base = parts.base.inner if isinstance(parts.base, Pruned) else parts.base
     levels = {getattr(named.step, "codebook", "none") for named in steps}
-    spared = table_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
-    assert form_of(steps, torch.bfloat16).bits(shape) == sum(part.storage_bits() for part in parts) + spared
+    spared = codebook_bits(4) if "auto" in levels and not isinstance(base, Codebook) else 0
+    assert form_of(steps, torch.bfloat16).bits(shape) == parts.storage_bits() + spared
 
 
 EMBEDDINGS = {"llama", "llama-tied", "opt-projected", "gpt2"}

@@ -81,7 +81,7 @@ def test_both_ends_become_the_nearest_points_of_a_grid_and_tied_ones_stay_one(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, CompressedEmbedding) and isinstance(head, CompressedLinear)
     for end, weight in zip((embedding, head), weights, strict=True):
-        torch.testing.assert_close(end.parts()[0].dense(), rounded(weight, bits), rtol=1e-6, atol=0)
+        torch.testing.assert_close(end.parts().base.dense(), rounded(weight, bits), rtol=1e-6, atol=0)
     assert (embedding.weight.data_ptr() == head.weight.data_ptr()) == (family in TIED)
     names = {name for name, module in model.named_modules() if module is embedding or module is head}
     stored = load_file(tmp_path / "out" / "model.safetensors")

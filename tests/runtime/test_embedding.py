@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
-from slimlm.core.parts import Plain, Uniform
+from slimlm.core.parts.pack import EmbeddingEntry, Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.cpu import native
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
@@ -42,11 +45,13 @@ def test_the_rows_looked_up_are_those_of_the_dense_matrix(bits: int, width: int,
 
 def test_a_description_and_its_tensors_give_the_embedding_back() -> None:
     embedding = CompressedEmbedding.from_part(part(6), torch.float32, factor=2.5)
-    empty = CompressedEmbedding.empty(json.loads(json.dumps(embedding.about())), torch.float32)
+    empty = CompressedEmbedding.empty(
+        EmbeddingEntry.parse(json.loads(json.dumps(embedding.describe().to_json()))), torch.float32
+    )
     assert all(tensor.device.type == "meta" for tensor in empty.packed().values())
     empty.load_state_dict(embedding.state_dict(), assign=True)
     assert torch.equal(empty(IDS), embedding(IDS))
-    assert empty.about() == embedding.about()
+    assert empty.describe() == embedding.describe()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -82,16 +87,16 @@ def test_a_token_that_there_is_not_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(TOKENS // 2, 160), (TOKENS, 72), (TOKENS, 96)])
 def test_tensors_of_another_size_are_refused_in_words(shape: tuple[int, int]) -> None:
-    about = CompressedEmbedding.from_part(part(6), torch.float32).about()
-    with pytest.raises(CheckpointError, match=f"of an embedding of {shape[0]} x {shape[1]} in 6 bits"):
-        CompressedEmbedding.empty({**about, "shape": shape}, torch.float32)
+    about = CompressedEmbedding.from_part(part(6), torch.float32).describe()
+    with pytest.raises(CheckpointError, match=rf"of an embedding of {shape[0]} x {shape[1]} \(6-bit \(groups of 32\)\)"):
+        CompressedEmbedding.empty(replace(about, shape=shape), torch.float32)
 
 
 def test_parts_without_rows_of_their_own_are_refused_in_words() -> None:
     with pytest.raises(CheckpointError, match="one per row or group"):
         CompressedEmbedding.from_part(part(8, group_size="per-tensor"), torch.float32)
-    with pytest.raises(CheckpointError, match="one uniform part, not plain"):
-        CompressedEmbedding((2, 3), [Plain(torch.zeros(2, 3)).describe()], {}, torch.float32)
+    with pytest.raises(CheckpointError, match="one part of integer codes without a mask, not float32"):
+        CompressedEmbedding((2, 3), Parts(Plain(torch.zeros(2, 3))).describe(), {}, torch.float32)
 
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="there are no CPU kernels")

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import LayerEntry, Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.linear import CompressedLinear
 
 OUT, WIDTH = 24, 44
@@ -44,12 +49,12 @@ every_combination = pytest.mark.parametrize("parts", combinations().values(), id
 
 
 def linear(parts: tuple[Part, ...], *, bias: bool = True) -> CompressedLinear:
-    return CompressedLinear.from_parts(parts, draw(OUT, seed=8) if bias else None)
+    return CompressedLinear.from_parts(Parts(*parts), draw(OUT, seed=8) if bias else None)
 
 
 def expected(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
     """In float64 all the way."""
-    y = x.double() @ dense_of(parts).double().T
+    y = x.double() @ Parts(*parts).dense().double().T
     return y + draw(OUT, seed=8).double() if bias else y
 
 
@@ -116,12 +121,12 @@ def test_casting_a_parent_module_changes_no_stored_tensor() -> None:  # law 23
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_comes_back_from_its_description_and_its_state(parts: tuple[Part, ...], bias: bool) -> None:  # law 23
     layer = linear(parts, bias=bias)
-    empty = CompressedLinear.empty(json.loads(json.dumps(layer.about())))
+    empty = CompressedLinear.empty(LayerEntry.parse(json.loads(json.dumps(layer.describe().to_json()))))
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     assert {n: (t.shape, t.dtype) for n, t in empty.packed().items()} == {
         n: (t.shape, t.dtype) for n, t in layer.packed().items()
     }
-    assert empty.about() == layer.about()
+    assert empty.describe() == layer.describe()
     empty.load_state_dict(layer.state_dict(), assign=True)
     x = draw(3, WIDTH)
     assert torch.equal(empty(x), layer(x))
@@ -153,8 +158,8 @@ def test_the_dtype_of_the_input_may_change_between_calls() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_of_another_dtype_than_the_input_is_added_all_the_same(dtype: torch.dtype) -> None:
     parts = combinations()["slim"]
-    layer = CompressedLinear.from_parts(parts, torch.ones(OUT, dtype=torch.float16))
-    plain = CompressedLinear.from_parts(parts, None)
+    layer = CompressedLinear.from_parts(Parts(*parts), torch.ones(OUT, dtype=torch.float16))
+    plain = CompressedLinear.from_parts(Parts(*parts), None)
     x = draw(3, WIDTH).to(dtype)
     torch.testing.assert_close(layer(x), plain(x) + 1)
 
@@ -165,11 +170,11 @@ def test_nothing_of_the_layer_asks_for_a_gradient() -> None:
     x = draw(3, WIDTH).requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
-    exact = dense_of(layer.parts()).sum(dim=0).expand(3, WIDTH)
+    exact = layer.parts().dense().sum(dim=0).expand(3, WIDTH)
     torch.testing.assert_close(x.grad, exact, rtol=1e-5, atol=1e-5)  # float32 sums of 24 terms
 
 
 def test_a_layer_of_one_part_by_hand() -> None:
-    layer = CompressedLinear.from_parts((Plain(torch.tensor([[1.0, 2.0], [3.0, 4.0]])),), torch.tensor([10.0, 20.0]))
+    layer = CompressedLinear.from_parts(Parts(Plain(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))), torch.tensor([10.0, 20.0]))
     assert layer(torch.tensor([1.0, -1.0])).tolist() == [9, 19]
     assert (layer.out_features, layer.in_features) == (2, 2)

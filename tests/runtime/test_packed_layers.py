@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.decode.grouped import grouped_call
 from slimlm.runtime.dense import DenseLinear, WideEmbedding, widen_activations
 from slimlm.runtime.kernel_names import Kernels
@@ -49,7 +55,7 @@ def parts(out: int = OUT, seed: int = 0) -> tuple[Part, ...]:
 
 
 def layer(kernels: Kernels, *, bias: bool = True, out: int = OUT, seed: int = 0) -> CompressedLinear:
-    made = CompressedLinear.from_parts(parts(out, seed), draw(out, seed=8) if bias else None)
+    made = CompressedLinear.from_parts(Parts(*parts(out, seed)), draw(out, seed=8) if bias else None)
     made.use_kernels(kernels)
     return made
 
@@ -59,7 +65,7 @@ def near(found: Tensor, exact: Tensor, allowed: float) -> bool:
 
 
 def exact(x: Tensor) -> Tensor:
-    return x.double() @ dense_of(parts()).double().T + draw(OUT, seed=8).double()
+    return x.double() @ Parts(*parts()).dense().double().T + draw(OUT, seed=8).double()
 
 
 @both
@@ -197,7 +203,7 @@ def test_a_bias_that_was_cast_is_the_one_that_is_added_and_the_bytes_stay() -> N
 
 
 def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing() -> None:
-    refused = CompressedLinear.from_parts((Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5"),), None)
+    refused = CompressedLinear.from_parts(Parts(Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5")), None)
     model = nn.Sequential(layer("reference"), layer("reference"), refused)
     use_kernels(model, "auto")
     assert describe(model).endswith("its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits")
@@ -207,7 +213,7 @@ def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing
     with pytest.raises(KernelError, match="2: the precise kernels were asked for"):
         use_kernels(model, "precise")
     assert ", fast; 2 of 3 layers" in describe(model)
-    assert "; 2 of 3 layers; reference for 1: its base is pruned" in describe_backends([one.descriptions for one in model])
+    assert "; 2 of 3 layers; reference for 1: its base is pruned" in describe_backends([one.entries for one in model])
     assert describe(nn.Linear(2, 2)) is None
 
 

@@ -11,12 +11,19 @@ from slimlm.calibration.capture import enter, run
 from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook, nearest_value
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction
-from slimlm.tuning.block_reconstruction import Matched, Matching, match_block, nearest_level, tuned_part
+from slimlm.tuning.block_reconstruction import Matched, Matching, match_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
@@ -39,7 +46,7 @@ def codebook(weight: Tensor, group_size: int = 16) -> Codebook:
         .view(grid.scale_shape(tuple(weight.shape), group_size))
         .half()
     )
-    index = nearest_level(weight / grid.spread(scale, weight.shape[1], group_size), LEVELS.float())
+    index = nearest_value(weight / grid.spread(scale, weight.shape[1], group_size), LEVELS.float())
     return Codebook(index.to(torch.uint8), LEVELS, scale, 4, group_size)
 
 
@@ -52,7 +59,7 @@ def parts_for(kind: str, weight: Tensor) -> tuple[Part, ...]:
         return (uniform(weight, 16), half)
     if kind == "input-scales":
         scale = (0.5 + torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(3))).half()
-        return (replace(uniform(weight / scale.float(), "per-channel"), input_scale=scale),)
+        return (replace(uniform(weight / scale.float(), "per-channel"), channel_scale=scale),)
     if kind == "slim":
         return (Pruned(uniform(weight * keep, "per-tensor"), keep, "2:4"), LowRank(uniform(left, 32), uniform(right, 32, 8)))
     if kind == "pruned-codebook":
@@ -79,7 +86,7 @@ class Case:
         self.targets = list(run(self.block, self.name, self.flow, CPU))
         for name, linear in linears_of(self.block).items():
             parts = parts_for(kind, weight_of(linear).float())
-            swap(self.block, name, CompressedLinear.from_parts(parts, dict(linear.named_parameters()).get("bias")))
+            swap(self.block, name, CompressedLinear.from_parts(Parts(*parts), dict(linear.named_parameters()).get("bias")))
 
     def match(self, options: Matching = QUICK) -> Matched:
         return match_block(self.block, self.name, self.flow, self.targets, options, self.dtypes, CPU)
@@ -136,28 +143,28 @@ def test_masks_formats_and_sizes_stay_and_every_code_is_on_its_grid(kind: str, c
     before = {name: layer.parts() for name, layer in case.layers().items()}
     case.match(replace(QUICK, codes=codes))
     for name, layer in case.layers().items():
-        assert [p.describe() for p in layer.parts()] == [p.describe() for p in before[name]]
+        assert layer.parts().describe() == before[name].describe()
         assert [p.storage_bits() for p in layer.parts()] == [p.storage_bits() for p in before[name]]
         for old, new in zip(before[name], layer.parts(), strict=True):
             if isinstance(old, Pruned):
-                assert isinstance(new, Pruned) and torch.equal(new.keep, old.keep)
-                assert not new.dense()[~old.keep].any()
+                assert isinstance(new, Pruned) and torch.equal(new.mask, old.mask)
+                assert not new.dense()[~old.mask].any()
             for was, now in zip(grids(old), grids(new), strict=True):
-                assert all(t.isfinite().all() for t in now.packed().values())
+                assert all(t.isfinite().all() for t in now.tensors().values())
                 if isinstance(now, Uniform) and isinstance(was, Uniform):
                     top = grid.top_code(now.bits)
                     assert -top - 1 <= int(now.codes.min()) and int(now.codes.max()) <= top
                     assert now.scale.dtype == was.scale.dtype and bool((now.scale > 0).all())
-                    assert (now.input_scale is None) == (was.input_scale is None)
-                    assert now.input_scale is None or torch.equal(now.input_scale, was.input_scale)
+                    assert (now.channel_scale is None) == (was.channel_scale is None)
+                    assert now.channel_scale is None or torch.equal(now.channel_scale, was.channel_scale)
                 if isinstance(now, Codebook) and isinstance(was, Codebook):
-                    assert now.levels.dtype == torch.float16 and torch.equal(now.levels == 0, was.levels == 0)
+                    assert now.values.dtype == torch.float16 and torch.equal(now.values == 0, was.values == 0)
 
 
 @pytest.mark.parametrize("kind", ["slim", "pruned-codebook"])
 def test_frozen_codes_of_the_base_stay_and_ste_moves_some(kind: str) -> None:
     def codes(case: Case) -> list[Tensor]:
-        bases = [grids(layer.parts()[0])[0] for layer in case.layers().values()]
+        bases = [grids(layer.parts().base)[0] for layer in case.layers().values()]
         return [b.codes if isinstance(b, Uniform) else b.index for b in bases if isinstance(b, Uniform | Codebook)]
 
     case, other = Case(kind=kind), Case(kind=kind)
@@ -281,7 +288,7 @@ def test_the_gradient_through_a_quantized_factor_is_that_of_the_plain_one(kind: 
     factor = draw(4, 32) / 10
     part = uniform(factor, 16) if kind == "uniform" else codebook(factor)
     other = draw(4, 24, seed=1)
-    tuned = tuned_part(part, moving=True)
+    tuned = part.trainable(codes=True)
     plain = part.dense().requires_grad_()
     assert torch.equal(tuned.dense(), plain)
     (expected,) = torch.autograd.grad(((other.T @ plain) ** 3).sum(), plain)
@@ -295,14 +302,14 @@ def test_the_gradient_through_a_quantized_factor_is_that_of_the_plain_one(kind: 
 @pytest.mark.parametrize("moving", [False, True])
 def test_parts_that_were_not_tuned_are_stored_as_they_were(kind: str, moving: bool) -> None:
     for part in parts_for(kind, draw(24, 48) / 10):
-        tuned = tuned_part(part, moving=moving)
+        tuned = part.trainable(codes=moving)
         assert torch.allclose(tuned.dense(), part.dense(), rtol=1e-6)
         assert torch.equal(tuned.part().dense(), part.dense())
 
 
 def test_a_scale_in_float16_stays_one_and_a_scale_of_zero_stays_zero() -> None:
     scale = torch.tensor([[0.0, 1e-4], [0.1, 3e4]]).half()
-    tuned = tuned_part(Uniform(torch.ones(2, 4, dtype=torch.int8), scale, 4, 2), moving=False)
+    tuned = Uniform(torch.ones(2, 4, dtype=torch.int8), scale, 4, 2).trainable(codes=False)
     for factor in (1e-6, -3.0, 1e6):
         with torch.no_grad():
             tuned.scale.factor.fill_(factor)
@@ -313,7 +320,7 @@ def test_a_scale_in_float16_stays_one_and_a_scale_of_zero_stays_zero() -> None:
 
 def test_the_nearest_level_is_found_in_any_order() -> None:
     levels, values = LEVELS.float(), draw(9, 11)
-    found = nearest_level(values, levels)
+    found = nearest_value(values, levels)
     assert torch.equal((levels[found] - values).abs(), (levels - values[..., None]).abs().amin(dim=-1))
 
 

@@ -112,9 +112,9 @@ def test_a_flipped_bit_is_found_in_its_tensor(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to", "words"),
     [
-        ("weight_keep", set_at((2, 0), 0b0111), "weight_keep is no mask of 2:4: in row 2, inputs 0 to 3, 3 stay, not 2"),
+        ("weight_mask", set_at((2, 0), 0b0111), "weight_mask is no mask of 2:4: in row 2, inputs 0 to 3, 3 stay, not 2"),
         ("weight_scale", set_at((0, 0), float("nan")), "weight_scale holds 1 values of 1 that are NaN or infinite"),
-        ("extra1_left_scale", set_at((0, 0), float("inf")), "extra1_left_scale holds 1 values"),
+        ("adapter_left_scale", set_at((0, 0), float("inf")), "adapter_left_scale holds 1 values"),
     ],
 )
 def test_what_packing_never_gives_is_named(copy: Path, name: str, to: Callable[[Tensor], Tensor], words: str) -> None:

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from slimlm.bench import layer_speed
 from slimlm.bench.layer_speed import Call, Contender, Effort, Timing
 from slimlm.core.errors import ModelError, SlimlmError
+from slimlm.core.parts.pack import PartEntries
 from slimlm.inference.generate import generate
 from slimlm.inference.load import load
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import context_length, swap, weight_of
-from slimlm.record import parts_words
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
@@ -173,9 +173,9 @@ class _Alike:
 
 
 def _groups(model: nn.Module) -> list[_Alike]:
-    found: dict[str, _Alike] = {}
+    found: dict[tuple[tuple[int, int], PartEntries], _Alike] = {}
     for name, layer in _compressed(model):
-        key = json.dumps([layer.out_features, layer.in_features, layer.descriptions])
+        key = (layer.out_features, layer.in_features), layer.entries
         group = found.setdefault(key, _Alike([], []))
         group.names.append(name)
         group.layers.append(layer)
@@ -199,7 +199,7 @@ def _layer_rows(
         about = {
             "shape": list(group.shape),
             "layers": len(group.layers),
-            "parts": parts_words(group.layers[0].parts()),
+            "parts": group.layers[0].entries.summary(),
             "kernels": describe_backend(group.layers[0]),
             "refused": selection.refused,
         }

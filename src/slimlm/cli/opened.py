@@ -39,7 +39,7 @@ def show_kernels(opened: OpenModel) -> None:
 
 def kernels_for(folder: Path) -> str:
     """The kernels that would run the layers of a compressed folder on this machine's CPU, in words."""
-    return describe_backends([about["parts"] for about in read_description(folder)["layers"].values()])
+    return describe_backends([entry.parts for entry in read_description(folder).layers.values()])
 
 
 def text_samples(

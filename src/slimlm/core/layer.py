@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import NumericsError, RecipeError
-from slimlm.core.parts import Elementwise, LowRank, Part, Plain, Pruned
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
 
 
 class Need(Flag):
@@ -72,22 +76,37 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """The state of one weight between two steps. Steps return a new one; no tensor is changed in place."""
+    """The state of one weight between two steps. Steps return a new one; no tensor is changed in place.
+
+    The weight becomes base + outliers + adapter, of which steps decide one after another. All matrices are float32 `[out, in]`:
+
+        original         the model's weight
+        reference        what the parts should add up to: the original, unless a step puts something else in its place
+        base_reference   what the base should stand for, every weight: the reference less outliers and adapter
+        masked_reference the same, zero where the mask drops a weight: what a quantizer rounds
+        base_weight      what the base stands for as decided so far, zero where the mask drops a weight
+        residual         the reference less base and outliers: what an adapter should stand for
+        error            the original less all parts
+    """
 
     name: str
     original: Tensor
     """float32 `[out, in]`; no step changes it"""
+    reference: Tensor
+    """float32 `[out, in]`"""
     dtype: torch.dtype
     """what the model stores the weight in"""
-    keep: Tensor | None = None
+    mask: Tensor | None = None
     """bool `[out, in]`; True stays"""
     pattern: str = ""
-    code: Elementwise | None = None
-    extras: tuple[LowRank, ...] = field(default=())
-    goal: Tensor | None = None
-    """float32 `[out, in]`: what all parts together should stand for, where a step aims at something else than the original"""
-    moved: Tensor | None = None
-    """float32 `[out, in]`: the base where a pruner has moved the weights that stay and nothing has coded them yet"""
+    """of the mask: "2:4", or the share of each row that was dropped, as text"""
+    base: Elementwise | None = None
+    """codes or values without their mask; None: not decided yet"""
+    outliers: Part | None = None
+    adapter: Part | None = None
+    updated_weight: Tensor | None = None
+    """float32 `[out, in]`: in place of the base's reference, where a pruner has changed the weights that stay and nothing has
+    coded them yet"""
     notes: tuple[str, ...] = ()
     """what the user should know of how this layer was decided, such as a stronger damping"""
 
@@ -95,79 +114,80 @@ class Layer:
     def of(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "Layer":
         """Start from a weight `[out, in]`; raises NumericsError where it holds NaN or infinity."""
         refuse_not_finite(name, weight)
-        return cls(name, weight.detach().float(), dtype or weight.dtype)
+        original = weight.detach().float()
+        return cls(name, original, original, dtype or weight.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)"""
         return self.original.shape[0], self.original.shape[1]
 
     @property
-    def aim(self) -> Tensor:
-        """What all parts together should stand for: the original unless a step aims at something else."""
-        return self.original if self.goal is None else self.goal
+    def base_reference(self) -> Tensor:
+        """What the base should stand for, before the mask: the reference less outliers and adapter, or the updated weight."""
+        return self._less_added(self.reference) if self.updated_weight is None else self.updated_weight
 
     @property
-    def whole(self) -> Tensor:
-        """What a code should stand for, before pruning takes its share: the aim less the extras, or the moved weights."""
-        if self.moved is not None:
-            return self.moved
-        whole = self.aim
-        for extra in self.extras:
-            whole = whole - extra.dense()
-        return whole
+    def masked_reference(self) -> Tensor:
+        """What the base should stand for, zero where the mask drops a weight."""
+        return self._masked(self.base_reference)
 
     @property
-    def target(self) -> Tensor:
-        """What a code should stand for: `whole`, zero where pruned."""
-        return self.whole if self.keep is None else self.whole * self.keep
+    def base_weight(self) -> Tensor:
+        """What the base stands for as decided so far, or should stand for; zero where the mask drops a weight."""
+        return self.masked_reference if self.base is None else self._masked(self.base.dense())
 
     @property
-    def working(self) -> Tensor:
-        """The base as decided so far: the code where there is one, else the target; zero where pruned."""
-        if self.code is None:
-            return self.target
-        return self.code.dense() if self.keep is None else self.code.dense() * self.keep
-
-    @property
-    def damage(self) -> Tensor:
-        """The aim less the base: what a repair should stand for."""
-        return self.aim - self.working
+    def residual(self) -> Tensor:
+        """The reference less base and outliers: what an adapter should stand for."""
+        residual = self.reference - self.base_weight
+        return residual if self.outliers is None else residual - self.outliers.dense()
 
     @property
     def error(self) -> Tensor:
         """The original less what all parts stand for."""
-        error = self.original - self.working
-        for extra in self.extras:
-            error = error - extra.dense()
-        return error
+        return self._less_added(self.original - self.base_weight)
 
-    def prune(self, keep: Tensor, pattern: str) -> "Layer":
+    def _masked(self, weight: Tensor) -> Tensor:
+        return weight if self.mask is None else weight * self.mask
+
+    def _less_added(self, weight: Tensor) -> Tensor:
+        for part in (self.outliers, self.adapter):
+            if part is not None:
+                weight = weight - part.dense()
+        return weight
+
+    def with_mask(self, mask: Tensor, pattern: str) -> "Layer":
         """Keep only these weights; raises RecipeError where there is a mask already."""
-        if self.keep is not None:
+        if self.mask is not None:
             raise RecipeError(f"{self.name} would be pruned twice; a recipe has one prune step")
-        return replace(self, keep=keep, pattern=pattern)
+        return replace(self, mask=mask, pattern=pattern)
 
-    def move(self, base: Tensor) -> "Layer":
-        """Let the base be these weights `[out, in]`, zero where pruned, until something codes them."""
-        return replace(self, moved=base, code=None)
+    def with_updated_weight(self, weight: Tensor) -> "Layer":
+        """Let the base stand for this weight `[out, in]`, zero where pruned, until something codes it."""
+        return replace(self, updated_weight=weight, base=None)
 
-    def encode(self, code: Elementwise) -> "Layer":
-        """Let these codes stand for the target (in place of earlier ones)."""
-        return replace(self, code=code, moved=None)
+    def with_base(self, base: Elementwise) -> "Layer":
+        """Let this stand for the masked reference (in place of an earlier base)."""
+        return replace(self, base=base, updated_weight=None)
 
-    def note(self, *texts: str) -> "Layer":
+    def with_outliers(self, outliers: Part) -> "Layer":
+        """Put this part beside the base, in place of earlier outliers."""
+        return replace(self, outliers=outliers)
+
+    def with_adapter(self, adapter: Part) -> "Layer":
+        """Put this part beside the base, in place of an earlier adapter: a later one is a refit."""
+        return replace(self, adapter=adapter)
+
+    def with_notes(self, *texts: str) -> "Layer":
         """Add what the user should know."""
         return replace(self, notes=(*self.notes, *texts))
 
-    def repair(self, extra: LowRank) -> "Layer":
-        """Put a part beside the base, in place of an earlier one: a later repair is a refit."""
-        return replace(self, extras=(extra,))
-
-    def parts(self) -> tuple[Part, ...]:
-        """The decided parts, the base first."""
-        base = self.code if self.code is not None else Plain(self.target.to(self.dtype))
-        first: Part = base if self.keep is None else Pruned(base, self.keep, self.pattern)
-        return (first, *self.extras)
+    def parts(self) -> Parts:
+        """The decided parts. A base that nothing has coded is stored in the weight's own dtype."""
+        base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
+        first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
+        return Parts(first, adapter=self.adapter, outliers=self.outliers)
 
 
 class Step(Protocol):

@@ -46,6 +46,7 @@ class SlimlmQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry
         from slimlm.models.experts import take_apart
         from slimlm.models.structure import swap
         from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
@@ -57,11 +58,13 @@ class SlimlmQuantizer(HfQuantizer):
         for name in self.quantization_config.experts:
             take_apart(model, name)
         for name, about in self.quantization_config.embeddings.items():
-            swap(model, name, CompressedEmbedding.empty(about, model.get_submodule(name).weight.dtype))
+            embedding = EmbeddingEntry.parse(about)
+            swap(model, name, CompressedEmbedding.empty(embedding, model.get_submodule(name).weight.dtype))
         for name, about in self.quantization_config.layers.items():
-            layer = CompressedLinear.empty(about)
-            if "tied_to" in about:
-                layer = TiedLinear(model.get_submodule(about["tied_to"]), layer.bias)
+            entry = LayerEntry.parse(about)
+            layer = CompressedLinear.empty(entry)
+            if entry.tied_to is not None:
+                layer = TiedLinear(model.get_submodule(entry.tied_to), layer.bias)
             layer.kernels = "auto"
             swap(model, name, layer)
         if self.quantization_config.embeddings:

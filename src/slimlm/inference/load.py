@@ -6,7 +6,8 @@ holds in memory is up to transformers. See hf_quantizer.py.)
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, SlimlmError
+from slimlm.core.parts.fields import Json, dtype_name
+from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
 from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_progress_bars
@@ -30,7 +33,7 @@ from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
 from slimlm.storage import checkpoint
-from slimlm.storage.entries import check_description, own_entries
+from slimlm.storage.entries import Description, parse_description
 from slimlm.storage.kernel_cache import kept_or_made
 from slimlm.storage.mapping import MappedFiles
 
@@ -89,12 +92,12 @@ def load(
         about = read_description(folder)
         files = MappedFiles.of(checkpoint.check_files(folder))
         stored, release = dict(files.tensors), files.release
-        packed = {name: take(stored, name, entry["tensors"]) for name, entry in own_entries(about).items()}
+        packed = {name: take(stored, name, entry.tensors) for name, entry in about.own().items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
-        empty = meta_model(folder, all_of_them, about.get("experts", ()))
+        empty = meta_model(folder, all_of_them, about.experts)
         if wrong := next(misfits(empty, about, stored), None):
             raise CheckpointError(f"{source} does not fit its own description: {wrong}")
-        model, info = _filled(folder, empty, packed, _widened(stored, dtype, release), dtype)
+        model, info = _filled(folder, empty, about, packed, _widened(stored, dtype, release), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be opened: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -128,18 +131,16 @@ def refuse_other(source: str) -> None:
     checkpoint.check_format(about.get("format"), source)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint's folder.
+def read_description(folder: Path) -> Description:
+    """The entries of the layers and embeddings of a checkpoint's folder.
 
     Raises:
         CheckpointError: it is malformed.
     """
-    about = quantization_of(read_config(str(folder)), str(folder))
-    check_description(about, folder)
-    return about
+    return parse_description(quantization_of(read_config(str(folder)), str(folder)), folder)
 
 
-def take(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> dict[str, Tensor]:
+def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
     """Remove a layer's or embedding's tensors from those stored and return them.
 
     Args:
@@ -151,11 +152,12 @@ def take(stored: dict[str, Tensor], layer: str, described: dict[str, Any]) -> di
         CheckpointError: a tensor is missing or not as described.
     """
     found = {}
-    for name, (dtype, shape) in described.items():
+    for name, wanted in described.items():
         tensor = stored.pop(f"{layer}.{name}", None)
-        if tensor is None or (tensor.dtype, list(tensor.shape)) != (getattr(torch, dtype), shape):
+        if tensor is None or TensorEntry.of(tensor) != wanted:
             kind = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(f"{layer}.{name} should be {dtype} {shape}, but {kind} is stored; the checkpoint is damaged")
+            told = f"{dtype_name(wanted.dtype)} {list(wanted.shape)}"
+            raise CheckpointError(f"{layer}.{name} should be {told}, but {kind} is stored; the checkpoint is damaged")
         found[name] = tensor
     return found
 
@@ -181,6 +183,7 @@ def _widened(stored: dict[str, Tensor], dtype: torch.dtype | str, release: Relea
 def _filled(
     folder: Path,
     empty: PreTrainedModel,
+    about: Description,
     packed: dict[str, dict[str, Tensor]],
     others: dict[str, Tensor],
     dtype: torch.dtype | str,
@@ -191,31 +194,31 @@ def _filled(
     millisecond on each tensor, of which compressed layers have several: it is given layers with one, `weight`, which the
     initialization of some models reads.
     """
-    config, about = empty.config, dict(empty.config.quantization_config)
-    layers, embeddings = about["layers"], about.get("embeddings", {})
-    config.quantization_config = {**about, "layers": _short(layers), "embeddings": _short(embeddings)}
+    config, described = empty.config, dict(empty.config.quantization_config)
+    short = {"layers": _short(about.layers), "embeddings": _short(about.embeddings)}
+    config.quantization_config = {**described, **short}
     given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
     with without_progress_bars():
         model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
-    for name, entry in embeddings.items():
+    for name, embedding in about.embeddings.items():
         activations = model.get_submodule(name).activations
-        new = CompressedEmbedding(tuple(entry["shape"]), entry["parts"], packed[name], activations, factor=entry["factor"])
+        new = CompressedEmbedding(embedding.shape, embedding.parts, packed[name], activations, factor=embedding.factor)
         swap(model, name, new)
-    for name, entry in layers.items():
+    for name, layer in about.layers.items():
         bias = model.get_submodule(name).bias
-        if "tied_to" in entry:
-            swap(model, name, TiedLinear(model.get_submodule(entry["tied_to"]), bias))
+        if layer.tied_to is not None:
+            swap(model, name, TiedLinear(model.get_submodule(layer.tied_to), bias))
         else:
-            swap(model, name, CompressedLinear(tuple(entry["shape"]), entry["parts"], packed[name], bias))
-    for described in (model.config.quantization_config, model.hf_quantizer.quantization_config):
-        described.layers, described.embeddings = layers, embeddings
+            swap(model, name, CompressedLinear(layer.shape, layer.parts, packed[name], bias))
+    for config in (model.config.quantization_config, model.hf_quantizer.quantization_config):
+        config.layers, config.embeddings = described["layers"], described.get("embeddings", {})
     model.generation_config = _generation_config(folder)
     return model, info
 
 
-def _short(entries: dict[str, Any]) -> dict[str, Any]:
-    """The descriptions of layers or embeddings with one tensor each."""
-    return {name: {**entry, "tensors": {"weight": entry["tensors"]["weight"]}} for name, entry in entries.items()}
+def _short(entries: Mapping[str, LayerEntry] | Mapping[str, EmbeddingEntry]) -> dict[str, Json]:
+    """The entries of layers or embeddings with one tensor each."""
+    return {name: replace(entry, tensors={"weight": entry.tensors["weight"]}).to_json() for name, entry in entries.items()}
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slimlm.core.errors import ModelError, first_line
+from slimlm.core.parts.pack import StoredEntry
 from slimlm.models.experts import take_apart
 from slimlm.models.opening import read_config, refuse_foreign_code, without_progress_bars
 from slimlm.models.structure import LINEAR_KINDS, weight_of
+from slimlm.storage.entries import Description
 
 _BLOCKS = ("num_hidden_layers", "num_layers")
 """Names in configs of the number of blocks, each of which has at least one tensor."""
@@ -77,30 +79,30 @@ def _inner_configs(config: Any) -> list[Any]:
     return [inner for name in names if (inner := getattr(config, name, None)) is not None]
 
 
-def misfits(model: nn.Module, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Iterator[str]:
+def misfits(model: nn.Module, about: Description, stored: Mapping[str, Tensor]) -> Iterator[str]:
     """Why tensors cannot be those of this model: one message for each layer or tensor that does not fit.
 
     Args:
         model: on the meta device.
-        about: a checkpoint's `quantization_config`, which describes compressed layers and embeddings.
+        about: the compressed layers and embeddings, as a checkpoint's config describes them.
         stored: all stored tensors but theirs, by name in the model's state.
     """
-    layers, embeddings = about.get("layers", {}), about.get("embeddings", {})
     modules = dict(model.named_modules())
-    for name, entry in (layers | embeddings).items():
-        kinds, what = (LINEAR_KINDS, "linear layer") if name in layers else ((nn.Embedding,), "embedding")
+    entries: dict[str, StoredEntry] = {**about.layers, **about.embeddings}
+    for name, entry in entries.items():
+        kinds, what = (LINEAR_KINDS, "linear layer") if name in about.layers else ((nn.Embedding,), "embedding")
         module = modules.get(name)
         if not isinstance(module, kinds):
             yield f"{name} is described as a compressed {what}, and {type(model).__name__} has no {what} of that name"
             continue
-        if list(shape := weight_of(module).shape) != entry["shape"]:
-            yield f"{name} is described with the shape {entry['shape']}; the model's is {list(shape)}"
+        if (shape := tuple(weight_of(module).shape)) != entry.shape:
+            yield f"{name} is described with the shape {list(entry.shape)}; the model's is {list(shape)}"
         has_bias = getattr(module, "bias", None) is not None
-        if name in layers and has_bias != entry["bias"]:
-            described, found = ("with", "none") if entry["bias"] else ("without", "one")
+        if name in about.layers and has_bias != (bias := about.layers[name].bias):
+            described, found = ("with", "none") if bias else ("without", "one")
             yield f"{name} is described {described} a bias; the model's layer has {found}"
     state = model.state_dict(keep_vars=True)
-    compressed = {f"{name}.weight" for name in (*layers, *embeddings)}
+    compressed = {f"{name}.weight" for name in entries}
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if name not in compressed:

@@ -3,12 +3,20 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from slimlm.core import grid
 from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.mask import Pattern
-from slimlm.core.parts import Description
+from slimlm.core.parts.base import Entry, group_words
+from slimlm.core.parts.codebook import CodebookEntry
+from slimlm.core.parts.elementwise import ElementwiseEntry
+from slimlm.core.parts.low_rank import LowRankEntry
+from slimlm.core.parts.pack import PartEntries
+from slimlm.core.parts.plain import PlainEntry
+from slimlm.core.parts.pruned import PrunedEntry
+from slimlm.core.parts.uniform import UniformEntry
 from slimlm.core.solvers.low_rank import rank_of
-from slimlm.core.stored import stored_bits
 from slimlm.planner.objective import Objective
 
 _PROMPT, _GENERATED = 512, 128
@@ -55,28 +63,19 @@ class Option:
         The table's few bits are saved where an even grid serves as well; more are stored where some scale is too small for
         float16, and all of the layer's take 32 bits.
         """
-        return sum(stored_bits(part, shape) for part in self.parts(shape))
+        return self.parts(shape).stored_bits(shape)
 
-    def parts(self, shape: tuple[int, int]) -> list[Description]:
+    def parts(self, shape: tuple[int, int]) -> PartEntries:
         """The parts of a layer of this shape, as they describe themselves."""
         table = self.table and self.bits <= LARGEST_CODEBOOK_BITS
-        base: Description = (
-            {"kind": "codebook", "bits": self.bits, "group_size": self.group_size}
-            if table
-            else self._even(self.bits, self.group_size)
-        )
-        if self.pattern != "":
-            base = {"kind": "pruned", "pattern": str(self.pattern), "inner": base}
+        inner: ElementwiseEntry = (CodebookEntry if table else UniformEntry)(self.bits, self.group_size)
+        base: Entry = inner if self.pattern == "" else PrunedEntry(str(self.pattern), inner)
         rank = rank_of(self.rank, shape)
         if not rank:
-            return [base]
-        even = self._even(self.adapter_bits, self.adapter_group_size)
-        factor = {"kind": "plain", "dtype": "float16"} if self.adapter_bits == 16 else even
-        return [base, {"kind": "low_rank", "rank": rank, "left": factor, "right": factor}]
-
-    @staticmethod
-    def _even(bits: int, group_size: grid.GroupSize) -> Description:
-        return {"kind": "uniform", "bits": bits, "group_size": group_size, "input_scale": False}
+            return PartEntries(base)
+        even = UniformEntry(self.adapter_bits, self.adapter_group_size)
+        factor: ElementwiseEntry = PlainEntry(torch.float16) if self.adapter_bits == 16 else even
+        return PartEntries(base, adapter=LowRankEntry(rank, factor, factor))
 
     def operations(self, shape: tuple[int, int]) -> int:
         """Multiplications and additions per token; what n:m drops is not multiplied."""
@@ -98,10 +97,9 @@ class Option:
         return prompt + _GENERATED * max(stored, 8 * self.operations(shape) / _OPERATIONS_PER_BYTE)
 
     def __str__(self) -> str:
-        group_size = f"groups of {self.group_size}" if isinstance(self.group_size, int) else f"scale per {self.group_size}"
         pattern = "dense" if self.pattern == "" else str(self.pattern)
         adapter = f" + rank {self.rank:g} at {self.adapter_bits} bits" if self.rank else ""
-        return f"{pattern} {self.bits}-bit, {group_size}{adapter}"
+        return f"{pattern} {self.bits}-bit, {group_words(self.group_size)}{adapter}"
 
 
 @dataclass(frozen=True)

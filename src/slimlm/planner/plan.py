@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from slimlm.calibration.capture import Flow, enter, measure, run, stages_of
 from slimlm.core.errors import DataError, NumericsError, RecipeError
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.parts import dense_of
 from slimlm.events import Event, Observer
 from slimlm.models.structure import linears_of, put_weight, weight_of
 from slimlm.planner.budget import choose_options
@@ -318,7 +317,7 @@ def _compress(model: nn.Module, picked: dict[str, Option], quick: Any, stats: di
             made = step(Layer.of(name, weight_of(linear).to(device)), stats[name])
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
-        put_weight(linear, dense_of(made.parts()))
+        put_weight(linear, made.parts().dense())
 
 
 @contextmanager

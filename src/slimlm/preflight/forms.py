@@ -11,9 +11,10 @@ from torch import Tensor
 from slimlm.core.grid import LARGEST_CODEBOOK_BITS
 from slimlm.core.layer import Layer, Need, Stats
 from slimlm.core.mask import Pattern
-from slimlm.core.parts import Description
+from slimlm.core.parts.codebook import codebook_bits
+from slimlm.core.parts.kernel_layout import MatrixLayout
+from slimlm.core.parts.pack import PartEntries
 from slimlm.core.solvers.low_rank import rank_of
-from slimlm.core.stored import stored_bits
 from slimlm.planner.plan import AUTO_SHARE
 from slimlm.recipe import NamedStep, apply_steps
 
@@ -29,13 +30,15 @@ _TOKENS_PER_INPUT = 4
 class Form:
     """How a layer is stored, whatever its shape."""
 
-    parts: tuple[Description, ...]
+    parts: PartEntries
     rank: float
     """of adapters, as a share of the smaller side"""
+    codebook_bits: int = 0
+    """of a codebook that may be kept or not, and that the parts lack"""
 
     def bits(self, shape: tuple[int, int]) -> int:
-        """Stored bits of a layer `(out, in)`; where a table of levels may be kept or not, with it."""
-        return sum(stored_bits({**part, "rank": rank_of(self.rank, shape)}, shape) for part in self.parts)
+        """Stored bits of a layer `(out, in)`; where a codebook may be kept or not, with it."""
+        return self.parts.with_rank(rank_of(self.rank, shape)).stored_bits(shape) + self.codebook_bits
 
 
 @lru_cache(maxsize=256)
@@ -45,7 +48,8 @@ def form_of(steps: Steps, dtype: torch.dtype) -> Form:
     shape = fitting((_SMALL, _SMALL), steps)
     made = apply_steps(tried, *drawn_layer(shape, needs_of(steps), dtype=dtype, length=8))
     maybe = any(getattr(named.step, "codebook", None) == "auto" for named in steps)
-    return Form(tuple(_with_table(part.describe()) if maybe else part.describe() for part in made.parts()), share_of(steps))
+    entries = made.parts().describe()
+    return Form(entries, share_of(steps), _spared(entries) if maybe else 0)
 
 
 def brief(steps: Steps) -> Steps:
@@ -63,13 +67,12 @@ def _changed(named: NamedStep, options: dict[str, Any]) -> NamedStep:
     return dataclasses.replace(named, step=dataclasses.replace(named.step, **options))  # type: ignore[type-var]
 
 
-def _with_table(about: Description) -> Description:
-    """A base as it is stored where a table of levels pays."""
-    if about["kind"] == "pruned":
-        return {**about, "inner": _with_table(about["inner"])}
-    if about["kind"] == "uniform" and about["bits"] <= LARGEST_CODEBOOK_BITS:
-        return {"kind": "codebook", "bits": about["bits"], "group_size": about["group_size"]}
-    return about
+def _spared(entries: PartEntries) -> int:
+    """Bits of the codebook that a base of integers would have where one pays."""
+    layout = entries.base.kernel_layout()
+    if not isinstance(layout, MatrixLayout) or layout.elements != "integers" or layout.bits > LARGEST_CODEBOOK_BITS:
+        return 0
+    return codebook_bits(layout.bits)
 
 
 def resolved(steps: Steps) -> Steps:

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
 from slimlm.core.layer import Need
-from slimlm.core.stored import stored_bits
+from slimlm.core.parts.uniform import UniformEntry
 from slimlm.models.embeddings import GROUP_SIZE, Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
@@ -91,9 +91,9 @@ class RunNeeds:
     @cached_property
     def embeddings_bytes(self) -> int:
         """Of embedding and head where they are compressed."""
-        about = {"kind": "uniform", "bits": self.embeddings.bits, "group_size": GROUP_SIZE, "input_scale": False}
+        entry = UniformEntry(self.embeddings.bits, GROUP_SIZE)
         shapes = [self.dense.weights[f"{name}.weight"].shape for name in self.embeddings.stored_names]
-        return sum(stored_bits(about, (shape[0], shape[1])) for shape in shapes) // 8
+        return sum(entry.stored_bits((shape[0], shape[1])) for shape in shapes) // 8
 
     @cached_property
     def stored_bytes(self) -> int:

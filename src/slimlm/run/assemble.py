@@ -4,6 +4,7 @@ Nothing of it holds the whole model: tensors go from mapped files to the shards 
 they read back, one after another.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from slimlm.calibration.capture import first_inputs
 from slimlm.core.errors import CheckpointError
+from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
 from slimlm.models.embeddings import Embeddings
@@ -33,6 +35,7 @@ from slimlm.run.resume import Run
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+from slimlm.storage.entries import Description, parse_description
 from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import TEMPORARY, MappedFiles, map_and_unlink
 from slimlm.storage.streams import write_tensors
@@ -50,10 +53,8 @@ class Contents:
 
     tensors: dict[str, Tensor]
     """The tensors as they are stored, by name."""
-    layers: dict[str, Any]
-    """The entries of compressed layers in the config, by name."""
-    embeddings: dict[str, Any]
-    """The entries of compressed embeddings in the config, by name."""
+    description: Description
+    """The entries of the compressed layers and embeddings in the config."""
     layer_records: tuple[LayerRecord, ...]
     """The records of the layers inside the blocks."""
     embedding_records: tuple[LayerRecord, ...]
@@ -74,10 +75,8 @@ class PackedEmbeddings:
 
     tensors: dict[str, Tensor]
     """Their tensors, by full name."""
-    layers: dict[str, Any]
-    """The entry of a compressed head in the config, by name."""
-    embeddings: dict[str, Any]
-    """The entry of a compressed embedding in the config, by name."""
+    description: Description
+    """Their entries in the config."""
     records: tuple[LayerRecord, ...]
     """A record for each matrix."""
 
@@ -95,11 +94,11 @@ def contents_of(prepared: Prepared, journal: Journal) -> Contents:
         if not name.startswith(replaced):
             # Tied tensors are one before a cast and must be one after it.
             tensors[name] = cast.setdefault(dense.weights[name].data_ptr(), dense.stored(name).contiguous())
-    layers = {name: entry for block in journal.blocks for name, entry in block.layers.items()}
+    layers = {name: LayerEntry.parse(entry) for block in journal.blocks for name, entry in block.layers.items()}
+    outside = packed.description
     return Contents(
         tensors={**tensors, **held.tensors, **finished.tensors},
-        layers={**layers, **packed.layers},
-        embeddings=packed.embeddings,
+        description=Description({**layers, **outside.layers}, outside.embeddings, tuple(dense.experts)),
         layer_records=tuple(LayerRecord.from_dict(row) for block in journal.blocks for row in block.records),
         embedding_records=packed.records,
         sources=(dense.release, held.release, finished.release),
@@ -131,16 +130,17 @@ def _packed_embeddings(dense: LazyModel, embeddings: Embeddings) -> PackedEmbedd
     heads = {name: module for name, module in modules.items() if isinstance(module, CompressedLinear)}
     tables = {name: module for name, module in modules.items() if isinstance(module, CompressedEmbedding)}
     dense.release(dense.weights[f"{name}.weight"] for name in embeddings.names)
-    return PackedEmbeddings(
-        tensors, _entries(heads, tables), {name: module.about() for name, module in tables.items()}, tuple(records)
-    )
+    return PackedEmbeddings(tensors, _described(heads, tables), tuple(records))
 
 
-def _entries(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> dict[str, dict[str, Any]]:
-    """The entries of compressed layers in the config; that of a tied one says whose tensors it multiplies by."""
+def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> Description:
+    """The entries of these modules in the config; that of a tied layer says whose tensors it multiplies by."""
     owners = {id(module): name for name, module in embeddings.items()}
-    tied = {name: {"tied_to": owners[id(m.embedding)]} for name, m in layers.items() if isinstance(m, TiedLinear)}
-    return {name: module.about() | tied.get(name, {}) for name, module in layers.items()}
+    entries = {}
+    for name, module in layers.items():
+        tied_to = owners[id(module.embedding)] if isinstance(module, TiedLinear) else None
+        entries[name] = dataclasses.replace(module.describe(), tied_to=tied_to)
+    return Description(entries, {name: module.describe() for name, module in embeddings.items()})
 
 
 def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> tuple[Record, checkpoint.Files]:
@@ -168,7 +168,7 @@ def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> 
 
 def _write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Files:
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
-    checkpoint.write_config(folder, dense.config, contents.layers, contents.embeddings, dense.experts)
+    checkpoint.write_config(folder, dense.config, contents.description)
     if dense.tokenizer is not None:
         try:
             dense.tokenizer.save_pretrained(folder)
@@ -216,13 +216,14 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     dense, device = prepared.dense, prepared.device
     files = MappedFiles.of(checkpoint.check_files(folder))
     _refuse_different_tensors(contents, files)
-    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    reloaded = StoredModel(dense.model, files.tensors, files.release, entries["layers"], entries.get("embeddings", {}))
-    in_memory = StoredModel(dense.model, contents.tensors, contents.release, contents.layers, contents.embeddings)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written, own = parse_description(config["quantization_config"], folder), contents.description
+    reloaded = StoredModel(dense.model, files.tensors, files.release, written.layers, written.embeddings)
+    in_memory = StoredModel(dense.model, contents.tensors, contents.release, own.layers, own.embeddings)
     original = StoredModel(dense.model, dense.weights, dense.release)
     few = few_of(prepared.activations.own(prepared.samples)[: len(outputs)], vocabulary_size(dense.model))
     # The blocks were compressed on what the original embedding gives them.
-    first = _first_inputs(original, prepared.blocks, few, device) if contents.embeddings else None
+    first = _first_inputs(original, prepared.blocks, few, device) if own.embeddings else None
     read_back = reloaded.outputs(few, device, first=first)
     given = outputs[: len(few), : few.shape[1]]
     _refuse_different("the outputs of the blocks that were", zip(_hidden(read_back), given, strict=True))

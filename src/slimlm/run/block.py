@@ -36,7 +36,8 @@ from slimlm.calibration.capture import (
 )
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.parts import dense_of
+from slimlm.core.parts.fields import Json
+from slimlm.core.parts.pack import LayerEntry
 from slimlm.distributed.group import Group, assign
 from slimlm.events import UNOBSERVED, BlockDone, BlockProgress, Event, LayerDone
 from slimlm.models.structure import linears_of, swap, weight_of
@@ -231,7 +232,7 @@ def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) 
     began, full = time.monotonic(), f"{task.name}.{name}"
     layer = Layer.of(full, weight_of(linear), task.dtypes[f"{full}.weight"])
     if stats.note is not None:
-        layer = layer.note(stats.note)
+        layer = layer.with_notes(stats.note)
     try:
         layer = apply_steps(task.recipe.steps_for(full), layer, stats)
     except NumericsError as error:
@@ -247,11 +248,11 @@ def _broadcast_layer(
     if group.size == 1:
         assert made is not None, "a single process makes every layer"
         return made
-    about: Any = None if made is None else [made[0].about(), dataclasses.asdict(made[1])]
+    about: Any = None if made is None else [made[0].describe().to_json(), dataclasses.asdict(made[1])]
     (described, done), tensors = group.broadcast_from(owner, about, {} if made is None else made[0].packed())
     if made is not None:
         return made
-    module = _compressed(described, tensors, _bias_of(linear), weight_of(linear).device)
+    module = _compressed(LayerEntry.parse(described), tensors, _bias_of(linear), weight_of(linear).device)
     return module, LayerDone(LayerRecord.from_dict(done["record"]), done["tokens"], done["seconds"])
 
 
@@ -259,11 +260,9 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
     return dict(linear.named_parameters()).get("bias")
 
 
-def _compressed(
-    about: dict[str, Any], packed: dict[str, Tensor], bias: Tensor | None, device: torch.device
-) -> CompressedLinear:
-    """A layer of what `CompressedLinear.about` says and its packed tensors."""
-    return CompressedLinear(tuple(about["shape"]), about["parts"], packed, bias).to(device)
+def _compressed(entry: LayerEntry, packed: dict[str, Tensor], bias: Tensor | None, device: torch.device) -> CompressedLinear:
+    """A layer of what `CompressedLinear.describe` says and its packed tensors."""
+    return CompressedLinear(entry.shape, entry.parts, packed, bias).to(device)
 
 
 def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: Prepared) -> list[CompressedLayer]:
@@ -296,12 +295,13 @@ def _broadcast_block(task: BlockTask, losses: tuple[float, float] | None) -> tup
     if group.size == 1:
         assert losses is not None, "a single process reconstructs every block"
         return losses
-    layers = {n: m.about() for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
+    layers = {n: m.describe().to_json() for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     (described, found), tensors = group.broadcast_from(0, [layers, losses], block.state_dict())
     if not group.first:
         for name, about in described.items():
-            packed = {key: tensors.pop(f"{name}.{key}") for key in about["tensors"]}
-            swap(block, name, _compressed(about, packed, tensors.pop(f"{name}.bias", None), task.device))
+            entry = LayerEntry.parse(about)
+            packed = {key: tensors.pop(f"{name}.{key}") for key in entry.tensors}
+            swap(block, name, _compressed(entry, packed, tensors.pop(f"{name}.bias", None), task.device))
         block.load_state_dict(tensors, strict=False)
     return found[0], found[1]
 
@@ -313,9 +313,8 @@ def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, fl
     module = task.block.get_submodule(name)
     assert isinstance(module, CompressedLinear)
     parts = module.parts()
-    bits = sum(part.storage_bits() for part in parts)
-    error = relative_error(weight_of(task.twin.get_submodule(name)), dense_of(parts), layer.second_moment)
-    record = dataclasses.replace(layer.record, bits=bits, error=error, reconstruction=losses)
+    error = relative_error(weight_of(task.twin.get_submodule(name)), parts.dense(), layer.second_moment)
+    record = dataclasses.replace(layer.record, bits=parts.storage_bits(), error=error, reconstruction=losses)
     return dataclasses.replace(layer, record=record)
 
 
@@ -335,7 +334,7 @@ def commit_block(task: BlockTask, layers: list[CompressedLayer], streams: Stream
 
 def stored_tensors(
     block: nn.Module, name: str, dtypes: dict[str, torch.dtype]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Json]]]:
     """A finished block's tensors as they are stored, on the CPU, and its layers' entries in the config; by full name.
 
     What was not compressed is cast back to its stored dtype, bit for bit.
@@ -346,4 +345,4 @@ def stored_tensors(
     for key, tensor in block.state_dict().items():
         full = f"{name}.{key}"
         tensors[full] = (tensor if key in packed else tensor.to(dtypes[full])).to("cpu").contiguous()
-    return tensors, {f"{name}.{n}": module.about() for n, module in layers.items()}
+    return tensors, {f"{name}.{n}": module.describe().to_json() for n, module in layers.items()}

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlm.core import grid
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.uniform import Uniform
 from slimlm.models.embeddings import GROUP_SIZE, Embeddings, output_factor
 from slimlm.models.structure import swap
-from slimlm.record import LayerRecord, parts_words
+from slimlm.record import LayerRecord
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
@@ -43,7 +44,7 @@ def compress_embeddings(model: PreTrainedModel, embeddings: Embeddings) -> list[
             new: CompressedLinear = TiedLinear(embedding, head.bias)
         else:
             part, record = _round(embeddings.head, head.weight.detach(), embeddings.bits)
-            new = CompressedLinear.from_parts((part,), head.bias)
+            new = CompressedLinear.from_parts(Parts(part), head.bias)
             records.append(record)
         swap(model, embeddings.head, new)
     return records
@@ -67,4 +68,4 @@ def _round(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord]:
         squared_size += float(wide.double().square().sum())
     part = Uniform(codes, scale, bits, GROUP_SIZE)
     error = (squared_error / squared_size) ** 0.5 if squared_size else 0.0
-    return part, LayerRecord(name, (rows, width), parts_words((part,)), part.storage_bits(), 0.0, 0, error)
+    return part, LayerRecord(name, (rows, width), part.summary(), part.storage_bits(), 0.0, 0, error)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimlm.core.parts import Plain, pack_parts
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import PackedLayer, Shared
@@ -42,8 +43,8 @@ class DenseLinear(Shared, nn.Linear):
     def stored(self) -> Stored:
         """The weight as the one part that it is."""
         self._check_sources()
-        part = Plain(self.weight.detach())
-        return Stored(part.shape, [part.describe()], pack_parts((part,)), self.bias, self._blob)
+        parts = Parts(Plain(self.weight.detach()))
+        return Stored(parts.shape, parts.describe(), parts.tensors(), self.bias, self._blob)
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""

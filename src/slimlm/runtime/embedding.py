@@ -1,7 +1,6 @@
 """`nn.Embedding` goes in, `CompressedEmbedding` comes out; of a head that is tied to it, `TiedLinear`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +8,10 @@ from torch import Tensor, nn
 from slimlm.core import bits as bitstream
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
-from slimlm.core.parts import Description, Part, Uniform, pack_parts, unpack_parts
-from slimlm.runtime.linear import CompressedLinear, Shared, about_tensors, empty_tensors, keep_dtypes
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.kernel_layout import MatrixLayout, Refusal
+from slimlm.core.parts.pack import EmbeddingEntry, PartEntries, Parts, TensorEntry
+from slimlm.runtime.linear import CompressedLinear, Shared, keep_dtypes
 
 
 class CompressedEmbedding(nn.Module):
@@ -23,18 +24,19 @@ class CompressedEmbedding(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int],
-        descriptions: list[Description],
+        entries: PartEntries,
         packed: dict[str, Tensor],
         activations: torch.dtype,
         *,
         factor: float = 1.0,
     ) -> None:
         super().__init__()
-        if (reason := unfit(descriptions)) is not None:
-            raise CheckpointError(f"an embedding cannot be looked up in what is stored of it: {reason}")
+        layout = rows_layout(entries)
+        if isinstance(layout, Refusal):
+            raise CheckpointError(f"an embedding cannot be looked up in what is stored of it: {layout.reason}")
         self.num_embeddings, self.embedding_dim = shape
-        _refuse_other_sizes(shape, descriptions[0], packed)
-        self.descriptions = descriptions
+        _refuse_other_sizes(shape, entries, packed)
+        self.entries, self.layout = entries, layout
         self.activations = activations
         self.factor = factor
         """by which what was looked up is multiplied, in the dtype of the activations (Gemma's embed_scale)"""
@@ -43,48 +45,47 @@ class CompressedEmbedding(nn.Module):
         self.packed_names = tuple(packed)
 
     @classmethod
-    def from_part(cls, part: Uniform, activations: torch.dtype, *, factor: float = 1.0) -> "CompressedEmbedding":
+    def from_part(cls, part: Part, activations: torch.dtype, *, factor: float = 1.0) -> "CompressedEmbedding":
         """An embedding of this matrix `[tokens, width]`."""
-        return cls(part.shape, [part.describe()], pack_parts((part,)), activations, factor=factor)
+        parts = Parts(part)
+        return cls(parts.shape, parts.describe(), parts.tensors(), activations, factor=factor)
 
     @classmethod
-    def empty(cls, about: dict[str, Any], activations: torch.dtype) -> "CompressedEmbedding":
-        """An embedding on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
-        shape = about["shape"][0], about["shape"][1]
-        return cls(shape, about["parts"], empty_tensors(about["tensors"]), activations, factor=about["factor"])
+    def empty(cls, entry: EmbeddingEntry, activations: torch.dtype) -> "CompressedEmbedding":
+        """An embedding on the meta device for a checkpoint's tensors to be loaded into; `entry` is `self.describe()`."""
+        return cls(entry.shape, entry.parts, entry.empty_tensors(), activations, factor=entry.factor)
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> EmbeddingEntry:
         """What a checkpoint's config says of this embedding."""
-        return {
-            "shape": [self.num_embeddings, self.embedding_dim],
-            "factor": self.factor,
-            "parts": self.descriptions,
-            "tensors": about_tensors(self.packed()),
-        }
+        return EmbeddingEntry(
+            shape=(self.num_embeddings, self.embedding_dim),
+            factor=self.factor,
+            parts=self.entries,
+            tensors={name: TensorEntry.of(tensor) for name, tensor in self.packed().items()},
+        )
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.packed_names}
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """The matrix `[tokens, width]` as the one part that it is, unpacked."""
-        return unpack_parts(self.descriptions, self.packed(), (self.num_embeddings, self.embedding_dim))
+        return self.entries.from_stored(self.packed(), (self.num_embeddings, self.embedding_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows `[..., width]` of these tokens."""
-        [about] = self.descriptions
-        bits, chosen, packed = about["bits"], ids.flatten(), self.packed()
+        bits, chosen, packed = self.layout.bits, ids.flatten(), self.packed()
         stored = packed["weight"].view(self.num_embeddings, -1).index_select(0, chosen)
         codes = stored if bits == 8 else bitstream.unpack(stored, bits, self.embedding_dim)
         signed = (codes - 2 ** (bits - 1)).view(torch.int8)
-        rows = grid.dense(signed, packed["weight_scale"].index_select(0, chosen), about["group_size"]).to(self.activations)
+        scale = packed["weight_scale"].index_select(0, chosen)
+        rows = grid.dense(signed, scale, self.layout.group_size).to(self.activations)
         if self.factor != 1:
             rows *= torch.tensor(self.factor, dtype=self.activations, device=rows.device)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
-        [about] = self.descriptions
-        return f"{self.num_embeddings}, {self.embedding_dim}, {about['bits']}-bit"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.entries.summary()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedEmbedding":
         before = self.packed()
@@ -102,7 +103,7 @@ class TiedLinear(Shared, CompressedLinear):
     """
 
     def __init__(self, embedding: CompressedEmbedding, bias: Tensor | None) -> None:
-        super().__init__((embedding.num_embeddings, embedding.embedding_dim), embedding.descriptions, {}, bias)
+        super().__init__((embedding.num_embeddings, embedding.embedding_dim), embedding.entries, {}, bias)
         # In a tuple, so that the embedding does not become a part of this module.
         self._owner = (embedding,)
 
@@ -130,24 +131,23 @@ class TiedLinear(Shared, CompressedLinear):
         return super().forward(x)
 
 
-def unfit(descriptions: Sequence[Description]) -> str | None:
-    """Why no row of parts that are so described can be decoded by itself, in words; None: it can."""
-    if len(descriptions) != 1 or descriptions[0].get("kind") != "uniform":
-        return f"it is one uniform part, not {' + '.join(str(about.get('kind')) for about in descriptions) or 'nothing'}"
-    if descriptions[0]["group_size"] == "per-tensor" or descriptions[0]["input_scale"]:
-        return "its scales are one per row or group, and none per input"
-    return None
+def rows_layout(entries: PartEntries) -> MatrixLayout | Refusal:
+    """The layout of parts of which a row can be decoded by itself, or why none can."""
+    layout = entries.base.kernel_layout()
+    if entries.added or not isinstance(layout, MatrixLayout) or layout.elements != "integers" or layout.mask is not None:
+        return Refusal(f"it is one part of integer codes without a mask, not {entries.summary()}")
+    if layout.group_size == "per-tensor" or layout.channel_scale:
+        return Refusal("its scales are one per row or group, and none per input")
+    return layout
 
 
-def _refuse_other_sizes(shape: tuple[int, int], about: Description, packed: dict[str, Tensor]) -> None:
+def _refuse_other_sizes(shape: tuple[int, int], entries: PartEntries, packed: dict[str, Tensor]) -> None:
     """Raise CheckpointError where stored tensors are not as large as a matrix of this shape asks for."""
-    expected = {
-        "weight": (shape[0] * bitstream.packed_bytes(shape[1], about["bits"]),),
-        "weight_scale": grid.scale_shape(shape, about["group_size"]),
-    }
+    expected = entries.expected(shape)
     for name, tensor in packed.items():
-        if (found := tuple(tensor.shape)) != (size := expected.get(name)):
+        if name not in expected or not expected[name].fits(tuple(tensor.shape)):
+            size = expected[name].summary() if name in expected else "not stored"
             raise CheckpointError(
-                f"a stored {name} has the shape {found}; of an embedding of {shape[0]} x {shape[1]} in {about['bits']} bits "
-                f"it is {size}"
+                f"a stored {name} has the shape {list(tensor.shape)}; of an embedding of {shape[0]} x {shape[1]} "
+                f"({entries.summary()}) it is {size}"
             )

@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from slimlm.core.parts import Description, Part, pack_parts
+from slimlm.core.parts.pack import LayerEntry, PartEntries, Parts, TensorEntry
 from slimlm.core.profiling import profiled
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.dispatch import Selection, reference_because, select_backend
@@ -92,10 +92,10 @@ class CompressedLinear(PackedLayer):
     changes them (only the bias follows a cast).
     """
 
-    def __init__(self, shape: tuple[int, int], descriptions: list[Description], packed: dict[str, Tensor], bias: Tensor | None):
+    def __init__(self, shape: tuple[int, int], entries: PartEntries, packed: dict[str, Tensor], bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.descriptions = descriptions
+        self.entries = entries
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
@@ -104,40 +104,39 @@ class CompressedLinear(PackedLayer):
 
     @classmethod
     @profiled("packing")
-    def from_parts(cls, parts: tuple[Part, ...], bias: Tensor | None) -> "CompressedLinear":
+    def from_parts(cls, parts: Parts, bias: Tensor | None) -> "CompressedLinear":
         """A layer of these parts; the bias `[out]` is kept as it is."""
         # A module's buffers may come to be part of a gradient; what steps made may not (see `slimlm.recipe.apply_steps`).
-        packed = {name: t.clone() if t.is_inference() else t for name, t in pack_parts(parts).items()}
-        return cls(parts[0].shape, [part.describe() for part in parts], packed, bias)
+        packed = {name: t.clone() if t.is_inference() else t for name, t in parts.tensors().items()}
+        return cls(parts.shape, parts.describe(), packed, bias)
 
     @classmethod
-    def empty(cls, about: dict[str, Any]) -> "CompressedLinear":
-        """A layer on the meta device for a checkpoint's tensors to be loaded into; `about` is `self.about()`."""
-        shape = about["shape"][0], about["shape"][1]
-        bias = torch.empty(shape[0], device="meta") if about["bias"] else None
-        return cls(shape, about["parts"], empty_tensors(about["tensors"]), bias)
+    def empty(cls, entry: LayerEntry) -> "CompressedLinear":
+        """A layer on the meta device for a checkpoint's tensors to be loaded into; `entry` is `self.describe()`."""
+        bias = torch.empty(entry.shape[0], device="meta") if entry.bias else None
+        return cls(entry.shape, entry.parts, entry.empty_tensors(), bias)
 
-    def about(self) -> dict[str, Any]:
+    def describe(self) -> LayerEntry:
         """What a checkpoint's config says of this layer."""
-        return {
-            "shape": [self.out_features, self.in_features],
-            "bias": self.bias is not None,
-            "parts": self.descriptions,
-            "tensors": about_tensors(self.packed()),
-        }
+        return LayerEntry(
+            shape=(self.out_features, self.in_features),
+            bias=self.bias is not None,
+            parts=self.entries,
+            tensors={name: TensorEntry.of(tensor) for name, tensor in self.packed().items()},
+        )
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.packed_names}
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """The parts, unpacked."""
         return self.stored().parts()
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
         shape = self.out_features, self.in_features
-        return Stored(shape, self.descriptions, self.packed(), self.bias, self._blob, self._compute_device)
+        return Stored(shape, self.entries, self.packed(), self.bias, self._blob, self._compute_device)
 
     def offload(self, tensors: dict[str, Tensor]) -> None:
         """Keep the stored tensors on the CPU, while the layer goes on multiplying where it is, as it is prepared.
@@ -160,8 +159,8 @@ class CompressedLinear(PackedLayer):
         return self._selection.backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:
-        kinds = " + ".join(d["kind"] for d in self.descriptions)
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kinds}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.entries.summary()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, selection, blob = self.packed(), self._selection, self._blob
@@ -271,16 +270,6 @@ class Source:
 def _writes(tensor: Tensor) -> int:
     """How often a tensor was written to; tensors that were made in inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def about_tensors(packed: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """What a checkpoint's config says of packed tensors: dtype and shape by name."""
-    return {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in packed.items()}
-
-
-def empty_tensors(about: dict[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `about_tensors`, on the meta device."""
-    return {name: torch.empty(size, dtype=getattr(torch, dtype), device="meta") for name, (dtype, size) in about.items()}
 
 
 def keep_dtypes(module: nn.Module, before: dict[str, Tensor]) -> None:

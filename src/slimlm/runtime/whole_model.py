@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts import Description
+from slimlm.core.parts.pack import PartEntries
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.dense import WideEmbedding
@@ -147,14 +147,14 @@ def describe(model: nn.Module) -> str | None:
     return "; ".join([*found, *reasons])
 
 
-def describe_backends(layers: Sequence[Sequence[Description]]) -> str:
+def describe_backends(layers: Sequence[PartEntries]) -> str:
     """The backends that layers of these parts would have on this machine's CPU, and why not the kernels where they would not.
 
     Args:
-        layers: for each layer the descriptions of its parts.
+        layers: the entries of each layer's parts.
     """
     if native.library() is None:
         return f"reference; {len(layers)} of {len(layers)} layers; there are no CPU kernels: {native.status().reason}"
-    reasons = Counter(reason for parts in layers if (reason := cpu.unfit(parts)) is not None)
+    reasons = Counter(reason for entries in layers if (reason := cpu.unfit(entries)) is not None)
     found = [f"cpu {bindings.active_variant()}; {len(layers) - reasons.total()} of {len(layers)} layers"]
     return "; ".join([*found, *(f"reference for {count}: {reason}" for reason, count in reasons.most_common())])

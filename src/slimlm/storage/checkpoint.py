@@ -1,4 +1,4 @@
-"""The packed checkpoint, format 1: a folder that needs no base model.
+"""The packed checkpoint, format 2: a folder that needs no base model.
 
     config.json           the model's own config, plus `quantization_config`: for every compressed layer and embedding its
                           shape, its parts and the name, dtype and shape of each stored tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.core.profiling import profiled
+from slimlm.storage.entries import Description
 from slimlm.storage.journal import INSIDE, moved_already
 from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import (
@@ -45,7 +46,7 @@ from slimlm.storage.streams import (
     written,
 )
 
-FORMAT = 1
+FORMAT = 2
 METHOD = "slimlm"
 MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
 RECORD = "slimlm.json"
@@ -220,22 +221,9 @@ def write_weights(
     return files
 
 
-def write_config(
-    folder: Path,
-    config: dict[str, Any],
-    layers: dict[str, dict[str, Any]],
-    embeddings: dict[str, dict[str, Any]] | None = None,
-    experts: list[str] | None = None,
-) -> None:
-    """Write config.json: the model's own, with the compressed layers and embeddings described, and experts named.
-
-    experts: modules whose experts are stored one by one, where the model's class has them in one tensor.
-    """
-    about = {"quant_method": METHOD, "format": FORMAT, "layers": layers}
-    if embeddings:
-        about["embeddings"] = embeddings
-    if experts:
-        about["experts"] = experts
+def write_config(folder: Path, config: dict[str, Any], description: Description) -> None:
+    """Write config.json: the model's own, with the compressed layers and embeddings described, and experts named."""
+    about = {"quant_method": METHOD, "format": FORMAT, **description.to_json()}
     stored = {
         **config,
         "model_type": MODEL_TYPE,
@@ -302,9 +290,14 @@ def check_format(found: object, where: object) -> None:
     """Raise CheckpointError for a format that this version cannot read."""
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise CheckpointError(f"{where} names no format version (found {found!r}); the checkpoint is damaged")
+    if found < FORMAT:
+        raise CheckpointError(
+            f"{where} has checkpoint format {found}, of a slimlm that was never released; this slimlm reads format {FORMAT}. "
+            "Compress the model again"
+        )
     if found > FORMAT:
         raise CheckpointError(
-            f"{where} has checkpoint format {found}; this slimlm reads up to {FORMAT}. Install a newer slimlm"
+            f"{where} has checkpoint format {found}; this slimlm reads format {FORMAT}. Install a newer slimlm"
         )
 
 

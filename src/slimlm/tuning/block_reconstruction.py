@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slimlm.calibration.capture import Flow
-from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts.pack import Parts
 from slimlm.models.structure import LINEAR_KINDS, swap
 from slimlm.runtime.linear import CompressedLinear
 
@@ -268,7 +267,7 @@ class _Tuned:
         layers: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
             bias = None if layer.bias is None else _rounded(layer.bias, dtypes[f"{block_name}.{name}.bias"])
-            layers[name] = CompressedLinear.from_parts(tuple(p.part() for p in layer.tuned_parts), bias)
+            layers[name] = CompressedLinear.from_parts(layer.stored(), bias)
         vectors = {name: _rounded(vector, dtypes[f"{block_name}.{name}"]) for name, vector in self.form.vectors.items()}
         return _Form(layers, vectors)
 
@@ -282,163 +281,17 @@ class _TunedLinear(nn.Module):
 
     def __init__(self, layer: CompressedLinear, moving: bool) -> None:
         super().__init__()
-        self.tuned_parts: list[_TunedPart] = [tuned_part(part, moving=moving) for part in layer.parts()]
-        self.registered = nn.ModuleList(self.tuned_parts)
+        self.slots = {slot: part.trainable(codes=moving) for slot, part in layer.parts().filled()}
+        self.registered = nn.ModuleList(self.slots.values())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.tuned_parts[0].dense()
-        for part in self.tuned_parts[1:]:
+        first, *added = self.slots.values()
+        weight = first.dense()
+        for part in added:
             weight = weight + part.dense()
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
-
-class _TunedPart(nn.Module):
-    """A part as float parameters."""
-
-    def dense(self) -> Tensor:
-        """float32 `[out, in]`, with gradients."""
-        raise NotImplementedError
-
-    def part(self) -> Part:
-        """The part in its stored form."""
-        raise NotImplementedError
-
-
-def tuned_part(part: Part, *, moving: bool) -> _TunedPart:
-    """The parameters of a part; `moving` lets its codes move. The codes of adapters always do."""
-    if isinstance(part, Plain):
-        return _TunedPlain(part)
-    if isinstance(part, Uniform):
-        return _TunedUniform(part, moving)
-    if isinstance(part, Codebook):
-        return _TunedCodebook(part, moving)
-    if isinstance(part, Pruned):
-        return _TunedPruned(part, moving)
-    assert isinstance(part, LowRank)
-    return _TunedLowRank(part)
-
-
-class _TunedPlain(_TunedPart):
-    def __init__(self, part: Plain) -> None:
-        super().__init__()
-        self.dtype = part.values.dtype
-        self.values = nn.Parameter(part.values.float().clone())
-
-    def dense(self) -> Tensor:
-        return self.values
-
-    def part(self) -> Plain:
-        return Plain(self.values.detach().to(self.dtype))
-
-
-class _TunedScale(nn.Module):
-    """Scales as their values at first times a factor, so that large and small ones move alike and none changes sign."""
-
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.start = scale.float()
-        self.factor = nn.Parameter(torch.ones_like(self.start))
-        # Scales in float16 stay in its normal range, or `storable` would give them twice the bits.
-        half = scale.dtype == torch.float16
-        self.least = grid.FP16_SMALLEST_NORMAL if half else torch.finfo(torch.float32).tiny
-        self.most = grid.FP16_LARGEST if half else torch.finfo(torch.float32).max
-
-    def forward(self) -> Tensor:
-        return self.start.sign() * (self.start.abs() * self.factor).clamp(self.least, self.most)
-
-    def stored(self) -> Tensor:
-        return grid.storable(self().detach())
-
-
-class _TunedUniform(_TunedPart):
-    def __init__(self, part: Uniform, moving: bool) -> None:
-        super().__init__()
-        self.original = part
-        self.scale = _TunedScale(part.scale)
-        self.codes = nn.Parameter(part.codes.float(), requires_grad=moving)
-
-    def dense(self) -> Tensor:
-        codes = (
-            straight_through(self.codes, grid.nearest_code(self.codes, self.original.bits))
-            if self.codes.requires_grad
-            else self.codes
-        )
-        dense = codes * grid.spread(self.scale(), codes.shape[1], self.original.group_size)
-        return dense if self.original.input_scale is None else dense * self.original.input_scale.float()
-
-    def part(self) -> Uniform:
-        part = self.original
-        codes = grid.nearest_code(self.codes.detach(), part.bits).to(torch.int8)
-        return Uniform(codes, self.scale.stored(), part.bits, part.group_size, part.input_scale)
-
-
-class _TunedCodebook(_TunedPart):
-    def __init__(self, part: Codebook, moving: bool) -> None:
-        super().__init__()
-        self.original = part
-        self.scale = _TunedScale(part.scale)
-        self.levels = nn.Parameter(part.levels.float().clone())
-        # In units of the levels, so that a level or a scale that moves takes its weights along.
-        self.latent = nn.Parameter(self.levels.detach()[part.index.long()]) if moving else None
-
-    def _levels(self) -> Tensor:
-        """A level of zero stays zero."""
-        return self.levels * (self.original.levels != 0)
-
-    def _index(self) -> Tensor:
-        if self.latent is None:
-            return self.original.index.long()
-        return nearest_level(self.latent.detach(), self._levels().detach())
-
-    def dense(self) -> Tensor:
-        values = self._levels()[self._index()]
-        if self.latent is not None:
-            values = values + (self.latent - self.latent.detach())
-        return values * grid.spread(self.scale(), values.shape[1], self.original.group_size)
-
-    def part(self) -> Codebook:
-        part = self.original
-        levels = self._levels().detach().to(part.levels.dtype)
-        return Codebook(self._index().to(part.index.dtype), levels, self.scale.stored(), part.bits, part.group_size)
-
-
-class _TunedPruned(_TunedPart):
-    def __init__(self, part: Pruned, moving: bool) -> None:
-        super().__init__()
-        self.original = part
-        self.inner = tuned_part(part.inner, moving=moving)
-
-    def dense(self) -> Tensor:
-        return self.inner.dense() * self.original.keep
-
-    def part(self) -> Pruned:
-        inner = self.inner.part()
-        assert isinstance(inner, Plain | Uniform | Codebook)
-        return Pruned(inner, self.original.keep, self.original.pattern)
-
-
-class _TunedLowRank(_TunedPart):
-    def __init__(self, part: LowRank) -> None:
-        super().__init__()
-        self.left = tuned_part(part.left, moving=True)
-        self.right = tuned_part(part.right, moving=True)
-
-    def dense(self) -> Tensor:
-        return self.left.dense().T @ self.right.dense()
-
-    def part(self) -> LowRank:
-        left, right = self.left.part(), self.right.part()
-        assert isinstance(left, Plain | Uniform | Codebook) and isinstance(right, Plain | Uniform | Codebook)
-        return LowRank(left, right)
-
-
-def straight_through(latent: Tensor, rounded: Tensor) -> Tensor:
-    """The rounded values, with the gradient of the latent ones."""
-    return latent + (rounded - latent).detach()
-
-
-def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    """The index (int64) of the nearest of `levels` `[n]`, in whatever order they stand."""
-    ordered, order = levels.sort()
-    return order[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]
+    def stored(self) -> Parts:
+        """The parts in their stored form."""
+        return Parts(**{slot: part.part() for slot, part in self.slots.items()})

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
+from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take
 from slimlm.models.experts import take_apart
@@ -28,10 +29,9 @@ from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Record, explosion
 from slimlm.storage import checkpoint
-from slimlm.storage.entries import own_entries, packed_names
+from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.streams import tensor_sum
-from slimlm.storage.tensor_checks import faults, not_finite
 from slimlm.verification.stored_model import StoredModel
 
 _CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ class _Opened:
     folder: Path
     record: dict[str, Any]
     """slimlm.json"""
-    about: dict[str, Any]
+    about: Description
     """the `quantization_config`"""
     recorded: checkpoint.Files
     files: MappedFiles
@@ -112,15 +112,14 @@ class _Opened:
     def meta_model(self) -> PreTrainedModel:
         """The model's class without values; raises CheckpointError where the config does not give one."""
         try:
-            return meta_model(self.folder, self.files.tensors, self.about.get("experts", ()))
+            return meta_model(self.folder, self.files.tensors, self.about.experts)
         except ModelError as error:
             raise CheckpointError(str(error)) from error
 
     def stored_model(self) -> StoredModel:
         """The model that runs from the stored tensors."""
-        meta = _meta_model(meta_model(self.folder, self.files.tensors), self.about.get("experts", ()))
-        entries, embeddings = self.about["layers"], self.about.get("embeddings", {})
-        return StoredModel(meta, self.files.tensors, self.files.release, entries, embeddings)
+        meta = _meta_model(meta_model(self.folder, self.files.tensors), self.about.experts)
+        return StoredModel(meta, self.files.tensors, self.files.release, self.about.layers, self.about.embeddings)
 
 
 def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
@@ -140,10 +139,10 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
     opened = _Opened.of(Path(folder))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()
-    packed = set(packed_names(opened.about))
+    packed = set(opened.about.packed_names())
     others = {name: tensor for name, tensor in opened.files.tensors.items() if name not in packed}
     problems += misfits(empty, opened.about, others)
-    skipped = tuple(name for name in linears_of(empty) if name not in opened.about["layers"])
+    skipped = tuple(name for name in linears_of(empty) if name not in opened.about.layers)
     record, notes = _record_of(opened.record)
     if record is not None:
         problems += _unlike_record(record, opened.about, skipped)
@@ -168,9 +167,9 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         tensors=len(opened.files.tensors),
         bytes=sum(entry["bytes"] for entry in opened.recorded.values()),
         checksums="tensors" if opened.sums_tensors else "shards",
-        compressed=len(opened.about["layers"]),
+        compressed=len(opened.about.layers),
         skipped=skipped,
-        embeddings=len(opened.about.get("embeddings", {})),
+        embeddings=len(opened.about.embeddings),
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
     )
@@ -244,13 +243,13 @@ def _index(opened: _Opened) -> Iterator[str]:
 def _packed(opened: _Opened) -> Iterator[str]:
     """What is wrong with single tensors: of packed layers, and NaN or infinity in the others."""
     rest, release = dict(opened.files.tensors), opened.files.release
-    for name, entry in own_entries(opened.about).items():
+    for name, entry in opened.about.own().items():
         try:
-            own = take(rest, name, entry["tensors"])
+            own = take(rest, name, entry.tensors)
         except CheckpointError as error:
             yield str(error)
             continue
-        for words in faults(entry, own):
+        for words in entry.parts.check(own, entry.shape):
             yield f"{name}: {words}"
         release(own.values())
     for name, tensor in rest.items():
@@ -265,9 +264,9 @@ def _record_of(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
         return None, [f"what slimlm.json says of layers is not compared: {error}"]
 
 
-def _unlike_record(record: Record, about: dict[str, Any], skipped: tuple[str, ...]) -> Iterator[str]:
+def _unlike_record(record: Record, about: Description, skipped: tuple[str, ...]) -> Iterator[str]:
     """Where the record and the description disagree, and linear layers that neither accounts for."""
-    entries = own_entries(about)
+    entries = about.own()
     rows = {row.name: row for row in (*record.layers, *record.embeddings)}
     for name in skipped:
         if name not in record.skipped:
@@ -278,12 +277,10 @@ def _unlike_record(record: Record, about: dict[str, Any], skipped: tuple[str, ..
             yield f"{name} is {where[0]}, and {where[1]}"
             continue
         row, entry = rows[name], entries[name]
-        bits = sum(8 * torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in entry["tensors"].values())
-        ranks = sum(part["rank"] for part in entry["parts"] if part["kind"] == "low_rank")
         for what, ours, theirs in (
-            ("shape", entry["shape"], list(row.shape)),
-            ("stored bits", bits, row.bits),
-            ("rank", ranks, row.rank),
+            ("shape", list(entry.shape), list(row.shape)),
+            ("stored bits", entry.stored_bits, row.bits),
+            ("rank", entry.parts.added_rank, row.rank),
         ):
             if ours != theirs:
                 yield f"{name}: {what} {ours}, and the record says {theirs}"

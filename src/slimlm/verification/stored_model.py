@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from slimlm.calibration.capture import sent_to
 from slimlm.core.errors import CheckpointError
+from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, StoredEntry
 from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import blocks_of, swap
 from slimlm.runtime.dense import widen_activations
@@ -36,9 +37,9 @@ class StoredModel:
     """as stored, by full name; of tied tensors one is enough"""
     release: Callable[[Iterable[Tensor]], Any]
     """drops the pages of those of these tensors that are views of a file"""
-    layers: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, LayerEntry] = field(default_factory=dict)
     """what a checkpoint's config says of compressed layers, by name"""
-    embeddings: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: Mapping[str, EmbeddingEntry] = field(default_factory=dict)
 
     def block(self, name: str, device: torch.device) -> nn.Module:
         """A block in float32, on the device."""
@@ -116,20 +117,19 @@ class StoredModel:
         inside = f"{prefix}." if prefix else ""
         blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.skeleton))
         owners: dict[str, CompressedEmbedding] = {}
-        for full, about in self.embeddings.items():
+        for full, entry in self.embeddings.items():
             if full.startswith(inside) and not full.startswith(blocks):
-                embedding = CompressedEmbedding(
-                    tuple(about["shape"]), about["parts"], self._own(full, about), torch.float32, factor=about["factor"]
-                )
+                own = self._own(full, entry)
+                embedding = CompressedEmbedding(entry.shape, entry.parts, own, torch.float32, factor=entry.factor)
                 swap(module, full.removeprefix(inside), embedding)
                 owners[full] = embedding
         for full, about in self.layers.items():
             if full.startswith(inside) and not full.startswith(blocks):
-                bias = self._tensor(f"{full}.bias").float() if about["bias"] else None
-                if "tied_to" in about:
-                    layer: CompressedLinear = TiedLinear(owners[about["tied_to"]], bias)
+                bias = self._tensor(f"{full}.bias").float() if about.bias else None
+                if about.tied_to is not None:
+                    layer: CompressedLinear = TiedLinear(owners[about.tied_to], bias)
                 else:
-                    layer = CompressedLinear(tuple(about["shape"]), about["parts"], self._own(full, about), bias)
+                    layer = CompressedLinear(about.shape, about.parts, self._own(full, about), bias)
                 swap(module, full.removeprefix(inside), layer)
 
     def _put_others(self, module: nn.Module, prefix: str) -> None:
@@ -149,8 +149,8 @@ class StoredModel:
         if lost := [full for own, full in missing.items() if own not in packed]:
             raise CheckpointError(f"{lost[0]} is missing: nothing is stored under that name")
 
-    def _own(self, full: str, about: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: self._tensor(f"{full}.{name}") for name in about["tensors"]}
+    def _own(self, full: str, entry: StoredEntry) -> dict[str, Tensor]:
+        return {name: self._tensor(f"{full}.{name}") for name in entry.tensors}
 
     def _tensor(self, full: str) -> Tensor:
         if full not in self.tensors:

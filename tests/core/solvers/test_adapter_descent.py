@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.parts import LowRank, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.adapter_descent import descend_adapter, descend_left, descend_right
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
-from slimlm.core.parts import LowRank, Plain, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import REFITS, AdapterBits, AdapterFormat, half, low_rank_part

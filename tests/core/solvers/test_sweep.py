@@ -7,7 +7,8 @@ from torch import Tensor
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Grid, GroupSize, scale_shape, spread
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Uniform
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.sweep import (

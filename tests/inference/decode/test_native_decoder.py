@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts import Plain
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
 from slimlm.inference.decode.native_decoder import NativeDecoder
 from slimlm.inference.decode.selection import decoder_for, disagrees
 from slimlm.inference.decode.structure import refuses
@@ -30,7 +31,7 @@ def packed(model: PreTrainedModel, precision: Any = "precise") -> PreTrainedMode
     own = copy.deepcopy(model)
     for name, layer in linears_of(own).items():
         assert isinstance(layer, nn.Linear)
-        own.set_submodule(name, CompressedLinear.from_parts((Plain(layer.weight.detach()),), layer.bias))
+        own.set_submodule(name, CompressedLinear.from_parts(Parts(Plain(layer.weight.detach())), layer.bias))
     use_kernels(own, precision)
     return own.eval()
 
@@ -244,8 +245,8 @@ def with_a_narrower_mlp(model: PreTrainedModel) -> None:
     """And nothing else of another size."""
     mlp: Any = model.get_submodule("model.layers.1.mlp")
     for name in ("gate_proj", "up_proj"):
-        setattr(mlp, name, CompressedLinear.from_parts((Plain(0.1 * torch.randn(40, 48)),), None))
-    mlp.down_proj = CompressedLinear.from_parts((Plain(0.1 * torch.randn(48, 40)),), None)
+        setattr(mlp, name, CompressedLinear.from_parts(Parts(Plain(0.1 * torch.randn(40, 48))), None))
+    mlp.down_proj = CompressedLinear.from_parts(Parts(Plain(0.1 * torch.randn(48, 40))), None)
     use_kernels(mlp, "precise")
 
 

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from slimlm.core.parts import Plain
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
 from slimlm.inference.decode import cuda_graph, selection
 from slimlm.inference.decode.cuda_graph import CudaGraphDecoder, capture
 from slimlm.inference.decode.selection import KEPT, disagrees
@@ -205,7 +206,7 @@ def compressed() -> PreTrainedModel:
     own = model.get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(own, nn.Linear)
     weight = own.weight.detach()
-    model.set_submodule("model.layers.1.mlp.up_proj", CompressedLinear.from_parts((Plain(weight),), None))
+    model.set_submodule("model.layers.1.mlp.up_proj", CompressedLinear.from_parts(Parts(Plain(weight)), None))
     return model
 
 

@@ -21,9 +21,16 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.decode import native_decoder
-from slimlm.runtime.backends.cpu import pack
+from slimlm.runtime.backends.cpu import pack, pack_sum
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 from slimlm.runtime.linear import CompressedLinear
@@ -52,8 +59,8 @@ def uniform(
 ) -> Uniform:
     """Codes of the whole range, the smallest included; `scaled` puts a factor on each input."""
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
-    input_scale = (torch.rand(shape[1]) + 0.5).half() if scaled else None
-    return Uniform(codes, random_scale(shape, group_size, dtype), bits, group_size, input_scale)
+    channel_scale = (torch.rand(shape[1]) + 0.5).half() if scaled else None
+    return Uniform(codes, random_scale(shape, group_size, dtype), bits, group_size, channel_scale)
 
 
 def codebook(shape: tuple[int, int], bits: int, group_size: grid.GroupSize, *, zero: bool = False) -> Codebook:
@@ -75,8 +82,17 @@ def layer(parts: Sequence[Part], bias: Tensor | None = None) -> PackedProducts:
 
 
 def several(layers: Sequence[Sequence[Part]], biases: Sequence[Tensor | None]) -> PackedProducts:
-    blobs = [pack(CompressedLinear.from_parts(tuple(parts), None).stored()) for parts in layers]
+    blobs = [packed_sum(parts) for parts in layers]
     return PackedProducts(blobs, biases, [parts[0].shape[0] for parts in layers], layers[0][0].shape[1])
+
+
+def packed_sum(parts: Sequence[Part]) -> Tensor:
+    """Kernels take more low-rank parts than a layer has slots."""
+    return pack_sum([(part.describe().kernel_layout(), part.tensors()) for part in parts], parts[0].shape)
+
+
+def dense_sum(parts: Sequence[Part]) -> Tensor:
+    return sum((part.dense() for part in parts[1:]), start=parts[0].dense())
 
 
 def assert_near(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, precision: Precision, about: object) -> None:
@@ -92,7 +108,7 @@ def assert_near(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, precisio
 
 def assert_law(parts: Sequence[Part], batches: Sequence[int], about: object = None, bias: Tensor | None = None) -> None:
     """The product of these parts at every batch size and both precisions."""
-    packed, weight = layer(parts, bias), dense_of(tuple(parts))
+    packed, weight = layer(parts, bias), dense_sum(parts)
     x = torch.randn(max(batches), weight.shape[1])
     expected = x.double() @ weight.double().T
     if bias is not None:
@@ -232,7 +248,7 @@ def test_what_is_unpacked_is_what_multiplies(precision: Precision) -> None:
         LowRank(codebook((3, 50), 4, 32), codebook((3, 172), 2, "per-channel")),
         LowRank(Plain(torch.randn(2, 50)), Plain(torch.randn(2, 172).half())),
     ]
-    blob = pack(CompressedLinear.from_parts(tuple(parts), None).stored())
+    blob = packed_sum(parts)
     matrices = [parts[0].dense()]
     for part in parts[1:]:
         assert isinstance(part, LowRank)
@@ -370,10 +386,10 @@ def test_all_variants_agree() -> None:
 
 def test_a_table_without_zero_under_a_mask_that_needs_one_is_refused() -> None:
     inner = codebook((16, 64), 3, "per-channel")
-    assert 0 not in inner.levels
+    assert 0 not in inner.values
     with pytest.raises(CheckpointError, match="without zero"):
         layer([pruned(inner, 0.5)])
-    module = CompressedLinear.from_parts((pruned(inner, 0.5),), None)
+    module = CompressedLinear.from_parts(Parts(pruned(inner, 0.5)), None)
     assert module.use_kernels("auto").refused is not None
     module(torch.randn(2, 64))
 
@@ -386,20 +402,20 @@ def test_more_than_two_of_four_under_the_name_of_two_of_four_are_refused() -> No
 
 def test_rows_that_keep_different_numbers_are_refused() -> None:
     keep = choose(torch.rand(16, 64), Pattern.parse("2:4"))
-    stored = CompressedLinear.from_parts((Pruned(uniform((16, 64), 4, "per-channel"), keep, "2:4"),), None).stored()
-    stored.tensors["weight_keep"] = stored.tensors["weight_keep"].clone()
-    stored.tensors["weight_keep"][3, :4] = 0
+    stored = CompressedLinear.from_parts(Parts(Pruned(uniform((16, 64), 4, "per-channel"), keep, "2:4")), None).stored()
+    stored.tensors["weight_mask"] = stored.tensors["weight_mask"].clone()
+    stored.tensors["weight_mask"][3, :4] = 0
     with pytest.raises(CheckpointError):
         pack(stored)
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "weight_keep", "weight_scale", "weight_input_scale", "extra1_left", "extra1_right_scale"]
+    "name", ["weight", "weight_mask", "weight_scale", "weight_channel_scale", "adapter_left", "adapter_right_scale"]
 )
 @pytest.mark.parametrize("change", ["short", "long"])
 def test_stored_tensors_of_other_sizes_are_refused(name: str, change: str) -> None:
     parts = (pruned(uniform((16, 64), 4, 32, scaled=True), "2:4"), low_rank((16, 64), 4, 4, 8))
-    stored = CompressedLinear.from_parts(parts, None).stored()
+    stored = CompressedLinear.from_parts(Parts(*parts), None).stored()
     right = stored.tensors[name]
     stored.tensors[name] = right[..., :-1] if change == "short" else torch.cat([right, right[..., :1]], dim=-1)
     with pytest.raises(CheckpointError):
@@ -407,8 +423,8 @@ def test_stored_tensors_of_other_sizes_are_refused(name: str, change: str) -> No
 
 
 def test_a_table_of_another_length_is_refused() -> None:
-    stored = CompressedLinear.from_parts((codebook((16, 64), 4, 32),), None).stored()
-    stored.tensors["weight_levels"] = stored.tensors["weight_levels"][:-1]
+    stored = CompressedLinear.from_parts(Parts(codebook((16, 64), 4, 32)), None).stored()
+    stored.tensors["weight_codebook"] = stored.tensors["weight_codebook"][:-1]
     with pytest.raises(CheckpointError):
         pack(stored)
 
@@ -428,7 +444,7 @@ HEADER, MATRIX_HEADER = 48, 192
 
 def small_blob() -> Tensor:
     parts = (pruned(uniform((20, 84), 4, 20, scaled=True), "2:4"), low_rank((20, 84), 3, 4, 6))
-    return pack(CompressedLinear.from_parts(parts, None).stored())
+    return pack(CompressedLinear.from_parts(Parts(*parts), None).stored())
 
 
 def aligned(content: Tensor) -> Tensor:

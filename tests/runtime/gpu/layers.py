@@ -5,7 +5,13 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.gpu import device
 from slimlm.runtime.linear import CompressedLinear
 
@@ -34,8 +40,8 @@ def codes(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed:
     generator = torch.Generator().manual_seed(seed)
     top = 2 ** (bits - 1)
     drawn = torch.randint(-top, top, shape, generator=generator, dtype=torch.int8)
-    input_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
-    return Uniform(drawn, scales(shape, group, seed), bits, group, input_scale)
+    channel_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
+    return Uniform(drawn, scales(shape, group, seed), bits, group, channel_scale)
 
 
 def table(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
@@ -88,11 +94,11 @@ def combinations(out: int = OUT, width: int = WIDTH) -> dict[str, tuple[Part, ..
 
 
 def layer(parts: tuple[Part, ...], *, bias: bool = True) -> CompressedLinear:
-    return CompressedLinear.from_parts(parts, draw(parts[0].shape[0], seed=8) if bias else None).to(WHERE)
+    return CompressedLinear.from_parts(Parts(*parts), draw(parts[0].shape[0], seed=8) if bias else None).to(WHERE)
 
 
 def exact(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
-    y = x.cpu().double() @ dense_of(parts).double().T
+    y = x.cpu().double() @ Parts(*parts).dense().double().T
     return y + draw(parts[0].shape[0], seed=8).double() if bias else y
 
 

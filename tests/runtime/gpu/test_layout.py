@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from slimlm.core.errors import CheckpointError, KernelError
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.dispatch import select_backend
@@ -20,7 +25,7 @@ SHAPE = (24, 48)
 
 
 def stored(*parts: Part) -> Stored:
-    return CompressedLinear.from_parts(parts, None).stored()
+    return CompressedLinear.from_parts(Parts(*parts), None).stored()
 
 
 @pytest.mark.parametrize(
@@ -43,12 +48,12 @@ def stored(*parts: Part) -> Stored:
     ],
 )
 def test_what_the_layout_does_not_hold_is_refused_in_words(parts: tuple[Part, ...], words: str) -> None:
-    reason = layout.unfit(stored(*parts).descriptions, SHAPE)
+    reason = layout.unfit(stored(*parts).entries, SHAPE)
     assert reason is not None and reason.startswith(words)
 
 
 def test_a_group_as_long_as_a_row_is_a_row() -> None:
-    assert layout.unfit(stored(pruned(codes((24, 44), 50))).descriptions, (24, 44)) is None
+    assert layout.unfit(stored(pruned(codes((24, 44), 50))).entries, (24, 44)) is None
 
 
 def test_ranks_that_fill_up_have_a_scale_of_zero() -> None:
@@ -61,7 +66,7 @@ def test_ranks_that_fill_up_have_a_scale_of_zero() -> None:
 @pytest.mark.parametrize(("height", "sparse", "dense"), [(2**20 - 64, True, True), (2**20, True, False), (2**21, False, False)])
 def test_addresses_are_counted_by_the_bits_that_a_weight_takes(height: int, sparse: bool, dense: bool) -> None:
     for fits, part in ((sparse, pruned(codes(SHAPE, "per-channel"))), (dense, codes(SHAPE, "per-channel"))):
-        reason = layout.unfit(stored(part).descriptions, (height, 2**14))
+        reason = layout.unfit(stored(part).entries, (height, 2**14))
         assert (reason is None) == fits
 
 

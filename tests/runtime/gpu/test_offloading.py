@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import slimlm
+from slimlm.core.parts.pack import Parts
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.backends.triton import Gpu, PreparedOnGpu
 from slimlm.runtime.embedding import TiedLinear
@@ -19,7 +20,7 @@ FAKE_GPU = torch.device("meta")
 
 def offloaded() -> tuple[CompressedLinear, dict[str, torch.Tensor]]:
     """A layer that multiplies on another device, and the equal tensors on the CPU."""
-    layer = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), draw(8))
+    layer = CompressedLinear.from_parts(Parts(pruned(codes((8, 16), 8))), draw(8))
     rest = layer.packed()
     there = layer.to(FAKE_GPU)
     there.selection()
@@ -36,9 +37,9 @@ def test_saving_reads_what_is_on_the_cpu() -> None:
 
 def test_what_is_offloaded_is_unpacked_where_the_layer_multiplies() -> None:
     _, rest = offloaded()
-    one = CompressedLinear.from_parts((pruned(codes((8, 16), 8)),), None)
-    stored = Stored((8, 16), one.descriptions, rest, None, compute_device=torch.device("cpu"))
-    assert torch.equal(stored.parts()[0].dense(), one.parts()[0].dense())
+    one = CompressedLinear.from_parts(Parts(pruned(codes((8, 16), 8))), None)
+    stored = Stored((8, 16), one.entries, rest, None, compute_device=torch.device("cpu"))
+    assert torch.equal(stored.parts().base.dense(), one.parts().base.dense())
 
 
 @pytest.mark.parametrize("change", ["half", "same place"])

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.gpu import layout, products, tiles
 from tests.runtime.gpu.layers import (
@@ -32,10 +37,10 @@ from tests.runtime.gpu.layers import (
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
 
 
-def without_input_scale(part: Part) -> Part:
+def without_channel_scale(part: Part) -> Part:
     """As the layout has it."""
     if isinstance(part, Pruned) and isinstance(part.inner, Uniform):
-        return replace(part, inner=replace(part.inner, input_scale=None))
+        return replace(part, inner=replace(part.inner, channel_scale=None))
     return part
 
 
@@ -67,7 +72,7 @@ def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, wid
 def test_ranks_that_fill_up_give_nothing_even_under_a_table_of_one_scale(left: Part) -> None:
     # A rank of the table's first level alone would come to more than float16 holds, and infinity times zero is NaN.
     right, size = table((5, WIDTH), "per-tensor", seed=6), 1000.0
-    assert abs(float(right.levels[0] * right.scale)) * WIDTH * size > 65504
+    assert abs(float(right.values[0] * right.scale)) * WIDTH * size > 65504
     parts = (codes((OUT, WIDTH), 128), LowRank(left, right))
     x = torch.full((2, WIDTH), size).half()
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[torch.float16]
@@ -86,7 +91,7 @@ def test_an_unpacked_weight_is_that_of_the_reference_to_the_bit(name: str, dtype
     base, *extras = combinations()[name]
     ready = Gpu().prepare(layer((base, *extras)).stored()).layer
     found = products.matrix(ready.base, dtype)
-    assert torch.equal(found.cpu(), without_input_scale(base).dense().to(dtype))
+    assert torch.equal(found.cpu(), without_channel_scale(base).dense().to(dtype))
     assert found.stride(0) % 64 == 0, "so that a thread stores 16 bytes at a time"
     for extra in extras:
         assert isinstance(extra, LowRank)
@@ -158,7 +163,7 @@ def test_gradients_are_those_of_the_dense_matrix(dtype: torch.dtype) -> None:
     x, weights = draw(3, WIDTH).to(WHERE, dtype).requires_grad_(), draw(3, OUT, seed=9)
     gpu.matmul(x, gpu.prepare(one.stored())).mul(weights.to(WHERE, dtype)).sum().backward()
     assert x.grad is not None and one.bias.grad is not None
-    assert error(x.grad, weights.double() @ dense_of(parts).double()) < ERRORS[dtype]
+    assert error(x.grad, weights.double() @ Parts(*parts).dense().double()) < ERRORS[dtype]
     assert error(one.bias.grad, weights.sum(dim=0).double()) < ERRORS[dtype]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from slimlm.core.parts import Part
+from slimlm.core.parts.base import Part
+from slimlm.core.parts.pack import Parts
 from slimlm.inference.decode.grouped import grouped_call
 from slimlm.runtime.backends.triton import Gpu, StackedLayers
 from slimlm.runtime.gpu import layout, stacking, tiles
@@ -157,25 +158,27 @@ def test_the_operation_is_well_behaved() -> None:
 )
 def test_layers_of_different_kinds_stay_apart_for_a_reason(others: tuple[Part, ...], words_: str) -> None:
     parts = ((pruned(codes((24, 48), "per-channel")),), others)
-    ready = [layout.lay_out(CompressedLinear.from_parts(own, None).stored()) for own in parts]
+    ready = [layout.lay_out(CompressedLinear.from_parts(Parts(*own), None).stored()) for own in parts]
     assert stacking.refuses(ready) == words_
 
 
 def test_second_factors_of_different_kinds_are_the_reason() -> None:
     base = pruned(codes((24, 48), "per-channel"))
     ready = [
-        layout.lay_out(CompressedLinear.from_parts((base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")
+        layout.lay_out(CompressedLinear.from_parts(Parts(base, adapter(k, 24, 48)), None).stored()) for k in ("groups", "mixed")
     ]
     assert stacking.refuses(ready) == "their second factors are of different kinds"
 
 
 def test_one_scale_and_scales_of_rows_are_one_kind() -> None:
     parts = [pruned(codes((24, 48), "per-channel")), pruned(codes((130, 48), "per-tensor"))]
-    own = stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts])
+    own = stacking.stack([layout.lay_out(CompressedLinear.from_parts(Parts(part), None).stored()) for part in parts])
     assert own.base.scale.shape == (64 + 192,) and own.step == 64 and own.rows == (slice(0, 24), slice(64, 194))
     assert own.members[:, 3].tolist() == [0, 64, 64, 64]
 
 
 def test_a_width_of_whole_tiles_lets_tiles_be_tall() -> None:
     parts = [pruned(codes((128, 48), "per-channel")), pruned(codes((256, 48), "per-channel"))]
-    assert stacking.stack([layout.lay_out(CompressedLinear.from_parts((part,), None).stored()) for part in parts]).step == 128
+    assert (
+        stacking.stack([layout.lay_out(CompressedLinear.from_parts(Parts(part), None).stored()) for part in parts]).step == 128
+    )

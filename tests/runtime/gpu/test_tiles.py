@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import KernelError
+from slimlm.core.parts.pack import Parts
 from slimlm.runtime.gpu import device, layout, products, tile_search, tiles
 from slimlm.runtime.gpu.layout import Packed
 from slimlm.runtime.gpu.tile_search import TRIED, Call, CountedWeight, Finding, Search, neighbours, search_tiles, weights_of
@@ -33,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def packed(out: int = 128, width: int = 256) -> Packed:
-    return layout.lay_out(CompressedLinear.from_parts((pruned(codes((out, width), "per-tensor")),), None).stored()).base
+    return layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((out, width), "per-tensor"))), None).stored()).base
 
 
 def test_what_was_written_is_read_and_used_on_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_every_kind_and_batch_has_its_key() -> None:
 
 @pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
 def test_the_fastest_tile_that_gives_the_same_result_is_found() -> None:
-    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 512), "per-tensor")),), None).to(WHERE).stored())
+    own = layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((64, 512), "per-tensor"))), None).to(WHERE).stored())
     kind, told = str(Kind.of(own.base, HALF)), []
 
     def clock(calls: Sequence[Call]) -> float:
@@ -114,7 +115,7 @@ def test_the_fastest_tile_that_gives_the_same_result_is_found() -> None:
 
 @pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
 def test_tiles_that_cannot_run_or_err_are_left_out_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = layout.lay_out(CompressedLinear.from_parts((pruned(codes((64, 256), "per-tensor")),), None).to(WHERE).stored())
+    own = layout.lay_out(CompressedLinear.from_parts(Parts(pruned(codes((64, 256), "per-tensor"))), None).to(WHERE).stored())
     plain = products.product
 
     def product(x: Tensor, *rest: object) -> Tensor:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from slimlm.core.grid import Grid, reciprocal, spread
-from slimlm.core.parts import Elementwise, LowRank, Uniform
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 

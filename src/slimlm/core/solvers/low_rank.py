@@ -12,7 +12,9 @@ from torch import Tensor
 
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import FP16_LARGEST, Grid, check_group_size, encode, scale_sets, scale_shape, storable
-from slimlm.core.parts import LowRank, Plain, Uniform
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.inverse import Inverse, inverse_of
@@ -126,9 +128,7 @@ def _swept_right(right: Tensor, inverse: Inverse, grid: Grid, form: AdapterForma
 
 
 def _uniform(index: Tensor, scale: Tensor, grid: Grid, form: AdapterFormat) -> Uniform:
-    part = part_of(index, scale, grid, form.group_size)
-    assert isinstance(part, Uniform)
-    return part
+    return as_uniform(part_of(index, scale, grid, form.group_size))
 
 
 @profiled("adapter rounding")

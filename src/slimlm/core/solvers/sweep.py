@@ -23,7 +23,9 @@ from torch import Tensor
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Grid, GroupSize, reciprocal, scale_sets, scale_shape, spread, storable
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Codebook, Elementwise, Uniform
+from slimlm.core.parts.codebook import Codebook
+from slimlm.core.parts.elementwise import Elementwise
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers.inverse import Inverse
 from slimlm.core.solvers.scale_search import distribution, nearby_scale, signed_scale

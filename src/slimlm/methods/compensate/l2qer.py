@@ -35,7 +35,7 @@ class L2qer:
         form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
         peak = measured(stats.peak_mean_abs).to(layer.original).clamp_min(1e-4)
         scale = peak / (peak.min() * peak.max()).sqrt()
-        # Against the original, not the target: a repair that is there already will be replaced, so it does not count.
-        error = layer.damage * layer.keep if self.only_rounding and layer.keep is not None else layer.damage
+        # The residual counts no adapter that is there already: it will be replaced.
+        error = layer.residual * layer.mask if self.only_rounding and layer.mask is not None else layer.residual
         part = low_rank_part(error, scale.square(), form)
-        return layer if part is None else layer.repair(part)
+        return layer if part is None else layer.with_adapter(part)

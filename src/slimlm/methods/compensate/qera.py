@@ -34,5 +34,5 @@ class Qera:
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
         form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        part = low_rank_part(layer.damage, gram, form)
-        return layer if part is None else layer.repair(part).note(*notes)
+        part = low_rank_part(layer.residual, gram, form)
+        return layer if part is None else layer.with_adapter(part).with_notes(*notes)

@@ -45,8 +45,8 @@ class SlimLora:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        part = low_rank_part(layer.damage, self.energy(stats).to(layer.original), form)
-        return layer if part is None else layer.repair(part)
+        part = low_rank_part(layer.residual, self.energy(stats).to(layer.original), form)
+        return layer if part is None else layer.with_adapter(part)
 
     def energy(self, stats: Stats) -> Tensor:
         """The weights x^2 `[in]` of the norm."""

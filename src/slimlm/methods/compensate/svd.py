@@ -31,5 +31,5 @@ class Svd:
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
         form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        part = low_rank_part(layer.damage, torch.ones_like(layer.original[0]), form)
-        return layer if part is None else layer.repair(part)
+        part = low_rank_part(layer.residual, torch.ones_like(layer.original[0]), form)
+        return layer if part is None else layer.with_adapter(part)

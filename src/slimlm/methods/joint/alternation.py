@@ -40,7 +40,7 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Grid
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank
+from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.adapter_descent import descend_adapter
@@ -119,13 +119,13 @@ class Alternation:
             lacking = stats.drift
             if lacking is None:
                 lacking = layer.original @ (measured(stats.cross).to(layer.original) - gram)
-            layer = replace(layer, goal=_goal(layer.original, gram, lacking.to(layer.original), self.follow, stats.known))
+            layer = replace(layer, reference=_goal(layer.original, gram, lacking.to(layer.original), self.follow, stats.known))
         if self.norm == "diagonal":
             gram = torch.diag(gram.diagonal())
         search = _Search(self, layer, gram, stats.known if self.norm == "full" else {})
         search.run()
         inverse = search.inverse or search.natural
-        return search.decided(layer).note(*notes, *(() if inverse is None else inverse.notes))
+        return search.decided(layer).with_notes(*notes, *(() if inverse is None else inverse.notes))
 
 
 @profiled("reference")
@@ -151,8 +151,8 @@ class _Search:
         assert options.rank != "auto", "the plan gives every layer its rank before the layer is reached"
         self.options, self.gram = options, gram
         self.energy = gram if options.norm == "full" else gram.diagonal()
-        self.aim = layer.aim
-        self.given = layer.keep
+        self.reference = layer.reference if layer.outliers is None else layer.reference - layer.outliers.dense()
+        self.given = layer.mask
         self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
         self.levels = None if options.bits == 16 else Grid.of_bits(options.bits)
         self.order = order_of(gram.diagonal(), group_size=options.group_size, pattern=self.pattern)
@@ -207,9 +207,9 @@ class _Search:
             last = self.best[0]
             self.base = self._polish()
             assert self.adapter is not None
-            damage = self.aim - self.base.value
-            self.adapter = descend_adapter(damage, self.gram, self.adapter)
-            error = self._measured(damage - self.adapter.dense())
+            residual = self.reference - self.base.value
+            self.adapter = descend_adapter(residual, self.gram, self.adapter)
+            error = self._measured(residual - self.adapter.dense())
             if last - error <= _SETTLED * self.options.patience * last:
                 break
 
@@ -218,12 +218,14 @@ class _Search:
         assert self.best is not None
         _, base, adapter = self.best
         if base.mask is not None and self.given is None:
-            layer = layer.prune(base.mask, str(self.options.pattern))
-        layer = replace(layer, extras=() if adapter is None else (adapter,))
-        return layer.move(base.value) if base.grid is None else layer.encode(base.part(self.options.group_size))
+            layer = layer.with_mask(base.mask, str(self.options.pattern))
+        layer = replace(layer, adapter=adapter)
+        if base.grid is None:
+            return layer.with_updated_weight(base.value)
+        return layer.with_base(base.part(self.options.group_size))
 
     def _target(self) -> Tensor:
-        return self.aim if self.adapter is None else self.aim - self.adapter.dense()
+        return self.reference if self.adapter is None else self.reference - self.adapter.dense()
 
     def _sweep(self, number: int) -> Swept:
         target, options = self._target(), self.options
@@ -273,7 +275,7 @@ class _Search:
     def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
         """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
         assert self.base is not None
-        damage = self.aim - self.base.value
+        damage = self.reference - self.base.value
         start = None if self.adapter is None else torch.linalg.qr(self.adapter.left.dense().T).Q
         self.adapter = low_rank_part(damage, self.energy, form, start=start, inverse=self.natural)
         left = damage if self.adapter is None else damage - self.adapter.dense()

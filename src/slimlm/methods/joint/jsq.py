@@ -36,7 +36,7 @@ from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Jsq:
             raise RecipeError(f"clip = {self.clip}: give the share of a statistic to cap, from 0 up to but not including 1")
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        target = layer.target
+        target = layer.masked_reference
         keep = choose(self.score(target, stats), Pattern.parse(self.pattern))
         kept = target * keep
         peak = capped(measured(stats.peak_abs).to(target), self.clip)
@@ -74,7 +74,7 @@ class Jsq:
         scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group_size)))
         codes = grid.encode(smooth, scale, bits=self.bits, group_size=self.group_size)
         code = Uniform(codes, scale, self.bits, self.group_size, inverse)
-        return layer.prune(keep, str(self.pattern)).encode(code)
+        return layer.with_mask(keep, str(self.pattern)).with_base(code)
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """What each weight `[out, in]` is worth: the larger stays."""

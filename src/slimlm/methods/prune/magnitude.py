@@ -23,4 +23,4 @@ class Magnitude:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        return layer.prune(choose(layer.working.abs(), Pattern.parse(self.pattern)), str(self.pattern))
+        return layer.with_mask(choose(layer.base_weight.abs(), Pattern.parse(self.pattern)), str(self.pattern))

@@ -37,6 +37,8 @@ class SparseGpt:
         energy = gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram))
         order = order_of(energy, group_size="per-channel", pattern=pattern)
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
-        swept = unrounded_sweep(layer.working, inverse, order, pattern=pattern)
+        swept = unrounded_sweep(layer.base_weight, inverse, order, pattern=pattern)
         assert swept.mask is not None
-        return layer.prune(swept.mask, str(self.pattern)).move(swept.value).note(*notes, *inverse.notes)
+        return (
+            layer.with_mask(swept.mask, str(self.pattern)).with_updated_weight(swept.value).with_notes(*notes, *inverse.notes)
+        )

@@ -27,5 +27,5 @@ class Wanda:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         norm = measured(stats.mean_square).to(layer.original).sqrt()
-        weight = layer.original if self.score == "original" else layer.working
-        return layer.prune(choose(weight.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))
+        weight = layer.original if self.score == "original" else layer.base_weight
+        return layer.with_mask(choose(weight.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))

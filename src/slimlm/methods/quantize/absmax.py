@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from slimlm.core import grid
 from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class AbsMax:
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        target = layer.target
+        target = layer.masked_reference
         sets = grid.scale_sets(target, self.group_size)
         scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group_size)))
         codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
-        return layer.encode(Uniform(codes, scale, self.bits, self.group_size))
+        return layer.with_base(Uniform(codes, scale, self.bits, self.group_size))

@@ -40,5 +40,5 @@ class Gptq:
             gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group_size=self.group_size, pattern=None
         )
         inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
-        swept = rounded_sweep(layer.whole, inverse, order, grid=grid.Grid.of_bits(self.bits), mask=layer.keep)
-        return layer.encode(swept.part(self.group_size)).note(*notes, *inverse.notes)
+        swept = rounded_sweep(layer.base_reference, inverse, order, grid=grid.Grid.of_bits(self.bits), mask=layer.mask)
+        return layer.with_base(swept.part(self.group_size)).with_notes(*notes, *inverse.notes)

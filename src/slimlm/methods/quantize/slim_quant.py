@@ -30,7 +30,7 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
 
 
@@ -61,11 +61,11 @@ class SlimQuant:
         return Need.MEAN_SQUARE if self.weigh == "energy" else Need.NOTHING
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        target = layer.target
+        target = layer.masked_reference
         energy = measured(stats.mean_square).to(target) if self.weigh == "energy" else None
         scale = grid.storable(self.scale_of(target, energy))
         codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
-        return layer.encode(Uniform(codes, scale, self.bits, self.group_size))
+        return layer.with_base(Uniform(codes, scale, self.bits, self.group_size))
 
     def scale_of(self, weight: Tensor, energy: Tensor | None = None) -> Tensor:
         """Scales `[rows, groups]` for a weight `[out, in]`, its errors weighed by `energy` `[in]` where that is given."""

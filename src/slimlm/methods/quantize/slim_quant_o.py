@@ -15,7 +15,7 @@ import torch
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.parts import Uniform
+from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
 
 
@@ -37,7 +37,7 @@ class SlimQuantO:
             )
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        target = layer.target
+        target = layer.masked_reference
         scale = grid.storable(search_scales(target, bits=self.bits, group_size="per-tensor"))
         saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
         count = max(1, int(self.salient * target.shape[1]))
@@ -45,4 +45,4 @@ class SlimQuantO:
         inverse[saliency.topk(count).indices] = 1 / self.boost
         # The stored inverse, not the boost itself, so that file and codes agree where 1 / boost is not exact in float16.
         codes = grid.encode(target / inverse.float(), scale, bits=self.bits, group_size="per-tensor")
-        return layer.encode(Uniform(codes, scale, self.bits, "per-tensor", inverse))
+        return layer.with_base(Uniform(codes, scale, self.bits, "per-tensor", inverse))

@@ -1,6 +1,5 @@
 """Backends, which multiply by a sum of parts. The reference takes every layer; faster ones give a reason where they do not."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -8,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimlm.core.parts import Description, Part, unpack_parts
+from slimlm.core.parts.pack import PartEntries, Parts
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Stored:
 
     shape: tuple[int, int]
     """out, in"""
-    descriptions: Sequence[Description]
+    entries: PartEntries
     tensors: dict[str, Tensor]
     bias: Tensor | None
     blob: Tensor | None = None
@@ -30,10 +29,10 @@ class Stored:
         """The device on which the layer multiplies."""
         return self.compute_device or next(iter(self.tensors.values())).device
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """The parts, unpacked, on the device on which the layer multiplies."""
         there = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-        return unpack_parts(list(self.descriptions), there, self.shape)
+        return self.entries.from_stored(there, self.shape)
 
 
 class Backend(Protocol):

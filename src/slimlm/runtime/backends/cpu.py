@@ -5,7 +5,7 @@ become integers inside, with one scale for 128 of them: 8 bits in "fast", 16 bit
 rounding the activations to bfloat16 would. Gradients flow to the activations and the bias; the parts are frozen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,15 @@ from torch import Tensor
 from slimlm.core import bits as bitstream
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
-from slimlm.core.parts import Description, dense_of, under
+from slimlm.core.mask import Pattern
+from slimlm.core.parts.base import fitting, under
+from slimlm.core.parts.kernel_layout import KernelLayout, MatrixLayout, ProductLayout, Refusal
+from slimlm.core.parts.pack import PartEntries, tensors_of
 from slimlm.runtime.backends import Stored
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.cpu.bindings import Matrix, PackedProducts, Precision
 
-_MOST_ADAPTERS = 8
+_TWO_OF_FOUR = Pattern.parse("2:4")
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Cpu:
             return f"there are no CPU kernels: {native.status().reason}"
         if stored.device.type != "cpu":
             return f"the layer is on {stored.device}, and these kernels run on the CPU"
-        return unfit(stored.descriptions) or _lacks_zero(stored)
+        return unfit(stored.entries) or _lacks_zero(stored)
 
     def prepare(self, stored: Stored) -> PreparedOnCpu:
         """Pack a layer, unless that was done earlier.
@@ -74,93 +77,108 @@ class Cpu:
         return prepared.packed(x, self.precision)[0]
 
 
-def unfit(descriptions: Sequence[Description]) -> str | None:
+def unfit(entries: PartEntries) -> str | None:
     """Why the layout does not hold parts that are so described, in words; None: it does."""
-    if len(descriptions) > 1 + _MOST_ADAPTERS:
-        return f"it has {len(descriptions) - 1} low-rank parts; the kernels take {_MOST_ADAPTERS}"
-    base, *extras = descriptions
-    wrong = [about["kind"] for about in extras if about["kind"] != "low_rank"]
-    if wrong:
-        return f"the kernels add low-rank parts to a base, not a {wrong[0]} part"
-    own = base["inner"] if base["kind"] == "pruned" else base
-    if base["kind"] == "low_rank":
-        return "its first part is of low rank; the kernels want a base there"
-    if base["kind"] == "pruned" and own["kind"] == "plain":
+    base = entries.base.kernel_layout()
+    if isinstance(base, ProductLayout):
+        return "its base is of low rank; the kernels want a matrix there"
+    factors: list[MatrixLayout] = []
+    for entry in entries.added:
+        layout = entry.kernel_layout()
+        if isinstance(layout, Refusal):
+            return layout.reason
+        if not isinstance(layout, ProductLayout):
+            return f"the kernels add low-rank parts to a base, not a {entry.kind} part"
+        factors += [layout.left, layout.right]
+    if isinstance(base, Refusal):
+        return base.reason
+    if base.mask is not None and base.elements == "floats":
         return "its base is pruned but not quantized; the kernels take pruned weights of 2 to 8 bits"
-    sides = [about[side] for about in extras for side in ("left", "right")]
-    return next((reason for about in (own, *sides) if (reason := _unfit(about))), None)
+    return next((reason for layout in (base, *factors) if (reason := _unfit(layout))), None)
 
 
-def _unfit(about: Description) -> str | None:
-    if about["kind"] not in ("uniform", "codebook", "plain"):
-        return f"the kernels do not know {about['kind']} parts"
-    if about["kind"] == "codebook" and about["bits"] > 4:
-        return f"its table of levels has {about['bits']} bits; the kernels take tables of up to 4"
-    if about["kind"] == "plain" and about["dtype"] not in ("float32", "float16", "bfloat16"):
-        return f"its values are {about['dtype']}; the kernels take float32, float16 and bfloat16"
+def _unfit(layout: MatrixLayout) -> str | None:
+    if layout.elements == "indices" and layout.bits > 4:
+        return f"its codebook has {layout.bits} bits; the kernels take codebooks of up to 4"
+    if layout.elements == "floats" and layout.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its values are {str(layout.dtype).removeprefix('torch.')}; the kernels take float32, float16 and bfloat16"
     return None
 
 
 def _lacks_zero(stored: Stored) -> str | None:
-    """A table of levels under a mask, in the layout without places, where no code can stand for what is left out."""
-    base = stored.descriptions[0]
-    if base["kind"] != "pruned" or base["inner"]["kind"] != "codebook" or _two_of_four(base, stored.shape[1]):
+    """A codebook under a mask, in the layout without places, where no code can stand for what is left out."""
+    base = stored.entries.base.kernel_layout()
+    if not isinstance(base, MatrixLayout) or base.mask is None or base.elements != "indices":
         return None
-    if (stored.tensors["weight_levels"] == 0).any():
+    if _two_of_four(base, stored.shape[1]) or (tensors_of("base", stored.tensors)["codebook"] == 0).any():
         return None
-    return f"its table of levels has no zero for what its mask ({base['pattern']}) leaves out"
+    return f"its codebook has no zero for what its mask ({base.mask}) leaves out"
 
 
-def _two_of_four(about: Description, width: int) -> bool:
-    """Whether a pruned part is laid out as 2:4. Groups that would tear a four apart are laid out as zeros in full."""
-    group = about["inner"]["group_size"]
-    return about["pattern"] == "2:4" and (not isinstance(group, int) or group >= width or group % 4 == 0)
+def _two_of_four(layout: MatrixLayout, width: int) -> bool:
+    """Whether a masked matrix is laid out as 2:4. Groups that would tear a four apart are laid out as zeros in full."""
+    size = layout.group_size
+    return layout.mask == _TWO_OF_FOUR and (not isinstance(size, int) or size >= width or size % 4 == 0)
 
 
 def pack(stored: Stored) -> Tensor:
-    """A layer's bytes in the kernels' layout, uint8 `[size]`."""
-    base, *extras = stored.descriptions
+    """The layer's bytes in the kernels' layout, uint8 `[size]`."""
+    filled = stored.entries.filled()
+    return pack_sum([(entry.kernel_layout(), tensors_of(slot, stored.tensors)) for slot, entry in filled], stored.shape)
+
+
+def pack_sum(parts: Sequence[tuple[KernelLayout | Refusal, dict[str, Tensor]]], shape: tuple[int, int]) -> Tensor:
+    """The bytes, uint8 `[size]`, of a base and up to eight low-rank parts `[out, in]`: layouts and stored tensors by suffix."""
     # The matrices hold addresses only; this list keeps alive what lies there.
     alive: list[Tensor] = []
-    matrices = [_matrix(base, under("weight", stored.tensors), stored.shape, False, alive)]
-    for number, about in enumerate(extras, start=1):
-        tensors = under(f"extra{number}", stored.tensors)
-        for side, width in (("right", stored.shape[1]), ("left", stored.shape[0])):
-            shape = about["rank"], width
-            matrices.append(_matrix(about[side], under(side, tensors), shape, side == "left", alive))
+    matrices = []
+    for part, tensors in parts:
+        for name, layout, sizes in _matrices(part, shape):
+            own = under(name, tensors) if name else tensors
+            matrices.append(_matrix(layout, own, sizes, name == "left", alive))
     return bindings.pack(matrices)
 
 
+def _matrices(layout: KernelLayout | Refusal, shape: tuple[int, int]) -> Iterator[tuple[str, MatrixLayout, tuple[int, int]]]:
+    """Of a part `[out, in]`: what its matrices' tensors begin with, their layouts and shapes, in the order of the bindings."""
+    if isinstance(layout, Refusal):
+        raise CheckpointError(f"a layer that the kernels do not take was to be packed for them: {layout.reason}")
+    if isinstance(layout, MatrixLayout):
+        yield "", layout, shape
+    else:
+        yield "right", layout.right, (layout.rank, shape[1])
+        yield "left", layout.left, (layout.rank, shape[0])
+
+
 def _matrix(
-    about: Description, tensors: dict[str, Tensor], shape: tuple[int, int], transposed: bool, alive: list[Tensor]
+    layout: MatrixLayout, tensors: dict[str, Tensor], shape: tuple[int, int], transposed: bool, alive: list[Tensor]
 ) -> Matrix:
     def address(name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None) -> Any:
         tensor = tensors[name].contiguous()
-        if size is not None and tuple(tensor.shape) != size:
-            raise CheckpointError(f"a stored {name} has the shape {list(tensor.shape)}; this layer's is {list(size)}")
+        if size is not None:
+            fitting(name, tensor, size)
         alive.append(tensor if dtype is None else tensor.to(dtype))
         return alive[-1].data_ptr()
 
-    inner = about["inner"] if about["kind"] == "pruned" else about
     found = Matrix(rows=shape[0], columns=shape[1], transposed=int(transposed), values=address(""))
     found.values_bytes = alive[-1].numel() * alive[-1].element_size()
-    if inner["kind"] == "plain":
-        found.type = bindings.float_type(getattr(torch, inner["dtype"]))
+    if layout.dtype is not None:
+        found.type = bindings.float_type(layout.dtype)
         return found
     scale = tensors["scale"]
-    found.bits = inner["bits"]
+    found.bits = layout.bits
     found.scale_type = bindings.float_type(scale.dtype if scale.dtype == torch.float16 else torch.float32)
-    sizes = grid.scale_shape(shape, inner["group_size"])
+    sizes = grid.scale_shape(shape, layout.group_size)
     found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32, sizes)
     found.scale_rows, found.scale_columns = sizes
-    found.group = inner["group_size"] if isinstance(inner["group_size"], int) else 0
-    if inner["kind"] == "codebook":
-        found.levels = address("levels", torch.float16, (2 ** inner["bits"],))
-    if inner.get("input_scale"):
-        found.input_scale = address("input_scale", torch.float16, (shape[1],))
-    if about["kind"] == "pruned":
-        found.keep = address("keep", torch.uint8, (shape[0], bitstream.packed_bytes(shape[1], 1)))
-        found.two_of_four = int(_two_of_four(about, shape[1]))
+    found.group = layout.group_size if isinstance(layout.group_size, int) else 0
+    if layout.elements == "indices":
+        found.levels = address("codebook", torch.float16, (2**layout.bits,))
+    if layout.channel_scale:
+        found.input_scale = address("channel_scale", torch.float16, (shape[1],))
+    if layout.mask is not None:
+        found.keep = address("mask", torch.uint8, (shape[0], bitstream.packed_bytes(shape[1], 1)))
+        found.two_of_four = int(_two_of_four(layout, shape[1]))
     return found
 
 
@@ -181,7 +199,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [gradient] = gradients
-        weight = dense_of(ctx.prepared.stored.parts()) if ctx.needs_input_grad[0] else None
+        weight = ctx.prepared.stored.parts().dense() if ctx.needs_input_grad[0] else None
         to_x = None if weight is None else (gradient.float() @ weight).to(gradient.dtype)
         to_bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None, None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimlm.core.parts import dense_of
 from slimlm.runtime.backends import Stored
 
 
@@ -25,7 +24,7 @@ class DenseWeight:
         """Make weight and bias again from the parts, where x `[..., in]` has another dtype or device."""
         if self.weight.dtype == x.dtype and self.weight.device == x.device:
             return
-        self.weight = dense_of(self.stored.parts()).to(x)
+        self.weight = self.stored.parts().dense().to(x)
         self.bias = None if self.stored.bias is None else self.stored.bias.to(x)
 
 
@@ -41,7 +40,7 @@ class Reference:
 
     def prepare(self, stored: Stored) -> DenseWeight:
         """The sum of the parts `[out, in]`, added in float32."""
-        return DenseWeight(dense_of(stored.parts()), None if stored.bias is None else stored.bias.float(), stored)
+        return DenseWeight(stored.parts().dense(), None if stored.bias is None else stored.bias.float(), stored)
 
     def matmul(self, x: Tensor, prepared: DenseWeight) -> Tensor:
         """x W^T + bias `[..., out]` for x `[..., in]`."""

@@ -43,7 +43,7 @@ class Gpu:
 
         They need Triton and a GPU that it can use, and layers that are on this GPU and fit the layout.
         """
-        return device.refuses(stored.device) or layout.unfit(stored.descriptions, stored.shape)
+        return device.refuses(stored.device) or layout.unfit(stored.entries, stored.shape)
 
     def prepare(self, stored: Stored) -> PreparedOnGpu:
         """Pack a layer on the device where its tensors are.
@@ -63,8 +63,8 @@ class Gpu:
         second = None
         if layer.tail is not None and layer.right is not None:
             second = _second_factor(_times_right(x, layer.right, layer.counters), layer.tail)
-        if layer.input_scale is not None:
-            x = x * layer.input_scale.to(x.dtype)
+        if layer.channel_scale is not None:
+            x = x * layer.channel_scale.to(x.dtype)
         return products.product(x, layer.base, layer.counters, bias=prepared.bias, second=second)
 
 

@@ -17,7 +17,6 @@ Rows are padded with zeros to multiples of 64, inputs to whole blocks, ranks to 
 Layers that share their input can be stacked into one weight (stacking.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -26,7 +25,9 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import CheckpointError
-from slimlm.core.parts import Codebook, Description, Elementwise, LowRank, Plain, Pruned, Uniform
+from slimlm.core.mask import Pattern
+from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand, ProductLayout, ProductOperand, Refusal
+from slimlm.core.parts.pack import PartEntries
 from slimlm.runtime.backends import Stored
 
 ROWS = 64
@@ -35,6 +36,7 @@ SPARSE_BLOCK, DENSE_BLOCK = 256, 128
 """Inputs of which scales lie together; a 2:4 weight's words come in blocks of 256, others' in blocks of 64."""
 LARGEST_CODE = 4
 """Bits of the largest code that a nibble holds."""
+_TWO_OF_FOUR = Pattern.parse("2:4")
 MOST_TILES = 4
 """Tiles of tokens in the largest launch; for more tokens than these hold the weight is unpacked (tiles.py)."""
 
@@ -148,7 +150,7 @@ class GpuLayer:
     right: Packed | Values | None
     """an adapter's first factor: packed, with as many rows as the tail has ranks, or values"""
     tail: Tail | None
-    input_scale: Tensor | None
+    channel_scale: Tensor | None
     """`[in]`"""
     counters: Tensor
     """int32 zeros, one for each tile of the largest launch; they are zero again after every launch"""
@@ -162,67 +164,70 @@ class GpuLayer:
         return sizes + (0 if values is None else values.numel() * values.element_size())
 
 
-def unfit(descriptions: Sequence[Description], shape: tuple[int, int]) -> str | None:
-    """Why the layout does not hold parts that are so described, in words; None: it does."""
-    base, *extras = descriptions
-    if len(extras) > 1:
-        return f"it has {len(extras)} parts beside its base; the GPU kernels take one low-rank part"
-    if extras and extras[0]["kind"] != "low_rank":
-        return f"the GPU kernels add a low-rank part to a base, not a {extras[0]['kind']} part"
-    own = base["inner"] if base["kind"] == "pruned" else base
-    if own["kind"] not in ("uniform", "codebook"):
-        return f"its base is {own['kind']}; the GPU kernels take codes of up to {LARGEST_CODE} bits"
-    if base["kind"] == "pruned" and base["pattern"] != "2:4" and own["kind"] == "codebook":
-        return f"a table of levels under the mask {base['pattern']}; the GPU kernels take tables under 2:4 or no mask"
-    sparse = _two_of_four(base)
+def unfit(entries: PartEntries, shape: tuple[int, int]) -> str | None:
+    """Why the layout does not hold a layer `[out, in]` of parts that are so described, in words; None: it does."""
+    base, added = entries.base.kernel_layout(), entries.added
+    if len(added) > 1:
+        return f"it has {len(added)} parts beside its base; the GPU kernels take one low-rank part"
+    adapter = added[0].kernel_layout() if added else None
+    for layout in (base, adapter):
+        if isinstance(layout, Refusal):
+            return layout.reason
+    if isinstance(adapter, MatrixLayout):
+        return f"the GPU kernels add a low-rank part to a base, not a {added[0].kind} part"
+    if not isinstance(base, MatrixLayout) or base.elements == "floats":
+        return f"its base is {entries.base.kind}; the GPU kernels take codes of up to {LARGEST_CODE} bits"
+    sparse = base.mask == _TWO_OF_FOUR
+    if base.mask is not None and not sparse and base.elements == "indices":
+        return f"a codebook under the mask {base.mask}; the GPU kernels take codebooks under 2:4 or no mask"
     if sparse and shape[1] % 4:
         return f"2:4 of {shape[1]} inputs, which are no multiple of 4"
-    if (reason := _unfit(own, 32 if sparse else 8, shape[1])) is not None:
+    if (reason := _unfit(base, 32 if sparse else 8, shape[1])) is not None:
         return reason
-    for about in extras:
-        for side, along in (("right", 8), ("left", None)):
-            factor = about[side]
-            if factor.get("input_scale"):
-                return "a factor of its adapter has scales of inputs"
-            if factor["kind"] == "plain":
-                if factor["dtype"] not in ("float16", "bfloat16", "float32"):
-                    return f"its adapter is {factor['dtype']}; the GPU kernels take float16, bfloat16 and float32"
-            elif (reason := _unfit(factor, along, shape[1])) is not None:
-                return f"its adapter: {reason}"
+    if isinstance(adapter, ProductLayout) and (reason := _unfit_adapter(adapter, shape[1])) is not None:
+        return reason
     words = _up(shape[1], SPARSE_BLOCK) * _up(shape[0], ROWS) * (3 if sparse else 4) // 32
     if words >= 2**31:
         return f"{shape[0]} x {shape[1]} weights are more than the kernels' 32-bit addresses reach"
     return None
 
 
-def _unfit(about: Description, multiple: int | None, width: int) -> str | None:
-    if about["kind"] not in ("uniform", "codebook"):
-        return f"the GPU kernels do not know {about['kind']} parts"
-    if about["bits"] > LARGEST_CODE:
-        return f"codes of {about['bits']} bits; the GPU kernels take up to {LARGEST_CODE}"
-    group = about["group_size"]
-    if multiple is not None and isinstance(group, int) and group < width and group % multiple:
-        return f"groups of {group} inputs; the GPU kernels take multiples of {multiple} there"
+def _unfit_adapter(adapter: ProductLayout, width: int) -> str | None:
+    for factor, along in ((adapter.right, 8), (adapter.left, None)):
+        if factor.channel_scale:
+            return "a factor of its adapter has scales of inputs"
+        if factor.elements == "floats":
+            if factor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+                return f"its adapter is {_name(factor.dtype)}; the GPU kernels take float16, bfloat16 and float32"
+        elif (reason := _unfit(factor, along, width)) is not None:
+            return f"its adapter: {reason}"
     return None
+
+
+def _unfit(layout: MatrixLayout, multiple: int | None, width: int) -> str | None:
+    if layout.bits > LARGEST_CODE:
+        return f"codes of {layout.bits} bits; the GPU kernels take up to {LARGEST_CODE}"
+    size = layout.group_size
+    if multiple is not None and isinstance(size, int) and size < width and size % multiple:
+        return f"groups of {size} inputs; the GPU kernels take multiples of {multiple} there"
+    return None
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def lay_out(stored: Stored) -> GpuLayer:
     """Pack a layer that `unfit` has no word against, where its tensors lie; raises CheckpointError for damaged ones."""
-    base, *extras = stored.parts()
-    input_scale = None
-    inner = base.inner if isinstance(base, Pruned) else base
-    if isinstance(inner, Uniform):
-        input_scale = inner.input_scale
-    if isinstance(base, Pruned) and base.pattern == "2:4":
-        packed = _sparse(base)
-    else:
-        packed = _dense(_coded(inner), base.keep if isinstance(base, Pruned) else None)
+    base, *added = (part.kernel_operand() for part in stored.parts())
+    assert isinstance(base, MatrixOperand), "the GPU kernels do not take this layer"
+    packed = _sparse(base) if base.layout.mask == _TWO_OF_FOUR else _dense(base)
     right, tail = None, None
-    if extras and isinstance(extra := extras[0], LowRank) and extra.rank:
-        right, tail = _right(extra.right), _tail(extra.left)
+    if added and isinstance(adapter := added[0], ProductOperand) and len(adapter.left.elements):
+        right, tail = _right(adapter.right), _tail(adapter.left)
     tallest = max(padded_rows(packed), padded_rows(right) if isinstance(right, Packed) else 0)
     counters = torch.zeros(MOST_TILES * tallest // ROWS, dtype=torch.int32, device=stored.device)
-    return GpuLayer(packed, right, tail, input_scale, counters)
+    return GpuLayer(packed, right, tail, base.channel_scale, counters)
 
 
 def padded_rows(packed: Packed) -> int:
@@ -230,28 +235,25 @@ def padded_rows(packed: Packed) -> int:
     return packed.words.shape[-2]
 
 
-def _two_of_four(about: Description) -> bool:
-    return about["kind"] == "pruned" and about["pattern"] == "2:4"
-
-
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _coded(part: object) -> Uniform | Codebook:
-    assert isinstance(part, Uniform | Codebook)
-    return part
-
-
-def _nibbles(part: Uniform | Codebook) -> Tensor:
+def _nibbles(operand: MatrixOperand) -> Tensor:
     """The codes `[rows, width]` as unsigned nibbles, uint8."""
-    return part.index if isinstance(part, Codebook) else part.codes.view(torch.uint8) & 15
+    codes = operand.elements
+    return codes if operand.layout.elements == "indices" else codes.view(torch.uint8) & 15
 
 
-def _levels(part: Uniform | Codebook) -> Tensor | None:
-    if isinstance(part, Uniform):
+def _codebook(operand: MatrixOperand) -> Tensor | None:
+    if operand.codebook is None:
         return None
-    return torch.nn.functional.pad(part.levels.float(), (0, 2**LARGEST_CODE - len(part.levels)))
+    return torch.nn.functional.pad(operand.codebook.float(), (0, 2**LARGEST_CODE - len(operand.codebook)))
+
+
+def _scale_of(operand: MatrixOperand) -> Tensor:
+    assert operand.scale is not None, "codes have scales"
+    return operand.scale
 
 
 def _words(nibbles: Tensor) -> Tensor:
@@ -264,35 +266,36 @@ def _filled(values: Tensor, rows: int, width: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[1], 0, rows - values.shape[0]))
 
 
-def _sparse(part: Pruned) -> Packed:
-    inner = _coded(part.inner)
-    rows, width = part.shape
+def _sparse(operand: MatrixOperand) -> Packed:
+    mask = operand.mask
+    assert mask is not None
+    rows, width = operand.elements.shape
     padded, wide = _up(rows, ROWS), _up(width, SPARSE_BLOCK)
-    words = torch.zeros(wide // SPARSE_BLOCK, 3, padded, 8, dtype=torch.int32, device=part.keep.device)
-    nibbles, places = _nibbles(inner), torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=part.keep.device)
+    words = torch.zeros(wide // SPARSE_BLOCK, 3, padded, 8, dtype=torch.int32, device=mask.device)
+    nibbles, places = _nibbles(operand), torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=mask.device)
     at_once = max(1, _SLICE // max(1, width))
     for begin in range(0, rows, at_once):
-        keep = part.keep[begin : begin + at_once]
-        groups = keep.view(len(keep), -1, 4)
+        stays = mask[begin : begin + at_once]
+        groups = stays.view(len(stays), -1, 4)
         if not bool((groups.sum(dim=-1) == 2).all()):
             raise CheckpointError("a stored mask is called 2:4 and does not keep two of every four inputs")
-        kept = nibbles[begin : begin + at_once][keep].view(len(keep), -1, 2)
+        kept = nibbles[begin : begin + at_once][stays].view(len(stays), -1, 2)
         bits = (groups * places).sum(dim=-1, dtype=torch.uint8)
         for plane, values in enumerate((kept[..., 0], kept[..., 1], bits)):
-            filled = _filled(values, len(keep), wide // 4).view(len(keep), -1, 8, 8)
-            words[:, plane, begin : begin + len(keep)] = _words(filled).transpose(0, 1)
-    return Packed(words, _scales(inner, padded, SPARSE_BLOCK), _levels(inner), rows, width)
+            filled = _filled(values, len(stays), wide // 4).view(len(stays), -1, 8, 8)
+            words[:, plane, begin : begin + len(stays)] = _words(filled).transpose(0, 1)
+    return Packed(words, _scales(operand, padded, SPARSE_BLOCK), _codebook(operand), rows, width)
 
 
-def _dense(part: Uniform | Codebook, keep: Tensor | None = None, *, rows: int | None = None) -> Packed:
+def _dense(operand: MatrixOperand, *, rows: int | None = None) -> Packed:
     """`rows`: how many the packed weight has to give, where zeros are wanted after its own."""
-    own, width = part.shape
+    own, width = operand.elements.shape
     padded, wide = _up(own, ROWS), _up(width, DENSE_BLOCK)
-    nibbles = _nibbles(part)
-    if keep is not None:
-        nibbles = nibbles * keep
+    nibbles = _nibbles(operand)
+    if operand.mask is not None:
+        nibbles = nibbles * operand.mask
     words = _dense_words(nibbles, padded, wide)
-    return Packed(words, _scales(part, padded, DENSE_BLOCK), _levels(part), rows or own, width)
+    return Packed(words, _scales(operand, padded, DENSE_BLOCK), _codebook(operand), rows or own, width)
 
 
 def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
@@ -306,41 +309,44 @@ def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
     return words
 
 
-def _scales(part: Uniform | Codebook, padded: int, block: int) -> Tensor:
-    scale = part.scale
-    if part.group_size == "per-tensor":
+def _scales(operand: MatrixOperand, padded: int, block: int) -> Tensor:
+    scale, size = _scale_of(operand), operand.layout.group_size
+    if size == "per-tensor":
         return scale.reshape(1).clone()
     if scale.shape[1] == 1:
         return torch.nn.functional.pad(scale[:, 0], (0, padded - len(scale)))
-    assert isinstance(part.group_size, int)
-    span = gcd(part.group_size, block)
-    wide = _up(part.shape[1], block) // span
-    each = _filled(scale.repeat_interleave(part.group_size // span, dim=1)[:, :wide], padded, wide)
+    assert isinstance(size, int)
+    span = gcd(size, block)
+    wide = _up(operand.elements.shape[1], block) // span
+    each = _filled(scale.repeat_interleave(size // span, dim=1)[:, :wide], padded, wide)
     if span < block:
         # Copied ahead element by element, which takes 4 bytes; otherwise they cross threads, at half as many instructions more.
         each = each.float()
     return each.view(padded, -1, block // span).transpose(0, 1).contiguous()
 
 
-def _right(part: Elementwise) -> Packed | Values:
-    rank = _up(part.shape[0], ROWS)
-    if isinstance(part, Plain):
-        return Values.made(_filled(part.values, rank, part.shape[1]))
-    if part.group_size == "per-tensor":
-        # Rows that fill up would have that scale, too, and a table's first level is not zero.
-        part = replace(part, scale=part.scale.expand(part.shape[0], 1), group_size="per-channel")
-    return _dense(part, rows=rank)
+def _right(operand: MatrixOperand) -> Packed | Values:
+    rank, width = operand.elements.shape
+    if operand.layout.elements == "floats":
+        return Values.made(_filled(operand.elements, _up(rank, ROWS), width))
+    if operand.layout.group_size == "per-tensor":
+        # Rows that fill up would have that scale, too, and a codebook's first value is not zero.
+        layout = replace(operand.layout, group_size="per-channel")
+        operand = replace(operand, layout=layout, scale=_scale_of(operand).expand(rank, 1))
+    return _dense(operand, rows=_up(rank, ROWS))
 
 
-def _tail(part: Elementwise) -> Tail:
+def _tail(operand: MatrixOperand) -> Tail:
     """The factor `[rank, out]` turned round: its groups run along its rows then."""
-    rank, out = part.shape
+    rank, out = operand.elements.shape
     ranks, padded = _up(rank, ROWS), _up(out, ROWS)
-    if isinstance(part, Plain):
-        return Tail(None, 1, _filled(part.values.T, padded, ranks).contiguous())
-    group = part.group_size if isinstance(part.group_size, int) else out
-    scale = part.scale.expand(rank, part.scale.shape[1]).T
+    if operand.layout.elements == "floats":
+        return Tail(None, 1, _filled(operand.elements.T, padded, ranks).contiguous())
+    size = operand.layout.group_size
+    group = size if isinstance(size, int) else out
+    scale = _scale_of(operand)
+    scale = scale.expand(rank, scale.shape[1]).T
     # Rows that fill up read a group's scales, too.
     each = _filled(scale, grid.scale_shape((1, padded), group)[1], ranks).contiguous()
-    words = _dense_words(_nibbles(part).T, padded, ranks)
-    return Tail(Packed(words, each, _levels(part), out, ranks), group, None)
+    words = _dense_words(_nibbles(operand).T, padded, ranks)
+    return Tail(Packed(words, each, _codebook(operand), out, ranks), group, None)

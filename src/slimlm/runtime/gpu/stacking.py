@@ -41,7 +41,7 @@ class Stack:
 
 def refuses(layers: Sequence[GpuLayer]) -> str | None:
     """Why layers cannot be stacked; None: they can."""
-    if any(layer.input_scale is not None for layer in layers):
+    if any(layer.channel_scale is not None for layer in layers):
         return "inputs of one of them are scaled"
     for what, kinds in (
         ("bases", [_kind(layer.base) for layer in layers]),

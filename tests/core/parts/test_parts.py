@@ -9,7 +9,13 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError
 from slimlm.core.grid import GroupSize, scale_shape
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts import LowRank, Part, Plain, Pruned, Uniform, dense_of, pack_parts, unpack_parts
+from slimlm.core.parts.base import Part, parse_entry
+from slimlm.core.parts.fields import Fields
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.parts.pack import PartEntries, Parts
+from slimlm.core.parts.plain import Plain
+from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.uniform import Uniform
 
 SHAPES = [(1, 1), (3, 5), (7, 12), (48, 172)]
 
@@ -32,23 +38,27 @@ def mask(shape: tuple[int, int], pattern: str | float) -> Tensor:
     return choose(torch.rand(shape, generator=generator(3)), Pattern.parse(pattern))
 
 
-def through_storage(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Parts packed and unpacked again, their descriptions through JSON."""
-    return unpack_parts(json.loads(json.dumps([part.describe() for part in parts])), pack_parts(parts), parts[0].shape)
+def through_storage(parts: Parts) -> Parts:
+    """Parts packed and unpacked again, their entries through JSON."""
+    entries = PartEntries.parse(Fields(json.loads(json.dumps(parts.describe().to_json())), "it"))
+    assert entries == parts.describe()
+    return entries.from_stored(parts.tensors(), parts.shape)
 
 
-def assert_comes_back(*parts: Part) -> None:
+def assert_comes_back(base: Part, adapter: Part | None = None, outliers: Part | None = None) -> Parts:
+    parts = Parts(base, adapter=adapter, outliers=outliers)
     back = through_storage(parts)
     assert [type(part) for part in back] == [type(part) for part in parts]
     assert all(torch.equal(b.dense(), p.dense()) for b, p in zip(back, parts, strict=True))
-    again, before = pack_parts(back), pack_parts(parts)
+    again, before = back.tensors(), parts.tensors()
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], before[name]) and again[name].dtype == before[name].dtype for name in before)
+    return back
 
 
 def stored_bits(part: Part) -> int:
     """Bits of the bytes that the packed tensors really take."""
-    return sum(8 * len(t.contiguous().view(torch.uint8).flatten()) for t in part.packed().values())
+    return sum(8 * len(t.contiguous().view(torch.uint8).flatten()) for t in part.tensors().values())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,8 +66,7 @@ def stored_bits(part: Part) -> int:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_come_back_bit_for_bit(shape: tuple[int, int], group_size: GroupSize, bits: int) -> None:  # law 23
     part = uniform(shape, bits, group_size)
-    assert_comes_back(part)
-    (back,) = through_storage((part,))
+    back = assert_comes_back(part).base
     assert isinstance(back, Uniform)
     assert torch.equal(back.codes, part.codes)
     assert back.codes.dtype == torch.int8
@@ -67,8 +76,7 @@ def test_codes_come_back_bit_for_bit(shape: tuple[int, int], group_size: GroupSi
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_plain_values_come_back_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:  # law 23
     part = plain(shape, dtype)
-    assert_comes_back(part)
-    (back,) = through_storage((part,))
+    back = assert_comes_back(part).base
     assert isinstance(back, Plain)
     assert back.values.dtype == dtype
 
@@ -80,10 +88,9 @@ def test_plain_values_come_back_bit_for_bit(shape: tuple[int, int], dtype: torch
 def test_pruned_weights_come_back_bit_for_bit(shape: tuple[int, int], pattern: str | float, bits: int) -> None:  # law 23
     inner = plain(shape) if bits == 16 else uniform(shape, bits, 4, inputs=True)
     part = Pruned(inner, mask(shape, pattern), str(pattern))
-    assert_comes_back(part)
-    (back,) = through_storage((part,))
+    back = assert_comes_back(part).base
     assert isinstance(back, Pruned)
-    assert torch.equal(back.keep, part.keep)
+    assert torch.equal(back.mask, part.mask)
     assert back.pattern == part.pattern
 
 
@@ -96,14 +103,15 @@ def test_a_sum_of_parts_comes_back_bit_for_bit(rank: int, bits: int) -> None:  #
     base = Pruned(uniform((7, 12)), mask((7, 12), "2:4"), "2:4")
     adapter = LowRank(factor(7), factor(12))
     assert_comes_back(base, adapter)
-    # Twelve extras: "extra1" must not swallow the tensors of "extra10".
-    assert_comes_back(base, *(LowRank(factor(7), plain((rank, 12))) for _ in range(12)))
+    # Outliers and an adapter of the same kind stand together, and neither takes the other's tensors.
+    assert_comes_back(base, adapter, LowRank(factor(7), plain((rank, 12))))
+    assert_comes_back(base, None, plain((7, 12)))
 
 
 def test_a_mask_lets_nothing_through() -> None:  # law 8
     keep = mask((48, 172), "2:4")
     part = Pruned(uniform((48, 172)), keep, "2:4")
-    for one in (part, *through_storage((part,))):
+    for one in (part, through_storage(Parts(part)).base):
         assert int((one.dense()[~keep] != 0).sum()) == 0
         assert torch.equal(one.dense()[keep], part.inner.dense()[keep])
 
@@ -133,7 +141,7 @@ def test_what_parts_weigh_by_hand() -> None:  # law 29
 
 def test_a_sum_means_the_sum_of_its_parts() -> None:
     base, adapter = uniform((7, 12)), LowRank(plain((2, 7)), plain((2, 12)))
-    torch.testing.assert_close(dense_of((base, adapter)), base.dense() + adapter.dense(), rtol=0, atol=0)
+    torch.testing.assert_close(Parts(base, adapter).dense(), base.dense() + adapter.dense(), rtol=0, atol=0)
 
 
 def test_what_parts_mean_by_hand() -> None:
@@ -162,31 +170,31 @@ def test_what_parts_mean_by_hand() -> None:
 )
 @pytest.mark.parametrize("damage", ["missing", "short-row", "missing-row"])
 def test_tensors_that_do_not_fit_the_description_are_refused(parts: tuple[Part, ...], damage: str) -> None:  # law 23
-    for name, tensor in pack_parts(parts).items():
-        tensors = pack_parts(parts)
+    for name, tensor in Parts(*parts).tensors().items():
+        tensors = Parts(*parts).tensors()
         if damage == "missing":
             del tensors[name]
         else:
             tensors[name] = tensor[..., :-1] if damage == "short-row" else tensor[:-1]
         with pytest.raises(CheckpointError):
-            unpack_parts([part.describe() for part in parts], tensors, (8, 12))
+            Parts(*parts).describe().from_stored(tensors, (8, 12))
 
 
 def test_an_input_scale_of_another_length_is_refused() -> None:  # law 23
     part = uniform((8, 12), inputs=True)
-    tensors = {**pack_parts((part,)), "weight_input_scale": torch.ones(11).half()}
-    with pytest.raises(CheckpointError, match="input_scale"):
-        unpack_parts([part.describe()], tensors, (8, 12))
+    tensors = {**Parts(part).tensors(), "weight_channel_scale": torch.ones(11).half()}
+    with pytest.raises(CheckpointError, match="channel_scale"):
+        Parts(part).describe().from_stored(tensors, (8, 12))
 
 
 def test_a_mask_with_unequal_rows_is_refused() -> None:
     part = Pruned(uniform((2, 8)), mask((2, 8), "2:4"), "2:4")
-    tensors = pack_parts((part,))
-    tensors["weight_keep"] = torch.tensor([[0b11110000], [0b00000001]], dtype=torch.uint8)
+    tensors = Parts(part).tensors()
+    tensors["weight_mask"] = torch.tensor([[0b11110000], [0b00000001]], dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="different numbers"):
-        unpack_parts([part.describe()], tensors, (2, 8))
+        Parts(part).describe().from_stored(tensors, (2, 8))
 
 
 def test_a_part_of_unknown_kind_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match="'ternary'"):
-        unpack_parts([{"kind": "ternary"}], pack_parts((uniform((2, 8)),)), (2, 8))
+        parse_entry({"kind": "ternary"})

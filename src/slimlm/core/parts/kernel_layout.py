@@ -1,0 +1,83 @@
+"""What kernels are told of a part: how its matrix lies, in plain fields, or why there is nothing to tell.
+
+An `Entry` gives the layout, from which a backend knows whether it takes the part; a `Part` gives the operands, the same with
+the tensors. A backend asks for no kind of part: it looks at the fields below.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimlm.core.grid import GroupSize
+from slimlm.core.mask import Pattern
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """One element per weight. weight = element, or codebook[element], x scale x channel_scale, zero where masked.
+
+    The stored tensors are named "" (the packed elements), "scale", "codebook", "channel_scale" and "mask", where there are any.
+    """
+
+    elements: Literal["integers", "indices", "floats"]
+    """signed integers (stored with 2^(bits-1) added), places in a codebook, or floating-point values as they are"""
+    bits: int
+    """of an element"""
+    dtype: torch.dtype | None = None
+    """of floats"""
+    group_size: GroupSize = "per-tensor"
+    """weights that share a scale; means nothing for floats, which have none"""
+    channel_scale: bool = False
+    """whether there is a factor for each input"""
+    mask: Pattern | None = None
+    """the pattern by which weights were dropped; those that stay are stored without gaps. None: all stay"""
+
+
+@dataclass(frozen=True)
+class ProductLayout:
+    """left^T right, of two matrices `[rank, out]` and `[rank, in]`; their tensors' names begin with "left" and "right"."""
+
+    rank: int
+    left: MatrixLayout
+    right: MatrixLayout
+
+
+KernelLayout = MatrixLayout | ProductLayout
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why kernels cannot have a part."""
+
+    reason: str
+    """in words for the user"""
+
+
+@dataclass(frozen=True)
+class MatrixOperand:
+    """The tensors of a `MatrixLayout`, unpacked."""
+
+    layout: MatrixLayout
+    elements: Tensor
+    """`[rows, columns]`: int8 integers, uint8 indices or floats; where the mask drops a weight its element means nothing"""
+    scale: Tensor | None = None
+    """`[1, 1]`, `[rows, 1]` or `[rows, groups]`, in its storage dtype"""
+    codebook: Tensor | None = None
+    """`[2^bits]`"""
+    channel_scale: Tensor | None = None
+    """`[columns]`"""
+    mask: Tensor | None = None
+    """bool `[rows, columns]`; True stays"""
+
+
+@dataclass(frozen=True)
+class ProductOperand:
+    """The two matrices of a `ProductLayout`."""
+
+    left: MatrixOperand
+    right: MatrixOperand
+
+
+KernelOperand = MatrixOperand | ProductOperand

@@ -1,0 +1,75 @@
+"""A part while it is tuned: what gradients may move as float parameters, and the way back to what is stored."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slimlm.core import grid
+
+if TYPE_CHECKING:
+    from slimlm.core.parts.base import Part
+    from slimlm.core.parts.elementwise import Elementwise
+
+
+class Trainable(nn.Module):
+    """A part as float parameters."""
+
+    def dense(self) -> Tensor:
+        """The matrix, float32 `[out, in]`, with gradients to the parameters."""
+        raise NotImplementedError
+
+    def part(self) -> "Part":
+        """The part in its stored form: parameters rounded to what is stored."""
+        raise NotImplementedError
+
+
+class TrainableElements(Trainable):
+    """An elementwise part as float parameters."""
+
+    def part(self) -> "Elementwise":
+        """The part in its stored form."""
+        raise NotImplementedError
+
+
+class Frozen(Trainable):
+    """A part of which nothing moves."""
+
+    def __init__(self, part: "Part") -> None:
+        super().__init__()
+        self.frozen = part
+        self.matrix = part.dense()
+
+    def dense(self) -> Tensor:
+        """The matrix, float32 `[out, in]`; no gradients."""
+        return self.matrix
+
+    def part(self) -> "Part":
+        """The part as it was."""
+        return self.frozen
+
+
+class TrainableScale(nn.Module):
+    """Scales as their values at first times a factor, so that large and small ones move alike and none changes sign."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.start = scale.float()
+        self.factor = nn.Parameter(torch.ones_like(self.start))
+        # Scales in float16 stay in its normal range, or `storable` would give them twice the bits.
+        half = scale.dtype == torch.float16
+        self.least = grid.FP16_SMALLEST_NORMAL if half else torch.finfo(torch.float32).tiny
+        self.most = grid.FP16_LARGEST if half else torch.finfo(torch.float32).max
+
+    def forward(self) -> Tensor:
+        """The scales `[rows, groups]`, float32."""
+        return self.start.sign() * (self.start.abs() * self.factor).clamp(self.least, self.most)
+
+    def stored(self) -> Tensor:
+        """The scales in the dtype in which they are stored."""
+        return grid.storable(self().detach())
+
+
+def straight_through(latent: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values, with the gradient of the latent ones (straight-through estimator, arXiv 1308.3432)."""
+    return latent + (rounded - latent).detach()

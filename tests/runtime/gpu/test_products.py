@@ -67,7 +67,7 @@ def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, wid
 def test_ranks_that_fill_up_give_nothing_even_under_a_table_of_one_scale(left: Part) -> None:
     # A rank of the table's first level alone would come to more than float16 holds, and infinity times zero is NaN.
     right, size = table((5, WIDTH), "tensor", seed=6), 1000.0
-    assert abs(float(right.codebook[0] * right.scale)) * WIDTH * size > 65504
+    assert abs(float(right.levels[0] * right.scale)) * WIDTH * size > 65504
     parts = (codes((OUT, WIDTH), 128), LowRank(left, right))
     x = torch.full((2, WIDTH), size).half()
     assert error(multiplied(parts, x), exact(parts, x)) < ERRORS[torch.float16]

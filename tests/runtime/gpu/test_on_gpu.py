@@ -86,7 +86,7 @@ def test_text_from_replayed_steps_is_that_of_the_models_own_forward(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_on_a_gpu_that_is_not_the_current_one_writes_the_same_text(
+def test_a_model_on_a_gpu_that_is_not_the_current_one_generates_the_same_text(
     llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     slimlm.compress(llama_folder, tmp_path / "out", recipe="slim", data=str(text_file), samples=4, length=32, device="cpu")

@@ -1,4 +1,4 @@
-"""Masks: exact counts always, the best scores kept, ties settled."""
+"""Masks: exact counts always, the best scores kept, ties resolved."""
 
 from itertools import combinations
 
@@ -27,17 +27,17 @@ KINDS = ["random", "zero", "tied", "dead-channels"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 2), (1, 4), (4, 8), (3, 4), (4, 4), (5, 16)])
 def test_every_aligned_group_keeps_exactly_n_of_m(kind: str, kept: int, of: int) -> None:  # law 6
-    keep = choose(scores(kind), Pattern.parse(f"{kept}:{of}"))
-    assert keep.dtype == torch.bool
-    assert bool((keep.view(-1, of).sum(dim=1) == kept).all())
+    mask = choose(scores(kind), Pattern.parse(f"{kept}:{of}"))
+    assert mask.dtype == torch.bool
+    assert bool((mask.view(-1, of).sum(dim=1) == kept).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (0.5, 50), (0.29, 29), (0.57, 57), (0.07, 7), (0.999, 99)])
 def test_a_share_drops_exactly_its_integer_part_of_every_row(kind: str, share: float, dropped: int) -> None:  # law 6
     # 100 x 0.29, 100 x 0.57 and 100 x 0.07 are not whole in floating point.
-    keep = choose(scores(kind, width=100), Pattern.parse(share))
-    assert (~keep).sum(dim=1).tolist() == [dropped] * 16
+    mask = choose(scores(kind, width=100), Pattern.parse(share))
+    assert (~mask).sum(dim=1).tolist() == [dropped] * 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,9 +51,9 @@ def test_no_other_two_of_four_have_a_larger_score(kind: str) -> None:  # law 7
 
 def test_a_share_keeps_no_weight_that_scores_below_a_dropped_one() -> None:  # law 7
     score = scores("random")
-    keep = choose(score, Pattern.parse(0.6))
-    least_kept = score.masked_fill(~keep, float("inf")).amin(dim=1)
-    most_dropped = score.masked_fill(keep, float("-inf")).amax(dim=1)
+    mask = choose(score, Pattern.parse(0.6))
+    least_kept = score.masked_fill(~mask, float("inf")).amin(dim=1)
+    most_dropped = score.masked_fill(mask, float("-inf")).amax(dim=1)
     assert bool((least_kept >= most_dropped).all())
 
 
@@ -70,8 +70,8 @@ def test_permuting_the_rows_permutes_the_mask() -> None:
 
 
 def test_of_equal_scores_the_earlier_input_stays() -> None:
-    keep = choose(torch.tensor([[1.0, 1, 1, 1, 0, 5, 0, 0], [0, 2, 2, 2, 3, 3, 3, 9]]), Pattern.parse("2:4"))
-    assert keep.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0, 0, 1]]
+    mask = choose(torch.tensor([[1.0, 1, 1, 1, 0, 5, 0, 0], [0, 2, 2, 2, 3, 3, 3, 9]]), Pattern.parse("2:4"))
+    assert mask.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0, 0, 1]]
 
 
 def test_choosing_leaves_the_scores_alone() -> None:

@@ -126,14 +126,14 @@ def test_a_sweep_and_its_coordinate_descents_wait_for_a_card_by_the_group_and_no
     grid, pattern = Grid.of_bits(4), Pattern.parse("2:4")
     with fake_gpu() as counts:
         weight, gram = weight.to(FAKE_GPU), gram.to(FAKE_GPU)
-        order = order_of(gram.diagonal(), group=16, pattern=pattern)
+        order = order_of(gram.diagonal(), group_size=16, pattern=pattern)
         inverse = inverse_of(gram.index_select(0, order.inputs).index_select(1, order.inputs), damp=0.01)
         assert counts.waits < 8
         before = counts.waits
         base = rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern)
         assert counts.waits - before < 8 * 3
         before = counts.waits
-        descend_base(weight, gram, base, group=16, pattern=None)
+        descend_base(weight, gram, base, group_size=16, pattern=None)
         assert counts.waits - before < 8 * 3
         adapter = low_rank_part(weight, gram, AdapterFormat(0.25, 4, 16, True))
         assert adapter is not None

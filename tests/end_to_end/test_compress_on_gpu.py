@@ -46,7 +46,7 @@ def test_an_inverse_a_scale_and_a_low_rank_product_are_those_of_the_cpu() -> Non
     gram = x.T @ x / len(x)
     here, there = inverse_of(gram, damp=0.01).upper, inverse_of(gram.to(CARD), damp=0.01).upper
     assert float((there.cpu() - here).norm()) < 1e-5 * float(here.norm())
-    scales = [search_scales(weight.to(where), bits=4, group=32).cpu() for where in (CPU, CARD)]
+    scales = [search_scales(weight.to(where), bits=4, group_size=32).cpu() for where in (CPU, CARD)]
     assert float((scales[1] - scales[0]).norm()) < 1e-3 * float(scales[0].norm())
     residuals = []
     for where in (CPU, CARD):

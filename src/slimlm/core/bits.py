@@ -15,7 +15,7 @@ from slimlm.core.chunks import at_once
 from slimlm.core.errors import CheckpointError
 
 _CODES_AT_ONCE = 2**18
-"""Codes to work on at a time, so that what lies in between stays in the processor's cache."""
+"""Codes to work on at a time, so that what lies in between stays in the CPU's cache."""
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -193,7 +193,7 @@ def low_rank(shape: tuple[int, int], rank: int, bits: int, group_size: grid.Grou
 
 @pytest.mark.parametrize("shape", [(50, 172), (96, 352)])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_low_rank_parts_are_added(variant: str, bits: int, shape: tuple[int, int]) -> None:
+def test_low_rank_parts_are_added(variant: str, bits: int, shape: tuple[int, int]) -> None:  # law 25
     # Along the outputs, groups of 4, 20 and 40 do not line up with the kernels' sixteen rows.
     for group_size in ("per-tensor",) if bits == 16 else ("per-tensor", "per-channel", 4, 20, 32, 40, 128):
         for rank in (1, 6, 32, 130):
@@ -222,7 +222,7 @@ def test_eight_low_rank_parts_are_added_and_a_ninth_is_refused() -> None:
         layer([*parts, low_rank((50, 172), 9, 8, 32)])
 
 
-def test_layers_of_one_input_multiply_together_as_alone(variant: str) -> None:
+def test_layers_of_one_input_multiply_together_as_alone(variant: str) -> None:  # law 25
     layers: list[list[Part]] = [
         [pruned(uniform((33, 172), 4, 128), "2:4"), low_rank((33, 172), 6, 8, 32)],
         [codebook((50, 172), 4, 20)],

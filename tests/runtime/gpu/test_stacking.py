@@ -68,7 +68,7 @@ def built(parts: Sequence[tuple[Part, ...]], *, bias: bool = True) -> list[Compr
 @interpreted
 @pytest.mark.parametrize("name", trios())
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 1), (torch.bfloat16, 9)], ids=str)
-def test_each_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype, batch: int) -> None:
+def test_each_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype, batch: int) -> None:  # law 25
     parts, x = trios()[name], draw(batch, WIDTH, seed=4).to(dtype)
     together = grouped_call(built(parts))
     assert isinstance(together, StackedLayers)
@@ -78,7 +78,7 @@ def test_each_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype, 
 
 @interpreted
 @pytest.mark.parametrize("name", ["2:4 tables + adapters of tables", "groups of 128 + plain adapters"])
-def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:
+def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:  # law 25
     x = draw(2, WIDTH, seed=4).to(WHERE, torch.float16)
     layers = built(trios()[name])
     before = [one(x) for one in layers]

@@ -19,7 +19,7 @@ _INVERTED_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Inverse:
-    """The factor of the inverse covariance that a sweep needs, and how it was come by."""
+    """The factor of the inverse covariance that a sweep needs, and how it was obtained."""
 
     upper: Tensor
     """U `[in, in]`, upper triangular, float32, (H + damping)^-1 = U^T U"""

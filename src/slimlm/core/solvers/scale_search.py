@@ -245,7 +245,7 @@ def _cost_of(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
     candidates_at_once = max(1, at_once(_CANDIDATE_POINTS_AT_ONCE, points.device) // max(1, points.numel()))
 
     def cost(scales: Tensor) -> Tensor:
-        # A few candidates at a time, in place: the passes over the points then stay in the processor's cache.
+        # A few candidates at a time, in place: the passes over the points then stay in the CPU's cache.
         found = torch.empty_like(scales)
         for some, total in zip(scales.split(candidates_at_once), found.split(candidates_at_once), strict=True):
             ratio = points / some[:, None]

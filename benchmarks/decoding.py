@@ -14,23 +14,25 @@ from statistics import median
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
+from llama_shape import LlamaShape
 from slimlm.inference.decode.grouped import direct_call
 from slimlm.inference.decode.torch_decoder import TorchDecoder
 from slimlm.report.tables import plain_table
 
 PROMPT = 100
-SIZES = {"64 wide, 8 blocks": (64, 128, 8, 4, 2), "768 wide, 12 blocks": (768, 2048, 12, 12, 12)}
-"""width, width of the mlp, blocks, heads, key heads"""
+# With a small vocabulary, so that the blocks are what is measured.
+SIZES = {
+    "64 wide, 8 blocks": LlamaShape(64, 128, 8, 4, 2, vocabulary=256),
+    "768 wide, 12 blocks": LlamaShape(768, 2048, 12, 12, 12, vocabulary=256),
+}
 
 
-def llama(width: int, mlp: int, blocks: int, heads: int, key_heads: int) -> LlamaForCausalLM:
-    """A random float32 Llama with a small vocabulary, so that the blocks are what is measured."""
+def llama(shape: LlamaShape) -> LlamaForCausalLM:
+    """A random float32 Llama."""
     torch.manual_seed(0)
-    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": blocks}
-    config = LlamaConfig(vocab_size=256, num_attention_heads=heads, num_key_value_heads=key_heads, **shape)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(shape.config(dtype="float32")).eval()
 
 
 def ways_of(model: LlamaForCausalLM, batch: int, steps: int) -> dict[str, Callable[[], object]]:
@@ -59,15 +61,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for name, size in SIZES.items():
-        ways = ways_of(llama(*size), arguments.batch, arguments.steps)
+    for name, shape in SIZES.items():
+        ways = ways_of(llama(shape), arguments.batch, arguments.steps)
         taken: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(arguments.steps):
             for way, work in ways.items():
                 with torch.no_grad() if way == "transformers" else torch.inference_mode():
                     began = time.process_time()
                     work()
-                    taken[way].append((time.process_time() - began) * 1e6 / size[2])
+                    taken[way].append((time.process_time() - began) * 1e6 / shape.blocks)
         rows.append((name, *(f"{median(each):.0f} ({min(each):.0f})" for each in taken.values())))
     title = f"microseconds per block and token, median (least); {arguments.threads} threads, batch {arguments.batch}"
     Console(width=140).print(plain_table(title, ("random Llama", *taken), rows))

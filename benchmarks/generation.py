@@ -37,7 +37,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, StoppingCriteria
 
-from random_checkpoint import SIZES, Size, write
+from llama_shape import LlamaShape
+from random_checkpoint import SIZES, write
 from results_file import Data, Results, slug, this_run
 from slimlm.bench import layer_speed
 from slimlm.bench.model_speed import opened
@@ -215,7 +216,7 @@ WAYS = {
 # The models
 
 
-def make(folder: Path, name: str, size: Size) -> dict[str, str]:
+def make(folder: Path, name: str, size: LlamaShape) -> dict[str, str]:
     """Make what is not there yet of a size's models; gives the ways that cannot be had, and why."""
     there = folder / name
     there.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,7 @@ def make(folder: Path, name: str, size: Size) -> dict[str, str]:
     return missing
 
 
-def write_gguf(path: Path, size: Size) -> None:
+def write_gguf(path: Path, size: LlamaShape) -> None:
     """A float16 GGUF file of this shape; its blocks share their random weights, which changes no time."""
     import gguf
 

@@ -39,8 +39,9 @@ if "cpu" in sys.argv:
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from llama_shape import LlamaShape
 from results_file import Results, slug, this_run
 from slimlm.core.grid import storable
 from slimlm.core.mask import Pattern, choose
@@ -409,10 +410,8 @@ class Ours(CompressedLinear):
 
 def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
     """Llama-2-7B's shapes (tiny ones on the CPU) with random weights in bfloat16; None: dense."""
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    config = LlamaConfig(**(small if where.type == "cpu" else {}), max_position_embeddings=512, tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    small = LlamaShape(64, 128, 1, 2, 2, vocabulary=64, context=512)
+    model = (small if where.type == "cpu" else LlamaShape(4096, 11008, 32, 32, 32, context=512)).meta_model()
     if kind is not None:
         for block in model.model.layers:
             for parent in (block.self_attn, block.mlp):
@@ -424,7 +423,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
     with where:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval().requires_grad_(False)
 
 

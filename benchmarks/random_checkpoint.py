@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from llama_shape import LlamaShape
 from slimlm.core import grid
 from slimlm.core.parts.base import Part
 from slimlm.core.parts.codebook import Codebook
@@ -38,42 +39,10 @@ _TWO_OF_FOUR = torch.tensor(
 _BASE, _ADAPTER = 0.5, 0.1
 
 
-@dataclass(frozen=True)
-class Size:
-    """A Llama's shape."""
-
-    width: int
-    mlp: int
-    blocks: int
-    heads: int
-    key_heads: int
-    vocabulary: int = 32000
-    context: int = 2048
-
-    def config(self) -> LlamaConfig:
-        """What transformers makes the model of; bfloat16 where nothing is packed."""
-        config = LlamaConfig(
-            hidden_size=self.width,
-            intermediate_size=self.mlp,
-            num_hidden_layers=self.blocks,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=self.context,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            dtype="bfloat16",
-        )
-        config.architectures = ["LlamaForCausalLM"]
-        return config
-
-
 SIZES = {
-    "tiny": Size(64, 128, 2, 4, 2, vocabulary=256, context=256),
-    "110m": Size(768, 2048, 12, 12, 12),
-    "1b": Size(2048, 5632, 22, 32, 4),
+    "tiny": LlamaShape(64, 128, 2, 4, 2, vocabulary=256, context=256),
+    "110m": LlamaShape(768, 2048, 12, 12, 12),
+    "1b": LlamaShape(2048, 5632, 22, 32, 4),
 }
 """The second and third have about 134 million and 1.1 billion parameters, embeddings and head included."""
 
@@ -144,16 +113,14 @@ def best_like(name: str) -> Kind:
     return Kind(32, table=not name.endswith(("o_proj", "down_proj")), rank=0.1)
 
 
-def write(out: Path, size: Size, *, seed: int = 0, embedding_bits: int = 8) -> dict[str, Any]:
+def write(out: Path, size: LlamaShape, *, seed: int = 0, embedding_bits: int = 8) -> dict[str, Any]:
     """Write a packed checkpoint of random parts to a new folder; gives weights and bits per weight of the blocks' layers.
 
     embedding_bits: of embedding and head, 4 to 8; 16: both in bfloat16.
     """
     check_embedding_bits(embedding_bits, "embedding_bits")
     generator = torch.Generator().manual_seed(seed)
-    config = size.config()
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    config, model = size.config(), size.meta_model()
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for block, module in blocks_of(model).items():

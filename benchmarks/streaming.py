@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama_shape import LlamaShape
 from slimlm.storage.streams import described, in_file_order, write_stream
 
 _CHILD = """
@@ -42,23 +43,11 @@ print(json.dumps({"peak": peak, "seconds": time.monotonic() - began}))
 
 def random_dense(folder: Path, blocks: int, width: int, tokenizer: Path) -> None:
     """Write a random Llama in bfloat16, one shard per block."""
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 256,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    shape = LlamaShape.of_width(width, blocks)
+    shape.config().save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    with torch.device("meta"):
-        state = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+    state = shape.meta_model().state_dict()
     where = {}
     for part in sorted({_shard(name) for name in state}):
         about = described({name: tensor for name, tensor in state.items() if _shard(name) == part})

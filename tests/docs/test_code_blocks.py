@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = Path("examples/pystd-5m")
 INSTALL = "python -m pip install "
+TEST = "python -m pytest "
+NOT_HERE = (INSTALL, TEST, "slimlm demo")
 SECONDS = 600
 """A page compresses a model of five million parameters three times at most, none of them by `best`: half a minute when idle."""
 
@@ -46,7 +48,7 @@ def blocks_of(text: str) -> list[Block]:
 def script_of(page: Path) -> str:
     """One Python program that does what the page says, its line numbers those of the page.
 
-    Lines that install are left out: CI types them itself, and the tests run in what they made.
+    Lines that install, test or run the demo are left out: CI types them itself, and the tests run in what they made.
     """
     lines = ["import subprocess", "from tests.docs import typed", "typed.start()", "page = {}"]
     for block in blocks_of(page.read_text(encoding="utf-8")):
@@ -57,7 +59,7 @@ def script_of(page: Path) -> str:
             code = "\n" * (block.line - 1) + block.code
             lines.append(f"exec(compile({code!r}, {str(page)!r}, 'exec'), page)")
         elif block.language == "bash":
-            lines += statements_of([line for line in block.code.splitlines() if line.strip() and not line.startswith(INSTALL)])
+            lines += statements_of([line for line in block.code.splitlines() if line.strip() and not line.startswith(NOT_HERE)])
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +142,14 @@ def test_every_link_of_a_page_to_a_file_leads_somewhere() -> None:
 
 
 def test_ci_types_the_commands_of_the_readme() -> None:
-    typed = [b.code.strip() for b in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")) if b.code.startswith(INSTALL)]
-    ci = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert len(typed) == 2
-    assert all(command in ci for command in typed)
+    """Set-up and demo as they stand there; the tests in two lanes, which together are all tests."""
+    blocks = [block.code.strip() for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))]
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    commands = [block for block in blocks if block.startswith((INSTALL, "slimlm demo", TEST))]
+    assert len(commands) == 3
+    [fast] = re.findall(r"^fast=\((.*)\)$", ci, re.MULTILINE)
+    assert all((ROOT / folder).is_dir() for folder in fast.split())
+    [test] = [command for command in commands if command.startswith(TEST)]
+    for command in commands:
+        lanes = [f'{test} "${{fast[@]}}"', f'{test} "${{fast[@]/#/--ignore=}}"'] if command == test else [command]
+        assert all(lane in ci.splitlines() for lane in lanes)

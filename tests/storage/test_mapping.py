@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
-from slimlm.storage.mapping import map_file
+from slimlm.storage.mapping import MappedFiles, map_and_unlink, map_file
 
 MIB = 2**20
 SMAPS = Path("/proc/self/smaps")
@@ -157,3 +157,23 @@ def test_the_neighbours_of_a_released_tensor_keep_what_was_written_to_them(tmp_p
     mapped.release([mapped.tensors["b"]])
     assert bool((mapped.tensors["a"] == 1).all()) and bool((mapped.tensors["c"] == 2).all())
     assert bool((mapped.tensors["b"] == ord("b")).all())
+
+
+def test_several_files_are_one_set_of_tensors_that_gives_its_pages_back(tmp_path: Path) -> None:
+    big = torch.arange(2**14, dtype=torch.float32)
+    for name in ("a", "b"):
+        save_file({name: big.clone()}, tmp_path / f"{name}.safetensors")
+    files = MappedFiles.of([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    assert list(files.files) == ["a.safetensors", "b.safetensors"] and files.tensors.keys() == {"a", "b"}
+    assert all(torch.equal(tensor, big) for tensor in files.tensors.values())
+    one = files.release([files.tensors["b"]])
+    assert one == files.files["b.safetensors"].release([files.tensors["b"]])
+    assert files.release(iter(files.tensors.values())) == 2 * one
+    assert files.release([torch.ones(2**14)]) == 0
+    assert all(torch.equal(tensor, big) for tensor in files.tensors.values())
+
+
+def test_a_file_without_a_name_keeps_its_tensors(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(5.0)}, tmp_path / "a.safetensors")
+    file = map_and_unlink(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == [] and torch.equal(file.tensors["a"], torch.arange(5.0))

@@ -91,17 +91,21 @@ class Ranks(Group):
         self._pairs = dict(enumerate(pairs, 1))
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
+        """See `Group.broadcast`."""
         made = make() if self.first else None
         received = self.broadcast_from(0, made, {})[0]
         return made if self.first else received
 
     def broadcast_tensor(self, make: Callable[[], Tensor]) -> Tensor:
+        """See `Group.broadcast_tensor`."""
         return self.broadcast_from(0, None, {"": make()} if self.first else {})[1][""]
 
     def broadcast_from(self, owner: int, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """See `Group.broadcast_from`."""
         return self._broadcast(owner, value, tensors, None)
 
     def all_gather(self, value: Any) -> list[Any]:
+        """See `Group.all_gather`."""
         data = _bytes_of(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         self._wait(dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
@@ -113,6 +117,7 @@ class Ranks(Group):
         return [_value_of(each[:length]) for each, length in zip(found, lengths, strict=True)]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See `Group.all_reduce_sum`."""
         for piece in tensor.view(-1).split(_ELEMENTS_AT_ONCE):
             # Each rank adds one stripe up and sends the sum to all.
             stripe = -(-len(piece) // self.size)
@@ -128,16 +133,19 @@ class Ranks(Group):
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """See `Group.all_reduce_max`."""
         self._wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
         return tensor
 
     def send(self, to: int, tensors: Iterable[Tensor]) -> None:
+        """See `Group.send`."""
         pair = self._pairs[max(to, self.rank)]
         for tensor in tensors:
             self._broadcast(self.rank, True, {"": tensor}, pair)
         self._broadcast(self.rank, False, {}, pair)
 
     def receive(self, source: int) -> Iterator[Tensor]:
+        """See `Group.receive`."""
         pair = self._pairs[max(source, self.rank)]
         while True:
             more, tensors = self._broadcast(source, None, {}, pair)

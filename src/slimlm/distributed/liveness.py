@@ -35,6 +35,7 @@ class Watch:
     """One rank's view of which ranks are alive. Its thread runs from `start` to `stop`."""
 
     def __init__(self, store: Store, rank: int, size: int, *, silence: float = SILENCE) -> None:
+        """`silence`: seconds without a heartbeat after which a rank is taken for dead."""
         self.rank, self.size = rank, size
         self._store, self._silence = store, silence
         self._ended: RanksError | None = None

@@ -48,6 +48,7 @@ class RunNeeds:
 
     @property
     def tokens(self) -> int:
+        """Of all calibration samples."""
         return self.sample_count * self.length
 
     @property

@@ -49,6 +49,7 @@ class RunLog:
     """The layers of the current block that are done, by full name."""
 
     def __call__(self, event: Event) -> None:
+        """Log the layers and blocks that an event says are finished."""
         if self.path is None:
             return
         if event.layer is not None:

@@ -176,8 +176,10 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
 
 
 def _beside(folder: Path) -> tuple[list[str], list[str]]:
-    """Problems and notes on config, tokenizer and what else lies beside the weights. What a model computes hangs on its config;
-    the rest is a user's to edit."""
+    """Problems and notes on config, tokenizer and what else lies beside the weights.
+
+    What a model computes depends on its config; the user may edit the rest.
+    """
     found = checkpoint.changed_beside(folder)
     if found is None:
         return [], ["the folder was written by an older slimlm: it records no checksums of its config and tokenizer"]

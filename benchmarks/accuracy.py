@@ -44,8 +44,8 @@ from torch import Tensor, nn
 
 import slimlm
 from slimlm.calibration.capture import Flow, enter, measure, run
-from slimlm.core.layer import Need, measured
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import documents
 from slimlm.data.windows import sample_from_model, token_stream, windows_of
 from slimlm.evaluation.compare import OpenModel, open_any
@@ -101,7 +101,7 @@ class Entry:
 
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Of these the ones that make a difference: one is enough where the calibration text is not read."""
-        blind = self.recipe is not None and self.recipe.needs == Need.NOTHING and self.recipe.matching is None
+        blind = self.recipe is not None and self.recipe.needs == frozenset() and self.recipe.block_reconstruction is None
         return seeds[:1] if blind else seeds
 
 
@@ -109,7 +109,7 @@ def table_entries(budgets: Sequence[float]) -> list[Entry]:
     """The shipped recipes, the baselines at other bits that none of them is, and the budgets."""
     known = {name: open_recipe(name) for name in shipped()}
     entries = [Entry(name, "ours" if name.startswith("best") else "baseline", recipe) for name, recipe in known.items()]
-    taken = [recipe.steps for recipe in known.values() if not recipe.sequential and recipe.matching is None]
+    taken = [recipe.steps for recipe in known.values() if not recipe.sequential and recipe.block_reconstruction is None]
     variants = {name: recipe_of(name, steps) for name, steps in baselines().items()}
     entries += [Entry(name, "baseline", recipe) for name, recipe in variants.items() if recipe.steps not in taken]
     return entries + [Entry(f"budget-{bits:g}", "budget", bits=bits) for bits in budgets]
@@ -141,7 +141,7 @@ def ablation_entries() -> list[Entry]:
     group, rank = joint["group"], joint["rank"]
     paper = [named.to_dict() for named in open_recipe("slim-paper").steps]
     groups: list[Data] = [{"quantize": "slim_quant", "group": group}, {"prune": "wanda", "pattern": "2:4"}]
-    off = {**joint, "rounds": 1, "polish": 0, "follow": 0.0, "levels": "even", "adapter_bits": 16}
+    off = {**joint, "rounds": 1, "descent_rounds": 0, "follow": 0.0, "levels": "even", "adapter_bits": 16}
     matched = open_recipe("best-matched").to_dict() if "best-matched" in shipped() else {}
     rungs: list[tuple[str, list[Data], Data]] = [
         ("slim-paper", paper, {}),
@@ -153,7 +153,7 @@ def ablation_entries() -> list[Entry]:
         ("rounds-4", {"rounds": 4}),
         ("rounds-16", {"rounds": 16}),
         ("table-levels", {"levels": joint["levels"]}),
-        ("polish", {"polish": joint["polish"]}),
+        ("polish", {"descent_rounds": joint["descent_rounds"]}),
         ("follow", {"follow": joint["follow"]}),
     ]:
         off = {**off, **options}
@@ -225,8 +225,8 @@ def covariances(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     found, blocks, device = {}, blocks_of(model), torch.device("cpu")
     flow = enter(model, blocks, windows)
     for name, block in blocks.items():
-        stats = measure(block, name, linears_of(block), flow, Need.GRAM, device)
-        found |= {f"{name}.{layer}": measured(s.gram) for layer, s in stats.items()}
+        stats = measure(block, name, linears_of(block), flow, frozenset({Covariance}), device)
+        found |= {f"{name}.{layer}": s[Covariance] for layer, s in stats.items()}
         flow = Flow(list(run(block, name, flow, device)), flow.arguments)
     return found
 

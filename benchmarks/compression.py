@@ -37,6 +37,7 @@ from slimlm import pipeline, record
 from slimlm.calibration import capture, samples
 from slimlm.core import grid, mask
 from slimlm.core.solvers import coordinate_descent, linalg, low_rank, low_rank_descent, sweep
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.methods.joint import alternation
 from slimlm.report.tables import plain_table
 from slimlm.run import block
@@ -62,7 +63,7 @@ class Work:
 def of_statistics(sums: Any, x: Tensor, original: Tensor | None = None, **_: Any) -> Work:
     """x^T x is symmetric; z^T x is not."""
     count, width = x.numel() // x.shape[-1], x.shape[-1]
-    products = bool(sums.needs & capture.Need.GRAM) + 2 * (original is not None)
+    products = bool(sums.needs & capture.frozenset({Covariance})) + 2 * (original is not None)
     return Work(single=products * count * width**2, bytes=4.0 * count * width)
 
 

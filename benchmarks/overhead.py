@@ -88,7 +88,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = asked.parse_args()
-    if follows(recipe := open_recipe(given.recipe)) or recipe.matching is not None:
+    if follows(recipe := open_recipe(given.recipe)) or recipe.block_reconstruction is not None:
         asked.error(f"{given.recipe} runs the original block, too, which has no counterpart here; give slim or gptq")
     with TemporaryDirectory() as scratch:
         if given.way:

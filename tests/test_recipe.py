@@ -8,7 +8,11 @@ import pytest
 
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Need
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
@@ -55,7 +59,7 @@ def test_options_that_differ_from_the_defaults_come_back() -> None:
         {"quantize": "slim_quant", "bits": 3, "group": "row"},
         {"prune": "wanda", "pattern": 0.6},
         {"compensate": "slim_lora", "rank": 0.05, "bits": 8, "shift": True},
-        leave=["*.down_proj"],
+        ignore=["*.down_proj"],
         name="own",
     )
     assert [named.step for named in first.steps] == [
@@ -80,17 +84,17 @@ def test_the_order_of_the_steps_is_the_order_of_the_list() -> None:
 
 
 def test_the_needs_are_those_of_all_steps_together() -> None:
-    assert recipe({"quantize": "absmax"}).needs == Need.NOTHING
+    assert recipe({"quantize": "absmax"}).needs == frozenset()
     both = recipe({"prune": "wanda"}, {"compensate": "l2qer"})
-    assert both.needs == Need.MEAN_SQUARE | Need.PEAK_MEAN_ABS
+    assert both.needs == frozenset({MeanSquare, PeakMeanAbs})
 
 
 def test_layers_are_left_by_pattern_on_their_full_name() -> None:
-    some = recipe({"quantize": "absmax"}, leave=["*.down_proj", "model.layers.0.*"])
-    assert some.leaves("model.layers.3.mlp.down_proj")
-    assert some.leaves("model.layers.0.self_attn.q_proj")
-    assert not some.leaves("model.layers.3.mlp.up_proj")
-    assert not recipe({"quantize": "absmax"}).leaves("model.layers.0.self_attn.q_proj")
+    some = recipe({"quantize": "absmax"}, ignore=["*.down_proj", "model.layers.0.*"])
+    assert some.ignores("model.layers.3.mlp.down_proj")
+    assert some.ignores("model.layers.0.self_attn.q_proj")
+    assert not some.ignores("model.layers.3.mlp.up_proj")
+    assert not recipe({"quantize": "absmax"}).ignores("model.layers.0.self_attn.q_proj")
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_refused_by_name() -> None:
@@ -170,7 +174,7 @@ def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words:
 
 def test_an_unknown_key_and_a_wrong_kind_of_leave_are_refused() -> None:
     assert "'step'" in refusal({"quantize": "absmax"}, step=1)
-    assert "leave" in refusal({"quantize": "absmax"}, leave="*.down_proj")
+    assert "leave" in refusal({"quantize": "absmax"}, ignore="*.down_proj")
 
 
 @pytest.mark.parametrize("text", ["steps = 3", "", 'name = "x"'])
@@ -232,7 +236,7 @@ def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: 
         {"joint": "alternation", "rank": "auto", "levels": "table"},
         name="own",
         summary='with "quotes" and a \\ backslash',
-        leave=["*.lm"],
+        ignore=["*.lm"],
         rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group": "row"}],
         sequential=True,
         matching={"passes": 3, "inputs": "follow"},
@@ -271,15 +275,15 @@ def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
 
 
 def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
-    assert recipe({"joint": "alternation"}).needs == Need.GRAM | Need.CROSS | Need.DRIFT
-    assert recipe({"joint": "alternation", "follow": 0.0}).needs == Need.GRAM
-    assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == Need.GRAM
+    assert recipe({"joint": "alternation"}).needs == frozenset({Covariance, CrossCovariance, OutputResidualCovariance})
+    assert recipe({"joint": "alternation", "asymmetric": 0.0}).needs == frozenset({Covariance})
+    assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == frozenset({Covariance})
 
 
 def test_the_needs_are_also_those_that_a_rule_brings_in() -> None:
-    some = recipe({"joint": "alternation", "follow": 0.0}, rules=[{"layers": ["*.mlp.*"], "follow": 0.1}])
-    assert options_of(some, "a.mlp.up") == [Alternation(follow=0.1)]
-    assert some.needs == Need.GRAM | Need.CROSS | Need.DRIFT
+    some = recipe({"joint": "alternation", "asymmetric": 0.0}, rules=[{"layers": ["*.mlp.*"], "asymmetric": 0.1}])
+    assert options_of(some, "a.mlp.up") == [Alternation(asymmetric=0.1)]
+    assert some.needs == frozenset({Covariance, CrossCovariance, OutputResidualCovariance})
 
 
 def test_a_joint_solver_without_a_pattern_leaves_the_pruning_to_a_pruner() -> None:
@@ -352,7 +356,7 @@ def test_sequential_is_true_or_false(sequential: Any) -> None:
         ({"passes": "many"}, ["passes", "many"]),
         ({"rate": 2.0}, ["rate = 2"]),
         ({"codes": "free"}, ["codes", "free", "ste"]),
-        ({"inputs": "none"}, ["inputs", "none", "follow"]),
+        ({"inputs": "none"}, ["inputs", "none", "asymmetric"]),
     ],
 )
 def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], words: list[str]) -> None:

@@ -31,10 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.capture import POOLED, Flow, shares_of
+from slimlm.calibration.capture import BlockInputs, shares_of
+from slimlm.calibration.measurement import POOLED
 from slimlm.calibration.samples import Calibration, kept_windows
 from slimlm.core.errors import CheckpointError, DataError, ModelError, RanksError, RecipeError, SlimlmError
-from slimlm.core.layer import Need
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.step import Objective
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.data.windows import check_seed
 from slimlm.distributed.launch import joined, local_rank, started
@@ -42,8 +44,8 @@ from slimlm.events import Event, Observer, both, quiet
 from slimlm.models.lazy import StreamedModel, open_streamed, weight_files
 from slimlm.models.opening import DenseModel, open_dense, read_config, words_of
 from slimlm.models.structure import blocks_of, context_length, text_config
-from slimlm.planner.options import Budget, Objective
-from slimlm.planner.plan import Plan, alternation_of, asked_budget, auto_budget, make_plan, refuse_budget, refuse_few_windows
+from slimlm.planner.options import Budget, options_of
+from slimlm.planner.plan import Plan, asked_budget, auto_budget, make_plan, refuse_budget, refuse_few_windows
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole, existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, Memory, estimate_of, memory_of, timed
 from slimlm.preflight.job import Job
@@ -207,7 +209,7 @@ def finished(
     ready: "Ready",
     recipe: Recipe,
     found: dict[str, Any] | None,
-    flow: Flow,
+    flow: BlockInputs,
     journal: Journal,
     progress: Observer,
 ) -> Record:
@@ -336,7 +338,7 @@ def estimate(
         device,
         memory,
     )
-    where, planning = pick_device(device), budget_asked(asked) is not None or has_auto_rank(asked.recipe)
+    where, planning = pick_device(device), budget_asked(asked) is not None or asked.recipe.needs_plan
     with TemporaryDirectory() as scratch:
         dense = open_streamed(asked.model, Path(scratch), tell)
         blocks, ends = blocks_of(dense.model), ends_of(dense.model, asked.recipe.embedding_bits)
@@ -416,7 +418,7 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     """Open the model and check everything that can be checked; raises in words. What the journal keeps is not made again."""
     recipe, bits, objective = asked.recipe, asked.bits, asked.objective
     where, budget = pick_device(asked.device), budget_asked(asked)
-    planning = bits is not None or has_auto_rank(recipe)
+    planning = bits is not None or recipe.needs_plan
     progress(Event("open the model", 0, 1))
     dense = open_streamed(asked.model, journal.folder / "original", tell)
     blocks = blocks_of(dense.model)
@@ -442,9 +444,9 @@ def prepare(asked: Asked, journal: Journal, progress: Observer, tell: Tell) -> R
     journal.shares = shares_of(windows, journal.group.size)
     if budget is not None:
         refuse_few_windows(len(windows))
-    if recipe.matching is not None and len(windows) < 2:
+    if recipe.block_reconstruction is not None and len(windows) < 2:
         raise DataError("block matching holds windows back and needs at least 2; there is 1. Give more text or --samples")
-    if recipe.needs & Need.GRAM:
+    if Covariance in recipe.needs:
         tell_of_few_tokens(shapes, windows.numel(), tell)
     job = Job(dense, blocks, recipe, ends, left, len(windows), windows.shape[1], bits)
     refuse_unfit(job, asked, journal, where, tell)
@@ -462,8 +464,8 @@ def budget_asked(asked: Asked) -> Budget | None:
     """The budget where bits were asked for; raises RecipeError where that makes no sense, whatever the model."""
     if asked.bits is not None:
         return asked_budget(asked.recipe, asked.bits, asked.objective)
-    if has_auto_rank(asked.recipe):
-        alternation_of(asked.recipe)
+    if asked.recipe.needs_plan:
+        options_of(asked.recipe, None, asked.objective)
     elif asked.objective != "size":
         raise RecipeError(f"--objective {asked.objective} says what a budget counts, and there is none; give --bits")
     return None
@@ -504,7 +506,7 @@ def refuse_unfit(job: Job, asked: Asked, journal: Journal, device: torch.device,
 def own_memory(job: Job, asked: Asked, journal: Journal) -> Memory:
     """What this process holds: of several ranks each has its windows, and the first matches blocks on all of them."""
     group, share = journal.group, journal.share
-    if group.size > 1 and group.first and asked.recipe.matching is not None:
+    if group.size > 1 and group.first and asked.recipe.block_reconstruction is not None:
         share += job.windows
     return memory_of(dataclasses.replace(job, windows=share), asked.memory, processes=group.here)
 
@@ -518,11 +520,6 @@ def choose_place(asked: Asked, job: Job, journal: Journal, tell: Tell) -> None:
         limit = asked.memory if asked.memory is not None else (found.free or 0) // 2
         size = in_words(found.activations)
         tell(f"activations ({size}) stay on the disk, in {journal.folder}: more than {why}, {in_words(limit)}")
-
-
-def has_auto_rank(recipe: Recipe) -> bool:
-    """Whether a plan has to give the layers their ranks."""
-    return any(getattr(named.step, "rank", None) == "auto" for named in recipe.steps)
 
 
 _NAMED = 8

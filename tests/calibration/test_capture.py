@@ -14,7 +14,15 @@ import slimlm
 from slimlm.calibration import capture
 from slimlm.calibration.capture import Flow, enter, measure, measure_drift, run, stages_of
 from slimlm.core.errors import ModelError, NumericsError
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.preflight.refusals import tell_of_few_tokens
@@ -24,7 +32,7 @@ from slimlm.run.block import compress_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
-EVERYTHING = Need.MEAN_ABS | Need.MEAN_SQUARE | Need.PEAK_MEAN_ABS | Need.PEAK_ABS | Need.MEAN_WINDOW
+EVERYTHING = frozenset({MeanAbs, MeanSquare, PeakMeanAbs, PeakAbs, MeanSample})
 
 
 def windows(count: int, length: int = 32, seed: int = 0) -> torch.Tensor:
@@ -49,11 +57,11 @@ def test_statistics_equal_those_of_the_inputs_themselves() -> None:
     found = stats["mlp.down_proj"]
     assert found.tokens == 96
     # sums run in float64; the means are rounded to float32
-    assert torch.allclose(found.mean_abs.double(), x.abs().mean(dim=(0, 1)), rtol=1e-6)
-    assert torch.allclose(found.mean_square.double(), x.square().mean(dim=(0, 1)), rtol=1e-6)
-    assert torch.allclose(found.peak_mean_abs.double(), x.abs().mean(dim=1).amax(dim=0), rtol=1e-5)
-    assert torch.equal(found.peak_abs.double(), x.abs().amax(dim=(0, 1)))
-    assert torch.allclose(found.mean_window.double(), x.mean(dim=0), rtol=1e-6)
+    assert torch.allclose(found[MeanAbs].double(), x.abs().mean(dim=(0, 1)), rtol=1e-6)
+    assert torch.allclose(found[MeanSquare].double(), x.square().mean(dim=(0, 1)), rtol=1e-6)
+    assert torch.allclose(found[PeakMeanAbs].double(), x.abs().mean(dim=1).amax(dim=0), rtol=1e-5)
+    assert torch.equal(found[PeakAbs].double(), x.abs().amax(dim=(0, 1)))
+    assert torch.allclose(found[MeanSample].double(), x.mean(dim=0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])  # OPT hands its fc layers [tokens, in], without windows
@@ -85,17 +93,16 @@ def test_layers_with_one_input_share_one_measurement() -> None:
 
 def test_only_what_is_needed_is_measured() -> None:
     model, blocks, name = first_block()
-    stats = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), Need.MEAN_SQUARE, CPU)[
-        "mlp.down_proj"
-    ]
-    assert stats.mean_square is not None
-    assert stats.mean_abs is None
-    assert stats.peak_mean_abs is None
-    assert stats.peak_abs is None
-    assert stats.mean_window is None
+    stats = measure(
+        blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), frozenset({MeanSquare}), CPU
+    )["mlp.down_proj"]
+    assert stats.get(MeanAbs) is None
+    assert stats.get(PeakMeanAbs) is None
+    assert stats.get(PeakAbs) is None
+    assert stats.get(MeanSample) is None
 
 
-@pytest.mark.parametrize("need", [Need.PEAK_ABS, Need.MEAN_WINDOW])
+@pytest.mark.parametrize("need", [frozenset({PeakAbs}), frozenset({MeanSample})])
 @pytest.mark.parametrize("family_name", ["llama", "opt"])  # OPT hands its fc layers [tokens, in], without windows
 def test_peaks_and_means_of_positions_need_no_other_statistic(need: Need, family_name: str) -> None:
     model, blocks, name = first_block(family_name)
@@ -108,7 +115,7 @@ def test_peaks_and_means_of_positions_need_no_other_statistic(need: Need, family
         assert not stats.known
         one = found[str(need.name).lower()]
         assert torch.equal(one, getattr(whole[layer], str(need.name).lower()))
-        assert one.shape[:-1] == ((32,) if need is Need.MEAN_WINDOW else ())
+        assert one.shape[:-1] == ((32,) if need is frozenset({MeanSample}) else ())
 
 
 def test_the_second_block_is_measured_on_the_changed_first_block_s_outputs() -> None:  # law 22
@@ -155,7 +162,7 @@ def test_a_model_that_works_between_its_blocks_is_refused_by_name() -> None:
         enter(model, {"model.layers.0": blocks["model.layers.0"], "model.layers.1": inner}, windows(2))
 
 
-@pytest.mark.parametrize("need", [Need.MEAN_SQUARE, Need.PEAK_ABS, Need.MEAN_WINDOW])
+@pytest.mark.parametrize("need", [frozenset({MeanSquare}), frozenset({PeakAbs}), frozenset({MeanSample})])
 def test_inputs_that_overflow_name_the_layer(need: Need) -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(2))
@@ -210,17 +217,17 @@ def flows(family: str, rows: torch.Tensor) -> tuple[nn.Module, nn.Module, str, F
 def test_covariances_equal_those_of_all_inputs_at_once(family_name: str) -> None:  # law 19
     twin, block, name, theirs, ours = flows(family_name, windows(3))
     linears = linears_of(block)
-    stats = measure(block, name, linears, ours, Need.GRAM | Need.CROSS, CPU, (twin, theirs))
+    stats = measure(block, name, linears, ours, frozenset({Covariance, CrossCovariance}), CPU, (twin, theirs))
     now, were = inputs_of(block, name, list(linears), ours), inputs_of(twin, name, list(linears), theirs)
     for layer, found in stats.items():
         x, z = now[layer], were[layer]
-        assert found.tokens == 96 and found.gram is not None and found.cross is not None
+        assert found.tokens == 96 and found.get(Covariance) is not None and found.get(CrossCovariance) is not None
         # Products of a batch are float32: relative to the largest energy.
         largest = float((x.T @ x / 96).diagonal().max())
-        torch.testing.assert_close(found.gram.double(), x.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
-        torch.testing.assert_close(found.cross.double(), z.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
-        assert torch.equal(found.gram, found.gram.T)
-        assert not torch.allclose(found.cross, found.gram, rtol=1e-2)  # the two models' inputs differ
+        torch.testing.assert_close(found[Covariance].double(), x.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
+        torch.testing.assert_close(found[CrossCovariance].double(), z.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
+        assert torch.equal(found[Covariance], found[Covariance].T)
+        assert not torch.allclose(found[CrossCovariance], found[Covariance], rtol=1e-2)  # the two models' inputs differ
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])
@@ -228,7 +235,7 @@ def test_covariances_equal_those_of_all_inputs_at_once(family_name: str) -> None
 def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(  # law 20
     monkeypatch: pytest.MonkeyPatch, family_name: str, at_once: int
 ) -> None:
-    needs = Need.GRAM | Need.CROSS
+    needs = frozenset({Covariance, CrossCovariance})
     rows = windows(7)
     twin, block, name, theirs, ours = flows(family_name, rows)
     whole = measure(block, name, linears_of(block), ours, needs, CPU, (twin, theirs))
@@ -238,7 +245,10 @@ def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(  # 
     assert len(ours.hidden) == -(-7 * 32 // at_once)
     pieces = measure(block, name, linears_of(block), ours, needs, CPU, (twin, theirs))
     for layer, expected in whole.items():
-        for one, other in ((expected.gram, pieces[layer].gram), (expected.cross, pieces[layer].cross)):
+        for one, other in (
+            (expected[Covariance], pieces[layer][Covariance]),
+            (expected[CrossCovariance], pieces[layer][CrossCovariance]),
+        ):
             assert one is not None and other is not None
             # Products of a batch are float32, and a batch of another size sums in another order.
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6 * float(one.diagonal().max()))
@@ -247,20 +257,25 @@ def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(  # 
 def test_the_energies_are_the_diagonal_of_the_covariance() -> None:
     model, blocks, name = first_block()
     stats = measure(
-        blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(3)), Need.GRAM | Need.MEAN_SQUARE, CPU
+        blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(3)), frozenset({Covariance, MeanSquare}), CPU
     )
     for found in stats.values():
-        assert found.gram is not None and found.mean_square is not None
-        torch.testing.assert_close(found.gram.diagonal(), found.mean_square, rtol=1e-5, atol=0)  # float32 products
+        torch.testing.assert_close(found[Covariance].diagonal(), found[MeanSquare], rtol=1e-5, atol=0)  # float32 products
 
 
 def test_an_unchanged_block_s_inputs_go_with_the_original_ones_as_with_themselves() -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(3))
     twin = blocks_of(random_model("llama"))[name]
-    stats = measure(blocks[name], name, linears_of(blocks[name]), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
+    stats = measure(
+        blocks[name], name, linears_of(blocks[name]), flow, frozenset({Covariance, CrossCovariance}), CPU, (twin, flow)
+    )
     for found in stats.values():
-        assert found.gram is not None and found.cross is not None and torch.equal(found.cross, found.gram)
+        assert (
+            found.get(Covariance) is not None
+            and found.get(CrossCovariance) is not None
+            and torch.equal(found[CrossCovariance], found[Covariance])
+        )
 
 
 class _Routed(nn.Module):
@@ -292,18 +307,20 @@ def test_an_expert_that_is_given_other_tokens_has_no_cross_statistic_and_the_oth
     twin, block, flow = routed()
     with torch.no_grad():
         block.inner.bias[0] += 0.5  # some tokens change sides
-    stats = measure(block, "b", linears_of(block), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
-    assert stats["inner"].cross is not None
-    assert stats["experts.0"].cross is None and stats["experts.1"].cross is None
-    assert stats["experts.0"].gram is not None
+    stats = measure(block, "b", linears_of(block), flow, frozenset({Covariance, CrossCovariance}), CPU, (twin, flow))
+    assert stats["experts.0"].get(CrossCovariance) is None and stats["experts.1"].get(CrossCovariance) is None
     assert stats["experts.0"].tokens + stats["experts.1"].tokens == 64
 
 
 def test_experts_that_are_given_some_of_the_tokens_have_no_cross_statistic_even_where_these_are_the_same() -> None:
     twin, block, flow = routed()
-    stats = measure(block, "b", linears_of(block), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
-    assert all(0 < stats[expert].tokens < 64 and stats[expert].cross is None for expert in ("experts.0", "experts.1"))
-    assert stats["inner"].cross is not None and torch.equal(stats["inner"].cross, stats["inner"].gram)
+    stats = measure(block, "b", linears_of(block), flow, frozenset({Covariance, CrossCovariance}), CPU, (twin, flow))
+    assert all(
+        0 < stats[expert].tokens < 64 and stats[expert].get(CrossCovariance) is None for expert in ("experts.0", "experts.1")
+    )
+    assert stats["inner"].get(CrossCovariance) is not None and torch.equal(
+        stats["inner"][CrossCovariance], stats["inner"][Covariance]
+    )
 
 
 @pytest.mark.parametrize("also_before", [True, False])
@@ -313,9 +330,13 @@ def test_an_expert_that_is_given_all_tokens_has_a_cross_statistic_if_it_was_befo
         for each in (block, twin) if also_before else (block,):
             each.inner.bias[0] += 100  # every token goes to the first expert
     linears = {"experts.0": block.experts[0]}
-    found = measure(block, "b", linears, flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))["experts.0"]
+    found = measure(block, "b", linears, flow, frozenset({Covariance, CrossCovariance}), CPU, (twin, flow))["experts.0"]
     assert found.tokens == 64
-    assert (found.cross is not None and torch.equal(found.cross, found.gram)) if also_before else found.cross is None
+    assert (
+        (found.get(CrossCovariance) is not None and torch.equal(found[CrossCovariance], found[Covariance]))
+        if also_before
+        else found.get(CrossCovariance) is None
+    )
 
 
 def test_an_expert_that_is_given_all_tokens_of_one_batch_only_has_no_cross_statistic() -> None:
@@ -325,9 +346,11 @@ def test_an_expert_that_is_given_all_tokens_of_one_batch_only_has_no_cross_stati
     one_sided = torch.where(sides > 0, flow.hidden[1], flow.hidden[1].flatten(0, 1)[int(sides.flatten().argmax())])
     for hidden in ([flow.hidden[0], one_sided], [one_sided, flow.hidden[0]]):
         both = Flow(hidden, flow.arguments)
-        found = measure(block, "b", {"experts.0": block.experts[0]}, both, Need.GRAM | Need.CROSS, CPU, (twin, both))
+        found = measure(
+            block, "b", {"experts.0": block.experts[0]}, both, frozenset({Covariance, CrossCovariance}), CPU, (twin, both)
+        )
         assert 16 < found["experts.0"].tokens < 64
-        assert found["experts.0"].cross is None
+        assert found["experts.0"].get(CrossCovariance) is None
 
 
 def _swapped() -> dict[str, Stats]:
@@ -341,7 +364,7 @@ def _swapped() -> dict[str, Stats]:
     count = int(min(sides.sum(), (~sides).sum()))
     even = torch.cat([tokens[sides][:count], tokens[~sides][:count]])[:, None]
     flow = Flow([even], {("b", 2 * count): ((None,), {})})
-    stats = measure(block, "b", linears_of(block), flow, Need.CROSS, CPU, (twin, flow))
+    stats = measure(block, "b", linears_of(block), flow, frozenset({CrossCovariance}), CPU, (twin, flow))
     if not stats["experts.0"].tokens == stats["experts.1"].tokens > 10:
         raise RuntimeError("the example is none")
     return stats
@@ -356,7 +379,7 @@ def test_a_covariance_that_overflows_names_the_layer() -> None:
     flow = enter(model, blocks, windows(2))
     flow.hidden[0][0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        measure(blocks[name], name, linears_of(blocks[name]), flow, Need.GRAM, CPU)
+        measure(blocks[name], name, linears_of(blocks[name]), flow, frozenset({Covariance}), CPU)
 
 
 # Stages
@@ -423,10 +446,10 @@ def test_a_stage_is_measured_on_what_the_compressed_stages_before_it_hand_over(f
     linears = linears_of(block)
     done: list[str] = []
     for stage in stages_of(block, name, linears, flow, CPU):
-        found = measure(block, name, {layer: linears[layer] for layer in stage}, flow, Need.GRAM, CPU)
+        found = measure(block, name, {layer: linears[layer] for layer in stage}, flow, frozenset({Covariance}), CPU)
         # An independent way: the whole block run from the start, its earlier layers being the compressed ones.
         for layer, x in inputs_of(block, name, stage, flow).items():
-            gram = found[layer].gram
+            gram = found[layer][Covariance]
             assert gram is not None
             torch.testing.assert_close(gram.double(), x.T @ x / 64, rtol=1e-5, atol=1e-6 * float(gram.diagonal().max()))
         for layer in stage:
@@ -453,8 +476,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
     unspied = Gptq.__call__
 
     def spy(self: Gptq, layer: Layer, stats: Stats) -> Layer:
-        assert stats.gram is not None
-        seen[layer.name] = stats.gram.double()
+        seen[layer.name] = stats[Covariance].double()
         return unspied(self, layer, stats)
 
     monkeypatch.setattr(Gptq, "__call__", spy)
@@ -477,7 +499,7 @@ def compressed_with(
 ) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
     told: list[str] = []
-    recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
+    recipe = recipe_from_dict({"steps": [step], "ignore": list(leave)}, source="test")
     slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, tell=told.append)
     record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
     return told, {layer.name: tuple(layer.notes) for layer in record.layers}
@@ -490,7 +512,7 @@ GPTQ = {"quantize": "gptq", "group": 16}
 def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_layers_that_have_too_few(
     llama_folder: Path, text_file: Path, tmp_path: Path, follow: float | None
 ) -> None:
-    joint = {"joint": "alternation", "group": 16, "rank": 0.0, "rounds": 1, "polish": 0, "follow": follow}
+    joint = {"joint": "alternation", "group": 16, "rank": 0.0, "rounds": 1, "descent_rounds": 0, "asymmetric": follow}
     step = GPTQ if follow is None else joint
     told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from slimlm.calibration import capture
 from slimlm.calibration.capture import Flow, enter
 from slimlm.core.grid import Levels
-from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import dense_of
 from slimlm.core.solvers.coordinate_descent import polish
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.low_rank_descent import descend
 from slimlm.core.solvers.sweep import inverse_of, order_of, rounded_sweep
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.run.block import compress_block
@@ -66,7 +66,7 @@ def quick(recipe: Recipe) -> Recipe:
     steps = []
     for named in recipe.steps:
         fields = {field.name for field in dataclasses.fields(named.step)}
-        few = {name: value for name, value in {"rounds": 3, "polish": 1}.items() if name in fields}
+        few = {name: value for name, value in {"rounds": 3, "descent_rounds": 1}.items() if name in fields}
         steps.append(dataclasses.replace(named, step=dataclasses.replace(named.step, **few)))
     leave = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
     return dataclasses.replace(recipe, steps=tuple(steps), leave=leave)
@@ -106,8 +106,8 @@ def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(capture, "free_on_card", lambda device, room=room: room)
         with far_device():
             sent = send(copy.deepcopy(block))
-            found = capture.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAR)
-            assert {measured(stats.gram).device for stats in found.values()} == {place}
+            found = capture.measure(sent, name, linears_of(sent), flow, frozenset({Covariance}), FAR)
+            assert {stats[Covariance].device for stats in found.values()} == {place}
 
 
 def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,12 @@ import torch
 import slimlm
 from slimlm.calibration.capture import measure
 from slimlm.core import grid
-from slimlm.core.layer import Need
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.sweep import inverse_of
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
 from slimlm.models.structure import linears_of
 from tests.end_to_end.test_compress_on_fake_gpu import CPU, first_block
 
@@ -31,7 +34,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 def test_statistics_are_those_of_the_cpu() -> None:
     block, name, flow, _ = first_block()
-    needs = Need.GRAM | Need.MEAN_ABS | Need.MEAN_SQUARE | Need.PEAK_ABS
+    needs = frozenset({Covariance, MeanAbs, MeanSquare, PeakAbs})
     expected = measure(block, name, linears_of(block), flow, needs, CPU)
     found = measure(block.to(CARD), name, linears_of(block), flow, needs, CARD)
     for layer, stats in expected.items():

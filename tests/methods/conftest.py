@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.statistics.peak_abs import PeakAbs
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Stats
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -27,15 +30,13 @@ def stats_of(x: Tensor) -> Stats:
     gram = flat.T @ flat / len(flat)
     # As if the layers before this one had been left alone: the original inputs are the inputs.
     return Stats(
-        len(flat),
-        flat.abs().mean(dim=0),
+        len(flat), {flat.abs().mean(dim=0),
         flat.square().mean(dim=0),
         x.abs().mean(dim=1).amax(dim=0),
         gram,
         gram,
-        peak_abs=flat.abs().amax(dim=0),
-        mean_window=x.mean(dim=0),
-    )
+        PeakAbs: flat.abs().amax(dim=0),
+        MeanSample: x.mean(dim=0),})
 
 
 def inputs(width: int = 172, *, dead: int = 0) -> Tensor:

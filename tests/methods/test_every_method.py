@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from slimlm.core import registry
-from slimlm.core.layer import Layer, Need, Stats, Step
+from slimlm.core.layer import Layer
 from slimlm.core.parts import Codebook, Pruned, Uniform, dense_of, pack_parts, unpack_parts
+from slimlm.core.statistics.base import Stats
+from slimlm.core.step import Step
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 Name = tuple[str, str]
@@ -20,7 +22,7 @@ SHAPES = [(48, 172), (96, 352), (172, 48), (7, 12), (1, 4)]
 """Groups of 128 divide none of these widths; 96 x 352 is searched by histogram; 7 x 12 has rank 0 at the default 0.1."""
 SMALL = (16, 36)
 """Groups of 32 divide neither side; with two tokens and more for each input covariances are taken as they are."""
-FEW_TURNS = {"rounds": 2, "polish": 1}
+FEW_TURNS = {"rounds": 2, "descent_rounds": 1}
 """For methods that go on until little is gained, where what they gain is not the question."""
 
 REPRESENTATIVES = {

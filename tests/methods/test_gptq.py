@@ -8,9 +8,12 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts import Pruned, Uniform
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
@@ -19,8 +22,7 @@ from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 
 def gram_of(stats: Stats) -> Tensor:
-    assert stats.gram is not None
-    return stats.gram
+    return stats[Covariance]
 
 
 def correlated(width: int, *, dead: int = 0) -> Stats:
@@ -30,7 +32,7 @@ def correlated(width: int, *, dead: int = 0) -> Stats:
 
 def uncorrelated(width: int) -> Stats:
     energy = torch.exp(draw(width, seed=2))
-    return Stats(10**6, mean_square=energy, gram=torch.diag(energy))
+    return Stats(10**6, {MeanSquare: energy, Covariance: torch.diag(energy)})
 
 
 def left(layer: Layer, stats: Stats) -> float:
@@ -121,7 +123,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> No
 
 
 def test_replaced_statistics_forget_what_was_computed_of_the_old_ones() -> None:
-    stats = Stats(64, gram=torch.eye(32))
+    stats = Stats(64, {Covariance: torch.eye(32)})
     Gptq(group=16)(Layer.of("fc1", draw(8, 32)), stats)
     assert stats.known
     assert not replace(stats, gram=torch.zeros(32, 32)).known

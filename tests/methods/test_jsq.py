@@ -8,8 +8,12 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts import Uniform
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
 from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
@@ -162,11 +166,10 @@ def test_a_factor_on_the_weights_changes_neither_mask_nor_codes(factor: float) -
 
 def test_smoothing_spares_the_inputs_that_matter() -> None:
     stats = stats_of(inputs())
-    assert stats.mean_square is not None
     smoothed = Jsq(rho=0.0, clip=0.0)(layer_of(), stats)
     plain = AbsMax()(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(smoothed), keep_of(plain))
-    lost = [float(((layer.damage * keep_of(layer)).square() * stats.mean_square).sum()) for layer in (smoothed, plain)]
+    lost = [float(((layer.damage * keep_of(layer)).square() * stats[MeanSquare]).sum()) for layer in (smoothed, plain)]
     assert lost[0] < 0.7 * lost[1]
 
 
@@ -181,16 +184,14 @@ def test_the_cap_is_the_least_of_the_largest_share() -> None:
 
 def test_the_caps_of_norms_and_peaks_and_positions_hold() -> None:
     stats = stats_of(inputs())
-    assert stats.mean_square is not None and stats.peak_abs is not None and stats.mean_window is not None
     # One far outlier of 172 inputs more or less changes nothing under caps of 2 % (three inputs, 110 entries).
-    louder = replace(stats, mean_square=stats.mean_square.clone(), peak_abs=stats.peak_abs.clone())
-    assert louder.mean_square is not None and louder.peak_abs is not None
-    louder.mean_square[stats.mean_square.argmax()] *= 100
-    louder.peak_abs[stats.peak_abs.argmax()] *= 100
+    louder = replace(stats, mean_square=stats[MeanSquare].clone(), peak_abs=stats[PeakAbs].clone())
+    louder[MeanSquare][stats[MeanSquare].argmax()] *= 100
+    louder[PeakAbs][stats[PeakAbs].argmax()] *= 100
     one, other = (Jsq(clip=0.02)(layer_of(), s) for s in (stats, louder))
     assert torch.equal(keep_of(one), keep_of(other))
     assert torch.equal(code_of(one).dense(), code_of(other).dense())
-    window = stats.mean_window.clone()
+    window = stats[MeanSample].clone()
     window.view(-1)[window.abs().argmax()] *= 100
     other = Jsq(clip=0.02)(layer_of(), replace(stats, mean_window=window))
     assert torch.equal(keep_of(one), keep_of(other))
@@ -201,9 +202,11 @@ def test_jsq_by_hand() -> None:
     # The norms over a window of three are 1, 1, 2, 1. Scores 2 + 10, 1 + 8, 2 + 8, 3 + 6; Wanda would keep the first and last.
     stats = Stats(
         3,
-        mean_square=torch.tensor([1.0, 1.0, 4.0, 1.0]) / 3,
-        peak_abs=torch.tensor([32.0, 1.0, 1.0, 1.0]),
-        mean_window=torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]),
+        {
+            MeanSquare: torch.tensor([1.0, 1.0, 4.0, 1.0]) / 3,
+            PeakAbs: torch.tensor([32.0, 1.0, 1.0, 1.0]),
+            MeanSample: torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]),
+        },
     )
     weight = torch.tensor([[2.0, -1.0, 1.0, 3.0]])
     step = Jsq(rho=2.0)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.compensate.l2qer import L2qer
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.prune.wanda import Wanda
@@ -13,7 +15,7 @@ from slimlm.methods.quantize.absmax import AbsMax
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 STATS = stats_of(inputs(dead=4))
-PEAK = STATS.peak_mean_abs if STATS.peak_mean_abs is not None else torch.empty(0)
+PEAK = STATS[PeakMeanAbs]
 ENERGY = PEAK.clamp_min(1e-4).square()
 
 
@@ -64,9 +66,8 @@ def test_only_rounding_does_nothing_where_nothing_is_rounded() -> None:
 @pytest.mark.parametrize("factor", [2.0**-4, 2.0**4])
 def test_a_factor_on_all_activations_hardly_matters(factor: float) -> None:  # law 14, but for the floor of 1e-4
     alive = stats_of(inputs())
-    assert alive.peak_mean_abs is not None
-    energy = alive.peak_mean_abs.square()
-    scaled = Stats(1, peak_mean_abs=alive.peak_mean_abs * factor)
+    energy = alive[PeakMeanAbs].square()
+    scaled = Stats(1, {PeakMeanAbs: alive[PeakMeanAbs] * factor})
     layer = AbsMax(4)(layer_of(), alive)
     one, other = (weighted_square(L2qer(0.2)(layer, stats).error, energy) for stats in (alive, scaled))
     assert other == pytest.approx(one, rel=1e-4)  # float16 factors

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.compensate.svd import Svd
 from slimlm.methods.prune.wanda import Wanda
@@ -13,8 +16,8 @@ from slimlm.methods.quantize.slim_quant import SlimQuant
 from tests.methods.conftest import draw, inputs, layer_of, stats_of
 
 STATS = stats_of(inputs(dead=4))
-SQUARE = STATS.mean_square if STATS.mean_square is not None else torch.empty(0)
-ABSOLUTE = STATS.mean_abs if STATS.mean_abs is not None else torch.empty(0)
+SQUARE = STATS[MeanSquare]
+ABSOLUTE = STATS[MeanAbs]
 
 
 def damaged() -> Layer:

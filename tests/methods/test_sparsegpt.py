@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts import Plain, Pruned, pack_parts, unpack_parts
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
@@ -20,8 +23,7 @@ PATTERNS = ["2:4", "1:4", "4:8", 0.5, 0.37]
 
 
 def gram_of(stats: Stats) -> Tensor:
-    assert stats.gram is not None
-    return stats.gram
+    return stats[Covariance]
 
 
 def correlated(width: int) -> Stats:
@@ -42,7 +44,7 @@ def mask_of(layer: Layer) -> Tensor:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_uncorrelated_inputs_give_wanda_s_mask_and_move_nothing(pattern: str | float, order: str) -> None:  # law 7
     energy = torch.exp(draw(120, seed=2))
-    stats, layer = Stats(10**6, mean_square=energy, gram=torch.diag(energy)), layer_of(16, 120)
+    stats, layer = Stats(10**6, {MeanSquare: energy, Covariance: torch.diag(energy)}), layer_of(16, 120)
     found, wanda = SparseGpt(pattern, order, damp=0)(layer, stats), Wanda(pattern)(layer, stats)  # type: ignore[arg-type]
     assert torch.equal(mask_of(found), mask_of(wanda))
     assert torch.equal(found.working, wanda.working)
@@ -50,7 +52,7 @@ def test_uncorrelated_inputs_give_wanda_s_mask_and_move_nothing(pattern: str | f
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_equal_uncorrelated_inputs_give_the_mask_of_magnitude(pattern: str | float) -> None:  # law 7
-    stats, layer = Stats(10**6, gram=torch.eye(120)), layer_of(16, 120)
+    stats, layer = Stats(10**6, {Covariance: torch.eye(120)}), layer_of(16, 120)
     assert torch.equal(mask_of(SparseGpt(pattern)(layer, stats)), mask_of(Magnitude(pattern)(layer, stats)))
 
 

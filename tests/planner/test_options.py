@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.methods.joint.alternation import Alternation
 from slimlm.planner.options import Budget, Option, budget_of, options_for
 from slimlm.planner.plan import refuse_budget
@@ -30,8 +32,8 @@ OPTIONS = [
 def test_the_bits_foretold_are_those_of_the_parts(option: Option, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * shape[1], shape[1], generator=generator)
-    stats = Stats(len(x), gram=x.T @ x / len(x))
-    step = Alternation(rounds=1, polish=0, follow=0.0)
+    stats = Stats(len(x), {Covariance: x.T @ x / len(x)})
+    step = Alternation(rounds=1, descent_rounds=0, asymmetric=0.0)
     layer = replace(step, **{**option.overrides(), "levels": "even"})(
         Layer.of("fc1", torch.randn(shape, generator=generator)), stats
     )

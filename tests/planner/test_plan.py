@@ -29,8 +29,8 @@ FIRST = ["model.layers.0.*"]
 
 
 def quick_recipe(leave: list[str] | None = None, **options: object) -> slimlm.Recipe:
-    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group": 16, **options}
-    return recipe_from_dict({"name": "quick", "sequential": True, "leave": leave or [], "steps": [step]}, source="test")
+    step = {"joint": "alternation", "rounds": 1, "descent_rounds": 0, "group": 16, **options}
+    return recipe_from_dict({"name": "quick", "sequential": True, "ignore": leave or [], "steps": [step]}, source="test")
 
 
 OPTIONS = [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]

@@ -15,7 +15,7 @@ from slimlm.core.stored import table_bits
 from slimlm.models.lazy import StreamedModel, open_streamed
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.pipeline import Asked, estimate
-from slimlm.preflight.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
+from slimlm.planner.forms import brief, drawn_layer, fitting, form_of, needs_of, resolved
 from slimlm.preflight.job import Job
 from slimlm.recipe import apply_steps, open_recipe, shipped
 from slimlm.run.embeddings import ends_of

@@ -26,6 +26,7 @@ from slimlm.cli import demo as demonstration
 from slimlm.cli import doctor as diagnosis
 from slimlm.core import registry
 from slimlm.core.errors import CheckpointError, DataError, KernelError, RecipeError, SlimlmError
+from slimlm.core.step import Objective
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import check_seed, token_stream, windows_of
 from slimlm.distributed.launch import own_rank, speaks, started
@@ -38,10 +39,9 @@ from slimlm.inference.generate import generate as generate_tokens
 from slimlm.inference.load import read_description
 from slimlm.models.opening import open_tokenizer, read_config
 from slimlm.models.structure import context_length
-from slimlm.pipeline import DEFAULT_RECIPE, estimate, has_auto_rank, pick_device
+from slimlm.pipeline import DEFAULT_RECIPE, estimate, pick_device
 from slimlm.pipeline import compress as compress_model
 from slimlm.pipeline import plan as make_plan
-from slimlm.planner.options import Objective
 from slimlm.recipe import AS_STORED, open_recipe, shipped, to_toml
 from slimlm.record import Record
 from slimlm.report.estimate import estimate_table
@@ -206,7 +206,7 @@ def plan_(
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"bits": bits, "objective": objective, "embedding_bits": embedding_bits}
     asked |= {"samples": samples, "length": length, "device": device, "memory": _bytes(memory), "tell": _tell}
-    planning = bits is not None or has_auto_rank(opened)
+    planning = bits is not None or opened.needs_plan
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with shown(notes, silent=quiet) as observer:

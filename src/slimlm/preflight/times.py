@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from slimlm.core.layer import Need
+from slimlm.core.statistics.base import Source
 from slimlm.models.structure import linears_of, weight_of
 from slimlm.preflight.job import Job
 from slimlm.preflight.rates import Rates, StepCost
@@ -68,7 +68,7 @@ def seconds_of(job: Job, rates: Rates, cost: Cost) -> dict[str, float]:
     first = blocks * forward.seconds(job.tokens_at_once)
     count = len(job.inputs) if job.recipe.sequential else 1
     runs = count * (_BEFORE[0] if count > 1 else 1.0) * job.streams
-    if needs & Need.DRIFT:
+    if any(statistic.source is Source.OUTPUT_RESIDUALS for statistic in needs):
         runs += 2 + 4 / batches
     measure = blocks * (runs * whole + _sums(job, rates))
     steps = sum(cost(name).seconds(shape) for name, shape in job.shapes.items())
@@ -77,25 +77,21 @@ def seconds_of(job: Job, rates: Rates, cost: Cost) -> dict[str, float]:
     written = (2 * job.stored_bytes) / rates.written
     checked = first + blocks * forward.seconds(0, 1) + 2 * job.stored_bytes / rates.written
     times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
-    if job.recipe.matching is not None:
+    if job.recipe.block_reconstruction is not None:
         times["match"] = blocks * _matching(job, forward, rates)
     return {**times, "propagate": passed, "keep": kept, "write": written, "verify": checked}
 
 
 def _sums(job: Job, rates: Rates) -> float:
     """Of one block: the products that make its statistics."""
-    squares = sum(width**2 for widths in job.inputs for width in widths)
-    operations = 0.0
-    if job.recipe.needs & Need.GRAM:
-        operations += 1.5 * squares * job.tokens
-    if job.recipe.needs & Need.CROSS:
-        operations += 2 * squares * job.tokens
-    return operations / rates.products
+    measured = [sizes for stage in job.inputs for sizes in stage]
+    operations = sum(statistic.operations(sizes) for statistic in job.measured_together for sizes in measured)
+    return operations * job.tokens / rates.products
 
 
 def _matching(job: Job, forward: Forward, rates: Rates) -> float:
     """Of one block: there and back on each window, and the weights rounded anew in every step."""
-    options = job.recipe.matching
+    options = job.recipe.block_reconstruction
     assert options is not None
     steps = options.passes * job.windows / options.batch
     weights = job.block_bytes / 4

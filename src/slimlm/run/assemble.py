@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.capture import Flow, first_inputs
+from slimlm.calibration.capture import BlockInputs, first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
@@ -125,7 +125,7 @@ def verify(
     dense: StreamedModel,
     blocks: dict[str, nn.Module],
     contents: Contents,
-    flow: Flow,
+    flow: BlockInputs,
     windows: Tensor,
     device: torch.device,
 ) -> Compared:

@@ -1,8 +1,8 @@
 """A model's blocks compressed one after another: what `pipeline.compress` does between opening and writing.
 
-Each block is measured on the outputs of the compressed ones before it. Where a step follows the original model (`Need.CROSS`,
-`Need.DRIFT`), or matching does, the original block and its own inputs go along. A block is read when its turn comes, and
-committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is gone on from.
+Each block is measured on the outputs of the compressed ones before it. Where a step needs a statistic that compares with the
+original model, or block reconstruction does, the original block and its own inputs go along. A block is read when its turn
+comes, and committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is gone on from.
 
 Several ranks (slimlm.distributed) do this together: each runs its own windows through the block, the statistics are those of
 all windows, the layers of a stage are dealt out, and each is handed to all when it is done. Matching is the first rank's alone.
@@ -19,20 +19,22 @@ from torch import Tensor, nn
 
 from slimlm.calibration.capture import (
     Arguments,
-    Flow,
-    Original,
+    BlockInputs,
+    BlockRun,
     arguments_of,
     batches_of,
     first_inputs,
-    measure,
-    measure_drift,
     run,
     run_through,
-    stages_of,
 )
+from slimlm.calibration.measurement import measure
+from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import NumericsError
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.parts import dense_of
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.distributed.group import Group, dealt
 from slimlm.events import UNWATCHED, BlockDone, BlockWatch, Event, LayerDone, Observer
 from slimlm.models.lazy import StreamedModel
@@ -55,7 +57,7 @@ def compress_blocks(
     device: torch.device,
     progress: Observer,
     journal: Journal,
-) -> Flow:
+) -> BlockInputs:
     """Compress the model's blocks into the journal, each on the outputs of those before it; those it holds are done.
 
     Gives the outputs of the last compressed block.
@@ -67,29 +69,30 @@ def compress_blocks(
     for done, name in list(enumerate(names))[len(journal.blocks) :]:
         watch, began = BlockWatch(progress, name, done, len(names)), time.monotonic()
         watch.doing("read")
-        flow = Flow(held[_COMPRESSED], arguments, journal.group)
-        original_flow = Flow(_original(held), arguments, journal.group) if follows(recipe) else None
+        flow = BlockInputs(held[_COMPRESSED], arguments, journal.group)
+        original_flow = BlockInputs(_original(held), arguments, journal.group) if recipe.needs_original else None
+        reconstruction = recipe.block_reconstruction
         block = next(coming)
-        twin = copy.deepcopy(block) if original_flow is not None or recipe.matching is not None else None
-        original = None if twin is None or original_flow is None else (twin, original_flow)
+        twin = copy.deepcopy(block) if original_flow is not None or reconstruction is not None else None
+        original = None if twin is None or original_flow is None else BlockRun(twin, name, original_flow, device)
         records, energies = compress_block(block, name, flow, recipe, dense.dtypes, device, original, watch)
-        if recipe.matching is not None and twin is not None:
+        if reconstruction is not None and twin is not None:
             watch.doing("match")
-            teacher = flow if original_flow is None or recipe.matching.inputs == "compressed" else original_flow
-            targets = journal.spill("targets", run(twin, name, teacher, device), journal.share)
-            student = flow if original_flow is None or recipe.matching.inputs != "dense" else original_flow
-            matched = match(block, name, student, targets, recipe.matching, dense.dtypes, device, windows, journal)
+            teacher = flow if original_flow is None or reconstruction.inputs == "compressed" else original_flow
+            targets = journal.spill("targets", run(BlockRun(twin, name, teacher, device)), journal.share)
+            student = flow if original_flow is None or reconstruction.inputs != "dense" else original_flow
+            matched = match(block, name, student, targets, reconstruction, dense.dtypes, device, windows, journal)
             records = [rerecorded(record, block, name, energies[record.name], twin, matched) for record in records]
             del targets
         watch.doing("propagate")
-        streams = {_COMPRESSED: run_through(block, name, flow, device)}
+        streams = {_COMPRESSED: run_through(BlockRun(block, name, flow, device))}
         if original is not None:
-            streams[_ORIGINAL] = run_through(original[0], name, original[1], device)
+            streams[_ORIGINAL] = run_through(original)
         tensors, about = stored_tensors(block, name, dense.dtypes)
         rows = [dataclasses.asdict(record) for record in records]
         held = journal.commit(name, tensors, about, rows, streams)
         watch.finished(tuple(records), time.monotonic() - began)
-    return Flow(held[_COMPRESSED], arguments, journal.group)
+    return BlockInputs(held[_COMPRESSED], arguments, journal.group)
 
 
 def kept_blocks(journal: Journal) -> tuple[BlockDone, ...]:
@@ -98,11 +101,6 @@ def kept_blocks(journal: Journal) -> tuple[BlockDone, ...]:
         BlockDone(number, block.name, tuple(map(layer_from, block.records)), None)
         for number, block in enumerate(journal.blocks, 1)
     )
-
-
-def follows(recipe: Recipe) -> bool:
-    """Whether the recipe needs the original model's activations beside those of the compressed blocks."""
-    return bool(recipe.needs & Need.CROSS) or (recipe.matching is not None and recipe.matching.inputs != "compressed")
 
 
 def _original(held: dict[str, Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -126,7 +124,7 @@ def _begin(
     with dense.ends_filled(blocks):
         with dense.blocks_in_turn(blocks):
             arguments = arguments_of(dense.model, blocks, own)
-            if recipe.matching is not None and journal.group.size > 1 and journal.group.first:
+            if recipe.block_reconstruction is not None and journal.group.size > 1 and journal.group.first:
                 # It will match all windows, in batches as large as those of a single process.
                 arguments |= arguments_of(dense.model, blocks, windows)
         if journal.inputs is None:
@@ -154,31 +152,28 @@ def stored_tensors(
 def compress_block(
     block: nn.Module,
     block_name: str,
-    flow: Flow,
+    flow: BlockInputs,
     recipe: Recipe,
     dtypes: dict[str, torch.dtype],
     device: torch.device,
-    original: Original | None = None,
+    original: BlockRun | None = None,
     watch: BlockWatch = UNWATCHED,
 ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
-    """Compress one block in place; `original` is the block before and its inputs, for steps that follow them.
+    """Compress one block in place; `original` is the block before and its inputs, for steps that compare with them.
 
     Gives the layers' records and, by full name, the mean square of their inputs `[in]`.
     """
-    linears = {name: linear for name, linear in linears_of(block).items() if not recipe.leaves(f"{block_name}.{name}")}
+    linears = {name: linear for name, linear in linears_of(block).items() if not recipe.ignores(f"{block_name}.{name}")}
     if not linears:
         return [], {}
     energies: dict[str, Tensor] = {}
-    stages = stages_of(block, block_name, linears, flow, device) if recipe.sequential else [list(linears)]
+    block_run = BlockRun(block, block_name, flow, device)
+    stages = stages_of(block_run, linears) if recipe.sequential else [list(linears)]
     records = []
     for stage in stages:
         watch.doing("measure", *stage)
         own = {name: linears[name] for name in stage}
-        stats = measure(block, block_name, own, flow, recipe.needs | Need.MEAN_SQUARE, device, original)
-        if recipe.needs & Need.DRIFT and len(own) == 1 and original is not None:
-            ((name, linear),) = own.items()
-            drift = measure_drift(block, block_name, name, linear, flow, device, original)
-            stats = {name: dataclasses.replace(stats[name], drift=drift)}
+        stats = measure(block_run, own, recipe.needs | {MeanSquare}, original)
         owners = dealt({name: cost_of(linear, recipe) for name, linear in own.items()}, flow.group.size)
         made = {}
         for name, linear in own.items():
@@ -188,7 +183,7 @@ def compress_block(
         for name, linear in own.items():
             module, done = handed(flow.group, owners[name], made.get(name), linear)
             swap(block, name, module)
-            energies[done.record.name] = measured(stats[name].mean_square)
+            energies[done.record.name] = stats[name][MeanSquare]
             records.append(done.record)
             watch.finished_layer(done)
     return records, energies
@@ -200,7 +195,7 @@ def cost_of(linear: nn.Module, recipe: Recipe) -> float:
     Steps that know the covariance pass over it for every output; others work on products of low rank.
     """
     out, width = weight_of(linear).shape
-    return float(out) * width * (width if recipe.needs & Need.GRAM else min(out, width))
+    return float(out) * width * (width if Covariance in recipe.needs else min(out, width))
 
 
 def compress_layer(
@@ -216,7 +211,7 @@ def compress_layer(
     except NumericsError as error:
         raise NumericsError(f"{name}: {error}") from error
     module = CompressedLinear.from_parts(layer.parts(), _bias_of(linear))
-    return module, LayerDone(record_of(layer, measured(stats.mean_square)), stats.tokens, time.monotonic() - began)
+    return module, LayerDone(record_of(layer, stats[MeanSquare]), stats.tokens, time.monotonic() - began)
 
 
 def handed(
@@ -261,7 +256,7 @@ def rerecorded(
 def match(
     block: nn.Module,
     block_name: str,
-    inputs: Flow,
+    inputs: BlockInputs,
     targets: Sequence[Tensor],
     options: Matching,
     dtypes: dict[str, torch.dtype],
@@ -278,7 +273,7 @@ def match(
     all_targets = journal.gathered("matched targets", targets, batch)
     found = None
     if group.first:
-        found = match_block(block, block_name, Flow(hidden, inputs.arguments), all_targets, options, dtypes, device)
+        found = match_block(block, block_name, BlockInputs(hidden, inputs.arguments), all_targets, options, dtypes, device)
     return hand_on(group, block, None if found is None else (found.before, found.after), device)
 
 

@@ -15,12 +15,13 @@ input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from slimlm.core import grid
+from slimlm.core.cache import Cache
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.grid import Group, Levels
 from slimlm.core.mask import Pattern, choose
@@ -276,14 +277,10 @@ def check_grouping(group: Group, pattern: Pattern | None) -> None:
         raise RecipeError(f"group = {group}: under the pattern {pattern} give a multiple of {pattern.of}")
 
 
-def inverse_in_order(gram: Tensor, inputs: Tensor, *, damp: float, known: dict[Any, Any]) -> Inverse:
-    """`inverse_of` a covariance with its inputs `[in]` in that order; from `known` where an earlier layer put it there."""
-    key = "inverse", damp, tuple(inputs.tolist())
-    if key not in known:
-        known[key] = inverse_of(gram.index_select(0, inputs).index_select(1, inputs), damp=damp)
-    found = known[key]
-    assert isinstance(found, Inverse)
-    return found
+def inverse_in_order(gram: Tensor, inputs: Tensor, *, damp: float, cache: Cache) -> Inverse:
+    """`inverse_of` a covariance with its inputs `[in]` in that order; from the cache where an earlier layer put it there."""
+    key = damp, tuple(inputs.tolist())
+    return cache.get(Inverse, key, lambda: inverse_of(gram.index_select(0, inputs).index_select(1, inputs), damp=damp))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import slimlm
-from slimlm.calibration.capture import Flow, enter, measure, run
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import measure
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import documents
@@ -225,9 +226,9 @@ def covariances(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     found, blocks, device = {}, blocks_of(model), torch.device("cpu")
     flow = enter(model, blocks, windows)
     for name, block in blocks.items():
-        stats = measure(block, name, linears_of(block), flow, frozenset({Covariance}), device)
+        stats = measure(BlockRun(block, name, flow, device), linears_of(block), frozenset({Covariance}))
         found |= {f"{name}.{layer}": s[Covariance] for layer, s in stats.items()}
-        flow = Flow(list(run(block, name, flow, device)), flow.arguments)
+        flow = BlockInputs(list(run(BlockRun(block, name, flow, device))), flow.arguments)
     return found
 
 
@@ -305,7 +306,7 @@ def compressed(ground: Ground, entry: Entry, seed: int) -> Data:
         line += ["--embedding-bits", "16"]
         line += ["--data", ground.data, "--samples", str(ground.samples), "--seed", str(seed), "--json"]
         began = time.monotonic()
-        done = subprocess.run([*line, *entry.options(Path(scratch))], check=True, capture_output=True, text=True)
+        done = subprocess.run(BlockRun([*line, *entry.options(Path(scratch))], check=True, capture_output=True, text=True))
         wall = time.monotonic() - began
         record = json.loads(done.stdout)
         opened = open_any(str(out))

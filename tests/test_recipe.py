@@ -172,9 +172,9 @@ def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words:
     assert all(word in said for word in words), said
 
 
-def test_an_unknown_key_and_a_wrong_kind_of_leave_are_refused() -> None:
+def test_an_unknown_key_and_a_wrong_kind_of_ignore_are_refused() -> None:
     assert "'step'" in refusal({"quantize": "absmax"}, step=1)
-    assert "leave" in refusal({"quantize": "absmax"}, ignore="*.down_proj")
+    assert "ignore" in refusal({"quantize": "absmax"}, ignore="*.down_proj")
 
 
 @pytest.mark.parametrize("text", ["steps = 3", "", 'name = "x"'])
@@ -239,9 +239,9 @@ def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: 
         ignore=["*.lm"],
         rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group": "row"}],
         sequential=True,
-        matching={"passes": 3, "inputs": "follow"},
+        block_reconstruction={"passes": 3, "inputs": "asymmetric"},
     )
-    assert first.sequential and first.matching == Matching(3, inputs="follow")
+    assert first.sequential and first.block_reconstruction == Matching(3, inputs="asymmetric")
     assert recipe_from_dict(first.to_dict(), source="again") == first
     assert open_recipe(written(tmp_path, to_toml(first))) == first
 
@@ -253,8 +253,8 @@ def test_a_shipped_recipe_written_to_a_file_says_the_same(tmp_path: Path, name: 
 
 def test_what_a_file_does_not_say_is_off() -> None:
     some = recipe({"quantize": "absmax"})
-    assert (some.sequential, some.rules, some.matching) == (False, (), None)
-    assert recipe({"quantize": "absmax"}, matching={}).matching == Matching()
+    assert (some.sequential, some.rules, some.block_reconstruction) == (False, (), None)
+    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == Matching()
 
 
 def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
@@ -311,9 +311,9 @@ def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dic
 
 
 def test_which_pruners_move_weights_is_known() -> None:
-    moving = [name for name in registry.names("prune") if getattr(registry.find("prune", name), "moves", False)]
+    moving = [name for name in registry.names("prune") if registry.find("prune", name)().moves_weights]
     assert moving == ["sparsegpt"]
-    assert "'moves'" in refusal({"prune": "sparsegpt", "moves": False})  # no option
+    assert "'moves_weights'" in refusal({"prune": "sparsegpt", "moves_weights": False})  # no option
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_which_pruners_move_weights_is_known() -> None:
         ({"layers": [3], "bits": 3}, ["names its layers"]),
         ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group", "damp"]),
         ({"layers": ["*"], "quantize": "absmax"}, ["quantize = 'absmax'", "quantize = 'gptq'"]),
-        ({"layers": ["*"], "rank": "auto"}, ["for all layers"]),
+        ({"layers": ["*"], "rank": "auto"}, ["no step has the option 'rank'"]),
         ({"layers": ["*"], "bits": 1}, ["gptq", "bits = 1", "2 to 8"]),
         ({"layers": ["*"], "bits": "many"}, ["gptq", "bits", "many"]),
         ({"layers": ["*"], "group": 0}, ["gptq", "group = 0"]),
@@ -336,6 +336,13 @@ def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words:
     said = refusal({"quantize": "gptq"}, rules=[{"layers": ["*"], "bits": 3}, rule])
     assert "rule 2" in said
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("rank", [0.1, "auto"])
+def test_what_is_left_to_a_plan_is_for_all_layers(rank: float | str) -> None:
+    step = {"joint": "alternation", "rank": rank}
+    assert 'rank = "auto" is for all layers' in refusal(step, rules=[{"layers": ["*.up"], "rank": "auto"}])
+    assert recipe(step, rules=[{"layers": ["*.up"], "levels": "auto"}]).needs_plan == (rank == "auto")
 
 
 @pytest.mark.parametrize("rules", [{"layers": ["*"], "bits": 3}, "absmax", 3, None, [{"layers": ["*"], "bits": 3}, "absmax"]])
@@ -349,7 +356,7 @@ def test_sequential_is_true_or_false(sequential: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("matching", "words"),
+    ("table", "words"),
     [
         ({"pass": 3}, ["'pass'", "passes", "rate"]),
         ({"passes": 0}, ["passes = 0", "at least one"]),
@@ -359,16 +366,16 @@ def test_sequential_is_true_or_false(sequential: Any) -> None:
         ({"inputs": "none"}, ["inputs", "none", "asymmetric"]),
     ],
 )
-def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], words: list[str]) -> None:
-    said = refusal({"quantize": "absmax"}, matching=matching)
-    assert "mine, matching" in said
+def test_a_block_reconstruction_that_makes_no_sense_is_refused(table: dict[str, Any], words: list[str]) -> None:
+    said = refusal({"quantize": "absmax"}, block_reconstruction=table)
+    assert "mine, block_reconstruction" in said
     assert all(word in said for word in words), said
 
 
-@pytest.mark.parametrize("matching", [3, "yes", True, [], None])
-def test_a_matching_that_is_no_table_is_refused(matching: Any) -> None:
-    said = refusal({"quantize": "absmax"}, matching=matching)
-    assert f"mine: matching = {matching!r}; give a [matching] table" in said
+@pytest.mark.parametrize("table", [3, "yes", True, [], None])
+def test_a_block_reconstruction_that_is_no_table_is_refused(table: Any) -> None:
+    said = refusal({"quantize": "absmax"}, block_reconstruction=table)
+    assert f"mine: block_reconstruction = {table!r}; give a [block_reconstruction] table" in said
 
 
 def test_a_rule_that_names_its_step_leaves_the_others_alone() -> None:

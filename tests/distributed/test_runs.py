@@ -32,13 +32,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between pr
 CHILD = """
 import json, os, signal, sys
 import slimlm
-from slimlm import blockwise, calibrate
+from slimlm.calibration import capture
+from slimlm.run import block as run_block
 from slimlm.core.errors import ModelError
 
 asked = json.loads(sys.argv[1])
 rank = int(os.environ.get("RANK", "0"))
-calibrate._TOKENS_AT_ONCE = asked["tokens"]
-real = blockwise.compress_block
+capture.TOKENS_AT_ONCE = asked["tokens"]
+real = run_block.compress_block
 
 def troubled(block, name, *arguments):
     if name.endswith(".1") and rank == asked["where"]:
@@ -48,7 +49,7 @@ def troubled(block, name, *arguments):
             raise ModelError("this is wrong here")
     return real(block, name, *arguments)
 
-blockwise.compress_block = troubled
+run_block.compress_block = troubled
 models = asked["models"]
 for recipe in asked["recipes"]:
     try:
@@ -99,7 +100,7 @@ def alone(
     torch.set_num_threads(1)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr("slimlm.calibration.capture._TOKENS_AT_ONCE", tokens)
+            patched.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", tokens)
             for recipe in recipes:
                 slimlm.compress(model, folder / recipe, recipe=recipe, data=str(text), **WINDOWS)
     finally:

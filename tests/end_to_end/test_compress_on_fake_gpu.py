@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration import capture
-from slimlm.calibration.capture import Flow, enter
+from slimlm.calibration import measurement
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter
 from slimlm.core.grid import Levels
 from slimlm.core.mask import Pattern
 from slimlm.core.parts import dense_of
@@ -37,7 +37,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def first_block(windows: int = 6) -> tuple[nn.Module, str, Flow, dict[str, torch.dtype]]:
+def first_block(windows: int = 6) -> tuple[nn.Module, str, BlockInputs, dict[str, torch.dtype]]:
     model = random_model("llama")
     # Attention of another device than the CPU is computed otherwise; spelled out, it is the same operations everywhere.
     model.set_attn_implementation("eager")
@@ -54,7 +54,7 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     twin = copy.deepcopy(block)
     if device != CPU:
         block, twin = send(block), send(twin)
-    original = (twin, Flow(list(flow.hidden), flow.arguments))
+    original = (twin, BlockInputs(list(flow.hidden), flow.arguments))
     records, _ = compress_block(block, name, flow, recipe, dtypes, device, original)
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
@@ -68,8 +68,8 @@ def quick(recipe: Recipe) -> Recipe:
         fields = {field.name for field in dataclasses.fields(named.step)}
         few = {name: value for name, value in {"rounds": 3, "descent_rounds": 1}.items() if name in fields}
         steps.append(dataclasses.replace(named, step=dataclasses.replace(named.step, **few)))
-    leave = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
-    return dataclasses.replace(recipe, steps=tuple(steps), leave=leave)
+    ignore = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
+    return dataclasses.replace(recipe, steps=tuple(steps), ignore=ignore)
 
 
 RECIPES = ["best", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
@@ -91,7 +91,7 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
     name: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = quick(open_recipe(name))
-    monkeypatch.setattr(capture, "free_on_card", lambda device: room)
+    monkeypatch.setattr(measurement, "free_on_card", lambda device: room)
     expected, told = compressed(recipe, CPU)
     with far_device() as counts:
         found, also = compressed(recipe, FAR)
@@ -103,10 +103,10 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
 def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block, name, flow, _ = first_block()
     for room, place in ((2**40, FAR), (10_000, CPU)):
-        monkeypatch.setattr(capture, "free_on_card", lambda device, room=room: room)
+        monkeypatch.setattr(measurement, "free_on_card", lambda device, room=room: room)
         with far_device():
             sent = send(copy.deepcopy(block))
-            found = capture.measure(sent, name, linears_of(sent), flow, frozenset({Covariance}), FAR)
+            found = measurement.measure(BlockRun(sent, name, flow, FAR), linears_of(sent), frozenset({Covariance}))
             assert {stats[Covariance].device for stats in found.values()} == {place}
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import slimlm
-from slimlm.calibration.capture import measure
+from slimlm.calibration.capture import BlockRun
+from slimlm.calibration.measurement import measure
 from slimlm.core import grid
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.sweep import inverse_of
@@ -35,8 +36,8 @@ def drawn(*shape: int) -> torch.Tensor:
 def test_statistics_are_those_of_the_cpu() -> None:
     block, name, flow, _ = first_block()
     needs = frozenset({Covariance, MeanAbs, MeanSquare, PeakAbs})
-    expected = measure(block, name, linears_of(block), flow, needs, CPU)
-    found = measure(block.to(CARD), name, linears_of(block), flow, needs, CARD)
+    expected = measure(BlockRun(block, name, flow, CPU), linears_of(block), needs)
+    found = measure(BlockRun(block.to(CARD), name, flow, CARD), linears_of(block), needs)
     for layer, stats in expected.items():
         for field in ("gram", "mean_abs", "mean_square", "peak_abs"):
             here, there = getattr(stats, field), getattr(found[layer], field)

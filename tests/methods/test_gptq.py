@@ -18,7 +18,7 @@ from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 
 def gram_of(stats: Stats) -> Tensor:
@@ -74,7 +74,7 @@ def test_more_bits_and_smaller_groups_leave_less() -> None:
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_nothing(factor: float) -> None:  # law 14
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    scaled = replace(stats, gram=gram_of(stats) * factor)
+    scaled = changed(stats, {Covariance: gram_of(stats) * factor})
     assert torch.equal(Gptq(4, 32)(layer, stats).error, Gptq(4, 32)(layer, scaled).error)  # powers of two
 
 
@@ -97,7 +97,7 @@ def test_inputs_that_never_fire_are_rounded_and_few_tokens_are_noted() -> None:
     assert Gptq(4, 32)(layer_of(32, 64), stats).notes == ()
     few = replace(stats, tokens=100)
     assert "100 calibration tokens" in Gptq(4, 32)(layer_of(32, 64), few).notes[0]
-    silent = Gptq(4, 32)(layer_of(32, 64), replace(stats, gram=torch.zeros(64, 64)))
+    silent = Gptq(4, 32)(layer_of(32, 64), changed(stats, {Covariance: torch.zeros(64, 64)}))
     assert silent.notes == ("no input ever fires; weights rounded to nearest",)
 
 
@@ -125,5 +125,6 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> No
 def test_replaced_statistics_forget_what_was_computed_of_the_old_ones() -> None:
     stats = Stats(64, {Covariance: torch.eye(32)})
     Gptq(group=16)(Layer.of("fc1", draw(8, 32)), stats)
-    assert stats.known
-    assert not replace(stats, gram=torch.zeros(32, 32)).known
+    assert len(stats.cache)
+    assert not len(replace(stats, values={Covariance: torch.zeros(32, 32)}).cache)
+    assert stats.restricted_to(Gptq.needs).cache is stats.cache

@@ -1,7 +1,5 @@
 """JSQ: its mask between Wanda's and the output's range, its smoothing, and by hand."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from slimlm.methods.joint import jsq
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 GROUPS: list[grid.Group] = ["tensor", "row", 128, 32]
 
@@ -63,7 +61,7 @@ def test_without_the_range_and_the_caps_the_mask_is_wanda_s(pattern: str | float
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", GROUPS)
 def test_where_all_inputs_peak_alike_smoothing_them_changes_no_code(group: grid.Group, bits: int) -> None:
-    stats = replace(stats_of(inputs()), peak_abs=torch.full((172,), 0.3))
+    stats = changed(stats_of(inputs()), {PeakAbs: torch.full((172,), 0.3)})
     ours = Jsq(bits, group, rho=0.0, alpha=1.0, clip=0.0)(layer_of(), stats)
     theirs = AbsMax(bits, group)(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(ours), keep_of(theirs))
@@ -85,8 +83,8 @@ def test_the_codes_are_absmax_s_of_the_smoothed_weights(group: grid.Group, alpha
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_smoothing_evens_out_weights_and_inputs_as_alpha_says(alpha: float) -> None:  # SmoothQuant, equation 4
-    kept, peak = layer_of().original, stats_of(inputs()).peak_abs
-    assert peak is not None
+    kept, peak = layer_of().original, stats_of(inputs())[PeakAbs]
+
     smoothing = 1 / inverse_smoothing(kept, peak, alpha=alpha).double()
     even = smoothing * kept.abs().amax(dim=0) ** (1 - alpha) / peak**alpha
     torch.testing.assert_close(even, even[:1].expand_as(even), rtol=2.0**-10, atol=0)  # two factors in float16
@@ -185,7 +183,7 @@ def test_the_cap_is_the_least_of_the_largest_share() -> None:
 def test_the_caps_of_norms_and_peaks_and_positions_hold() -> None:
     stats = stats_of(inputs())
     # One far outlier of 172 inputs more or less changes nothing under caps of 2 % (three inputs, 110 entries).
-    louder = replace(stats, mean_square=stats[MeanSquare].clone(), peak_abs=stats[PeakAbs].clone())
+    louder = changed(stats, {MeanSquare: stats[MeanSquare].clone(), PeakAbs: stats[PeakAbs].clone()})
     louder[MeanSquare][stats[MeanSquare].argmax()] *= 100
     louder[PeakAbs][stats[PeakAbs].argmax()] *= 100
     one, other = (Jsq(clip=0.02)(layer_of(), s) for s in (stats, louder))
@@ -193,7 +191,7 @@ def test_the_caps_of_norms_and_peaks_and_positions_hold() -> None:
     assert torch.equal(code_of(one).dense(), code_of(other).dense())
     window = stats[MeanSample].clone()
     window.view(-1)[window.abs().argmax()] *= 100
-    other = Jsq(clip=0.02)(layer_of(), replace(stats, mean_window=window))
+    other = Jsq(clip=0.02)(layer_of(), changed(stats, {MeanSample: window}))
     assert torch.equal(keep_of(one), keep_of(other))
 
 

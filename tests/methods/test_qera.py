@@ -16,7 +16,7 @@ from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.compensate.svd import Svd
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 
 def correlated(width: int = 64, *, dead: int = 0) -> Stats:
@@ -78,7 +78,7 @@ def test_a_higher_rank_leaves_less_and_rank_zero_changes_nothing() -> None:  # l
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_factor_on_all_activations_changes_nothing(bits: int, factor: float) -> None:  # law 14
     step = Qera(0.1, bits)  # type: ignore[arg-type]
-    one, other = step(damaged(), STATS), step(damaged(), replace(STATS, gram=GRAM * factor))
+    one, other = step(damaged(), STATS), step(damaged(), changed(STATS, {Covariance: GRAM * factor}))
     assert left(other) == pytest.approx(left(one), rel=1e-3)  # float32
 
 

@@ -17,7 +17,7 @@ from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 PATTERNS = ["2:4", "1:4", "4:8", 0.5, 0.37]
 
@@ -105,7 +105,7 @@ def test_a_quantizer_after_it_codes_the_moved_weights() -> None:
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_nothing(factor: float) -> None:  # law 7
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    scaled = replace(stats, gram=gram_of(stats) * factor)
+    scaled = changed(stats, {Covariance: gram_of(stats) * factor})
     assert torch.equal(SparseGpt()(layer, stats).working, SparseGpt()(layer, scaled).working)  # powers of two
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import slimlm
-from slimlm.calibration.capture import POOLED, Flow, enter, measure, run
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import POOLED, measure
 from slimlm.core.errors import ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.mean_abs import MeanAbs
@@ -102,14 +103,14 @@ def test_a_linear_layer_that_picks_experts_is_a_router_too(tmp_path: Path, text_
 # Experts that are given too few tokens
 
 
-def rows_of(block: nn.Module, flow: Flow, name: str, layers: list[str]) -> dict[str, torch.Tensor]:
+def rows_of(block: nn.Module, flow: BlockInputs, name: str, layers: list[str]) -> dict[str, torch.Tensor]:
     """All inputs `[tokens, in]` of these layers, in float64."""
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = [
         block.get_submodule(layer).register_forward_pre_hook(lambda _m, args, layer=layer: seen[layer].append(args[0]))
         for layer in layers
     ]
-    list(run(block, name, flow, CPU))
+    list(run(BlockRun(block, name, flow, CPU)))
     for handle in handles:
         handle.remove()
     return {layer: torch.cat(rows or [torch.empty(0)]).double() for layer, rows in seen.items()}
@@ -124,11 +125,11 @@ def test_experts_with_fewer_tokens_than_inputs_are_measured_on_those_of_all_toge
     ids = torch.randint(1, 256, (windows, 32), generator=torch.Generator().manual_seed(5))
     flow = enter(model, blocks, ids)
     first, second = list(blocks)
-    flow.hidden = list(run(blocks[first], first, flow, CPU))
+    flow.hidden = list(run(BlockRun(blocks[first], first, flow, CPU)))
     block = blocks[second]
     names = [name for name in linears_of(block) if ".experts." in name]
     needs = frozenset({Covariance, MeanAbs, MeanSquare, PeakAbs})
-    stats = measure(block, second, linears_of(block), flow, needs, CPU)
+    stats = measure(BlockRun(block, second, flow, CPU), linears_of(block), needs)
     rows = rows_of(block, flow, second, names)
     for projection in ("gate_proj", "up_proj", "down_proj"):
         own = {i: rows[f"mlp.experts.{i}.{projection}"] for i in range(4)}

@@ -52,17 +52,15 @@ class _StopHereError(Exception):
     """Raised by a hook once all it waited for is in hand, so that the rest of the model need not run."""
 
 
-def enter(
-    model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int = TOKENS_AT_ONCE
-) -> BlockInputs:
+def enter(model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None) -> BlockInputs:
     """The inputs of the first block for all samples `[count, length]`, and every block's other arguments."""
     arguments = arguments_of(model, blocks, samples, tokens_at_once=tokens_at_once)
     return BlockInputs(list(first_inputs(model, blocks, samples, tokens_at_once=tokens_at_once)), arguments)
 
 
-def batches_of(samples: Tensor, tokens_at_once: int = TOKENS_AT_ONCE) -> tuple[Tensor, ...]:
-    """The samples `[count, length]` as they run together: so many tokens at once, or one sample."""
-    return samples.split(max(1, tokens_at_once // samples.shape[1]))
+def batches_of(samples: Tensor, tokens_at_once: int | None = None) -> tuple[Tensor, ...]:
+    """The samples `[count, length]` as they run together: so many tokens at once (None: as usual), or one sample."""
+    return samples.split(max(1, (tokens_at_once or TOKENS_AT_ONCE) // samples.shape[1]))
 
 
 def shares_of(samples: Tensor, ranks: int) -> tuple[int, ...]:
@@ -84,7 +82,7 @@ def shares_of(samples: Tensor, ranks: int) -> tuple[int, ...]:
 
 
 def first_inputs(
-    model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int = TOKENS_AT_ONCE
+    model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None
 ) -> Iterator[Tensor]:
     """The inputs `[samples, length, width]` of the first block for each batch."""
     first = next(iter(blocks.values()))
@@ -93,7 +91,7 @@ def first_inputs(
 
 
 def arguments_of(
-    model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int = TOKENS_AT_ONCE
+    model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None
 ) -> dict[tuple[str, int], Arguments]:
     """What each block is called with beside the hidden states, by block name and number of samples in the batch.
 

@@ -55,7 +55,9 @@ def measure(
     if len(linears) == 1 and original is not None:
         ((layer, linear),) = linears.items()
         values |= _measured_residuals(block_run, layer, linear, of_residuals, original)
-    return {layer: replace(stats, values={**stats.values, **values}) for layer, stats in found.items()}
+    # One object for layers that share an input, as before, so that they share its cache.
+    complete = {id(stats): replace(stats, values={**stats.values, **values}) for stats in found.values()}
+    return {layer: complete[id(stats)] for layer, stats in found.items()}
 
 
 def _measured_inputs(

@@ -109,7 +109,7 @@ def options_of(recipe: Recipe, bits: float | None, objective: Objective) -> tupl
         RecipeError: No step offers options, or several do, or rules say already what layers become.
     """
     offered = {i: found for i, named in enumerate(recipe.steps) if (found := named.step.options(bits, objective))}
-    steps = ", ".join(f"{named.kind} {named.method}" for named in recipe.steps)
+    steps = ", ".join(dict.fromkeys(f"{named.kind} {named.method}" for named in recipe.steps))
     if not offered:
         raise RecipeError(
             f"recipe {recipe.name} cannot be planned: none of its steps ({steps}) offers a plan anything to choose from; the "

@@ -185,8 +185,8 @@ class Stats:
     """float32; None: asked for, but this layer has none"""
     note: str | None = None
     """what the user should know of whose inputs these are"""
-    cache: Cache = field(default_factory=Cache, compare=False, repr=False)
-    """what steps have computed of these statistics alone; layers that share an input share it"""
+    cache: Cache = field(init=False, default_factory=Cache, compare=False, repr=False)
+    """what steps have computed of these statistics alone; layers that share an input share it, `replace` begins anew"""
 
     def __getitem__(self, statistic: type[Statistic]) -> Tensor:
         """The statistic, in its class's shape; raises StatisticError where it was not declared, or the layer has none."""
@@ -210,4 +210,6 @@ class Stats:
 
     def restricted_to(self, needs: Needs) -> "Stats":
         """The same statistics as a step with these needs may see them; the cache is shared."""
-        return Stats(self.tokens, {s: value for s, value in self.values.items() if s in needs}, self.note, self.cache)
+        seen = Stats(self.tokens, {s: value for s, value in self.values.items() if s in needs}, self.note)
+        object.__setattr__(seen, "cache", self.cache)  # a view, of which nothing has changed
+        return seen

@@ -16,8 +16,8 @@ G, the goal, is the original weight, or with `asymmetric` what makes the layer g
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
 goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `asymmetric` x the mean
 diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the
-block's output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream;
-for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
+block's output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole
+stream; for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
 
 levels    "even": integer codes. "table": 2^bits levels (at most 16) fitted to what is rounded (under 2:4 nothing near zero
           is left). "auto": a table, from the second sweep on, where it saves at least 4 % of the rounding error.

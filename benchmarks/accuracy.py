@@ -102,7 +102,7 @@ class Entry:
 
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Of these the ones that make a difference: one is enough where the calibration text is not read."""
-        blind = self.recipe is not None and self.recipe.needs == frozenset() and self.recipe.block_reconstruction is None
+        blind = self.recipe is not None and not self.recipe.needs and self.recipe.block_reconstruction is None
         return seeds[:1] if blind else seeds
 
 
@@ -142,7 +142,7 @@ def ablation_entries() -> list[Entry]:
     group, rank = joint["group"], joint["rank"]
     paper = [named.to_dict() for named in open_recipe("slim-paper").steps]
     groups: list[Data] = [{"quantize": "slim_quant", "group": group}, {"prune": "wanda", "pattern": "2:4"}]
-    off = {**joint, "rounds": 1, "descent_rounds": 0, "follow": 0.0, "levels": "even", "adapter_bits": 16}
+    off = {**joint, "rounds": 1, "descent_rounds": 0, "asymmetric": 0.0, "levels": "even", "adapter_bits": 16}
     matched = open_recipe("best-matched").to_dict() if "best-matched" in shipped() else {}
     rungs: list[tuple[str, list[Data], Data]] = [
         ("slim-paper", paper, {}),
@@ -155,13 +155,19 @@ def ablation_entries() -> list[Entry]:
         ("rounds-16", {"rounds": 16}),
         ("table-levels", {"levels": joint["levels"]}),
         ("polish", {"descent_rounds": joint["descent_rounds"]}),
-        ("follow", {"follow": joint["follow"]}),
+        ("follow", {"asymmetric": joint["asymmetric"]}),
     ]:
         off = {**off, **options}
         rungs.append((name, [off], {}))
     rungs.append(("sequential", [off], {"sequential": True}))
     rungs.append(("4-bit-adapters", [{**off, "adapter_bits": 4}], {"sequential": True}))
-    rungs.append(("matching", [{**off, "adapter_bits": 4}], {"sequential": True, "matching": matched.get("matching", {})}))
+    rungs.append(
+        (
+            "matching",
+            [{**off, "adapter_bits": 4}],
+            {"sequential": True, "block_reconstruction": matched.get("block_reconstruction", {})},
+        )
+    )
     return [
         Entry(f"{number:02}-{name}", "ablation", recipe_of(name, steps, **keys))
         for number, (name, steps, keys) in enumerate(rungs)

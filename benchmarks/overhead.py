@@ -31,7 +31,7 @@ from slimlm.events import Event
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.recipe import open_recipe
-from slimlm.run.block import compress_block, follows, stored_tensors
+from slimlm.run.block import compress_block, stored_tensors
 from streaming import random_dense
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -88,7 +88,8 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = asked.parse_args()
-    if follows(recipe := open_recipe(given.recipe)) or recipe.block_reconstruction is not None:
+    recipe = open_recipe(given.recipe)
+    if recipe.needs_original or recipe.block_reconstruction is not None:
         asked.error(f"{given.recipe} runs the original block, too, which has no counterpart here; give slim or gptq")
     with TemporaryDirectory() as scratch:
         if given.way:

@@ -43,9 +43,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import slimlm
-from slimlm.calibration.capture import Flow, enter, measure, run
-from slimlm.core.layer import Need, measured
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import measure
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import documents
 from slimlm.data.windows import sample_from_model, token_stream, windows_of
 from slimlm.evaluation.compare import OpenModel, open_any
@@ -101,7 +102,7 @@ class Entry:
 
     def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """Of these the ones that make a difference: one is enough where the calibration text is not read."""
-        blind = self.recipe is not None and self.recipe.needs == Need.NOTHING and self.recipe.matching is None
+        blind = self.recipe is not None and not self.recipe.needs and self.recipe.block_reconstruction is None
         return seeds[:1] if blind else seeds
 
 
@@ -109,7 +110,7 @@ def table_entries(budgets: Sequence[float]) -> list[Entry]:
     """The shipped recipes, the baselines at other bits that none of them is, and the budgets."""
     known = {name: open_recipe(name) for name in shipped()}
     entries = [Entry(name, "ours" if name.startswith("best") else "baseline", recipe) for name, recipe in known.items()]
-    taken = [recipe.steps for recipe in known.values() if not recipe.sequential and recipe.matching is None]
+    taken = [recipe.steps for recipe in known.values() if not recipe.sequential and recipe.block_reconstruction is None]
     variants = {name: recipe_of(name, steps) for name, steps in baselines().items()}
     entries += [Entry(name, "baseline", recipe) for name, recipe in variants.items() if recipe.steps not in taken]
     return entries + [Entry(f"budget-{bits:g}", "budget", bits=bits) for bits in budgets]
@@ -141,7 +142,7 @@ def ablation_entries() -> list[Entry]:
     group_size, rank = joint["group_size"], joint["rank"]
     paper = [named.to_dict() for named in open_recipe("slim-paper").steps]
     groups: list[Data] = [{"quantize": "slim_quant", "group_size": group_size}, {"prune": "wanda", "pattern": "2:4"}]
-    off = {**joint, "rounds": 1, "polish": 0, "follow": 0.0, "codebook": "none", "adapter_bits": 16}
+    off = {**joint, "rounds": 1, "descent_rounds": 0, "asymmetric": 0.0, "codebook": "none", "adapter_bits": 16}
     matched = open_recipe("best-matched").to_dict() if "best-matched" in shipped() else {}
     rungs: list[tuple[str, list[Data], Data]] = [
         ("slim-paper", paper, {}),
@@ -153,14 +154,20 @@ def ablation_entries() -> list[Entry]:
         ("rounds-4", {"rounds": 4}),
         ("rounds-16", {"rounds": 16}),
         ("table-levels", {"codebook": joint["codebook"]}),
-        ("polish", {"polish": joint["polish"]}),
-        ("follow", {"follow": joint["follow"]}),
+        ("polish", {"descent_rounds": joint["descent_rounds"]}),
+        ("follow", {"asymmetric": joint["asymmetric"]}),
     ]:
         off = {**off, **options}
         rungs.append((name, [off], {}))
     rungs.append(("sequential", [off], {"sequential": True}))
     rungs.append(("4-bit-adapters", [{**off, "adapter_bits": 4}], {"sequential": True}))
-    rungs.append(("matching", [{**off, "adapter_bits": 4}], {"sequential": True, "matching": matched.get("matching", {})}))
+    rungs.append(
+        (
+            "matching",
+            [{**off, "adapter_bits": 4}],
+            {"sequential": True, "block_reconstruction": matched.get("block_reconstruction", {})},
+        )
+    )
     return [
         Entry(f"{number:02}-{name}", "ablation", recipe_of(name, steps, **keys))
         for number, (name, steps, keys) in enumerate(rungs)
@@ -225,9 +232,9 @@ def covariances(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     found, blocks, device = {}, blocks_of(model), torch.device("cpu")
     flow = enter(model, blocks, windows)
     for name, block in blocks.items():
-        stats = measure(block, name, linears_of(block), flow, Need.GRAM, device)
-        found |= {f"{name}.{layer}": measured(s.gram) for layer, s in stats.items()}
-        flow = Flow(list(run(block, name, flow, device)), flow.arguments)
+        stats = measure(BlockRun(block, name, flow, device), linears_of(block), frozenset({Covariance}))
+        found |= {f"{name}.{layer}": s[Covariance] for layer, s in stats.items()}
+        flow = BlockInputs(list(run(BlockRun(block, name, flow, device))), flow.arguments)
     return found
 
 
@@ -305,7 +312,7 @@ def compressed(ground: Ground, entry: Entry, seed: int) -> Data:
         line += ["--embedding-bits", "16"]
         line += ["--data", ground.data, "--samples", str(ground.samples), "--seed", str(seed), "--json"]
         began = time.monotonic()
-        done = subprocess.run([*line, *entry.options(Path(scratch))], check=True, capture_output=True, text=True)
+        done = subprocess.run(BlockRun([*line, *entry.options(Path(scratch))], check=True, capture_output=True, text=True))
         wall = time.monotonic() - began
         record = json.loads(done.stdout)
         opened = open_any(str(out))

@@ -32,10 +32,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
-from slimlm.calibration import capture
+from slimlm.calibration import capture, measurement
 from slimlm.core.profiling import Call, profiling
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.low_rank import REFITS, AdapterFormat
+from slimlm.core.statistics.base import Batch, Sizes
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.report.tables import plain_table
 from slimlm.runtime.linear import CompressedLinear
 
@@ -55,17 +57,13 @@ class Work:
     """bytes read and written"""
 
 
-def of_statistics(sums: Any, x: Tensor, original: Tensor | None = None, **_: Any) -> Work:
-    """x^T x is symmetric; z^T x is not."""
-    count, width = x.numel() // x.shape[-1], x.shape[-1]
-    products = bool(sums.needs & capture.Need.GRAM) + 2 * (original is not None)
-    return Work(single=products * count * width**2, bytes=4.0 * count * width)
-
-
-def of_drift(block: Any, name: str, layer: str, linear: Any, flow: Any, *_: Any) -> Work:
-    """d^T x; the forward passes are counted by themselves."""
-    out, width = linear.weight.shape
-    return Work(single=2.0 * sum(h.shape[0] * h.shape[1] for h in flow.hidden) * out * width)
+def of_statistics(totals: measurement.LayerTotals, batch: Batch) -> Work:
+    """Of a symmetric product half is needed; what else is measured passes over the inputs once."""
+    count, width = batch.inputs.shape
+    out = 0 if batch.output_residuals is None else batch.output_residuals.shape[1]
+    sizes = Sizes(out, width, batch.length)
+    products = sum(sizes.inputs**2 if own is Covariance else own.operations(sizes) for own in totals.needs)
+    return Work(single=float(products) * count, bytes=4.0 * count * width)
 
 
 def of_inverse(covariance: Tensor, **_: Any) -> Work:
@@ -156,20 +154,21 @@ def of_weight(count: float) -> Callable[..., Work]:
     return work
 
 
-def of_forward(block: torch.nn.Module, name: str, flow: Any, hidden: Tensor, *_: Any) -> Work:
+def of_forward(block_run: capture.BlockRun, hidden: Tensor) -> Work:
     """Every layer's product and the attention; a run that a hook ends early is counted as far as it goes."""
     windows, length, width = hidden.shape
     tokens = windows * length
-    weights = sum(m.out_features * m.in_features for m in block.modules() if isinstance(m, torch.nn.Linear | CompressedLinear))
+    weights = sum(
+        m.out_features * m.in_features for m in block_run.block.modules() if isinstance(m, torch.nn.Linear | CompressedLinear)
+    )
     return Work(single=2.0 * tokens * weights + 2.0 * tokens * length * width)
 
 
 FLOORS: dict[tuple[str, str], Callable[..., Work]] = {
     ("calibration forward", "_forward"): of_forward,
-    ("statistics", "add"): of_statistics,
-    ("statistics", "measure_drift"): of_drift,
+    ("statistics", "include"): of_statistics,
     ("inverse", "inverse_of"): of_inverse,
-    ("reference", "_goal"): of_reference,
+    ("reference", "_reference"): of_reference,
     ("scale search", "best_scale"): of_search(0),
     ("scale search", "nearby_scale"): of_search(9),
     ("scale search", "signed_scale"): of_search(2),

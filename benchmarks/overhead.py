@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import slimlm
 from results_file import Results, this_run
-from slimlm.calibration.capture import Flow, enter, run_through
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run_through
 from slimlm.data.documents import documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
 from slimlm.events import Event
@@ -51,7 +51,7 @@ def in_memory(model: str, out: Path, recipe: str, samples: int, length: int) -> 
     ends, stored, about = [time.perf_counter() - began], {}, {}
     for name, block in blocks.items():
         compress_block(BlockTask(name, block, flow, steps, dense.dtypes, _CPU))
-        flow = Flow(list(run_through(block, name, flow, _CPU)), flow.arguments)
+        flow = BlockInputs(list(run_through(BlockRun(block, name, flow, _CPU))), flow.arguments)
         tensors, layers = stored_tensors(block, name, dense.dtypes)
         stored |= tensors
         about |= layers
@@ -88,7 +88,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = asked.parse_args()
-    if (recipe := open_recipe(given.recipe)).follows_original or recipe.matching is not None:
+    if (recipe := open_recipe(given.recipe)).needs_original or recipe.block_reconstruction is not None:
         asked.error(f"{given.recipe} runs the original block, too, which has no counterpart here; give slim or gptq")
     with TemporaryDirectory() as scratch:
         if given.way:

@@ -210,7 +210,7 @@ SHORT = """
 [[steps]]
 joint = "alternation"
 rounds = 2
-polish = 1
+descent_rounds = 1
 """
 """`best` in little time."""
 
@@ -223,13 +223,13 @@ OWN: dict[str, tuple[str, Data]] = {
     "own-text": ("wanda-gptq", {"data": "self"}),
     "on-disk": ("sequential = true\n" + SHORT, {"memory": 2**16}),
     "other-seed": ("wanda-gptq", {"seed": 1}),
-    "matched-frozen": (SHORT + '[matching]\npasses = 2\ncodes = "frozen"\ninputs = "dense"\n', {}),
+    "matched-frozen": (SHORT + '[block_reconstruction]\npasses = 2\ncodes = "frozen"\ninputs = "dense"\n', {}),
     "matched-compressed": (
-        "sequential = true\n" + SHORT + 'adapter_bits = 16\n[matching]\npasses = 2\ninputs = "compressed"\n',
+        "sequential = true\n" + SHORT + 'adapter_bits = 16\n[block_reconstruction]\npasses = 2\ninputs = "compressed"\n',
         {},
     ),
-    "tables": (SHORT + 'bits = 3\ngroup = "row"\npattern = ""\nlevels = "table"\n', {}),
-    "half-share": (SHORT + "pattern = 0.5\nbits = 5\ngroup = 64\nadapter_group = 32\n", {}),
+    "tables": (SHORT + 'bits = 3\ngroup_size = "per-channel"\npattern = ""\ncodebook = "fitted"\n', {}),
+    "half-share": (SHORT + "pattern = 0.5\nbits = 5\ngroup = 64\nadapter_group_size = 32\n", {}),
     "four-of-eight": ('[[steps]]\nprune = "sparsegpt"\npattern = "4:8"\n[[steps]]\nquantize = "gptq"\nbits = 3\n', {}),
     "one-of-four": ('[[steps]]\nprune = "wanda"\npattern = "1:4"\n[[steps]]\nquantize = "absmax"\nbits = 8\n', {}),
     "input-order": (
@@ -245,11 +245,11 @@ OWN: dict[str, tuple[str, Data]] = {
         '[[steps]]\nquantize = "slim_quant_o"\n[[steps]]\ncompensate = "qera"\nbits = 4\ngroup = 32\n',
         {},
     ),
-    "groups": ('[[steps]]\nquantize = "absmax"\nbits = 6\ngroup = "row"\n', {}),
-    "one-scale": ('[[steps]]\nquantize = "absmax"\nbits = 2\ngroup = "tensor"\n', {}),
+    "groups": ('[[steps]]\nquantize = "absmax"\nbits = 6\ngroup_size = "per-channel"\n', {}),
+    "one-scale": ('[[steps]]\nquantize = "absmax"\nbits = 2\ngroup_size = "per-tensor"\n', {}),
     "pruned-only": ('[[steps]]\nprune = "magnitude"\n', {}),
     "rules": (
-        'leave = ["*.0.*.down_proj"]\n[[steps]]\nquantize = "gptq"\n[[rules]]\nlayers = ["*.mlp.*"]\nbits = 3\n'
+        'ignore = ["*.0.*.down_proj"]\n[[steps]]\nquantize = "gptq"\n[[rules]]\nlayers = ["*.mlp.*"]\nbits = 3\n'
         '[[rules]]\nlayers = ["*.1.*"]\ngroup = 32\n',
         {},
     ),

@@ -32,7 +32,7 @@ from rich.console import Console
 
 import slimlm
 from compression import RESULTS, make_model, make_text
-from slimlm.calibration import capture
+from slimlm.calibration import capture, measurement
 from slimlm.report.tables import plain_table
 from slimlm.run import block
 
@@ -65,7 +65,8 @@ def one_rank(folder: Path, recipe: str, tokens: int) -> dict[str, Any]:
     """Run as whatever rank the environment says; gives its CPU seconds."""
     stages = Stages()
     capture._forward = stages.timed("windows", capture._forward)
-    capture._Sums.add = stages.timed("windows", capture._Sums.add)  # type: ignore[method-assign]
+    totals = measurement.LayerTotals
+    totals.include = stages.timed("windows", totals.include)  # type: ignore[method-assign]
     block.compress_layer = stages.timed("layers", block.compress_layer)
     began = time.process_time()
     out = folder / f"out-{os.environ.get('WORLD_SIZE', '1')}"

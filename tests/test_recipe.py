@@ -8,7 +8,11 @@ import pytest
 
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Need
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
@@ -55,7 +59,7 @@ def test_options_that_differ_from_the_defaults_come_back() -> None:
         {"quantize": "slim_quant", "bits": 3, "group_size": "per-channel"},
         {"prune": "wanda", "pattern": 0.6},
         {"compensate": "slim_lora", "rank": 0.05, "bits": 8, "shift": True},
-        leave=["*.down_proj"],
+        ignore=["*.down_proj"],
         name="own",
     )
     assert [named.step for named in first.steps] == [
@@ -80,17 +84,17 @@ def test_the_order_of_the_steps_is_the_order_of_the_list() -> None:
 
 
 def test_the_needs_are_those_of_all_steps_together() -> None:
-    assert recipe({"quantize": "absmax"}).needs == Need.NOTHING
+    assert recipe({"quantize": "absmax"}).needs == frozenset()
     both = recipe({"prune": "wanda"}, {"compensate": "l2qer"})
-    assert both.needs == Need.MEAN_SQUARE | Need.PEAK_MEAN_ABS
+    assert both.needs == frozenset({MeanSquare, PeakMeanAbs})
 
 
 def test_layers_are_left_by_pattern_on_their_full_name() -> None:
-    some = recipe({"quantize": "absmax"}, leave=["*.down_proj", "model.layers.0.*"])
-    assert some.leaves("model.layers.3.mlp.down_proj")
-    assert some.leaves("model.layers.0.self_attn.q_proj")
-    assert not some.leaves("model.layers.3.mlp.up_proj")
-    assert not recipe({"quantize": "absmax"}).leaves("model.layers.0.self_attn.q_proj")
+    some = recipe({"quantize": "absmax"}, ignore=["*.down_proj", "model.layers.0.*"])
+    assert some.ignores("model.layers.3.mlp.down_proj")
+    assert some.ignores("model.layers.0.self_attn.q_proj")
+    assert not some.ignores("model.layers.3.mlp.up_proj")
+    assert not recipe({"quantize": "absmax"}).ignores("model.layers.0.self_attn.q_proj")
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_refused_by_name() -> None:
@@ -168,9 +172,9 @@ def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words:
     assert all(word in said for word in words), said
 
 
-def test_an_unknown_key_and_a_wrong_kind_of_leave_are_refused() -> None:
+def test_an_unknown_key_and_a_wrong_kind_of_ignore_are_refused() -> None:
     assert "'step'" in refusal({"quantize": "absmax"}, step=1)
-    assert "leave" in refusal({"quantize": "absmax"}, leave="*.down_proj")
+    assert "ignore" in refusal({"quantize": "absmax"}, ignore="*.down_proj")
 
 
 @pytest.mark.parametrize("text", ["steps = 3", "", 'name = "x"'])
@@ -232,12 +236,12 @@ def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: 
         {"joint": "alternation", "rank": "auto", "codebook": "fitted"},
         name="own",
         summary='with "quotes" and a \\ backslash',
-        leave=["*.lm"],
+        ignore=["*.lm"],
         rules=[{"layers": ["*.mlp.*"], "bits": 3, "pattern": ""}, {"layers": ["*.0.*"], "group_size": "per-channel"}],
         sequential=True,
-        matching={"passes": 3, "inputs": "follow"},
+        block_reconstruction={"passes": 3, "inputs": "asymmetric"},
     )
-    assert first.sequential and first.matching == Matching(3, inputs="follow")
+    assert first.sequential and first.block_reconstruction == Matching(3, inputs="asymmetric")
     assert recipe_from_dict(first.to_dict(), source="again") == first
     assert open_recipe(written(tmp_path, to_toml(first))) == first
 
@@ -249,8 +253,8 @@ def test_a_shipped_recipe_written_to_a_file_says_the_same(tmp_path: Path, name: 
 
 def test_what_a_file_does_not_say_is_off() -> None:
     some = recipe({"quantize": "absmax"})
-    assert (some.sequential, some.rules, some.matching) == (False, (), None)
-    assert recipe({"quantize": "absmax"}, matching={}).matching == Matching()
+    assert (some.sequential, some.rules, some.block_reconstruction) == (False, (), None)
+    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == Matching()
 
 
 def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
@@ -271,15 +275,15 @@ def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
 
 
 def test_the_needs_of_a_joint_solver_are_those_of_its_options() -> None:
-    assert recipe({"joint": "alternation"}).needs == Need.GRAM | Need.CROSS | Need.DRIFT
-    assert recipe({"joint": "alternation", "follow": 0.0}).needs == Need.GRAM
-    assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == Need.GRAM
+    assert recipe({"joint": "alternation"}).needs == frozenset({Covariance, CrossCovariance, OutputResidualCovariance})
+    assert recipe({"joint": "alternation", "asymmetric": 0.0}).needs == frozenset({Covariance})
+    assert recipe({"prune": "sparsegpt"}, {"quantize": "gptq"}, {"compensate": "qera"}).needs == frozenset({Covariance})
 
 
 def test_the_needs_are_also_those_that_a_rule_brings_in() -> None:
-    some = recipe({"joint": "alternation", "follow": 0.0}, rules=[{"layers": ["*.mlp.*"], "follow": 0.1}])
-    assert options_of(some, "a.mlp.up") == [Alternation(follow=0.1)]
-    assert some.needs == Need.GRAM | Need.CROSS | Need.DRIFT
+    some = recipe({"joint": "alternation", "asymmetric": 0.0}, rules=[{"layers": ["*.mlp.*"], "asymmetric": 0.1}])
+    assert options_of(some, "a.mlp.up") == [Alternation(asymmetric=0.1)]
+    assert some.needs == frozenset({Covariance, CrossCovariance, OutputResidualCovariance})
 
 
 def test_a_joint_solver_without_a_pattern_leaves_the_pruning_to_a_pruner() -> None:
@@ -307,9 +311,9 @@ def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dic
 
 
 def test_which_pruners_move_weights_is_known() -> None:
-    moving = [name for name in registry.names("prune") if getattr(registry.find("prune", name), "moves", False)]
+    moving = [name for name in registry.names("prune") if registry.find("prune", name)().moves_weights]
     assert moving == ["sparsegpt"]
-    assert "'moves'" in refusal({"prune": "sparsegpt", "moves": False})  # no option
+    assert "'moves_weights'" in refusal({"prune": "sparsegpt", "moves_weights": False})  # no option
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_which_pruners_move_weights_is_known() -> None:
         ({"layers": [3], "bits": 3}, ["names its layers"]),
         ({"layers": ["*"], "bitz": 3}, ["'bitz'", "bits", "group_size", "damp"]),
         ({"layers": ["*"], "quantize": "absmax"}, ["quantize = 'absmax'", "quantize = 'gptq'"]),
-        ({"layers": ["*"], "rank": "auto"}, ["for all layers"]),
+        ({"layers": ["*"], "rank": "auto"}, ["no step has the option 'rank'"]),
         ({"layers": ["*"], "bits": 1}, ["gptq", "bits = 1", "2 to 8"]),
         ({"layers": ["*"], "bits": "many"}, ["gptq", "bits", "many"]),
         ({"layers": ["*"], "group_size": 0}, ["gptq", "group_size = 0"]),
@@ -332,6 +336,13 @@ def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words:
     said = refusal({"quantize": "gptq"}, rules=[{"layers": ["*"], "bits": 3}, rule])
     assert "rule 2" in said
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("rank", [0.1, "auto"])
+def test_what_is_left_to_a_plan_is_for_all_layers(rank: float | str) -> None:
+    step = {"joint": "alternation", "rank": rank}
+    assert 'rank = "auto" is for all layers' in refusal(step, rules=[{"layers": ["*.up"], "rank": "auto"}])
+    assert recipe(step, rules=[{"layers": ["*.up"], "levels": "auto"}]).needs_plan == (rank == "auto")
 
 
 @pytest.mark.parametrize("rules", [{"layers": ["*"], "bits": 3}, "absmax", 3, None, [{"layers": ["*"], "bits": 3}, "absmax"]])
@@ -345,26 +356,26 @@ def test_sequential_is_true_or_false(sequential: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("matching", "words"),
+    ("table", "words"),
     [
         ({"pass": 3}, ["'pass'", "passes", "rate"]),
         ({"passes": 0}, ["passes = 0", "at least one"]),
         ({"passes": "many"}, ["passes", "many"]),
         ({"rate": 2.0}, ["rate = 2"]),
         ({"codes": "free"}, ["codes", "free", "ste"]),
-        ({"inputs": "none"}, ["inputs", "none", "follow"]),
+        ({"inputs": "none"}, ["inputs", "none", "asymmetric"]),
     ],
 )
-def test_a_matching_that_makes_no_sense_is_refused(matching: dict[str, Any], words: list[str]) -> None:
-    said = refusal({"quantize": "absmax"}, matching=matching)
-    assert "mine, matching" in said
+def test_a_block_reconstruction_that_makes_no_sense_is_refused(table: dict[str, Any], words: list[str]) -> None:
+    said = refusal({"quantize": "absmax"}, block_reconstruction=table)
+    assert "mine, block_reconstruction" in said
     assert all(word in said for word in words), said
 
 
-@pytest.mark.parametrize("matching", [3, "yes", True, [], None])
-def test_a_matching_that_is_no_table_is_refused(matching: Any) -> None:
-    said = refusal({"quantize": "absmax"}, matching=matching)
-    assert f"mine: matching = {matching!r}; give a [matching] table" in said
+@pytest.mark.parametrize("table", [3, "yes", True, [], None])
+def test_a_block_reconstruction_that_is_no_table_is_refused(table: Any) -> None:
+    said = refusal({"quantize": "absmax"}, block_reconstruction=table)
+    assert f"mine: block_reconstruction = {table!r}; give a [block_reconstruction] table" in said
 
 
 def test_a_rule_that_names_its_step_leaves_the_others_alone() -> None:

@@ -27,7 +27,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from slimlm.calibration.capture import POOLED
+from slimlm.calibration.measurement import POOLED
 from slimlm.core.errors import RecipeError
 from slimlm.events import Event, Notify, Observer, both, quiet, silent
 from slimlm.models.lazy import open_lazy
@@ -114,7 +114,7 @@ def compress(
             for block, block_progress in remaining_blocks(prepared, run):
                 task = BlockTask.of(block, block_progress, streams, prepared)
                 layers = compress_block(task)
-                if prepared.recipe.matching is not None:
+                if prepared.recipe.block_reconstruction is not None:
                     layers = reconstruct_block(task, layers, prepared)
                 streams = commit_block(task, layers, streams, prepared)
             outputs = streams.compressed.hidden

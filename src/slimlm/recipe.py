@@ -2,7 +2,7 @@
 
     name = "my-recipe"
     summary = "one line"
-    leave = ["*.down_proj"]        # layers to leave as they are, by pattern on their full name (optional)
+    ignore = ["*.down_proj"]       # layers to leave as they are, by pattern on their full name (optional)
     embedding_bits = 8             # of input embedding and output head, 4 to 8; 16, the default, leaves them as they are
 
     [[steps]]
@@ -18,7 +18,7 @@
     quantize = "slim_quant"        # of this step (optional; else of every step that has the option)
     bits = 3
 
-    [matching]                     # gradient descent on each finished block (optional); see slimlm.tuning.block_reconstruction
+    [block_reconstruction]         # gradient descent on each finished block (optional); see slimlm.tuning.block_reconstruction
     passes = 10
 
 Order is data: each step works on what the steps before it decided. `sequential = true` compresses the layers of a block in
@@ -31,7 +31,6 @@ import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,24 +40,25 @@ from pydantic import TypeAdapter, ValidationError
 
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats, Step
-from slimlm.core.mask import Pattern
-from slimlm.core.solvers.low_rank import rank_of
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.step import Step
 from slimlm.tuning.block_reconstruction import Matching
 
+_KEYS = {"name", "summary", "ignore", "sequential", "embedding_bits", "steps", "rules", "block_reconstruction"}
 AS_STORED = 16
 """`embedding_bits` that leave embedding and head in the 16 or 32 bits that the model stores them in."""
 
 
 def apply_steps(steps: tuple["NamedStep", ...], layer: Layer, stats: Stats) -> Layer:
-    """What the steps make of a layer.
+    """What the steps make of a layer; each is given the statistics that it needs, and no others.
 
     Its tensors are inference tensors, of which only copies may be part of a gradient: sweeps do many small operations, and
     these cost a tenth less so.
     """
     with torch.inference_mode():
         for named in steps:
-            layer = named.step(layer, stats)
+            layer = named.step(layer, stats.restricted_to(named.step.needs))
     return layer
 
 
@@ -79,7 +79,7 @@ class NamedStep:
 
     def to_dict(self) -> dict[str, Any]:
         """As a recipe file would say it, every option spelled out."""
-        return {self.kind: self.method, **dataclasses.asdict(self.step)}  # type: ignore[call-overload]
+        return {self.kind: self.method, **dataclasses.asdict(self.step)}
 
 
 @dataclass(frozen=True)
@@ -101,29 +101,30 @@ class Recipe:
     name: str
     summary: str
     steps: tuple[NamedStep, ...]
-    leave: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    """patterns on the full names of layers that stay as they are"""
     rules: tuple[Rule, ...] = ()
     sequential: bool = False
-    matching: Matching | None = None
+    block_reconstruction: Matching | None = None
     embedding_bits: int = AS_STORED
     """of input embedding and output head, 4 to 8; 16: as they are stored"""
 
     @property
-    def needs(self) -> Need:
+    def needs(self) -> Needs:
         """The statistics its steps need together."""
         varied = [_overridden(named, rule, f"recipe {self.name}") for rule in self.rules for named in self.steps]
-        return reduce(lambda needs, named: needs | named.step.needs, (*self.steps, *varied), Need.NOTHING)
+        return frozenset().union(*(named.step.needs for named in (*self.steps, *varied)))
 
     @property
-    def follows_original(self) -> bool:
-        """Whether it needs the original model's activations beside those of the compressed blocks."""
-        reconstructs = self.matching is not None and self.matching.inputs != "compressed"
-        return bool(self.needs & Need.CROSS) or reconstructs
+    def needs_original(self) -> bool:
+        """Whether the original model's activations have to go along beside those of the compressed blocks."""
+        targets = self.block_reconstruction is not None and self.block_reconstruction.inputs != "compressed"
+        return targets or any(statistic.source.compares for statistic in self.needs)
 
     @property
-    def has_auto_rank(self) -> bool:
-        """Whether a plan has to give the layers their ranks."""
-        return any(getattr(named.step, "rank", None) == "auto" for named in self.steps)
+    def needs_plan(self) -> bool:
+        """Whether a step leaves something to a plan."""
+        return any(named.step.needs_plan for named in self.steps)
 
     def steps_for(self, layer: str) -> tuple[NamedStep, ...]:
         """The steps with what the rules say of this layer (by full name)."""
@@ -133,47 +134,53 @@ class Recipe:
                 steps = tuple(_overridden(named, rule, f"recipe {self.name}, rule for {rule.layers[0]}") for named in steps)
         return steps
 
-    def leaves(self, layer: str) -> bool:
+    def ignores(self, layer: str) -> bool:
         """Whether this layer (by full name) stays as it is."""
-        return any(fnmatchcase(layer, pattern) for pattern in self.leave)
+        return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
 
     def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot take the recipe, or None."""
-        for named in self.steps_for(layer):
-            pattern = getattr(named.step, "pattern", None)
-            if pattern not in (None, "") and (reason := Pattern.parse(pattern).refuses(layer, shape[1])):
-                return f"{reason}. Choose a pattern that divides it, or a share such as pattern = 0.5"
-            rank = getattr(named.step, "rank", None)
-            if rank and rank != "auto" and rank_of(rank, shape) == 0:
-                least = 1 / min(shape)
-                return f"rank = {rank} of {layer} ({shape[0]} x {shape[1]}) is less than rank 1; give at least {least:.3g}"
-        return None
+        return refusal_of(self.steps_for(layer), layer, shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `recipe_from_dict` reads back."""
-        data: dict[str, Any] = {"name": self.name, "summary": self.summary, "leave": list(self.leave)}
+        data: dict[str, Any] = {"name": self.name, "summary": self.summary, "ignore": list(self.ignore)}
         data |= {"sequential": self.sequential, "embedding_bits": self.embedding_bits}
         data["steps"] = [named.to_dict() for named in self.steps]
         if self.rules:
             data["rules"] = [rule.to_dict() for rule in self.rules]
-        if self.matching is not None:
-            data["matching"] = dataclasses.asdict(self.matching)
+        if self.block_reconstruction is not None:
+            data["block_reconstruction"] = dataclasses.asdict(self.block_reconstruction)
         return data
+
+
+def refusal_of(steps: tuple[NamedStep, ...], layer: str, shape: tuple[int, int]) -> str | None:
+    """Why a layer of this shape (out, in) cannot take these steps, or None."""
+    for step in (named.step for named in steps):
+        if step.sparsity is not None and (reason := step.sparsity.refuses(layer, shape[1])):
+            return f"{reason}. Choose a pattern that divides it, or a share such as pattern = 0.5"
+        if step.needs_plan or step.adapter is None:
+            continue
+        rank = step.adapter.rank
+        if rank and step.adapter.rank_of(shape) == 0:
+            least = 1 / min(shape)
+            return f"rank = {rank} of {layer} ({shape[0]} x {shape[1]}) is less than rank 1; give at least {least:.3g}"
+    return None
 
 
 def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     """Check plain data and build the recipe; raises RecipeError saying which step and option is wrong."""
-    unknown = set(data) - {"name", "summary", "leave", "sequential", "embedding_bits", "steps", "rules", "matching"}
+    unknown = set(data) - _KEYS
     if unknown:
         raise RecipeError(
-            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, leave, sequential, embedding_bits, "
-            "[[steps]], [[rules]] and [matching]"
+            f"{source}: unknown key {sorted(unknown)[0]!r}; a recipe has name, summary, ignore, sequential, embedding_bits, "
+            "[[steps]], [[rules]] and [block_reconstruction]"
         )
-    steps, leave = data.get("steps"), data.get("leave", [])
+    steps, ignore = data.get("steps"), data.get("ignore", [])
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise RecipeError(f"{source}: a recipe needs at least one [[steps]] table")
-    if not isinstance(leave, list) or not all(isinstance(p, str) for p in leave):
-        raise RecipeError(f'{source}: leave is a list of name patterns, such as ["*.down_proj"]')
+    if not isinstance(ignore, list) or not all(isinstance(p, str) for p in ignore):
+        raise RecipeError(f'{source}: ignore is a list of name patterns, such as ["*.down_proj"]')
     named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
     _refuse_order(named, source)
     if named[0].kind == "compensate":
@@ -182,30 +189,33 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     if not isinstance(sequential, bool):
         raise RecipeError(f"{source}: sequential = {sequential!r}; give true or false")
     embedding_bits = check_embedding_bits(data.get("embedding_bits", AS_STORED), f"{source}: embedding_bits")
-    own_rules, own_matching = data.get("rules", []), data.get("matching")
+    own_rules, own_reconstruction = data.get("rules", []), data.get("block_reconstruction")
     if not isinstance(own_rules, list) or not all(isinstance(rule, dict) for rule in own_rules):
         raise RecipeError(f"{source}: rules are [[rules]] tables, each with layers and options")
-    if "matching" in data and not isinstance(own_matching, dict):
-        raise RecipeError(f"{source}: matching = {own_matching!r}; give a [matching] table, which may be empty")
+    if "block_reconstruction" in data and not isinstance(own_reconstruction, dict):
+        raise RecipeError(
+            f"{source}: block_reconstruction = {own_reconstruction!r}; give a [block_reconstruction] table, which may be empty"
+        )
     rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(own_rules, 1))
-    matching = None if own_matching is None else _options(Matching, own_matching, f"{source}, matching")
+    where = f"{source}, block_reconstruction"
+    reconstruction = None if own_reconstruction is None else _options(Matching, own_reconstruction, where)
     name, summary = str(data.get("name", source)), str(data.get("summary", ""))
-    return Recipe(name, summary, named, tuple(leave), rules, sequential, matching, embedding_bits)
+    return Recipe(name, summary, named, tuple(ignore), rules, sequential, reconstruction, embedding_bits)
 
 
 def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:
     """Raise RecipeError where two steps would prune, or one would move weights that are coded already."""
-    pruners = [named.method for named in steps if getattr(named.step, "pattern", "") != ""]
+    pruners = [named.method for named in steps if named.step.sparsity is not None]
     if len(pruners) > 1:
         raise RecipeError(f"{where}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
     coded = ""
     for i, named in enumerate(steps):
-        undone = [before.method for before in steps[:i] if before.kind != "prune" or getattr(before.step, "moves", False)]
+        undone = [before.method for before in steps[:i] if before.kind != "prune" or before.step.moves_weights]
         if named.kind == "joint" and undone:
             raise RecipeError(
                 f"{where}: {named.method} decides a layer anew, so {undone[0]} before it would be lost; take it out"
             )
-        if coded and getattr(named.step, "moves", False):
+        if coded and named.step.moves_weights:
             raise RecipeError(f"{where}: {named.method} moves the weights that {coded} has coded; put it before {coded}")
         if named.kind in ("quantize", "joint"):
             coded = named.method
@@ -216,30 +226,33 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
     if not isinstance(layers, list) or not layers or not all(isinstance(p, str) for p in layers):
         raise RecipeError(f'{where}: a rule names its layers, such as layers = ["*.down_proj"], and then options')
     rule = Rule(tuple(layers), tuple((key, value) for key, value in data.items() if key != "layers"))
-    fields = {field.name for named in steps for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
+    fields = {field.name for named in steps for field in dataclasses.fields(named.step)}
     for option, value in rule.options:
-        if option == "rank" and value == "auto":
-            raise RecipeError(f'{where}: rank = "auto" is for all layers; put it into the step, or give a number here')
         if option in registry.KINDS:
             if not any((named.kind, named.method) == (option, value) for named in steps):
                 own = ", ".join(f"{named.kind} = {named.method!r}" for named in steps)
                 raise RecipeError(f"{where}: no step says {option} = {value!r}; there are {own}")
         elif option not in fields:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
-    _refuse_order(tuple(_overridden(named, rule, where) for named in steps), where)
+    decided = (dataclasses.replace(named, step=named.step.resolved()) for named in steps)
+    varied = tuple(_overridden(named, rule, where) for named in decided)
+    if any(named.step.needs_plan for named in varied):
+        left = next(option for option, value in rule.options if value == "auto")
+        raise RecipeError(f'{where}: {left} = "auto" is for all layers; put it into the step, or give a number here')
+    _refuse_order(varied, where)
     return rule
 
 
 def _overridden(named: NamedStep, rule: Rule, where: str) -> NamedStep:
     """The step with the rule's options, of those that it has."""
-    own = {field.name for field in dataclasses.fields(named.step)}  # type: ignore[arg-type]
+    own = {field.name for field in dataclasses.fields(named.step)}
     verbs = {key: value for key, value in rule.options if key in registry.KINDS}
     if verbs and verbs.get(named.kind) != named.method:
         return named
     changed = {key: value for key, value in rule.options if key in own}
     if not changed:
         return named
-    options = {**dataclasses.asdict(named.step), **changed}  # type: ignore[call-overload]
+    options = {**dataclasses.asdict(named.step), **changed}
     return NamedStep(named.kind, named.method, _options(type(named.step), options, f"{where} ({named.method})"))
 
 
@@ -282,8 +295,9 @@ def to_toml(recipe: Recipe) -> str:
     for table in ("steps", "rules"):
         for row in data.get(table, []):
             lines += ["", f"[[{table}]]", *(f"{key} = {_toml(value)}" for key, value in row.items())]
-    if "matching" in data:
-        lines += ["", "[matching]", *(f"{key} = {_toml(value)}" for key, value in data["matching"].items())]
+    if "block_reconstruction" in data:
+        table = data["block_reconstruction"]
+        lines += ["", "[block_reconstruction]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,6 @@
 """Calibration: what is measured, on which inputs, and how often."""
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,20 @@ import torch
 from torch import nn
 
 import slimlm
-from slimlm.calibration import capture
-from slimlm.calibration.capture import Flow, enter, measure, measure_drift, run, stages_of
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import measure
+from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import ModelError, NumericsError
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Statistic, Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
+from slimlm.core.statistics.peak_abs import PeakAbs
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.preflight.refusals import warn_of_few_tokens
@@ -24,7 +33,8 @@ from slimlm.run.block import BlockTask, compress_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
-EVERYTHING = Need.MEAN_ABS | Need.MEAN_SQUARE | Need.PEAK_MEAN_ABS | Need.PEAK_ABS | Need.MEAN_WINDOW
+EVERYTHING = frozenset({MeanAbs, MeanSquare, PeakMeanAbs, PeakAbs, MeanSample})
+BOTH = frozenset({Covariance, CrossCovariance})
 
 
 def windows(count: int, length: int = 32, seed: int = 0) -> torch.Tensor:
@@ -40,44 +50,41 @@ def first_block(family: str = "llama") -> tuple[nn.Module, dict[str, nn.Module],
 def test_statistics_equal_those_of_the_inputs_themselves() -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(3))
-    stats = measure(blocks[name], name, linears_of(blocks[name]), flow, EVERYTHING, CPU)
+    stats = measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), EVERYTHING)
     seen: list[torch.Tensor] = []
     handle = blocks[name].get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    list(run(blocks[name], name, flow, CPU))
+    list(run(BlockRun(blocks[name], name, flow, CPU)))
     handle.remove()
     x = torch.cat(seen).double()  # [3, 32, in]
     found = stats["mlp.down_proj"]
     assert found.tokens == 96
     # sums run in float64; the means are rounded to float32
-    assert torch.allclose(found.mean_abs.double(), x.abs().mean(dim=(0, 1)), rtol=1e-6)
-    assert torch.allclose(found.mean_square.double(), x.square().mean(dim=(0, 1)), rtol=1e-6)
-    assert torch.allclose(found.peak_mean_abs.double(), x.abs().mean(dim=1).amax(dim=0), rtol=1e-5)
-    assert torch.equal(found.peak_abs.double(), x.abs().amax(dim=(0, 1)))
-    assert torch.allclose(found.mean_window.double(), x.mean(dim=0), rtol=1e-6)
+    assert torch.allclose(found[MeanAbs].double(), x.abs().mean(dim=(0, 1)), rtol=1e-6)
+    assert torch.allclose(found[MeanSquare].double(), x.square().mean(dim=(0, 1)), rtol=1e-6)
+    assert torch.allclose(found[PeakMeanAbs].double(), x.abs().mean(dim=1).amax(dim=0), rtol=1e-5)
+    assert torch.equal(found[PeakAbs].double(), x.abs().amax(dim=(0, 1)))
+    assert torch.allclose(found[MeanSample].double(), x.mean(dim=0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])  # OPT hands its fc layers [tokens, in], without windows
-def test_the_cut_into_batches_and_their_order_do_not_matter(  # law 20
-    monkeypatch: pytest.MonkeyPatch, family_name: str
-) -> None:
+def test_the_cut_into_batches_and_their_order_do_not_matter(family_name: str) -> None:  # law 20
     model, blocks, name = first_block(family_name)
     rows = windows(7)
-    whole = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, rows), EVERYTHING, CPU)
-    monkeypatch.setattr(capture, "_TOKENS_AT_ONCE", 96)
-    pieces = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, rows.flip(0)), EVERYTHING, CPU)
+    whole = measure(BlockRun(blocks[name], name, enter(model, blocks, rows), CPU), linears_of(blocks[name]), EVERYTHING)
+    flow = enter(model, blocks, rows.flip(0), tokens_at_once=96)
+    assert len(flow.hidden) == 3
+    pieces = measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), EVERYTHING)
     for layer, expected in whole.items():
-        for field in dataclasses.fields(expected):
-            one, other = getattr(expected, field.name), getattr(pieces[layer], field.name)
-            if isinstance(one, torch.Tensor):
-                # 1e-6: a position's mean may cancel to nearly nothing, and a batch of another size sums in another order.
-                assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), (layer, field.name)
-            else:
-                assert one == other
+        assert expected.tokens == pieces[layer].tokens and expected.note == pieces[layer].note
+        for statistic in EVERYTHING:
+            # 1e-6: a position's mean may cancel to nearly nothing, and a batch of another size sums in another order.
+            close = torch.allclose(expected[statistic], pieces[layer][statistic], rtol=1e-5, atol=1e-6)
+            assert close, (layer, statistic)
 
 
 def test_layers_with_one_input_share_one_measurement() -> None:
     model, blocks, name = first_block()
-    stats = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), EVERYTHING, CPU)
+    stats = measure(BlockRun(blocks[name], name, enter(model, blocks, windows(2)), CPU), linears_of(blocks[name]), EVERYTHING)
     assert stats["self_attn.q_proj"] is stats["self_attn.k_proj"] is stats["self_attn.v_proj"]
     assert stats["mlp.gate_proj"] is stats["mlp.up_proj"]
     assert stats["mlp.gate_proj"] is not stats["mlp.down_proj"]
@@ -85,30 +92,23 @@ def test_layers_with_one_input_share_one_measurement() -> None:
 
 def test_only_what_is_needed_is_measured() -> None:
     model, blocks, name = first_block()
-    stats = measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), Need.MEAN_SQUARE, CPU)[
-        "mlp.down_proj"
-    ]
-    assert stats.mean_square is not None
-    assert stats.mean_abs is None
-    assert stats.peak_mean_abs is None
-    assert stats.peak_abs is None
-    assert stats.mean_window is None
+    stats = measure(
+        BlockRun(blocks[name], name, enter(model, blocks, windows(2)), CPU), linears_of(blocks[name]), frozenset({MeanSquare})
+    )["mlp.down_proj"]
+    assert stats.values.keys() == {MeanSquare} and stats[MeanSquare].shape == (88,)
 
 
-@pytest.mark.parametrize("need", [Need.PEAK_ABS, Need.MEAN_WINDOW])
+@pytest.mark.parametrize("need", sorted(EVERYTHING, key=str))
 @pytest.mark.parametrize("family_name", ["llama", "opt"])  # OPT hands its fc layers [tokens, in], without windows
-def test_peaks_and_means_of_positions_need_no_other_statistic(need: Need, family_name: str) -> None:
+def test_a_statistic_needs_no_other(need: type[Statistic], family_name: str) -> None:
     model, blocks, name = first_block(family_name)
     flow = enter(model, blocks, windows(3))
-    whole = measure(blocks[name], name, linears_of(blocks[name]), flow, EVERYTHING, CPU)
-    alone = measure(blocks[name], name, linears_of(blocks[name]), flow, need, CPU)
+    whole = measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), EVERYTHING)
+    alone = measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), frozenset({need}))
     for layer, stats in alone.items():
-        found = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if getattr(stats, f.name) is not None}
-        assert found.keys() == {"tokens", "known", str(need.name).lower()}
-        assert not stats.known
-        one = found[str(need.name).lower()]
-        assert torch.equal(one, getattr(whole[layer], str(need.name).lower()))
-        assert one.shape[:-1] == ((32,) if need is Need.MEAN_WINDOW else ())
+        assert stats.values.keys() == {need} and not len(stats.cache)
+        assert torch.equal(stats[need], whole[layer][need])
+        assert stats[need].shape[:-1] == ((32,) if need is MeanSample else ())
 
 
 def test_the_second_block_is_measured_on_the_changed_first_block_s_outputs() -> None:  # law 22
@@ -118,7 +118,7 @@ def test_the_second_block_is_measured_on_the_changed_first_block_s_outputs() -> 
     with torch.no_grad():
         blocks[name].get_submodule("mlp.down_proj").weight.mul_(0.5)
     second = list(blocks)[1]
-    flow = Flow(list(run(blocks[name], name, flow, CPU)), flow.arguments)
+    flow = BlockInputs(list(run(BlockRun(blocks[name], name, flow, CPU))), flow.arguments)
     seen: list[torch.Tensor] = []
     handle = blocks[second].register_forward_pre_hook(lambda _m, args, kwargs: seen.append(args[0]), with_kwargs=True)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_calibration_changes_neither_the_config_nor_the_weights_nor_the_hooks() 
     model, blocks, name = first_block("gpt2")
     config = model.config.to_dict()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    measure(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), EVERYTHING, CPU)
+    measure(BlockRun(blocks[name], name, enter(model, blocks, windows(2)), CPU), linears_of(blocks[name]), EVERYTHING)
     assert model.config.to_dict() == config
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -155,13 +155,13 @@ def test_a_model_that_works_between_its_blocks_is_refused_by_name() -> None:
         enter(model, {"model.layers.0": blocks["model.layers.0"], "model.layers.1": inner}, windows(2))
 
 
-@pytest.mark.parametrize("need", [Need.MEAN_SQUARE, Need.PEAK_ABS, Need.MEAN_WINDOW])
-def test_inputs_that_overflow_name_the_layer(need: Need) -> None:
+@pytest.mark.parametrize("need", sorted({*EVERYTHING, Covariance}, key=str))
+def test_inputs_that_overflow_name_the_layer(need: type[Statistic]) -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(2))
     flow.hidden[0][0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        measure(blocks[name], name, linears_of(blocks[name]), flow, need, CPU)
+        measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), frozenset({need}))
 
 
 def test_gpt2_s_transposed_layers_are_found() -> None:
@@ -172,14 +172,14 @@ def test_gpt2_s_transposed_layers_are_found() -> None:
 # Covariances of two models' inputs
 
 
-def inputs_of(block: nn.Module, name: str, layers: list[str], flow: Flow) -> dict[str, torch.Tensor]:
+def inputs_of(block: nn.Module, name: str, layers: list[str], flow: BlockInputs) -> dict[str, torch.Tensor]:
     """All inputs of these layers at once, float64 `[tokens, in]`."""
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = [
         block.get_submodule(layer).register_forward_pre_hook(lambda _m, args, layer=layer: seen[layer].append(args[0]))
         for layer in layers
     ]
-    list(run(block, name, flow, CPU))
+    list(run(BlockRun(block, name, flow, CPU)))
     for handle in handles:
         handle.remove()
     return {layer: torch.cat([x.flatten(0, -2) for x in own]).double() for layer, own in seen.items()}
@@ -195,14 +195,16 @@ def damaged_twin(family: str = "llama") -> tuple[dict[str, nn.Module], dict[str,
     return before, after, list(before)[1]
 
 
-def flows(family: str, rows: torch.Tensor) -> tuple[nn.Module, nn.Module, str, Flow, Flow]:
+def flows(
+    family: str, rows: torch.Tensor, at_once: int | None = None
+) -> tuple[nn.Module, nn.Module, str, BlockInputs, BlockInputs]:
     """The second block of the original model and of the changed one, its name, and its inputs in either."""
     before, after, second = damaged_twin(family)
     model = random_model(family)
-    flow = enter(model, blocks_of(model), rows)
+    flow = enter(model, blocks_of(model), rows, tokens_at_once=at_once)
     first = next(iter(before))
-    theirs = Flow(list(run(before[first], first, flow, CPU)), flow.arguments)
-    ours = Flow(list(run(after[first], first, flow, CPU)), flow.arguments)
+    theirs = BlockInputs(list(run(BlockRun(before[first], first, flow, CPU))), flow.arguments)
+    ours = BlockInputs(list(run(BlockRun(after[first], first, flow, CPU))), flow.arguments)
     return before[second], after[second], second, theirs, ours
 
 
@@ -210,36 +212,35 @@ def flows(family: str, rows: torch.Tensor) -> tuple[nn.Module, nn.Module, str, F
 def test_covariances_equal_those_of_all_inputs_at_once(family_name: str) -> None:  # law 19
     twin, block, name, theirs, ours = flows(family_name, windows(3))
     linears = linears_of(block)
-    stats = measure(block, name, linears, ours, Need.GRAM | Need.CROSS, CPU, (twin, theirs))
+    stats = measure(BlockRun(block, name, ours, CPU), linears, BOTH, BlockRun(twin, name, theirs, CPU))
     now, were = inputs_of(block, name, list(linears), ours), inputs_of(twin, name, list(linears), theirs)
     for layer, found in stats.items():
         x, z = now[layer], were[layer]
-        assert found.tokens == 96 and found.gram is not None and found.cross is not None
+        assert found.tokens == 96
         # Products of a batch are float32: relative to the largest energy.
         largest = float((x.T @ x / 96).diagonal().max())
-        torch.testing.assert_close(found.gram.double(), x.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
-        torch.testing.assert_close(found.cross.double(), z.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
-        assert torch.equal(found.gram, found.gram.T)
-        assert not torch.allclose(found.cross, found.gram, rtol=1e-2)  # the two models' inputs differ
+        torch.testing.assert_close(found[Covariance].double(), x.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
+        torch.testing.assert_close(found[CrossCovariance].double(), z.T @ x / 96, rtol=1e-5, atol=1e-6 * largest)
+        assert torch.equal(found[Covariance], found[Covariance].T)
+        assert not torch.allclose(found[CrossCovariance], found[Covariance], rtol=1e-2)  # the two models' inputs differ
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])
 @pytest.mark.parametrize("at_once", [32, 96])
-def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(  # law 20
-    monkeypatch: pytest.MonkeyPatch, family_name: str, at_once: int
-) -> None:
-    needs = Need.GRAM | Need.CROSS
+def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(family_name: str, at_once: int) -> None:  # law 20
+    needs = BOTH
     rows = windows(7)
     twin, block, name, theirs, ours = flows(family_name, rows)
-    whole = measure(block, name, linears_of(block), ours, needs, CPU, (twin, theirs))
-    monkeypatch.setattr(capture, "_TOKENS_AT_ONCE", at_once)
+    whole = measure(BlockRun(block, name, ours, CPU), linears_of(block), needs, BlockRun(twin, name, theirs, CPU))
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    twin, block, name, theirs, ours = flows(family_name, rows[order])
+    twin, block, name, theirs, ours = flows(family_name, rows[order], at_once)
     assert len(ours.hidden) == -(-7 * 32 // at_once)
-    pieces = measure(block, name, linears_of(block), ours, needs, CPU, (twin, theirs))
+    pieces = measure(BlockRun(block, name, ours, CPU), linears_of(block), needs, BlockRun(twin, name, theirs, CPU))
     for layer, expected in whole.items():
-        for one, other in ((expected.gram, pieces[layer].gram), (expected.cross, pieces[layer].cross)):
-            assert one is not None and other is not None
+        for one, other in (
+            (expected[Covariance], pieces[layer][Covariance]),
+            (expected[CrossCovariance], pieces[layer][CrossCovariance]),
+        ):
             # Products of a batch are float32, and a batch of another size sums in another order.
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6 * float(one.diagonal().max()))
 
@@ -247,20 +248,26 @@ def test_the_cut_into_batches_and_their_order_do_not_matter_for_covariances(  # 
 def test_the_energies_are_the_diagonal_of_the_covariance() -> None:
     model, blocks, name = first_block()
     stats = measure(
-        blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(3)), Need.GRAM | Need.MEAN_SQUARE, CPU
+        BlockRun(blocks[name], name, enter(model, blocks, windows(3)), CPU),
+        linears_of(blocks[name]),
+        frozenset({Covariance, MeanSquare}),
     )
     for found in stats.values():
-        assert found.gram is not None and found.mean_square is not None
-        torch.testing.assert_close(found.gram.diagonal(), found.mean_square, rtol=1e-5, atol=0)  # float32 products
+        torch.testing.assert_close(found[Covariance].diagonal(), found[MeanSquare], rtol=1e-5, atol=0)  # float32 products
 
 
 def test_an_unchanged_block_s_inputs_go_with_the_original_ones_as_with_themselves() -> None:
     model, blocks, name = first_block()
     flow = enter(model, blocks, windows(3))
     twin = blocks_of(random_model("llama"))[name]
-    stats = measure(blocks[name], name, linears_of(blocks[name]), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
+    stats = measure(
+        BlockRun(blocks[name], name, flow, CPU),
+        linears_of(blocks[name]),
+        BOTH,
+        BlockRun(twin, name, flow, CPU),
+    )
     for found in stats.values():
-        assert found.gram is not None and found.cross is not None and torch.equal(found.cross, found.gram)
+        assert torch.equal(found[CrossCovariance], found[Covariance])
 
 
 class _Routed(nn.Module):
@@ -280,30 +287,42 @@ class _Routed(nn.Module):
         return out.view(hidden_states.shape)
 
 
-def routed() -> tuple[_Routed, _Routed, Flow]:
+def routed() -> tuple[_Routed, _Routed, BlockInputs]:
     torch.manual_seed(3)
     twin, block = _Routed().eval(), _Routed().eval()
     block.load_state_dict(twin.state_dict())
     hidden = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(4))
-    return twin, block, Flow([hidden[:3], hidden[3:]], {("b", n): ((None,), {}) for n in (1, 3)})
+    return twin, block, BlockInputs([hidden[:3], hidden[3:]], {("b", n): ((None,), {}) for n in (1, 3)})
 
 
 def test_an_expert_that_is_given_other_tokens_has_no_cross_statistic_and_the_others_do() -> None:
     twin, block, flow = routed()
     with torch.no_grad():
         block.inner.bias[0] += 0.5  # some tokens change sides
-    stats = measure(block, "b", linears_of(block), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
-    assert stats["inner"].cross is not None
-    assert stats["experts.0"].cross is None and stats["experts.1"].cross is None
-    assert stats["experts.0"].gram is not None
+    stats = measure(
+        BlockRun(block, "b", flow, CPU),
+        linears_of(block),
+        BOTH,
+        BlockRun(twin, "b", flow, CPU),
+    )
+    assert stats["inner"].get(CrossCovariance) is not None
+    assert stats["experts.0"].get(CrossCovariance) is None and stats["experts.1"].get(CrossCovariance) is None
+    assert stats["experts.0"].get(Covariance) is not None
     assert stats["experts.0"].tokens + stats["experts.1"].tokens == 64
 
 
 def test_experts_that_are_given_some_of_the_tokens_have_no_cross_statistic_even_where_these_are_the_same() -> None:
     twin, block, flow = routed()
-    stats = measure(block, "b", linears_of(block), flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))
-    assert all(0 < stats[expert].tokens < 64 and stats[expert].cross is None for expert in ("experts.0", "experts.1"))
-    assert stats["inner"].cross is not None and torch.equal(stats["inner"].cross, stats["inner"].gram)
+    stats = measure(
+        BlockRun(block, "b", flow, CPU),
+        linears_of(block),
+        BOTH,
+        BlockRun(twin, "b", flow, CPU),
+    )
+    assert all(
+        0 < stats[expert].tokens < 64 and stats[expert].get(CrossCovariance) is None for expert in ("experts.0", "experts.1")
+    )
+    assert torch.equal(stats["inner"][CrossCovariance], stats["inner"][Covariance])
 
 
 @pytest.mark.parametrize("also_before", [True, False])
@@ -313,9 +332,12 @@ def test_an_expert_that_is_given_all_tokens_has_a_cross_statistic_if_it_was_befo
         for each in (block, twin) if also_before else (block,):
             each.inner.bias[0] += 100  # every token goes to the first expert
     linears = {"experts.0": block.experts[0]}
-    found = measure(block, "b", linears, flow, Need.GRAM | Need.CROSS, CPU, (twin, flow))["experts.0"]
+    found = measure(BlockRun(block, "b", flow, CPU), linears, BOTH, BlockRun(twin, "b", flow, CPU))["experts.0"]
     assert found.tokens == 64
-    assert (found.cross is not None and torch.equal(found.cross, found.gram)) if also_before else found.cross is None
+    if also_before:
+        assert torch.equal(found[CrossCovariance], found[Covariance])
+    else:
+        assert found.get(CrossCovariance) is None
 
 
 def test_an_expert_that_is_given_all_tokens_of_one_batch_only_has_no_cross_statistic() -> None:
@@ -324,10 +346,15 @@ def test_an_expert_that_is_given_all_tokens_of_one_batch_only_has_no_cross_stati
     # The second batch is all on one side; the first is mixed.
     one_sided = torch.where(sides > 0, flow.hidden[1], flow.hidden[1].flatten(0, 1)[int(sides.flatten().argmax())])
     for hidden in ([flow.hidden[0], one_sided], [one_sided, flow.hidden[0]]):
-        both = Flow(hidden, flow.arguments)
-        found = measure(block, "b", {"experts.0": block.experts[0]}, both, Need.GRAM | Need.CROSS, CPU, (twin, both))
+        both = BlockInputs(hidden, flow.arguments)
+        found = measure(
+            BlockRun(block, "b", both, CPU),
+            {"experts.0": block.experts[0]},
+            BOTH,
+            BlockRun(twin, "b", both, CPU),
+        )
         assert 16 < found["experts.0"].tokens < 64
-        assert found["experts.0"].cross is None
+        assert found["experts.0"].get(CrossCovariance) is None
 
 
 def _swapped() -> dict[str, Stats]:
@@ -340,15 +367,17 @@ def _swapped() -> dict[str, Stats]:
         sides = block.inner(tokens)[:, 0] > 0
     count = int(min(sides.sum(), (~sides).sum()))
     even = torch.cat([tokens[sides][:count], tokens[~sides][:count]])[:, None]
-    flow = Flow([even], {("b", 2 * count): ((None,), {})})
-    stats = measure(block, "b", linears_of(block), flow, Need.CROSS, CPU, (twin, flow))
+    flow = BlockInputs([even], {("b", 2 * count): ((None,), {})})
+    stats = measure(
+        BlockRun(block, "b", flow, CPU), linears_of(block), frozenset({CrossCovariance}), BlockRun(twin, "b", flow, CPU)
+    )
     if not stats["experts.0"].tokens == stats["experts.1"].tokens > 10:
         raise RuntimeError("the example is none")
     return stats
 
 
 def test_as_many_other_tokens_are_no_reason_to_pair_them() -> None:
-    assert _swapped()["experts.0"].cross is None
+    assert _swapped()["experts.0"].get(CrossCovariance) is None
 
 
 def test_a_covariance_that_overflows_names_the_layer() -> None:
@@ -356,7 +385,7 @@ def test_a_covariance_that_overflows_names_the_layer() -> None:
     flow = enter(model, blocks, windows(2))
     flow.hidden[0][0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        measure(blocks[name], name, linears_of(blocks[name]), flow, Need.GRAM, CPU)
+        measure(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]), frozenset({Covariance}))
 
 
 # Stages
@@ -381,27 +410,27 @@ STAGES = {
 @pytest.mark.parametrize("family_name", sorted(STAGES))
 def test_stages_follow_the_way_of_the_activations(family_name: str) -> None:
     model, blocks, name = first_block(family_name)
-    found = stages_of(blocks[name], name, linears_of(blocks[name]), enter(model, blocks, windows(2)), CPU)
+    found = stages_of(BlockRun(blocks[name], name, enter(model, blocks, windows(2)), CPU), linears_of(blocks[name]))
     assert [sorted(stage) for stage in found] == [sorted(stage) for stage in STAGES[family_name]]
 
 
 def test_layers_that_are_left_are_in_no_stage() -> None:
     model, blocks, name = first_block()
     some = {layer: linear for layer, linear in linears_of(blocks[name]).items() if layer != "self_attn.o_proj"}
-    found = stages_of(blocks[name], name, some, enter(model, blocks, windows(2)), CPU)
+    found = stages_of(BlockRun(blocks[name], name, enter(model, blocks, windows(2)), CPU), some)
     assert [sorted(stage) for stage in found] == [sorted(LLAMA_STAGES[i]) for i in (0, 2, 3)]
 
 
 def test_the_experts_are_one_stage_even_where_one_is_given_no_token() -> None:
     twin, _, flow = routed()
     for hidden in (flow.hidden, [hidden[:, :1] for hidden in flow.hidden]):
-        assert stages_of(twin, "b", linears_of(twin), Flow(hidden, flow.arguments), CPU) == [
+        assert stages_of(BlockRun(twin, "b", BlockInputs(hidden, flow.arguments), CPU), linears_of(twin)) == [
             ["inner"],
             ["experts.0", "experts.1"],
         ]
     with torch.no_grad():
         twin.inner.bias[0] += 100
-    assert stages_of(twin, "b", linears_of(twin), flow, CPU) == [["inner"], ["experts.0", "experts.1"]]
+    assert stages_of(BlockRun(twin, "b", flow, CPU), linears_of(twin)) == [["inner"], ["experts.0", "experts.1"]]
 
 
 def test_finding_the_stages_leaves_the_block_as_it_is() -> None:
@@ -409,7 +438,7 @@ def test_finding_the_stages_leaves_the_block_as_it_is() -> None:
     flow = enter(model, blocks, windows(2))
     before = {n: t.clone() for n, t in blocks[name].state_dict().items()}
     hidden = [h.clone() for h in flow.hidden]
-    stages_of(blocks[name], name, linears_of(blocks[name]), flow, CPU)
+    stages_of(BlockRun(blocks[name], name, flow, CPU), linears_of(blocks[name]))
     assert all(torch.equal(before[n], t) for n, t in blocks[name].state_dict().items())
     assert all(torch.equal(one, other) for one, other in zip(hidden, flow.hidden, strict=True))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in blocks[name].modules())
@@ -422,11 +451,11 @@ def test_a_stage_is_measured_on_what_the_compressed_stages_before_it_hand_over(f
     block = blocks[name]
     linears = linears_of(block)
     done: list[str] = []
-    for stage in stages_of(block, name, linears, flow, CPU):
-        found = measure(block, name, {layer: linears[layer] for layer in stage}, flow, Need.GRAM, CPU)
+    for stage in stages_of(BlockRun(block, name, flow, CPU), linears):
+        found = measure(BlockRun(block, name, flow, CPU), {layer: linears[layer] for layer in stage}, frozenset({Covariance}))
         # An independent way: the whole block run from the start, its earlier layers being the compressed ones.
         for layer, x in inputs_of(block, name, stage, flow).items():
-            gram = found[layer].gram
+            gram = found[layer][Covariance]
             assert gram is not None
             torch.testing.assert_close(gram.double(), x.T @ x / 64, rtol=1e-5, atol=1e-6 * float(gram.diagonal().max()))
         for layer in stage:
@@ -453,8 +482,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
     unspied = Gptq.__call__
 
     def spy(self: Gptq, layer: Layer, stats: Stats) -> Layer:
-        assert stats.gram is not None
-        seen[layer.name] = stats.gram.double()
+        seen[layer.name] = stats[Covariance].double()
         return unspied(self, layer, stats)
 
     monkeypatch.setattr(Gptq, "__call__", spy)
@@ -477,7 +505,7 @@ def compressed_with(
 ) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
     told: list[str] = []
-    recipe = recipe_from_dict({"steps": [step], "leave": list(leave)}, source="test")
+    recipe = recipe_from_dict({"steps": [step], "ignore": list(leave)}, source="test")
     slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, notify=told.append)
     record = Record.from_dict(json.loads((out / "slimlm.json").read_text()))
     return told, {layer.name: tuple(layer.notes) for layer in record.layers}
@@ -490,7 +518,7 @@ GPTQ = {"quantize": "gptq", "group_size": 16}
 def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_layers_that_have_too_few(
     llama_folder: Path, text_file: Path, tmp_path: Path, follow: float | None
 ) -> None:
-    joint = {"joint": "alternation", "group_size": 16, "rank": 0.0, "rounds": 1, "polish": 0, "follow": follow}
+    joint = {"joint": "alternation", "group_size": 16, "rank": 0.0, "rounds": 1, "descent_rounds": 0, "asymmetric": follow}
     step = GPTQ if follow is None else joint
     told, notes = compressed_with(llama_folder, text_file, tmp_path / "out", step, 4, ("*.layers.0.*",))
     assert len(told) == 1
@@ -526,20 +554,23 @@ ADDED = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "opt": "fc2", "gpt2
 
 
 @pytest.mark.parametrize("kind", sorted(ADDED))
-def test_drift_is_known_where_a_layer_s_output_is_added_to_the_block_s_and_nowhere_else(kind: str) -> None:
+def test_output_residuals_are_known_where_a_layer_s_output_is_added_to_the_block_s_and_nowhere_else(kind: str) -> None:
     model = random_model(kind)
     blocks = blocks_of(model)
     name, block = next(iter(blocks.items()))
     flow = enter(model, {name: block}, torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0)))
+    here, needs = BlockRun(block, name, flow, CPU), frozenset({OutputResidualCovariance})
     found = [
         layer
         for layer, linear in linears_of(block).items()
-        if measure_drift(block, name, layer, linear, flow, CPU, (block, flow)) is not None
+        if measure(here, {layer: linear}, needs, here)[layer].get(OutputResidualCovariance) is not None
     ]
     assert found == [ADDED[kind]]
+    together = measure(here, linears_of(block), needs, here)
+    assert all(stats.get(OutputResidualCovariance) is None for stats in together.values())
 
 
-def test_drift_is_what_the_block_lacks_of_the_original_against_the_layer_s_inputs() -> None:
+def test_output_residuals_are_what_the_block_lacks_of_the_original_against_the_layer_s_inputs() -> None:
     model = random_model("llama")
     name, block = next(iter(blocks_of(model).items()))
     flow = enter(model, {name: block}, torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0)))
@@ -548,12 +579,14 @@ def test_drift_is_what_the_block_lacks_of_the_original_against_the_layer_s_input
         block.get_parameter("mlp.gate_proj.weight").mul_(0.9)
         block.get_parameter("self_attn.o_proj.weight").mul_(1.1)
     linear = block.get_submodule("mlp.down_proj")
-    drift = measure_drift(block, name, "mlp.down_proj", linear, flow, CPU, (twin, flow))
+    here, original = BlockRun(block, name, flow, CPU), BlockRun(twin, name, flow, CPU)
+    found = measure(here, {"mlp.down_proj": linear}, frozenset({OutputResidualCovariance}), original)["mlp.down_proj"]
     seen: list[torch.Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    ours, theirs = torch.cat(list(run(block, name, flow, CPU))), torch.cat(list(run(twin, name, flow, CPU)))
+    ours, theirs = torch.cat(list(run(here))), torch.cat(list(run(original)))
     handle.remove()
     lacking, inputs = (theirs - ours).flatten(0, 1).double(), torch.cat(seen).flatten(0, 1).double()
-    assert drift is not None
     # float32 sums of 72 products
-    torch.testing.assert_close(drift, (lacking.T @ inputs / len(inputs)).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found[OutputResidualCovariance], (lacking.T @ inputs / len(inputs)).float(), rtol=1e-4, atol=1e-6
+    )

@@ -242,8 +242,8 @@ def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        ('leave = ["*.down_porj"]\n', "'*.down_porj' matches no layer"),
-        ('leave = ["*"]\n', "leaves no layer to compress"),
+        ('ignore = ["*.down_porj"]\n', "'*.down_porj' matches no layer"),
+        ('ignore = ["*"]\n', "leaves no layer to compress"),
     ],
 )
 def test_leave_patterns_that_match_nothing_or_everything_are_refused(
@@ -254,7 +254,7 @@ def test_leave_patterns_that_match_nothing_or_everything_are_refused(
 
 
 def test_layers_left_by_the_recipe_stay_dense(llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
-    recipe = recipe_file(tmp_path, 'leave = ["*.down_proj"]\n[[steps]]\nquantize = "absmax"\n')
+    recipe = recipe_file(tmp_path, 'ignore = ["*.down_proj"]\n[[steps]]\nquantize = "absmax"\n')
     result = slimlm.compress(llama_folder, tmp_path / "o", recipe=str(recipe), data=str(text_file), samples=4, length=32)
     assert not any("down_proj" in layer.name for layer in result.record.layers)
     assert result.record.skipped["model.layers.0.mlp.down_proj"] == "ignored by the recipe"

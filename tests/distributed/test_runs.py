@@ -37,7 +37,7 @@ from slimlm.core.errors import ModelError
 
 asked = json.loads(sys.argv[1])
 rank = int(os.environ.get("RANK", "0"))
-capture._TOKENS_AT_ONCE = asked["tokens"]
+capture.TOKENS_AT_ONCE = asked["tokens"]
 real = pipeline.compress_block
 
 def troubled(task):
@@ -99,7 +99,7 @@ def alone(
     torch.set_num_threads(1)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr("slimlm.calibration.capture._TOKENS_AT_ONCE", tokens)
+            patched.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", tokens)
             for recipe in recipes:
                 slimlm.compress(model, folder / recipe, recipe=recipe, data=str(text), **WINDOWS)
     finally:

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration import capture
-from slimlm.calibration.capture import Flow, enter
+from slimlm.calibration import measurement
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter
 from slimlm.core.grid import Grid
-from slimlm.core.layer import Need, measured
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.sweep import order_of, rounded_sweep
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import Recipe, open_recipe
 from slimlm.run.block import BlockTask, compress_block
@@ -37,7 +37,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def first_block(windows: int = 6) -> tuple[nn.Module, str, Flow, dict[str, torch.dtype]]:
+def first_block(windows: int = 6) -> tuple[nn.Module, str, BlockInputs, dict[str, torch.dtype]]:
     model = random_model("llama")
     # Attention of another device than the CPU is computed otherwise; spelled out, it is the same operations everywhere.
     model.set_attn_implementation("eager")
@@ -54,7 +54,7 @@ def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor],
     twin = copy.deepcopy(block)
     if device != CPU:
         block, twin = to_fake_gpu(block), to_fake_gpu(twin)
-    twin_inputs = Flow(list(flow.hidden), flow.arguments)
+    twin_inputs = BlockInputs(list(flow.hidden), flow.arguments)
     records = [
         layer.record for layer in compress_block(BlockTask(name, block, flow, recipe, dtypes, device, twin, twin_inputs))
     ]
@@ -68,10 +68,10 @@ def quick(recipe: Recipe) -> Recipe:
     steps = []
     for named in recipe.steps:
         fields = {field.name for field in dataclasses.fields(named.step)}
-        few = {name: value for name, value in {"rounds": 3, "polish": 1}.items() if name in fields}
+        few = {name: value for name, value in {"rounds": 3, "descent_rounds": 1}.items() if name in fields}
         steps.append(dataclasses.replace(named, step=dataclasses.replace(named.step, **few)))
-    leave = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
-    return dataclasses.replace(recipe, steps=tuple(steps), leave=leave)
+    ignore = ("*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj")
+    return dataclasses.replace(recipe, steps=tuple(steps), ignore=ignore)
 
 
 RECIPES = ["best", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
@@ -93,7 +93,7 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
     name: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = quick(open_recipe(name))
-    monkeypatch.setattr(capture, "free_on_gpu", lambda device: room)
+    monkeypatch.setattr(measurement, "free_on_gpu", lambda device: room)
     expected, told = compressed(recipe, CPU)
     with fake_gpu() as counts:
         found, also = compressed(recipe, FAKE_GPU)
@@ -105,11 +105,11 @@ def test_a_recipe_compresses_on_the_card_what_it_compresses_on_the_cpu(
 def test_statistics_lie_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block, name, flow, _ = first_block()
     for room, place in ((2**40, FAKE_GPU), (10_000, CPU)):
-        monkeypatch.setattr(capture, "free_on_gpu", lambda device, room=room: room)
+        monkeypatch.setattr(measurement, "free_on_gpu", lambda device, room=room: room)
         with fake_gpu():
             sent = to_fake_gpu(copy.deepcopy(block))
-            found = capture.measure(sent, name, linears_of(sent), flow, Need.GRAM, FAKE_GPU)
-            assert {measured(stats.gram).device for stats in found.values()} == {place}
+            found = measurement.measure(BlockRun(sent, name, flow, FAKE_GPU), linears_of(sent), frozenset({Covariance}))
+            assert {stats[Covariance].device for stats in found.values()} == {place}
 
 
 def test_what_torch_holds_of_a_card_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

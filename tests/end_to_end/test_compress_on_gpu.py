@@ -13,11 +13,15 @@ import pytest
 import torch
 
 import slimlm
-from slimlm.calibration.capture import measure
-from slimlm.core.layer import Need
+from slimlm.calibration.capture import BlockRun
+from slimlm.calibration.measurement import measure
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.scale_search import search_scales
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
 from slimlm.models.structure import linears_of
 from tests.end_to_end.test_compress_on_fake_gpu import CPU, first_block
 
@@ -31,12 +35,12 @@ def drawn(*shape: int) -> torch.Tensor:
 
 def test_statistics_are_those_of_the_cpu() -> None:
     block, name, flow, _ = first_block()
-    needs = Need.GRAM | Need.MEAN_ABS | Need.MEAN_SQUARE | Need.PEAK_ABS
-    expected = measure(block, name, linears_of(block), flow, needs, CPU)
-    found = measure(block.to(CARD), name, linears_of(block), flow, needs, CARD)
+    needs = frozenset({Covariance, MeanAbs, MeanSquare, PeakAbs})
+    expected = measure(BlockRun(block, name, flow, CPU), linears_of(block), needs)
+    found = measure(BlockRun(block.to(CARD), name, flow, CARD), linears_of(block), needs)
     for layer, stats in expected.items():
-        for field in ("gram", "mean_abs", "mean_square", "peak_abs"):
-            here, there = getattr(stats, field), getattr(found[layer], field)
+        for statistic in needs:
+            here, there = stats[statistic], found[layer][statistic]
             assert there.device == CARD
             assert float((there.cpu() - here).norm()) < 1e-5 * float(here.norm())
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, PreTrainedModel
 
 import slimlm
-from slimlm.calibration.capture import enter, run
+from slimlm.calibration.capture import BlockRun, enter, run
 from slimlm.inference.generate import generate
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import recipe_from_dict
@@ -135,7 +135,7 @@ def test_blocks_replayed_one_by_one_give_the_model_s_own_hidden_states(family: s
     for handle in handles:
         handle.remove()
     for name, block in blocks.items():
-        flow.hidden = list(run(block, name, flow, torch.device("cpu")))
+        flow.hidden = list(run(BlockRun(block, name, flow, torch.device("cpu"))))
         assert torch.allclose(torch.cat(flow.hidden), expected[name], atol=1e-5), name
 
 

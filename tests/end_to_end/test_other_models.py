@@ -210,7 +210,7 @@ def test_a_layer_that_is_more_than_linear_is_not_compressed() -> None:
 
 def test_what_is_left_out_lets_a_model_be_compressed(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of("mamba", REFUSED["mamba"][0], tmp_path, monkeypatch)
-    recipe = quick(leave=["*.dt_proj"])
+    recipe = quick(ignore=["*.dt_proj"])
     slimlm.compress(folder, tmp_path / "out", **options(text_file, recipe=recipe))
     ids = torch.randint(1, 256, (2, 32), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -21,7 +21,7 @@ embedding_bits = 8
 [[steps]]
 quantize = "absmax"
 group_size = 16
-[matching]
+[block_reconstruction]
 passes = 1
 """
 PLANNED = """

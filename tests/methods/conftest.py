@@ -1,9 +1,20 @@
 """Layers and input statistics without a model."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Statistic, Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
+from slimlm.core.statistics.peak_abs import PeakAbs
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -22,20 +33,26 @@ def layer_of(out: int = 48, width: int = 172, seed: int = 0) -> Layer:
 
 
 def stats_of(x: Tensor) -> Stats:
-    """All statistics of inputs `[windows, tokens, in]`."""
+    """All statistics of inputs `[samples, tokens, in]`, but those that take a block's outputs."""
     flat = x.reshape(-1, x.shape[-1])
-    gram = flat.T @ flat / len(flat)
-    # As if the layers before this one had been left alone: the original inputs are the inputs.
-    return Stats(
-        len(flat),
-        flat.abs().mean(dim=0),
-        flat.square().mean(dim=0),
-        x.abs().mean(dim=1).amax(dim=0),
-        gram,
-        gram,
-        peak_abs=flat.abs().amax(dim=0),
-        mean_window=x.mean(dim=0),
-    )
+    covariance = flat.T @ flat / len(flat)
+    values: dict[type[Statistic], Tensor | None] = {
+        MeanAbs: flat.abs().mean(dim=0),
+        MeanSquare: flat.square().mean(dim=0),
+        PeakMeanAbs: x.abs().mean(dim=1).amax(dim=0),
+        Covariance: covariance,
+        # As if the layers before this one had been left alone: the original inputs are the inputs.
+        CrossCovariance: covariance,
+        OutputResidualCovariance: None,
+        PeakAbs: flat.abs().amax(dim=0),
+        MeanSample: x.mean(dim=0),
+    }
+    return Stats(len(flat), values)
+
+
+def changed(stats: Stats, values: dict[type[Statistic], Tensor | None]) -> Stats:
+    """The statistics with other values for some of them."""
+    return replace(stats, values={**stats.values, **values})
 
 
 def inputs(width: int = 172, *, dead: int = 0) -> Tensor:

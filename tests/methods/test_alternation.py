@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.elementwise import Elementwise
@@ -18,6 +18,10 @@ from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.joint.alternation import Alternation
@@ -25,7 +29,7 @@ from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 
 def correlated(width: int = 32, *, dead: int = 0) -> Stats:
@@ -34,7 +38,7 @@ def correlated(width: int = 32, *, dead: int = 0) -> Stats:
 
 
 STATS = correlated()
-GRAM = STATS.gram if STATS.gram is not None else torch.empty(0)
+GRAM = STATS[Covariance]
 
 
 def left(layer: Layer, gram: Tensor = GRAM) -> float:
@@ -46,12 +50,12 @@ def bits_of(layer: Layer) -> int:
     return sum(part.storage_bits() for part in layer.parts())
 
 
-FULL = {"rounds": 16, "polish": 8}
+FULL = {"rounds": 16, "descent_rounds": 8}
 """As many turns as the defaults allow; elsewhere a few are enough."""
 
 
 def solved(seed: int = 0, stats: Stats = STATS, **options: Any) -> Layer:
-    options = {"group_size": 16, "rank": 0.2, "follow": 0.0, "rounds": 2, "polish": 1, **options}
+    options = {"group_size": 16, "rank": 0.2, "asymmetric": 0.0, "rounds": 2, "descent_rounds": 1, **options}
     return (
         _solved(seed, tuple(sorted(options.items())))
         if stats is STATS
@@ -75,7 +79,7 @@ def base_of(layer: Layer) -> Elementwise:
 @pytest.mark.parametrize("options", [{}, {"pattern": ""}, {"pattern": 0.5}, {"base": "project"}, {"bits": 16}], ids=str)
 def test_more_rounds_never_leave_more(options: dict[str, Any]) -> None:  # law 17
     # 16-bit factors and no polish, so that rounds are compared as they are; float16 factors are off by 2^-11.
-    errors = [left(solved(rounds=n, polish=0, patience=0.0, adapter_bits=16, **options)) for n in (1, 2, 5)]
+    errors = [left(solved(rounds=n, descent_rounds=0, tolerance=0.0, adapter_bits=16, **options)) for n in (1, 2, 5)]
     assert all(after <= before * (1 + 1e-3) for before, after in pairwise(errors)), errors
     assert errors[-1] < 0.99 * errors[0]
 
@@ -84,7 +88,7 @@ def test_more_rounds_never_leave_more(options: dict[str, Any]) -> None:  # law 1
 def test_more_polishing_never_leaves_more(options: dict[str, Any]) -> None:  # law 17
     gram = torch.diag(GRAM.diagonal()) if "norm" in options else GRAM
     # 16-bit factors, so that iterates are compared as they end.
-    errors = [left(solved(rounds=2, polish=n, patience=0.0, adapter_bits=16, **options), gram) for n in (0, 1, 3)]
+    errors = [left(solved(rounds=2, descent_rounds=n, tolerance=0.0, adapter_bits=16, **options), gram) for n in (0, 1, 3)]
     # The iterates of fewer rounds are among those of more; float32.
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors)), errors
     assert errors[-1] < errors[0]
@@ -94,7 +98,7 @@ def test_more_polishing_never_leaves_more(options: dict[str, Any]) -> None:  # l
 @pytest.mark.parametrize("adapter_bits", [4, 16])
 def test_the_best_iterate_is_never_worse_than_one_shot(adapter_bits: int, pattern: str | float) -> None:  # law 17
     for seed in range(2):
-        once = solved(seed, pattern=pattern, adapter_bits=adapter_bits, rounds=1, polish=0)
+        once = solved(seed, pattern=pattern, adapter_bits=adapter_bits, rounds=1, descent_rounds=0)
         assert left(
             solved(seed, pattern=pattern, adapter_bits=adapter_bits, **(FULL if seed == 0 and pattern == "2:4" else {}))
         ) < left(once)
@@ -139,7 +143,7 @@ def test_a_higher_rank_and_more_bits_leave_less() -> None:  # law 12
 def test_a_given_mask_is_left_alone(base: str, pattern: str | float) -> None:  # law 8
     keep = choose(draw(16, 32, seed=4), Pattern.parse("2:4"))
     given = layer_of(16, 32).with_mask(keep, "2:4")
-    after = Alternation(group_size=16, pattern=pattern, base=base, rounds=3, polish=2)(given, STATS)  # type: ignore[arg-type]
+    after = Alternation(group_size=16, pattern=pattern, base=base, rounds=3, descent_rounds=2)(given, STATS)  # type: ignore[arg-type]
     assert after.mask is keep and after.pattern == "2:4"
     part = after.parts().base
     assert isinstance(part, Pruned)
@@ -151,7 +155,7 @@ def test_a_given_mask_is_left_alone(base: str, pattern: str | float) -> None:  #
 def test_as_many_weights_stay_as_the_pattern_says(pattern: str | float) -> None:  # law 6
     for group_size, width in ((16, 32), ("per-channel", 172)):
         stats = correlated(width)
-        layer = Alternation(pattern=pattern, group_size=group_size, rounds=2, polish=1)(layer_of(8, width), stats)  # type: ignore[arg-type]
+        layer = Alternation(pattern=pattern, group_size=group_size, rounds=2, descent_rounds=1)(layer_of(8, width), stats)  # type: ignore[arg-type]
         assert layer.mask is not None and layer.pattern == str(pattern)
         if isinstance(pattern, str):
             assert bool((layer.mask.view(-1, 4).sum(dim=1) == int(pattern[0])).all())
@@ -209,7 +213,7 @@ def test_under_two_of_four_a_table_saves_and_for_weights_on_a_grid_none_does() -
     assert isinstance(base_of(solved(bits=3)), Codebook)
     codes = torch.randint(-8, 8, (16, 32), generator=torch.Generator().manual_seed(1)).float()
     codes[:, ::16] = -8  # so that every group spans its grid
-    step = Alternation(group_size=16, pattern="", rank=0.0, follow=0.0, rounds=4)
+    step = Alternation(group_size=16, pattern="", rank=0.0, asymmetric=0.0, rounds=4)
     assert isinstance(base_of(step(Layer.of("fc1", codes * 0.03125), stats_of(draw(4, 32, 32)))), Uniform)
 
 
@@ -227,10 +231,9 @@ def test_over_four_bits_no_table_is_tried(bits: int) -> None:
 
 def test_two_bits_and_one_scale_for_all_work() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    assert stats.gram is not None
-    joint = Alternation(bits=2, group_size="per-tensor", codebook="fitted", rank=0.1, follow=0.0)(layer, stats)
+    joint = Alternation(bits=2, group_size="per-tensor", levels="table", rank=0.1, asymmetric=0.0)(layer, stats)
     slim = SlimLora(0.1, 4)(Wanda()(SlimQuant(2, "per-tensor")(layer, stats), stats), stats)
-    assert left(joint, stats.gram) < left(slim, stats.gram)
+    assert left(joint, stats[Covariance]) < left(slim, stats[Covariance])
 
 
 def test_a_layer_that_is_sparse_and_on_the_grid_comes_back_without_an_adapter() -> None:  # law 21
@@ -242,7 +245,7 @@ def test_a_layer_that_is_sparse_and_on_the_grid_comes_back_without_an_adapter() 
     stats = stats_of(draw(4, 32, 32))
     weight, step = codes * 0.03125 * keep, 0.03125
     for options in ({}, {"base": "project"}, {"norm": "diagonal"}):
-        after = Alternation(**{"group_size": 16, "rank": 0.2, "follow": 0.0, "polish": 2, **options})(
+        after = Alternation(**{"group_size": 16, "rank": 0.2, "asymmetric": 0.0, "descent_rounds": 2, **options})(
             Layer.of("fc1", weight), stats
         )  # type: ignore[arg-type]
         assert after.mask is not None and torch.equal(after.mask, keep)
@@ -253,11 +256,10 @@ def test_a_layer_that_is_sparse_and_on_the_grid_comes_back_without_an_adapter() 
 
 def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
     stats = correlated(dead=6)
-    gram = stats.gram
-    assert gram is not None
-    for options in ({}, {"follow": 0.1}, {"pattern": ""}, {"base": "project"}):
+    gram = stats[Covariance]
+    for options in ({}, {"asymmetric": 0.1}, {"pattern": ""}, {"base": "project"}):
         assert left(solved(stats=stats, **options), gram) < 0.2 * weighted_square(layer_of(16, 32).original, gram)
-        silent = replace(stats, gram=torch.zeros(32, 32), cross=torch.zeros(32, 32))
+        silent = changed(stats, {Covariance: torch.zeros(32, 32), CrossCovariance: torch.zeros(32, 32)})
         layer = solved(stats=silent, **options)
         assert bool(layer.parts().dense().isfinite().all())
         assert "all inputs are dead (always zero); weights rounded to nearest" in layer.notes
@@ -265,23 +267,23 @@ def test_dead_inputs_and_a_dead_layer_are_survived() -> None:
 
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_hardly_anything(factor: float) -> None:  # law 14
-    scaled = replace(STATS, gram=GRAM * factor, cross=GRAM * factor)
+    scaled = changed(STATS, {Covariance: GRAM * factor, CrossCovariance: GRAM * factor})
     for follow in (0.0, 0.1):
-        one, other = solved(follow=follow), solved(follow=follow, stats=scaled)
+        one, other = solved(asymmetric=follow), solved(asymmetric=follow, stats=scaled)
         assert left(other) == pytest.approx(left(one), rel=1e-2)  # powers of two, but for eigenvectors and pseudo-inverses
 
 
 def test_the_number_of_threads_does_not_matter() -> None:  # law 28
     before, stats = torch.get_num_threads(), correlated(16)
-    assert stats.gram is not None
     try:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(Alternation(group_size=8, rank=0.2, follow=0.0, rounds=1, polish=1)(layer_of(16, 16), stats))
+            step = Alternation(group_size=8, rank=0.2, asymmetric=0.0, rounds=1, descent_rounds=1)
+            found.append(step(layer_of(16, 16), stats))
     finally:
         torch.set_num_threads(before)
-    one, other = (left(layer, stats.gram) for layer in found)
+    one, other = (left(layer, stats[Covariance]) for layer in found)
     assert other == pytest.approx(one, rel=1e-2)  # sums in another order may flip a code
     same = (found[0].parts().dense() - found[1].parts().dense()).abs() < 1e-4
     assert float(same.float().mean()) > 0.99
@@ -294,7 +296,11 @@ def followed(seed: int = 0, tokens: int = 2048, noise: float = 0.3) -> tuple[Ten
     """Original inputs z, the inputs x that compressed layers before hand over instead, and the statistics of both."""
     z = draw(tokens, 32, seed=seed + 1) * torch.exp(draw(32, seed=2)) + 2 * draw(tokens, 1, seed=9)
     x = z @ (torch.eye(32) + noise * draw(32, 32, seed=5) / 6)
-    return z, x, Stats(tokens, gram=x.T @ x / tokens, cross=z.T @ x / tokens)
+    return (
+        z,
+        x,
+        Stats(tokens, {Covariance: x.T @ x / tokens, CrossCovariance: z.T @ x / tokens, OutputResidualCovariance: None}),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "diagonal"}, {"pattern": "", "rank": 0.0}], ids=str)
@@ -303,7 +309,7 @@ def test_following_the_original_outputs_brings_them_nearer(options: dict[str, An
         z, x, stats = followed(seed)
         wanted = z @ layer_of(16, 32, seed).original.T
         outputs = [
-            float((x @ solved(seed, stats, follow=follow, **options).parts().dense().T - wanted).square().mean())
+            float((x @ solved(seed, stats, asymmetric=follow, **options).parts().dense().T - wanted).square().mean())
             for follow in (0.0, 0.1, 0.01)
         ]
         assert outputs[1] < 0.8 * outputs[0]
@@ -312,10 +318,10 @@ def test_following_the_original_outputs_brings_them_nearer(options: dict[str, An
 
 def test_the_goal_is_the_damped_least_squares_answer() -> None:
     z, x, stats = followed()
-    layer = solved(stats=stats, follow=0.1)
-    assert layer.reference is not layer.original and stats.gram is not None
+    layer = solved(stats=stats, asymmetric=0.1)
+    assert layer.goal is not None
     # The answer of ridge regression of the original outputs on x, drawn towards W: solved with extra rows for the damping.
-    amount = (0.1 * float(stats.gram.diagonal().mean()) * len(x)) ** 0.5 * torch.eye(32, dtype=torch.float64)
+    amount = (0.1 * float(stats[Covariance].diagonal().mean()) * len(x)) ** 0.5 * torch.eye(32, dtype=torch.float64)
     rows = torch.cat([x.double(), amount])
     weight = layer.original.double()
     wanted = torch.cat([z.double() @ weight.T, amount @ weight.T])
@@ -326,37 +332,37 @@ def test_the_goal_is_the_damped_least_squares_answer() -> None:
 @pytest.mark.parametrize("norm", ["full", "diagonal"])
 @pytest.mark.parametrize("follow", [0.01, 0.1, 1.0])
 def test_where_the_inputs_are_the_original_ones_the_goal_is_the_original_weight(follow: float, norm: str) -> None:
-    layer = solved(follow=follow, norm=norm)
-    assert layer.reference is not layer.original
+    layer = solved(asymmetric=follow, norm=norm)
+    assert layer.goal is not None
     largest = float(layer.original.abs().max())
     torch.testing.assert_close(layer.reference, layer.original, rtol=1e-4, atol=1e-4 * largest)  # float32, through an inverse
 
 
 def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> None:
-    step = Alternation(group_size=16, follow=0.0, rounds=1, polish=1)
-    assert step.needs == Need.GRAM
-    assert Alternation().needs == Need.GRAM | Need.CROSS | Need.DRIFT
-    layer = step(layer_of(16, 32), replace(STATS, cross=None))
-    assert layer.reference is layer.original and layer.notes == ()
+    step = Alternation(group_size=16, asymmetric=0.0, rounds=1, descent_rounds=1)
+    assert step.needs == frozenset({Covariance})
+    assert Alternation().needs == frozenset({Covariance, CrossCovariance, OutputResidualCovariance})
+    layer = step(layer_of(16, 32), changed(STATS, {CrossCovariance: None}))
+    assert torch.equal(layer.reference, layer.original) and layer.notes == ()
     assert torch.equal(layer.parts().dense(), step(layer_of(16, 32), STATS).parts().dense())
 
 
 def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
-    layer = solved(stats=replace(STATS, cross=None), follow=0.1)
-    assert layer.reference is layer.original
+    layer = solved(stats=changed(STATS, {CrossCovariance: None}), asymmetric=0.1)
+    assert layer.goal is None
     assert len(layer.notes) == 1 and "routed otherwise" in layer.notes[0]
     assert torch.equal(layer.parts().dense(), solved().parts().dense())
 
 
 def test_too_few_tokens_are_noted_and_not_followed() -> None:
     _, _, stats = followed()
-    layer = solved(stats=replace(stats, tokens=50), follow=0.1)
-    assert layer.reference is layer.original
+    layer = solved(stats=replace(stats, tokens=50), asymmetric=0.1)
+    assert layer.goal is None
     assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "not followed" in layer.notes[1]
 
 
 def test_an_even_aim_needs_no_note() -> None:
-    assert solved(follow=0.1).notes == ()
+    assert solved(asymmetric=0.1).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -371,14 +377,14 @@ def test_an_even_aim_needs_no_note() -> None:
         ({"adapter_bits": 5}, "bits = 5"),
         ({"damp": 2.0}, "damp = 2"),
         ({"rounds": 0}, "rounds = 0"),
-        ({"polish": -1}, "polish = -1"),
-        ({"patience": 1.0}, "patience = 1"),
-        ({"base": "project", "codebook": "fitted"}, 'codebook = "fitted" .*use base = "sweep"'),
-        ({"codebook": "fitted", "rounds": 1}, 'codebook = "fitted", rounds = 1.*give two'),
-        ({"codebook": "fitted", "bits": 5}, 'codebook = "fitted", bits = 5.*up to 4 bits; use "none"'),
-        ({"codebook": "fitted", "bits": 16}, 'codebook = "fitted", bits = 16'),
-        ({"follow": -0.1}, "follow = -0.1"),
-        ({"follow": float("nan")}, "follow = nan"),
+        ({"descent_rounds": -1}, "descent_rounds = -1"),
+        ({"tolerance": 1.0}, "tolerance = 1"),
+        ({"base": "project", "codebook": "table"}, 'levels = "table" .*use base = "sweep"'),
+        ({"codebook": "table", "rounds": 1}, 'levels = "table", rounds = 1.*give two'),
+        ({"codebook": "table", "bits": 5}, 'levels = "table", bits = 5.*up to 4 bits; use "even"'),
+        ({"codebook": "table", "bits": 16}, 'levels = "table", bits = 16'),
+        ({"asymmetric": -0.1}, "asymmetric = -0.1"),
+        ({"asymmetric": float("nan")}, "asymmetric = nan"),
     ],
     ids=str,
 )

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from slimlm.core import registry
-from slimlm.core.layer import Layer, Need, Stats, Step
+from slimlm.core.layer import Layer
 from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Stats
+from slimlm.core.step import Step
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 Name = tuple[str, str]
@@ -22,8 +24,6 @@ SHAPES = [(48, 172), (96, 352), (172, 48), (7, 12), (1, 4)]
 """Groups of 128 divide none of these widths; 96 x 352 is searched by histogram; 7 x 12 has rank 0 at the default 0.1."""
 SMALL = (16, 36)
 """Groups of 32 divide neither side; with two tokens and more for each input covariances are taken as they are."""
-FEW_TURNS = {"rounds": 2, "polish": 1}
-"""For methods that go on until little is gained, where what they gain is not the question."""
 
 REPRESENTATIVES = {
     "quantize": ("slim_quant", "gptq"),
@@ -37,7 +37,7 @@ every_method = pytest.mark.parametrize(("kind", "name"), METHODS, ids=[name for 
 
 def moves_coded(kinds: tuple[str, ...], chosen: dict[str, str]) -> bool:
     """Whether a pruner would move weights that are coded already, which a recipe refuses."""
-    moving = "prune" in chosen and getattr(registry.find("prune", chosen["prune"]), "moves", False)
+    moving = "prune" in chosen and default("prune", chosen["prune"]).moves_weights
     return moving and "quantize" in kinds[: kinds.index("prune")]
 
 
@@ -65,9 +65,8 @@ def default(kind: str, name: str) -> Step:
 
 
 def brief(kind: str, name: str) -> Step:
-    """As by default, but for `FEW_TURNS`."""
-    fields = {field.name for field in dataclasses.fields(registry.find(kind, name))}
-    return registry.find(kind, name)(**{option: value for option, value in FEW_TURNS.items() if option in fields})
+    """As by default, in few rounds."""
+    return default(kind, name).brief()
 
 
 def started(kind: str, layer: Layer, stats: Stats) -> Layer:
@@ -104,7 +103,7 @@ def test_the_defaults_work_and_the_options_are_fields(kind: str, name: str) -> N
     method = registry.find(kind, name)
     step = method()
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert isinstance(step.needs, Need)
+    assert step.needs <= set(registry.statistics())
     assert "needs" not in {field.name for field in dataclasses.fields(method)}
     assert step == dataclasses.replace(step)
 
@@ -137,13 +136,12 @@ def test_no_argument_is_changed(kind: str, name: str) -> None:
     stats = stats_of(inputs(SMALL[1]))
     layer = started(kind, layer_of(*SMALL), stats)
     weight, before = layer.original.clone(), {n: t.clone() for n, t in tensors_of(layer).items()}
-    given = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats) if f.init and f.name != "tokens"}
-    measured = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
+    measured = {statistic: tensor.clone() for statistic, tensor in stats.values.items() if tensor is not None}
     after = default(kind, name)(layer, stats)
     assert torch.equal(layer.original, weight)
     assert torch.equal(after.original, weight)
     assert all(torch.equal(t, before[n]) for n, t in tensors_of(layer).items())
-    assert all(torch.equal(getattr(stats, n), t) for n, t in measured.items())
+    assert all(torch.equal(stats[statistic], t) for statistic, t in measured.items())
 
 
 @every_method
@@ -166,12 +164,8 @@ def test_the_random_state_is_left_alone(kind: str, name: str) -> None:
 def test_a_method_reads_no_statistic_that_it_did_not_ask_for(kind: str, name: str) -> None:
     full = stats_of(inputs(SMALL[1]))
     step = default(kind, name)
-    asked = {
-        field.name: Need[field.name.upper()]
-        for field in dataclasses.fields(full)
-        if field.init and field.name not in ("tokens", "note")
-    }
-    only = Stats(full.tokens, **{field: getattr(full, field) for field, need in asked.items() if need in step.needs})
+    only = full.restricted_to(step.needs)
+    assert only.values.keys() == step.needs
     layer = started(kind, layer_of(*SMALL), full)
     with_all, with_its_own = tensors_of(step(layer, full)), tensors_of(step(layer, only))
     assert all(torch.equal(t, with_all[n]) for n, t in with_its_own.items())
@@ -217,7 +211,7 @@ def test_methods_work_in_every_order(names: tuple[Name, ...]) -> None:
     kinds = {kind for kind, _ in names}
     base = layer.parts().base
     # A joint solver leaves codes, and a mask where it has a pattern.
-    assert isinstance(base, Pruned) == any(getattr(default(kind, name), "pattern", "") != "" for kind, name in names)
+    assert isinstance(base, Pruned) == any(default(kind, name).sparsity is not None for kind, name in names)
     coded = isinstance(base.inner if isinstance(base, Pruned) else base, Uniform | Codebook)
     assert coded == bool({"quantize", "joint"} & kinds)
     # 2:4 by magnitude drops a tenth of the energy or so, 4 bits less; half would mean that something undoes another.

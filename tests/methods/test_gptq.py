@@ -8,20 +8,22 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 
 def gram_of(stats: Stats) -> Tensor:
-    assert stats.gram is not None
-    return stats.gram
+    return stats[Covariance]
 
 
 def correlated(width: int, *, dead: int = 0) -> Stats:
@@ -31,7 +33,7 @@ def correlated(width: int, *, dead: int = 0) -> Stats:
 
 def uncorrelated(width: int) -> Stats:
     energy = torch.exp(draw(width, seed=2))
-    return Stats(10**6, mean_square=energy, gram=torch.diag(energy))
+    return Stats(10**6, {MeanSquare: energy, Covariance: torch.diag(energy)})
 
 
 def left(layer: Layer, stats: Stats) -> float:
@@ -73,7 +75,7 @@ def test_more_bits_and_smaller_groups_leave_less() -> None:
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_nothing(factor: float) -> None:  # law 14
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    scaled = replace(stats, gram=gram_of(stats) * factor)
+    scaled = changed(stats, {Covariance: gram_of(stats) * factor})
     assert torch.equal(Gptq(4, 32)(layer, stats).error, Gptq(4, 32)(layer, scaled).error)  # powers of two
 
 
@@ -96,8 +98,8 @@ def test_inputs_that_never_fire_are_rounded_and_few_tokens_are_noted() -> None:
     assert Gptq(4, 32)(layer_of(32, 64), stats).notes == ()
     few = replace(stats, tokens=100)
     assert "100 calibration tokens" in Gptq(4, 32)(layer_of(32, 64), few).notes[0]
-    silent = Gptq(4, 32)(layer_of(32, 64), replace(stats, gram=torch.zeros(64, 64)))
-    assert silent.notes == ("all inputs are dead (always zero); weights rounded to nearest",)
+    silent = Gptq(4, 32)(layer_of(32, 64), changed(stats, {Covariance: torch.zeros(64, 64)}))
+    assert silent.notes == ("no input ever fires; weights rounded to nearest",)
 
 
 def test_damping_that_was_not_enough_is_noted() -> None:
@@ -122,7 +124,8 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> No
 
 
 def test_replaced_statistics_forget_what_was_computed_of_the_old_ones() -> None:
-    stats = Stats(64, gram=torch.eye(32))
+    stats = Stats(64, {Covariance: torch.eye(32)})
     Gptq(group_size=16)(Layer.of("fc1", draw(8, 32)), stats)
-    assert stats.known
-    assert not replace(stats, gram=torch.zeros(32, 32)).known
+    assert len(stats.cache)
+    assert not len(replace(stats, values={Covariance: torch.zeros(32, 32)}).cache)
+    assert stats.restricted_to(Gptq.needs).cache is stats.cache

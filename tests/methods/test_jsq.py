@@ -1,7 +1,5 @@
 """JSQ: its mask between Wanda's and the output's range, its smoothing, and by hand."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +7,16 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.chunks import pieces_of
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
 from slimlm.methods.joint.jsq import Jsq, capped, inverse_smoothing, ranges_without
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.absmax import AbsMax
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 GROUPS: list[grid.GroupSize] = ["per-tensor", "per-channel", 128, 32]
 
@@ -59,7 +61,7 @@ def test_without_the_range_and_the_caps_the_mask_is_wanda_s(pattern: str | float
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", GROUPS)
 def test_where_all_inputs_peak_alike_smoothing_them_changes_no_code(group_size: grid.GroupSize, bits: int) -> None:
-    stats = replace(stats_of(inputs()), peak_abs=torch.full((172,), 0.3))
+    stats = changed(stats_of(inputs()), {PeakAbs: torch.full((172,), 0.3)})
     ours = Jsq(bits, group_size, rho=0.0, alpha=1.0, clip=0.0)(layer_of(), stats)
     theirs = AbsMax(bits, group_size)(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(ours), keep_of(theirs))
@@ -81,8 +83,8 @@ def test_the_codes_are_absmax_s_of_the_smoothed_weights(group_size: grid.GroupSi
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_smoothing_evens_out_weights_and_inputs_as_alpha_says(alpha: float) -> None:  # SmoothQuant, equation 4
-    kept, peak = layer_of().original, stats_of(inputs()).peak_abs
-    assert peak is not None
+    kept, peak = layer_of().original, stats_of(inputs())[PeakAbs]
+
     smoothing = 1 / inverse_smoothing(kept, peak, alpha=alpha).double()
     even = smoothing * kept.abs().amax(dim=0) ** (1 - alpha) / peak**alpha
     torch.testing.assert_close(even, even[:1].expand_as(even), rtol=2.0**-10, atol=0)  # two factors in float16
@@ -160,11 +162,10 @@ def test_a_factor_on_the_weights_changes_neither_mask_nor_codes(factor: float) -
 
 def test_smoothing_spares_the_inputs_that_matter() -> None:
     stats = stats_of(inputs())
-    assert stats.mean_square is not None
     smoothed = Jsq(rho=0.0, clip=0.0)(layer_of(), stats)
     plain = AbsMax()(Wanda()(layer_of(), stats), stats)
     assert torch.equal(keep_of(smoothed), keep_of(plain))
-    lost = [float(((layer.residual * keep_of(layer)).square() * stats.mean_square).sum()) for layer in (smoothed, plain)]
+    lost = [float(((layer.residual * keep_of(layer)).square() * stats[MeanSquare]).sum()) for layer in (smoothed, plain)]
     assert lost[0] < 0.7 * lost[1]
 
 
@@ -179,18 +180,16 @@ def test_the_cap_is_the_least_of_the_largest_share() -> None:
 
 def test_the_caps_of_norms_and_peaks_and_positions_hold() -> None:
     stats = stats_of(inputs())
-    assert stats.mean_square is not None and stats.peak_abs is not None and stats.mean_window is not None
     # One far outlier of 172 inputs more or less changes nothing under caps of 2 % (three inputs, 110 entries).
-    louder = replace(stats, mean_square=stats.mean_square.clone(), peak_abs=stats.peak_abs.clone())
-    assert louder.mean_square is not None and louder.peak_abs is not None
-    louder.mean_square[stats.mean_square.argmax()] *= 100
-    louder.peak_abs[stats.peak_abs.argmax()] *= 100
+    louder = changed(stats, {MeanSquare: stats[MeanSquare].clone(), PeakAbs: stats[PeakAbs].clone()})
+    louder[MeanSquare][stats[MeanSquare].argmax()] *= 100
+    louder[PeakAbs][stats[PeakAbs].argmax()] *= 100
     one, other = (Jsq(clip=0.02)(layer_of(), s) for s in (stats, louder))
     assert torch.equal(keep_of(one), keep_of(other))
     assert torch.equal(code_of(one).dense(), code_of(other).dense())
-    window = stats.mean_window.clone()
+    window = stats[MeanSample].clone()
     window.view(-1)[window.abs().argmax()] *= 100
-    other = Jsq(clip=0.02)(layer_of(), replace(stats, mean_window=window))
+    other = Jsq(clip=0.02)(layer_of(), changed(stats, {MeanSample: window}))
     assert torch.equal(keep_of(one), keep_of(other))
 
 
@@ -199,9 +198,11 @@ def test_jsq_by_hand() -> None:
     # The norms over a window of three are 1, 1, 2, 1. Scores 2 + 10, 1 + 8, 2 + 8, 3 + 6; Wanda would keep the first and last.
     stats = Stats(
         3,
-        mean_square=torch.tensor([1.0, 1.0, 4.0, 1.0]) / 3,
-        peak_abs=torch.tensor([32.0, 1.0, 1.0, 1.0]),
-        mean_window=torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]),
+        {
+            MeanSquare: torch.tensor([1.0, 1.0, 4.0, 1.0]) / 3,
+            PeakAbs: torch.tensor([32.0, 1.0, 1.0, 1.0]),
+            MeanSample: torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]),
+        },
     )
     weight = torch.tensor([[2.0, -1.0, 1.0, 3.0]])
     step = Jsq(rho=2.0)

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 from slimlm.methods.compensate.l2qer import L2qer
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.prune.wanda import Wanda
@@ -13,7 +17,7 @@ from slimlm.methods.quantize.absmax import AbsMax
 from tests.methods.conftest import inputs, layer_of, stats_of
 
 STATS = stats_of(inputs(dead=4))
-PEAK = STATS.peak_mean_abs if STATS.peak_mean_abs is not None else torch.empty(0)
+PEAK = STATS[PeakMeanAbs]
 ENERGY = PEAK.clamp_min(1e-4).square()
 
 
@@ -33,7 +37,7 @@ def test_the_error_left_is_the_tail_of_the_scaled_spectrum() -> None:  # law 9
 
 
 def test_it_is_slim_lora_with_another_saliency() -> None:  # law 13: the paper's scale by a constant does not matter
-    peak = Stats(1, PEAK.clamp_min(1e-4), ENERGY)
+    peak = Stats(1, {MeanAbs: PEAK.clamp_min(1e-4), MeanSquare: ENERGY})
     ours, theirs = SlimLora(0.2, 16)(damaged(), peak).error, L2qer(0.2)(damaged(), STATS).error
     assert weighted_square(theirs, ENERGY) == pytest.approx(weighted_square(ours, ENERGY), rel=1e-4)  # float16 factors
 
@@ -64,9 +68,8 @@ def test_only_rounding_does_nothing_where_nothing_is_rounded() -> None:
 @pytest.mark.parametrize("factor", [2.0**-4, 2.0**4])
 def test_a_factor_on_all_activations_hardly_matters(factor: float) -> None:  # law 14, but for the floor of 1e-4
     alive = stats_of(inputs())
-    assert alive.peak_mean_abs is not None
-    energy = alive.peak_mean_abs.square()
-    scaled = Stats(1, peak_mean_abs=alive.peak_mean_abs * factor)
+    energy = alive[PeakMeanAbs].square()
+    scaled = Stats(1, {PeakMeanAbs: alive[PeakMeanAbs] * factor})
     layer = AbsMax(4)(layer_of(), alive)
     one, other = (weighted_square(L2qer(0.2)(layer, stats).error, energy) for stats in (alive, scaled))
     assert other == pytest.approx(one, rel=1e-4)  # float16 factors
@@ -74,6 +77,5 @@ def test_a_factor_on_all_activations_hardly_matters(factor: float) -> None:  # l
 
 def test_the_peak_is_over_windows_and_not_over_tokens() -> None:
     x = torch.tensor([[[1.0, 0.0], [-3.0, 0.0]], [[0.0, 8.0], [1.0, -2.0]]])  # [2 windows, 2 tokens, 2]
-    peak = stats_of(x).peak_mean_abs
-    assert peak is not None
+    peak = stats_of(x)[PeakMeanAbs]
     assert peak.tolist() == [2, 5]

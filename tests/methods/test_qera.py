@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.compensate.qera import Qera
 from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.compensate.svd import Svd
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 
 def correlated(width: int = 64, *, dead: int = 0) -> Stats:
@@ -22,7 +25,7 @@ def correlated(width: int = 64, *, dead: int = 0) -> Stats:
 
 
 STATS = correlated(dead=4)
-GRAM = STATS.gram if STATS.gram is not None else torch.empty(0)
+GRAM = STATS[Covariance]
 
 
 def damaged(seed: int = 0) -> Layer:
@@ -52,7 +55,7 @@ def test_the_output_error_falls_more_than_with_the_diagonal_norm_and_with_the_pl
 
 def test_uncorrelated_inputs_make_it_slim_lora() -> None:  # law 11
     energy = torch.exp(draw(64, seed=2))
-    stats, layer = Stats(10**6, mean_square=energy, gram=torch.diag(energy)), damaged()
+    stats, layer = Stats(10**6, {MeanSquare: energy, Covariance: torch.diag(energy)}), damaged()
     one, other = Qera(0.1, 16)(layer, stats), SlimLora(0.1, 16)(layer, stats)
     torch.testing.assert_close(one.error, other.error, rtol=0, atol=2e-4)  # float16 factors of errors up to 0.2
 
@@ -75,7 +78,7 @@ def test_a_higher_rank_leaves_less_and_rank_zero_changes_nothing() -> None:  # l
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_factor_on_all_activations_changes_nothing(bits: int, factor: float) -> None:  # law 14
     step = Qera(0.1, bits)  # type: ignore[arg-type]
-    one, other = step(damaged(), STATS), step(damaged(), replace(STATS, gram=GRAM * factor))
+    one, other = step(damaged(), STATS), step(damaged(), changed(STATS, {Covariance: GRAM * factor}))
     assert left(other) == pytest.approx(left(one), rel=1e-3)  # float32
 
 

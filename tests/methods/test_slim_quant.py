@@ -6,8 +6,11 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.quantize.absmax import AbsMax
 from slimlm.methods.quantize.slim_quant import SlimQuant, absolute_histogram, alpha_of_code, alpha_of_paper
 from slimlm.methods.quantize.slim_quant_o import SlimQuantO
@@ -191,7 +194,7 @@ def test_salient_inputs_are_rounded_on_a_grid_finer_by_the_boost(bits: int, boos
 
 def test_the_salient_inputs_are_those_of_largest_activation_times_weight() -> None:
     layer = Layer.of("fc1", torch.tensor([[1.0, 2.0, 3.0, 0.5], [1.0, 2.0, -3.0, 0.5]]))
-    stats = Stats(1, mean_abs=torch.tensor([8.0, 3.0, 1.0, 1.0]))  # products 8, 6, 3, 0.5
+    stats = Stats(1, {MeanAbs: torch.tensor([8.0, 3.0, 1.0, 1.0])})  # products 8, 6, 3, 0.5
     code = code_of(SlimQuantO(4, 0.5)(layer, stats))
     assert code.channel_scale is not None
     assert code.channel_scale.tolist() == [0.5, 0.5, 1, 1]
@@ -222,17 +225,16 @@ def test_a_quantizer_refuses_bits_that_no_grid_has(method: type[AbsMax], bits: i
 def test_weighing_by_energy_errs_less_at_the_output_and_not_weighing_less_at_the_weight(group_size: grid.GroupSize) -> None:
     # 256 x 172 is more than 32768 weights, so one scale per tensor is searched on a weighted histogram.
     layer, stats = layer_of(256), stats_of(inputs())
-    assert stats.mean_square is not None
     even, weighed = (SlimQuant(3, group_size, weigh=weigh)(layer, stats).error.square() for weigh in ("even", "energy"))
     # Both are searched on a grid of scales, so each is best up to its last step.
-    assert float((weighed * stats.mean_square).sum()) <= 1.001 * float((even * stats.mean_square).sum())
+    assert float((weighed * stats[MeanSquare]).sum()) <= 1.001 * float((even * stats[MeanSquare]).sum())
     assert float(even.sum()) <= 1.001 * float(weighed.sum())
-    assert float((weighed * stats.mean_square).sum()) != float((even * stats.mean_square).sum())
+    assert float((weighed * stats[MeanSquare]).sum()) != float((even * stats[MeanSquare]).sum())
 
 
 def test_equal_energies_weigh_nothing() -> None:
     layer = layer_of()
-    stats = Stats(1, mean_square=torch.full((172,), 0.3))
+    stats = Stats(1, {MeanSquare: torch.full((172,), 0.3)})
     even, weighed = (code_of(SlimQuant(4, 32, weigh=weigh)(layer, stats)) for weigh in ("even", "energy"))
     assert torch.equal(even.codes, weighed.codes)
 

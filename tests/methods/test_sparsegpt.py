@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.sparsegpt import SparseGpt
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from tests.methods.conftest import draw, inputs, layer_of, stats_of
+from tests.methods.conftest import changed, draw, inputs, layer_of, stats_of
 
 PATTERNS = ["2:4", "1:4", "4:8", 0.5, 0.37]
 
 
 def gram_of(stats: Stats) -> Tensor:
-    assert stats.gram is not None
-    return stats.gram
+    return stats[Covariance]
 
 
 def correlated(width: int) -> Stats:
@@ -43,7 +45,7 @@ def mask_of(layer: Layer) -> Tensor:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_uncorrelated_inputs_give_wanda_s_mask_and_move_nothing(pattern: str | float, order: str) -> None:  # law 7
     energy = torch.exp(draw(120, seed=2))
-    stats, layer = Stats(10**6, mean_square=energy, gram=torch.diag(energy)), layer_of(16, 120)
+    stats, layer = Stats(10**6, {MeanSquare: energy, Covariance: torch.diag(energy)}), layer_of(16, 120)
     found, wanda = SparseGpt(pattern, order, damp=0)(layer, stats), Wanda(pattern)(layer, stats)  # type: ignore[arg-type]
     assert torch.equal(mask_of(found), mask_of(wanda))
     assert torch.equal(found.base_weight, wanda.base_weight)
@@ -51,7 +53,7 @@ def test_uncorrelated_inputs_give_wanda_s_mask_and_move_nothing(pattern: str | f
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_equal_uncorrelated_inputs_give_the_mask_of_magnitude(pattern: str | float) -> None:  # law 7
-    stats, layer = Stats(10**6, gram=torch.eye(120)), layer_of(16, 120)
+    stats, layer = Stats(10**6, {Covariance: torch.eye(120)}), layer_of(16, 120)
     assert torch.equal(mask_of(SparseGpt(pattern)(layer, stats)), mask_of(Magnitude(pattern)(layer, stats)))
 
 
@@ -104,7 +106,7 @@ def test_a_quantizer_after_it_codes_the_moved_weights() -> None:
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_a_factor_on_all_activations_changes_nothing(factor: float) -> None:  # law 7
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    scaled = replace(stats, gram=gram_of(stats) * factor)
+    scaled = changed(stats, {Covariance: gram_of(stats) * factor})
     assert torch.equal(SparseGpt()(layer, stats).base_weight, SparseGpt()(layer, scaled).base_weight)  # powers of two
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from slimlm.core.layer import Layer, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.methods.prune.magnitude import Magnitude
 from slimlm.methods.prune.wanda import Wanda
 from tests.methods.conftest import draw, inputs, layer_of, stats_of
@@ -14,7 +16,7 @@ PATTERNS: list[str | float] = ["2:4", "1:4", 0.5]
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_wanda_is_magnitude_when_all_inputs_have_equal_energy(pattern: str | float) -> None:  # law 7
-    even = Stats(1, mean_square=torch.full((172,), 0.3))
+    even = Stats(1, {MeanSquare: torch.full((172,), 0.3)})
     wanda, magnitude = Wanda(pattern)(layer_of(), even), Magnitude(pattern)(layer_of(), even)
     assert wanda.mask is not None and magnitude.mask is not None
     assert torch.equal(wanda.mask, magnitude.mask)
@@ -37,9 +39,8 @@ def test_a_factor_on_all_activations_changes_no_mask(pattern: str | float) -> No
 
 def test_wanda_loses_less_of_the_output_energy_than_magnitude() -> None:  # law 7
     stats = stats_of(inputs())
-    assert stats.mean_square is not None
     # By construction the 2:4 mask of least sum of w^2 E[x^2] within each group of four.
-    lost = [float((step(layer_of(), stats).error.square() * stats.mean_square).sum()) for step in (Wanda(), Magnitude())]
+    lost = [float((step(layer_of(), stats).error.square() * stats[MeanSquare]).sum()) for step in (Wanda(), Magnitude())]
     assert lost[0] < lost[1]
 
 
@@ -47,13 +48,13 @@ def test_wanda_loses_less_of_the_output_energy_than_magnitude() -> None:  # law 
 def test_after_a_quantizer_the_rounded_weight_is_scored(step: Wanda | Magnitude) -> None:
     original = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
     rounded = Uniform(torch.tensor([[1, 2, 3, 4]], dtype=torch.int8), torch.ones(1, 1), 4, "per-tensor")
-    after = step(Layer.of("fc1", original).with_base(rounded), Stats(1, mean_square=torch.ones(4)))
+    after = step(Layer.of("fc1", original).with_base(rounded), Stats(1, {MeanSquare: torch.ones(4)}))
     assert after.mask is not None
     assert after.mask.tolist() == [[False, False, True, True]]
 
 
 def test_a_channel_that_never_fires_goes_first() -> None:
-    stats = Stats(1, mean_square=torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    stats = Stats(1, {MeanSquare: torch.tensor([0.0, 1.0, 0.0, 1.0])})
     keep = Wanda()(Layer.of("fc1", torch.tensor([[100.0, 0.1, 50.0, 0.2]])), stats).mask
     assert keep is not None
     assert keep.tolist() == [[False, True, False, True]]
@@ -61,7 +62,7 @@ def test_a_channel_that_never_fires_goes_first() -> None:
 
 def test_wanda_by_hand() -> None:
     # Scores |w| x rms (equation 1): 1 x 2, 3 x 1, 2.5 x 1, 0.5 x 1; by energy instead of rms the first would stay.
-    stats = Stats(1, mean_square=torch.tensor([4.0, 1.0, 1.0, 1.0]))
+    stats = Stats(1, {MeanSquare: torch.tensor([4.0, 1.0, 1.0, 1.0])})
     keep = Wanda()(Layer.of("fc1", torch.tensor([[-1.0, 3.0, -2.5, 0.5]])), stats).mask
     assert keep is not None
     assert keep.tolist() == [[False, True, True, False]]

@@ -10,9 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import slimlm
-from slimlm.calibration.capture import POOLED, Flow, enter, measure, run
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import POOLED, measure
 from slimlm.core.errors import ModelError
-from slimlm.core.layer import Need
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
 from slimlm.events import Event
 from slimlm.models.experts import Experts, fused_in, take_apart
 from slimlm.models.structure import blocks_of, linears_of
@@ -99,14 +103,14 @@ def test_a_linear_layer_that_picks_experts_is_a_router_too(tmp_path: Path, text_
 # Experts that are given too few tokens
 
 
-def rows_of(block: nn.Module, flow: Flow, name: str, layers: list[str]) -> dict[str, torch.Tensor]:
+def rows_of(block: nn.Module, flow: BlockInputs, name: str, layers: list[str]) -> dict[str, torch.Tensor]:
     """All inputs `[tokens, in]` of these layers, in float64."""
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = [
         block.get_submodule(layer).register_forward_pre_hook(lambda _m, args, layer=layer: seen[layer].append(args[0]))
         for layer in layers
     ]
-    list(run(block, name, flow, CPU))
+    list(run(BlockRun(block, name, flow, CPU)))
     for handle in handles:
         handle.remove()
     return {layer: torch.cat(rows or [torch.empty(0)]).double() for layer, rows in seen.items()}
@@ -121,11 +125,11 @@ def test_experts_with_fewer_tokens_than_inputs_are_measured_on_those_of_all_toge
     ids = torch.randint(1, 256, (windows, 32), generator=torch.Generator().manual_seed(5))
     flow = enter(model, blocks, ids)
     first, second = list(blocks)
-    flow.hidden = list(run(blocks[first], first, flow, CPU))
+    flow.hidden = list(run(BlockRun(blocks[first], first, flow, CPU)))
     block = blocks[second]
     names = [name for name in linears_of(block) if ".experts." in name]
-    needs = Need.GRAM | Need.MEAN_ABS | Need.MEAN_SQUARE | Need.PEAK_ABS
-    stats = measure(block, second, linears_of(block), flow, needs, CPU)
+    needs = frozenset({Covariance, MeanAbs, MeanSquare, PeakAbs})
+    stats = measure(BlockRun(block, second, flow, CPU), linears_of(block), needs)
     rows = rows_of(block, flow, second, names)
     for projection in ("gate_proj", "up_proj", "down_proj"):
         own = {i: rows[f"mlp.experts.{i}.{projection}"] for i in range(4)}
@@ -136,10 +140,9 @@ def test_experts_with_fewer_tokens_than_inputs_are_measured_on_those_of_all_toge
             assert (found.note == POOLED) == (i in starved)
             expected = together if i in starved else own[i]
             assert found.tokens == len(expected)
-            assert found.gram is not None and found.mean_abs is not None and found.peak_abs is not None
-            torch.testing.assert_close(found.gram.double(), expected.T @ expected / len(expected), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.mean_abs.double(), expected.abs().mean(dim=0), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(found.peak_abs.double(), expected.abs().amax(dim=0), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[Covariance].double(), expected.T @ expected / len(expected), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[MeanAbs].double(), expected.abs().mean(dim=0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[PeakAbs].double(), expected.abs().amax(dim=0), rtol=1e-5, atol=1e-6)
     assert stats["self_attn.q_proj"].note is None
 
 
@@ -177,7 +180,7 @@ def test_whole_windows_of_an_expert_are_refused_before_the_work_and_other_layers
         slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe="l2qer"))
     assert not (tmp_path / "o.partial").exists()
     steps = [{"quantize": "absmax", "bits": 4, "group_size": "per-channel"}, {"compensate": "l2qer", "rank": 0.1}]
-    left = quick(steps=steps, leave=["*.experts.*"])
+    left = quick(steps=steps, ignore=["*.experts.*"])
     record = slimlm.compress(folder, tmp_path / "o", **options(text_file, recipe=left)).record
     assert {layer.name.rpartition(".")[2] for layer in record.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert record.skipped["model.layers.1.mlp.experts.2.up_proj"] == "ignored by the recipe"

@@ -77,7 +77,7 @@ def test_only_one_block_is_filled_at_a_time(tmp_path: Path, text_file: Path, mon
 
 
 def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimlm.calibration.capture._TOKENS_AT_ONCE", 4 * 32)
+    monkeypatch.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", 4 * 32)
     folder = save(random_model("llama"), tmp_path / "m")
     options: Any = {**OPTIONS, "recipe": "best-matched", "data": str(text_file)}
     told: list[str] = []

@@ -1,5 +1,6 @@
 """Plans on a tiny model: the budget holds, the model comes out unharmed, the recipe says it all, refusals in words."""
 
+import dataclasses
 import json
 import tomllib
 from functools import cache
@@ -13,11 +14,14 @@ import slimlm
 from slimlm import pipeline
 from slimlm.cli.app import app
 from slimlm.core.errors import DataError, RecipeError
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
 from slimlm.events import quiet
+from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of
 from slimlm.planner.options import Budget, Option
 from slimlm.planner.plan import _Divergence, make_plan
-from slimlm.recipe import open_recipe, recipe_from_dict, to_toml
+from slimlm.recipe import NamedStep, open_recipe, recipe_from_dict, to_toml
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
@@ -28,18 +32,23 @@ FIRST = ["model.layers.0.*"]
 """Of two blocks one is enough to plan; the other goes along as it is."""
 
 
-def quick_recipe(leave: list[str] | None = None, **options: object) -> slimlm.Recipe:
-    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group_size": 16, **options}
-    return recipe_from_dict({"name": "quick", "sequential": True, "leave": leave or [], "steps": [step]}, source="test")
+def quick_recipe(ignore: list[str] | None = None, **options: object) -> slimlm.Recipe:
+    step = {"joint": "alternation", "rounds": 1, "descent_rounds": 0, "group_size": 16, **options}
+    return recipe_from_dict({"name": "quick", "sequential": True, "ignore": ignore or [], "steps": [step]}, source="test")
 
 
-OPTIONS = [Option(2, 32, "", 0.0), Option(4, 32, "", 0.0), Option(6, 32, "", 0.0), Option(4, 16, "2:4", 0.1)]
+def option(bits: int, group: int, pattern: str, rank: float) -> Option:
+    values = {"bits": bits, "group_size": group, "pattern": pattern, "rank": rank}
+    return Option(quick_recipe(**values).steps, tuple(values.items()))
+
+
+OPTIONS = [option(2, 32, "", 0.0), option(4, 32, "", 0.0), option(6, 32, "", 0.0), option(4, 16, "2:4", 0.1)]
 BUDGETS = [3.0, 4.7, 5.9]
 
 
-def planned(bits: float, model: torch.nn.Module, options: list[Option], leave: list[str] | None = None) -> pipeline.Plan:
+def planned(bits: float, model: torch.nn.Module, options: list[Option], ignore: list[str] | None = None) -> pipeline.Plan:
     budget = Budget(tuple(options), bits, "size")
-    recipe = quick_recipe(leave)
+    recipe = quick_recipe(ignore)
     return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
 
 
@@ -92,7 +101,7 @@ def test_too_few_windows_are_refused() -> None:
             blocks_of(model),
             quick_recipe(),
             WINDOWS[:2],
-            budget=Budget((Option(4, 32, "", 0.0),), 5.0, "size"),
+            budget=Budget((OPTIONS[1],), 5.0, "size"),
             device=CPU,
             progress=quiet,
         )
@@ -111,10 +120,38 @@ def test_a_planned_model_has_the_bits_that_the_plan_says(llama_folder: Path, tex
     assert json.loads((tmp_path / "out" / "slimlm.json").read_text())["plan"]["asked_bits"] == 4.8
 
 
+def test_a_quantizer_is_planned_as_well(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(open_recipe("gptq"), ignore=("*.layers.1.*",))
+    options = {"data": str(text_file), "samples": 24, "length": 48}
+    record = slimlm.compress(llama_folder, tmp_path / "out", recipe=recipe, bits=4.0, **options).record
+    assert record.plan is not None and record.bits_per_weight == record.plan["bits_per_weight"] <= 4.0
+    assert record.bits_per_weight > 3.0
+    chosen = [record.plan["options"][choice["chosen"]] for choice in record.plan["choices"]]
+    assert all({"bits", "group_size", "words"} == set(option) for option in chosen)
+    for choice, option in zip(record.plan["choices"], chosen, strict=True):
+        parts = {layer.parts for layer in record.layers if layer.name in choice["layers"]}
+        assert parts == {f"{option['bits']}-bit (groups of {option['group']})"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Comparing(Gptq):
+    """A step that cannot do without the original model, even for a trial."""
+
+    needs = frozenset({Covariance, CrossCovariance})
+
+
+def test_a_step_that_compares_even_in_a_trial_is_refused() -> None:
+    model, recipe = random_model("llama"), quick_recipe()
+    steps = (NamedStep("quantize", "gptq", _Comparing()),)
+    budget = Budget((Option(steps, (("bits", 4),)),), 5.0, "size")
+    with pytest.raises(RecipeError, match="CrossCovariance even for a trial"):
+        make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
+
+
 def test_rank_auto_spends_the_bits_of_rank_a_tenth(
     llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.05, 0.1, 0.2))  # half of them, for half the time
+    monkeypatch.setattr("slimlm.methods.joint.alternation._AUTO_RANKS", (0.0, 0.05, 0.1, 0.2))  # half, for half the time
     options = {"data": str(text_file), "samples": 24, "length": 48}
     fixed = slimlm.compress(llama_folder, tmp_path / "fixed", recipe=quick_recipe(FIRST, codebook="none"), **options)
     recipe = quick_recipe(FIRST, codebook="none", rank="auto")
@@ -147,7 +184,7 @@ def test_the_saved_recipe_carries_the_plan_out(llama_folder: Path, text_file: Pa
 def test_the_json_of_a_plan_is_json(
     llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimlm.planner.plan._AUTO_RANKS", (0.0, 0.025, 0.2))
+    monkeypatch.setattr("slimlm.methods.joint.alternation._AUTO_RANKS", (0.0, 0.025, 0.2))
     recipe = tmp_path / "quick.toml"
     recipe.write_text(to_toml(quick_recipe(FIRST, codebook="none", rank="auto")))
     line = ["plan", str(llama_folder), "--recipe", str(recipe), "--json", "--data", str(text_file)]
@@ -162,7 +199,7 @@ def test_the_json_of_a_plan_is_json(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"recipe": "slim", "bits": 3.5}, "alternation"),
+        ({"recipe": "slim", "bits": 3.5}, "quantize slim_quant, prune wanda.*gptq, alternation"),
         ({"bits": 1.6}, "smallest"),
         ({"bits": 0.5}, "from 1.5 to 8.5"),
         ({}, "nothing to plan"),
@@ -189,7 +226,7 @@ def test_an_objective_without_a_budget_is_refused(llama_folder: Path, text_file:
 def test_a_planned_recipe_of_automatic_ranks_plans_no_more(llama_folder: Path, text_file: Path) -> None:
     arguments = {"recipe": quick_recipe(rank="auto"), "data": str(text_file), "samples": 24, "length": 48}
     _, planned = pipeline.plan(llama_folder, **arguments)  # type: ignore[arg-type]
-    assert not planned.has_auto_rank
+    assert not planned.needs_plan
 
 
 def test_a_model_that_overflows_under_an_option_makes_its_loss_infinite_and_not_nothing() -> None:

@@ -36,7 +36,7 @@ def interrupted(at: str) -> Callable[..., Any]:
 
 
 def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = {"joint": "alternation", "rounds": 1, "polish": 0, "group_size": 16}
+    step = {"joint": "alternation", "rounds": 1, "descent_rounds": 0, "group_size": 16}
     recipe = recipe_from_dict({"name": "quick", "sequential": True, "steps": [step]}, source="test")
     asked: Any = {"recipe": recipe, "data": "self", "samples": 6, "length": 16, "bits": 5.0}
     slimlm.compress(model, tmp_path / "undisturbed", **asked)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.capture import enter, run
+from slimlm.calibration.capture import BlockRun, enter, run
 from slimlm.core import grid
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.mask import Pattern, choose
@@ -83,7 +83,7 @@ class Case:
         self.name, self.block = next(iter(blocks.items()))
         rows = torch.randint(256, (count, 16), generator=torch.Generator().manual_seed(5))
         self.flow = enter(self.model, blocks, rows)
-        self.targets = list(run(self.block, self.name, self.flow, CPU))
+        self.targets = list(run(BlockRun(self.block, self.name, self.flow, CPU)))
         for name, linear in linears_of(self.block).items():
             parts = parts_for(kind, weight_of(linear).float())
             swap(self.block, name, CompressedLinear.from_parts(Parts(*parts), dict(linear.named_parameters()).get("bias")))
@@ -96,7 +96,7 @@ class Case:
 
     def held_loss(self, share: float) -> float:
         """The loss on the windows held back, computed another way: the whole block, then the rows."""
-        outputs = torch.cat(list(run(self.block, self.name, self.flow, CPU))).double()
+        outputs = torch.cat(list(run(BlockRun(self.block, self.name, self.flow, CPU)))).double()
         target = torch.cat(self.targets).double()
         _, held = block_reconstruction._Windows(self.name, self.flow, self.targets, CPU).divided(share)
         starts = torch.tensor([0, *(len(t) for t in self.targets)]).cumsum(0)
@@ -215,10 +215,12 @@ def test_the_same_block_is_matched_the_same_way_twice_also_without_gradients() -
 
 
 def test_the_cut_of_a_batch_gives_the_rows_of_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimlm.calibration.capture._TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", 4 * 16)
     case = Case(family, count=10)  # batches of 4, 4 and 2
     assert [len(h) for h in case.flow.hidden] == [4, 4, 2]
-    windows = block_reconstruction._Windows(case.name, case.flow, list(run(case.block, case.name, case.flow, CPU)), CPU)
+    windows = block_reconstruction._Windows(
+        case.name, case.flow, list(run(BlockRun(case.block, case.name, case.flow, CPU))), CPU
+    )
     form = block_reconstruction._Form.of(case.block)
     with torch.no_grad():
         for step in [(0, torch.tensor([2])), (1, torch.tensor([3, 0, 1])), (2, torch.tensor([1]))]:
@@ -228,7 +230,7 @@ def test_the_cut_of_a_batch_gives_the_rows_of_the_whole(family: str, monkeypatch
 
 def test_a_block_without_damage_stays_untouched() -> None:
     case = Case()
-    case.targets = list(run(case.block, case.name, case.flow, CPU))
+    case.targets = list(run(BlockRun(case.block, case.name, case.flow, CPU)))
     layers = case.layers()
     matched = case.match(replace(QUICK, held_back=0.5))
     assert matched.after <= matched.before < 1e-10

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from slimlm.core.errors import SlimlmError
+from slimlm.core.objective import Objective
 from slimlm.data.documents import DEFAULT_DATA
-from slimlm.planner.objective import Objective
 from slimlm.runtime.kernel_names import Kernels
 
 _TEXTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set"

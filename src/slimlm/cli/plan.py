@@ -56,7 +56,7 @@ def plan(
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}
     asked |= {"data": data, "samples": samples, "length": length, "seed": seed, "device": device, "memory": limit}
     asked["notify"] = notifier(context)
-    planning = bits is not None or opened.has_auto_rank
+    planning = bits is not None or opened.needs_plan
     if save is not None and not planning:
         raise RecipeError('--save: there is no plan to save; give --bits, or a recipe with rank = "auto"')
     with progress_on(notes, silent=quiet) as observer:

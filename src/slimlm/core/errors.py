@@ -29,6 +29,10 @@ class NumericsError(SlimlmError):
     """NaN or infinity where a number was needed."""
 
 
+class StatisticError(SlimlmError):
+    """A step that reads a statistic which it did not declare, or which its layer does not have."""
+
+
 class KernelError(SlimlmError):
     """Kernels that were asked for and cannot be had."""
 

@@ -1,8 +1,6 @@
-"""What a step sees of one linear layer and what it may decide."""
+"""One linear layer between two steps: what was decided so far, and what a step may decide."""
 
-from dataclasses import dataclass, field, replace
-from enum import Flag, auto
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,54 +11,6 @@ from slimlm.core.parts.elementwise import Elementwise
 from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
-
-
-class Need(Flag):
-    """Statistics of a layer's inputs that a step asks calibration for."""
-
-    NOTHING = 0
-    MEAN_ABS = auto()
-    MEAN_SQUARE = auto()
-    PEAK_MEAN_ABS = auto()
-    GRAM = auto()
-    CROSS = auto()
-    DRIFT = auto()
-    PEAK_ABS = auto()
-    MEAN_WINDOW = auto()
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Of one linear layer's inputs x `[tokens, in]`."""
-
-    tokens: int
-    mean_abs: Tensor | None = None
-    """`[in]`, mean of |x_j|"""
-    mean_square: Tensor | None = None
-    """`[in]`, mean of x_j^2"""
-    peak_mean_abs: Tensor | None = None
-    """`[in]`, the largest over the calibration windows of a window's mean |x_j|"""
-    gram: Tensor | None = None
-    """`[in, in]`, mean of x^T x"""
-    cross: Tensor | None = None
-    """`[in, in]`, mean of z^T x, where z `[tokens, in]` are the inputs that the layer has in the original model"""
-    drift: Tensor | None = None
-    """`[out, in]`, mean of d^T x, where d `[tokens, out]` is what the block's output lacks of the original block's; only for
-    layers whose output is added to the block's output as it is"""
-    peak_abs: Tensor | None = None
-    """`[in]`, the largest |x_j|"""
-    mean_window: Tensor | None = None
-    """`[length, in]`, mean of x over the calibration windows at each of their positions"""
-    note: str | None = None
-    """what the user should know of whose inputs these are"""
-    known: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
-    """what a step computed of these statistics, for the next layer that is given the same inputs; `replace` begins anew"""
-
-
-def measured(statistic: Tensor | None) -> Tensor:
-    """A statistic that the step declared it needs."""
-    assert statistic is not None, "a step used a statistic that its `needs` does not declare"
-    return statistic
 
 
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
@@ -188,14 +138,3 @@ class Layer:
         base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
         first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
         return Parts(first, adapter=self.adapter, outliers=self.outliers)
-
-
-class Step(Protocol):
-    """A quantizer, a pruner or a compensator: a frozen dataclass whose fields are its options."""
-
-    @property
-    def needs(self) -> Need:
-        """What calibration must measure for it; a class variable will do."""
-        ...
-
-    def __call__(self, layer: Layer, stats: Stats) -> Layer: ...

@@ -1,61 +1,39 @@
-"""What a layer may become, what that stores and what it costs to run, before anything is computed."""
+"""What a plan may choose from and spend: options that a step offers, and what they store and cost to run."""
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from slimlm.core import grid
-from slimlm.core.grid import LARGEST_CODEBOOK_BITS
-from slimlm.core.mask import Pattern
-from slimlm.core.parts.base import Entry, group_words
-from slimlm.core.parts.codebook import CodebookEntry
-from slimlm.core.parts.elementwise import ElementwiseEntry
-from slimlm.core.parts.low_rank import LowRankEntry
-from slimlm.core.parts.pack import PartEntries
-from slimlm.core.parts.plain import PlainEntry
-from slimlm.core.parts.pruned import PrunedEntry
-from slimlm.core.parts.uniform import UniformEntry
+from slimlm.core import registry
+from slimlm.core.errors import RecipeError
+from slimlm.core.objective import Objective
 from slimlm.core.solvers.low_rank import rank_of
-from slimlm.planner.objective import Objective
+from slimlm.core.step import Step
+from slimlm.planner.forms import Steps, form_of, resolved, share_of
+from slimlm.recipe import NamedStep, Recipe, refusal_of
 
 _PROMPT, _GENERATED = 512, 128
 """Tokens of the workload that `speed` counts: a prompt and what is generated, one sequence at a time."""
 _OPERATIONS_PER_BYTE = 100
 """Operations a machine does in the time in which it moves a byte; until kernels are measured, one figure for all."""
+_FLOAT = torch.float16
+"""What a layer is stored in where an option leaves it unrounded."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a layer: base and adapter."""
+    """One way to store a layer: the recipe's steps, one of them with other values of its options."""
 
-    bits: int
-    group_size: grid.GroupSize
-    pattern: str | float
-    """"" keeps the base dense"""
-    rank: float
-    adapter_bits: int = 4
-    adapter_group_size: int = 128
-    table: bool = True
-    """whether room for a table of levels is counted; only the search finds out whether one pays"""
-
-    def overrides(self) -> dict[str, Any]:
-        """The options of the alternation that this stands for."""
-        return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "pattern": self.pattern,
-            "rank": self.rank,
-            "adapter_bits": self.adapter_bits,
-            "adapter_group_size": self.adapter_group_size,
-            "codebook": "auto" if self.table and self.bits <= LARGEST_CODEBOOK_BITS else "none",
-        }
+    steps: Steps
+    """for the layer"""
+    overrides: tuple[tuple[str, Any], ...]
+    """what a rule of a recipe says for it"""
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
-        """Why a layer of this shape cannot be stored so, or None."""
-        if self.rank and rank_of(self.rank, shape) == 0:
-            return f"rank {self.rank} is less than rank 1"
-        return None if self.pattern == "" else Pattern.parse(self.pattern).refuses("the layer", shape[1])
+        """Why a layer of this shape (out, in) cannot be stored so, or None."""
+        return refusal_of(self.steps, "the layer", shape)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits of codes, scales, mask and adapter, padding and a table of levels included; scales at 16 bits.
@@ -63,27 +41,16 @@ class Option:
         The table's few bits are saved where an even grid serves as well; more are stored where some scale is too small for
         float16, and all of the layer's take 32 bits.
         """
-        return self.parts(shape).stored_bits(shape)
-
-    def parts(self, shape: tuple[int, int]) -> PartEntries:
-        """The parts of a layer of this shape, as they describe themselves."""
-        table = self.table and self.bits <= LARGEST_CODEBOOK_BITS
-        inner: ElementwiseEntry = (CodebookEntry if table else UniformEntry)(self.bits, self.group_size)
-        base: Entry = inner if self.pattern == "" else PrunedEntry(str(self.pattern), inner)
-        rank = rank_of(self.rank, shape)
-        if not rank:
-            return PartEntries(base)
-        even = UniformEntry(self.adapter_bits, self.adapter_group_size)
-        factor: ElementwiseEntry = PlainEntry(torch.float16) if self.adapter_bits == 16 else even
-        return PartEntries(base, adapter=LowRankEntry(rank, factor, factor))
+        return form_of(self.steps, _FLOAT).bits(shape)
 
     def operations(self, shape: tuple[int, int]) -> int:
         """Multiplications and additions per token; what n:m drops is not multiplied."""
         out, width = shape
         share = 1.0
-        if self.pattern != "" and Pattern.parse(self.pattern).of:
-            share = 1 - Pattern.parse(self.pattern).dropped
-        return int(2 * out * width * share) + 2 * rank_of(self.rank, shape) * (out + width)
+        for pattern in (named.step.sparsity for named in self.steps):
+            if pattern is not None and pattern.of:
+                share = 1 - pattern.dropped
+        return int(2 * out * width * share) + 2 * rank_of(share_of(self.steps), shape) * (out + width)
 
     def cost(self, shape: tuple[int, int], objective: Objective) -> float:
         """Stored bits, or for speed the bits that could be moved in the time of one prompt and its continuation.
@@ -97,9 +64,7 @@ class Option:
         return prompt + _GENERATED * max(stored, 8 * self.operations(shape) / _OPERATIONS_PER_BYTE)
 
     def __str__(self) -> str:
-        pattern = "dense" if self.pattern == "" else str(self.pattern)
-        adapter = f" + rank {self.rank:g} at {self.adapter_bits} bits" if self.rank else ""
-        return f"{pattern} {self.bits}-bit, {group_words(self.group_size)}{adapter}"
+        return ", ".join(f"{name} {value if value != '' else 'none'}" for name, value in self.overrides)
 
 
 @dataclass(frozen=True)
@@ -133,21 +98,53 @@ def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) 
     return total
 
 
-def options_for(like: Option, bits: float, objective: Objective) -> tuple[Option, ...]:
-    """The options worth measuring for an average of `bits` per weight; adapters and tables are those of `like`.
+def options_of(recipe: Recipe, bits: float | None, objective: Objective) -> tuple[Option, ...]:
+    """What the recipe's one step that offers options lets a plan choose from.
 
-    Dense codes of widths around it, the narrow ones also in short groups, two with adapters; for size one 2:4 option, so that
-    the table shows where it stands (by bytes alone it seldom wins), for speed several.
+    Args:
+        recipe: One of its steps must offer options, and only one; the others stay as they are.
+        bits: The budget per weight; None: only what the step leaves to a plan ("auto").
+        objective: What the budget counts.
+
+    Raises:
+        RecipeError: No step offers options, or several do, or rules say already what layers become.
     """
-    widths = [width for width in (2, 3, 4, 5, 6, 8) if bits - 2.2 < width <= max(3.0, bits + 2)]
-    dense: list[tuple[int, int, str, float]] = [(width, 128, "", 0.0) for width in widths]
-    dense += [(width, 32, "", 0.0) for width in widths if width <= 3]
-    below = [width for width in widths if width <= bits - 0.3] or widths[:1]
-    dense += [(width, 128, "", rank) for width, rank in zip(reversed(below), (0.05, 0.1), strict=False)]
-    sparse = [(4, 32, "2:4", 0.1)]
-    if objective == "speed":
-        sparse = [(3, 64, "2:4", 0.1), (4, 64, "2:4", 0.05), *sparse, (4, 32, "2:4", 0.2)]
+    offered = {i: found for i, named in enumerate(recipe.steps) if (found := named.step.options(bits, objective))}
+    steps = ", ".join(dict.fromkeys(f"{named.kind} {named.method}" for named in recipe.steps))
+    if not offered:
+        raise RecipeError(
+            f"recipe {recipe.name} cannot be planned: none of its steps ({steps}) offers a plan anything to choose from; the "
+            f"methods that do are {', '.join(methods_with_options())}"
+        )
+    if len(offered) > 1:
+        raise RecipeError(
+            f"recipe {recipe.name} cannot be planned: a plan varies one step, and several of its steps ({steps}) offer "
+            "options; leave one of them"
+        )
+    if recipe.rules:
+        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules say already what layers become; take them out")
+    ((number, found),) = offered.items()
+    return options_from(recipe, number, found)
+
+
+def options_from(recipe: Recipe, number: int, offered: tuple[Step, ...]) -> tuple[Option, ...]:
+    """The options that the step of this number becomes one of; a rule names the step where there are others beside it."""
+    named = recipe.steps[number]
+    values = [dataclasses.asdict(step) for step in offered]
+    base = dataclasses.asdict(named.step)
+    varied = [name for name in base if any(own[name] != values[0][name] for own in values) or values[0][name] != base[name]]
+    verb = ((named.kind, named.method),) if len(recipe.steps) > 1 else ()
+    others = resolved(recipe.steps)
     return tuple(
-        replace(like, bits=width, group_size=group_size, pattern=pattern, rank=rank)
-        for width, group_size, pattern, rank in [*dense, *sparse]
+        Option(
+            (*others[:number], NamedStep(named.kind, named.method, step), *others[number + 1 :]),
+            (*verb, *((name, own[name]) for name in varied)),
+        )
+        for step, own in zip(offered, values, strict=True)
     )
+
+
+def methods_with_options() -> list[str]:
+    """The names of the methods that offer a plan options."""
+    found = [(name, registry.find(kind, name)()) for kind in registry.KINDS for name in registry.names(kind)]
+    return [name for name, step in found if step.options(4.0, "size")]

@@ -17,25 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.capture import Flow, enter, measure, run, stages_of
+from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
+from slimlm.calibration.measurement import measure
+from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import DataError, NumericsError, RecipeError
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
+from slimlm.core.objective import Objective
+from slimlm.core.statistics.base import Needs, Stats
 from slimlm.events import Event, Observer
 from slimlm.models.structure import linears_of, put_weight, weight_of
 from slimlm.planner.budget import choose_options
-from slimlm.planner.objective import Objective
-from slimlm.planner.options import Budget, Option, budget_of, options_for
-from slimlm.recipe import NamedStep, Recipe, Rule
+from slimlm.planner.forms import brief, needs_of, resolved
+from slimlm.planner.options import Budget, Option, budget_of, options_of
+from slimlm.recipe import Recipe, Rule, apply_steps
 
 _LOGITS_AT_ONCE = 2**26
 _JUDGED_TOKENS = 4096
-_ROUNDS, _POLISH = 2, 1
-"""Of the alternation while planning: the order of the options shows early."""
 _LEAST_WINDOWS = 3
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
-AUTO_SHARE = 0.1
-"""The rank, as a share, whose bits `rank = "auto"` may spend."""
-_AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,10 @@ class Plan:
 
     def recipe(self, base: Recipe) -> Recipe:
         """The base recipe with a rule for every group."""
-        rules = tuple(Rule(c.layers, tuple(self.options[c.chosen].overrides().items())) for c in self.choices)
+        rules = tuple(Rule(c.layers, self.options[c.chosen].overrides) for c in self.choices)
         name = f"{base.name} at {self.asked_bits:g} bits ({self.objective})"
         summary = f"what a plan chose for every layer: {self.bits_per_weight:.3f} bits per weight"
-        step: Any = alternation_of(base).step
-        named = replace(base.steps[0], step=replace(step, rank=AUTO_SHARE) if step.rank == "auto" else step)
-        return replace(base, name=name, summary=summary, steps=(named,), rules=rules)
+        return replace(base, name=name, summary=summary, steps=resolved(base.steps), rules=rules)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -88,7 +85,7 @@ class Plan:
             "objective": self.objective,
             "asked_bits": self.asked_bits,
             "bits_per_weight": self.bits_per_weight,
-            "options": [{**option.overrides(), "words": str(option)} for option in self.options],
+            "options": [{**dict(option.overrides), "words": str(option)} for option in self.options],
             "choices": [
                 {
                     "layers": list(c.layers),
@@ -115,40 +112,18 @@ def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def alternation_of(recipe: Recipe) -> NamedStep:
-    """The one step that a plan can vary; raises RecipeError for any other recipe."""
-    if len(recipe.steps) != 1 or recipe.steps[0].method != "alternation":
-        raise RecipeError(
-            f"recipe {recipe.name} cannot be planned: bits and ranks are chosen for a recipe whose one step is the joint "
-            'method alternation, such as "best"; its steps are '
-            + ", ".join(f"{named.kind} {named.method}" for named in recipe.steps)
-        )
-    if recipe.rules:
-        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules say already what layers become; take them out")
-    return recipe.steps[0]
-
-
 def asked_budget(recipe: Recipe, bits: float, objective: Objective) -> Budget:
-    """The budget of so many bits per weight for a recipe like `best`."""
+    """The budget of so many bits per weight for a recipe with a step that offers options."""
     if not _LEAST_BITS <= bits <= _MOST_BITS:
         raise RecipeError(f"`bits={bits:g}`: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
-    return Budget(options_for(_like(recipe), bits, objective), bits, objective)
+    return Budget(options_of(recipe, bits, objective), bits, objective)
 
 
 def auto_budget(recipe: Recipe, shapes: list[tuple[int, int]], objective: Objective) -> Budget:
-    """For rank = "auto": the recipe's own base with other ranks, within the cost of rank 0.1 everywhere."""
-    like = _like(recipe)
-    bits = sum(like.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
-    return Budget(tuple(replace(like, rank=rank) for rank in _AUTO_RANKS), bits, objective, like)
-
-
-def _like(recipe: Recipe) -> Option:
-    """What the recipe's own step makes of a layer, with rank 0.1 for "auto"."""
-    step: Any = alternation_of(recipe).step
-    rank = AUTO_SHARE if step.rank == "auto" else step.rank
-    return Option(
-        step.bits, step.group_size, step.pattern, rank, step.adapter_bits, step.adapter_group_size, step.codebook != "none"
-    )
+    """For what a step leaves to a plan ("auto"): within the cost of its default everywhere."""
+    reference = Option(resolved(recipe.steps), ())
+    bits = sum(reference.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
+    return Budget(options_of(recipe, None, objective), bits, objective, reference)
 
 
 def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
@@ -158,7 +133,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
     for name, shape in shapes.items():
         fitting = [option for option in budget.options if option.refuses(shape) is None]
         if not fitting:
-            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; leave it out (leave = [...])")
+            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; leave it out (ignore = [...])")
         cheapest += min(option.cost(shape, objective) for option in fitting)
     own = list(shapes.values())
     if cheapest > budget.cost(own):
@@ -185,7 +160,7 @@ def make_plan(
     model: nn.Module,
     blocks: dict[str, nn.Module],
     recipe: Recipe,
-    windows: Tensor,
+    samples: Tensor,
     *,
     budget: Budget,
     device: torch.device,
@@ -193,26 +168,25 @@ def make_plan(
 ) -> Plan:
     """Measure every option for every group, choose, and check the choice; the model comes out as it went in.
 
-    windows `[count, length]`: the calibration windows. Some (at most an eighth, at least one, about 4096 tokens) serve to
+    samples `[count, length]`: the calibration samples. Some (at most an eighth, at least one, about 4096 tokens) serve to
     measure losses and as many others to check the choice; the rest serve for statistics.
     """
-    step: Any = alternation_of(recipe).step
-    quick = replace(step, rounds=min(step.rounds, _ROUNDS), polish=min(step.polish, _POLISH), follow=0.0)
-    refuse_few_windows(len(windows))
+    refuse_few_windows(len(samples))
     options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
-    held = max(1, min(len(windows) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // windows.shape[1]))
-    statistics, judged, checked = windows[: -2 * held], windows[-2 * held : -held], windows[-held:]
+    held = max(1, min(len(samples) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // samples.shape[1]))
+    statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held], samples[-held:]
     divergence, check = _Divergence(model, judged), _Divergence(model, checked)
 
+    trial = _Trial(model, blocks, statistics, device, _needs_of_trials(options))
     groups: list[_Group] = []
     losses: list[list[float]] = []
     total = len(blocks) + 2
-    for done, (stages, stats) in enumerate(_walk(model, blocks, recipe.leaves, statistics, device)):
+    for done, (stages, stats) in enumerate(trial.walk(recipe.ignores)):
         progress(Event("plan", done, total))
         for stage in stages:
             groups.append(_Group.of(model, stage))
-            losses.append([_loss(model, groups[-1], option, quick, stats, divergence, device) for option in options])
+            losses.append([trial.loss(groups[-1], option, stats, divergence) for option in options])
 
     shapes = [shape for group in groups for shape in group.shapes]
     costs = [[sum(option.cost(shape, objective) for shape in group.shapes) for option in options] for group in groups]
@@ -229,7 +203,7 @@ def make_plan(
 
     def at_once(numbers: list[int]) -> float:
         picked = {name: options[i] for group, i in zip(groups, numbers, strict=True) for name in group.layers}
-        return _loss_of_all(model, blocks, picked, quick, statistics, check, device)
+        return trial.loss_of_all(picked, check)
 
     progress(Event("plan", len(blocks), total))
     planned_loss = at_once(chosen)
@@ -242,6 +216,18 @@ def make_plan(
         Choice(group.layers, group.shapes, tuple(own), i) for group, own, i in zip(groups, losses, final, strict=True)
     )
     return Plan(objective, budget.bits, options, choices, planned_loss, uniform_loss, uniform, fallback)
+
+
+def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
+    """The statistics of all options' steps; raises RecipeError where one compares with the original model."""
+    needs: Needs = frozenset().union(*(needs_of(brief(option.steps)) for option in options))
+    compared = [statistic.__name__ for statistic in needs if statistic.source.compares]
+    if compared:
+        raise RecipeError(
+            f"the recipe's steps need {compared[0]} even for a trial (`brief`), which compares compressed layers with the "
+            "original model; a plan tries options on the original model itself, and so cannot measure it"
+        )
+    return needs
 
 
 @dataclass(frozen=True)
@@ -257,67 +243,59 @@ class _Group:
         return cls(tuple(layers), tuple((shape[0], shape[1]) for shape in shapes))
 
 
-def _walk(
-    model: nn.Module, blocks: dict[str, nn.Module], leaves: Callable[[str], bool], windows: Tensor, device: torch.device
-) -> Iterator[tuple[list[list[str]], dict[str, Stats]]]:
-    """For each original block its layers by stages and the statistics of their inputs, by full name.
+@dataclass(frozen=True)
+class _Trial:
+    """A model in which options are tried on a few layers, or one in each."""
 
-    The model is on the CPU while the caller has its turn; what the caller changes of a block's weights does not reach the
-    inputs of the next.
-    """
-    flow = enter(model, blocks, windows)
-    for block_name, block in blocks.items():
-        linears = {n: m for n, m in linears_of(block).items() if not leaves(f"{block_name}.{n}")}
-        block.to(device)
-        stages = stages_of(block, block_name, linears, flow, device) if linears else []
-        stats = measure(block, block_name, linears, flow, Need.GRAM, device) if linears else {}
-        flow = Flow(list(run(block, block_name, flow, device)), flow.arguments)
-        block.to("cpu")
-        yield [[f"{block_name}.{n}" for n in stage] for stage in stages], {f"{block_name}.{n}": s for n, s in stats.items()}
+    model: nn.Module
+    blocks: dict[str, nn.Module]
+    samples: Tensor
+    """`[count, length]`, for the statistics"""
+    device: torch.device
+    needs: Needs
 
+    def walk(self, ignores: Callable[[str], bool]) -> Iterator[tuple[list[list[str]], dict[str, Stats]]]:
+        """For each block its layers by stages and the statistics of their inputs in the original model, by full name.
 
-def _loss(
-    model: nn.Module,
-    group: _Group,
-    option: Option,
-    quick: Any,
-    stats: dict[str, Stats],
-    divergence: "_Divergence",
-    device: torch.device,
-) -> float:
-    if any(option.refuses(shape) is not None for shape in group.shapes):
-        return float("inf")
-    with _restored(model, list(group.layers)):
-        _compress(model, dict.fromkeys(group.layers, option), quick, stats, device)
-        return divergence.of(model)
+        The model is on the CPU while the caller has its turn; what the caller changes of a block's weights does not reach the
+        inputs of the next.
+        """
+        inputs = enter(self.model, self.blocks, self.samples)
+        for name, block in self.blocks.items():
+            linears = {n: m for n, m in linears_of(block).items() if not ignores(f"{name}.{n}")}
+            block.to(self.device)
+            here = BlockRun(block, name, inputs, self.device)
+            stages = stages_of(here, linears) if linears else []
+            stats = measure(here, linears, self.needs) if linears else {}
+            inputs = BlockInputs(list(run(here)), inputs.arguments)
+            block.to("cpu")
+            yield [[f"{name}.{n}" for n in stage] for stage in stages], {f"{name}.{n}": s for n, s in stats.items()}
 
+    def loss(self, group: _Group, option: Option, stats: dict[str, Stats], divergence: "_Divergence") -> float:
+        """With the option in this group alone; infinite where one of its layers cannot take it."""
+        if any(option.refuses(shape) is not None for shape in group.shapes):
+            return float("inf")
+        with _restored(self.model, list(group.layers)):
+            self._compress(dict.fromkeys(group.layers, option), stats)
+            return divergence.of(self.model)
 
-def _loss_of_all(
-    model: nn.Module,
-    blocks: dict[str, nn.Module],
-    picked: dict[str, Option],
-    quick: Any,
-    windows: Tensor,
-    check: "_Divergence",
-    device: torch.device,
-) -> float:
-    """The loss with every layer's option in the model at once; the statistics are measured again, a block at a time."""
-    with _restored(model, list(picked)):
-        for _, stats in _walk(model, blocks, lambda name: name not in picked, windows, device):
-            _compress(model, {name: picked[name] for name in stats}, quick, stats, device)
-        return check.of(model)
+    def loss_of_all(self, picked: dict[str, Option], check: "_Divergence") -> float:
+        """With every layer's option in the model at once; the statistics are measured again, a block at a time."""
+        with _restored(self.model, list(picked)):
+            for _, stats in self.walk(lambda name: name not in picked):
+                self._compress({name: picked[name] for name in stats}, stats)
+            return check.of(self.model)
 
-
-def _compress(model: nn.Module, picked: dict[str, Option], quick: Any, stats: dict[str, Stats], device: torch.device) -> None:
-    """Put what the options make of these layers in their place, as dense weights."""
-    for name, option in picked.items():
-        linear = model.get_submodule(name)
-        step = replace(quick, **option.overrides())
-        try:
-            made = step(Layer.of(name, weight_of(linear).to(device)), stats[name])
-        except NumericsError as error:
-            raise NumericsError(f"{name}: {error}") from error
-        put_weight(linear, made.parts().dense())
+    def _compress(self, picked: dict[str, Option], stats: dict[str, Stats]) -> None:
+        """Put what the options make of these layers in their place, as dense weights."""
+        for name, option in picked.items():
+            linear = self.model.get_submodule(name)
+            try:
+                layer = Layer.of(name, weight_of(linear).to(self.device))
+                made = apply_steps(brief(option.steps), layer, stats[name])
+            except NumericsError as error:
+                raise NumericsError(f"{name}: {error}") from error
+            put_weight(linear, made.parts().dense())
 
 
 @contextmanager

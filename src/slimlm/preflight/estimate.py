@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slimlm.core.solvers.inverse import tokens_needed
-from slimlm.preflight.forms import Steps
+from slimlm.planner.forms import Steps
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Clock, Rates, StepCost, measured_rates, measured_steps
 from slimlm.preflight.times import seconds_of
@@ -42,7 +42,7 @@ class Memory:
     total: int | None
     free: int | None
     covariances: int = 0
-    """of `least`, what the covariances of inputs that are measured together take"""
+    """of `least`, what the statistics (mostly covariances) of inputs that are measured together take"""
 
     @property
     def peak(self) -> int:
@@ -111,7 +111,7 @@ def memory_of(run: RunNeeds, allowed: int | None, *, processes: int = 1) -> Memo
         least=run.least_bytes,
         total=total,
         free=free,
-        covariances=run.covariances_bytes,
+        covariances=run.statistics_bytes,
     )
 
 

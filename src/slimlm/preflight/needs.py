@@ -3,6 +3,7 @@
 All of it follows from the meta model: no weight is read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimlm.calibration.capture import Flow, arguments_of, batches_of, first_inputs, stages_of
-from slimlm.core.layer import Need
+from slimlm.calibration.capture import BlockInputs, BlockRun, arguments_of, batches_of, first_inputs
+from slimlm.calibration.stages import stages_of
 from slimlm.core.parts.uniform import UniformEntry
+from slimlm.core.statistics.base import Sizes, Source, Statistic
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.embeddings import GROUP_SIZE, Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
-from slimlm.preflight.forms import Steps, form_of, resolved
+from slimlm.planner.forms import Steps, form_of, resolved
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
 
@@ -116,8 +119,8 @@ class RunNeeds:
         first = {name: self.blocks[name]}
         samples = torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
         arguments = arguments_of(self.dense.model, first, samples)
-        flow = Flow(list(first_inputs(self.dense.model, first, samples)), arguments)
-        return stages_of(first[name], name, linears, flow, torch.device("cpu"))
+        inputs = BlockInputs(list(first_inputs(self.dense.model, first, samples)), arguments)
+        return stages_of(BlockRun(first[name], name, inputs, torch.device("cpu")), linears)
 
     @property
     def _first(self) -> tuple[str, dict[str, nn.Module]]:
@@ -127,25 +130,30 @@ class RunNeeds:
         return name, {own: linear for own, linear in linears.items() if f"{name}.{own}" in self.shapes}
 
     @cached_property
-    def inputs(self) -> list[list[int]]:
-        """Widths of the distinct inputs of each stage: layers of one name in several experts have one each."""
+    def inputs(self) -> list[list[Sizes]]:
+        """For each stage the sizes of its distinct inputs: layers of one name in several experts have one each."""
         first, _ = self._first
         found = []
         for stage in self.stages:
-            widths = [self.shapes[f"{first}.{name}"][1] for name in stage]
+            sizes = [Sizes(*self.shapes[f"{first}.{name}"], self.length) for name in stage]
             distinct = len(stage) // len({name.rpartition(".")[2] for name in stage})
-            found.append(widths[: max(1, distinct)])
+            found.append(sizes[: max(1, distinct)])
         return found
+
+    @property
+    def measured_together(self) -> list[type[Statistic]]:
+        """The statistics that are summed at the same time; those of output residuals come after, one layer's at a time."""
+        return [own for own in self.recipe.needs if own.source is not Source.OUTPUT_RESIDUALS]
 
     @property
     def widest_needed(self) -> int | None:
         """Inputs of the widest layer, where the recipe asks for its covariance."""
-        return max(width for _, width in self.shapes.values()) if self.recipe.needs & Need.GRAM else None
+        return max(width for _, width in self.shapes.values()) if Covariance in self.recipe.needs else None
 
     @property
     def planned(self) -> bool:
         """Whether what layers become is yet to be planned."""
-        return self.bits is not None or self.recipe.has_auto_rank
+        return self.bits is not None or self.recipe.needs_plan
 
     # Memory, in bytes
 
@@ -157,7 +165,7 @@ class RunNeeds:
     @property
     def copies(self) -> int:
         """Of the block: two where the original goes along."""
-        return 2 if self.recipe.follows_original or self.recipe.matching is not None else 1
+        return 2 if self.recipe.needs_original or self.recipe.block_reconstruction is not None else 1
 
     @cached_property
     def width(self) -> int:
@@ -168,12 +176,12 @@ class RunNeeds:
     @property
     def streams(self) -> int:
         """Activations that go from block to block."""
-        return 1 + self.recipe.follows_original
+        return 1 + self.recipe.needs_original
 
     @property
     def held_bytes(self) -> int:
         """Of all activations that are held, as they are in memory."""
-        return self.tokens * self.width * 4 * (self.streams + (self.recipe.matching is not None))
+        return self.tokens * self.width * 4 * (self.streams + (self.recipe.block_reconstruction is not None))
 
     @cached_property
     def batch_bytes(self) -> int:
@@ -185,42 +193,45 @@ class RunNeeds:
 
     @property
     def measuring_bytes(self) -> int:
-        """Of statistics while they are summed, for the inputs that are measured together."""
-        own = (16 if self.recipe.needs & Need.GRAM else 0) + (16 if self.recipe.needs & Need.CROSS else 0)
-        return own * self._measured
+        """Of statistics while they are summed: the totals, and as much again for a batch's own."""
+        return 2 * self.totals_bytes
 
-    @property
-    def _measured(self) -> int:
-        """Squared widths of the inputs that are measured together: of a mixture, every expert's."""
-        stages = [sum(width**2 for width in widths) for widths in self.inputs]
+    def _measured_bytes(self, count: Callable[[type[Statistic], Sizes], int]) -> int:
+        """Of the inputs that are measured together: of a mixture, every expert's."""
+        stages = [sum(count(own, sizes) for sizes in stage for own in self.measured_together) for stage in self.inputs]
         return max(stages, default=0) if self.recipe.sequential else sum(stages)
 
     @property
-    def sums_bytes(self) -> int:
-        """Of the covariances that are summed together, in float64, where the recipe asks for them."""
-        return 8 * self._measured if self.recipe.needs & Need.GRAM else 0
+    def totals_bytes(self) -> int:
+        """Of the statistics that are summed together, as they count themselves."""
+        return self._measured_bytes(lambda statistic, sizes: statistic.total_bytes(sizes))
 
     @property
-    def covariances_bytes(self) -> int:
-        """Of these sums and their means in float32, which are made while the sums are there."""
-        return self.sums_bytes * 3 // 2
+    def results_bytes(self) -> int:
+        """Of these statistics when they are finished."""
+        return self._measured_bytes(lambda statistic, sizes: statistic.result_bytes(sizes))
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of totals and finished statistics, which are made while the totals are there."""
+        return self.totals_bytes + self.results_bytes
 
     @property
     def solving_bytes(self) -> int:
         """Of the finished statistics and of what the steps hold for one layer."""
-        held = self.measuring_bytes // 4
+        held = self.results_bytes
         kinds = {named.kind for named in self.recipe.steps}
         widest = max((width for _, width in self.shapes.values()), default=0)
-        squares = (56 if "joint" in kinds else 32) * widest**2 if self.recipe.needs & Need.GRAM else 0
+        squares = (56 if "joint" in kinds else 32) * widest**2 if Covariance in self.recipe.needs else 0
         largest = max((out * width for out, width in self.shapes.values()), default=0)
         return held + squares + 4 * max(_LAYER_COPIES[kind] for kind in kinds) * largest
 
     @property
     def reconstruction_bytes(self) -> int:
         """Of a block that is reconstructed: values, gradients, two moments, the rounded weights; and its steps' activations."""
-        if self.recipe.matching is None:
+        if self.recipe.block_reconstruction is None:
             return 0
-        steps = min(self.tokens, self.recipe.matching.batch * self.length)
+        steps = min(self.tokens, self.recipe.block_reconstruction.batch * self.length)
         return 7 * self.block_bytes + 3 * self.batch_bytes * steps // self.tokens_at_once
 
     @property
@@ -244,12 +255,12 @@ class RunNeeds:
     @property
     def least_bytes(self) -> int:
         """What is held at one time whatever else is done: a block, its original, the covariances that are measured together."""
-        return self.copies * self.block_bytes + self.covariances_bytes
+        return self.copies * self.block_bytes + self.statistics_bytes
 
     @property
     def least_on_device(self) -> int:
-        """Of that, what surely lies on the device; the means go to main memory where they would fill it."""
-        return self.copies * self.block_bytes + self.sums_bytes
+        """Of that, what surely lies on the device; finished statistics go to main memory where they would fill it."""
+        return self.copies * self.block_bytes + self.totals_bytes
 
     # Disk, in bytes
 
@@ -261,7 +272,7 @@ class RunNeeds:
     @property
     def disk_bytes(self) -> int:
         """Of output and journal at the fullest moment: while the last block is kept, or while all is written a second time."""
-        spilled = 0 if self.recipe.matching is None else self.tokens * self.width * 4
+        spilled = 0 if self.recipe.block_reconstruction is None else self.tokens * self.width * 4
         block = self.blocks_bytes + 2 * self.activations_bytes + spilled
         return max(block, self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes)
 

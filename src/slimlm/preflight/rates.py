@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimlm.preflight.forms import Steps, brief, drawn_layer, fitting, needs_of
+from slimlm.planner.forms import Steps, brief, drawn_layer, fitting, needs_of
 from slimlm.recipe import apply_steps
 from slimlm.storage.streams import sha256_of, write_tensors
 

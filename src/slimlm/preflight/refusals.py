@@ -5,8 +5,8 @@ import fnmatch
 from torch import nn
 
 from slimlm.core.errors import ModelError, RecipeError
-from slimlm.core.layer import Need
 from slimlm.core.solvers.inverse import tokens_needed
+from slimlm.core.statistics.base import Source
 from slimlm.events import Notify
 from slimlm.models.embeddings import Embeddings
 from slimlm.models.lazy import LazyModel
@@ -17,7 +17,7 @@ from slimlm.recipe import Recipe
 def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Full name and shape (out, in) of every layer that the recipe compresses."""
     linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
-    shapes = {name: weight_of(linear).shape for name, linear in linears.items() if not recipe.leaves(name)}
+    shapes = {name: weight_of(linear).shape for name, linear in linears.items() if not recipe.ignores(name)}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
@@ -39,24 +39,24 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
     }
     refuse_unknown(model, blocks)
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
-    for pattern in recipe.leave:
+    for pattern in recipe.ignore:
         if not fnmatch.filter(known, pattern):
-            raise RecipeError(f"leave = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"ignore = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
     for rule in recipe.rules:
         if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
             raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
-    if all(map(recipe.leaves, known)):
-        raise RecipeError(f"leave = {list(recipe.leave)} leaves no layer to compress")
-    refuse_experts([name for name in known if not recipe.leaves(name)], dense.experts, recipe)
+    if all(map(recipe.ignores, known)):
+        raise RecipeError(f"ignore = {list(recipe.ignore)} leaves no layer to compress")
+    refuse_experts([name for name in known if not recipe.ignores(name)], dense.experts, recipe)
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
             full = f"{block_name}.{name}"
-            if recipe.leaves(full):
+            if recipe.ignores(full):
                 skipped[full] = "ignored by the recipe"
                 continue
             out, width = weight_of(linear).shape
             if not planning and (reason := recipe.refuses(full, (out, width))):
-                raise ModelError(f'{reason}; or leave the layer out of the recipe (leave = ["*.{name}"])')
+                raise ModelError(f'{reason}; or leave the layer out of the recipe (ignore = ["*.{name}"])')
         skipped |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
     return skipped
 
@@ -82,10 +82,11 @@ def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
 def refuse_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
     """Raise ModelError where a step needs whole samples and a layer to compress is an expert's, which is given some tokens."""
     inside = tuple(f"{name}." for name in experts)
-    if recipe.needs & (Need.PEAK_MEAN_ABS | Need.MEAN_WINDOW) and (own := [n for n in layers if n.startswith(inside)]):
+    needing = [named.method for named in recipe.steps if any(own.source is Source.SAMPLES for own in named.step.needs)]
+    if needing and (own := [n for n in layers if n.startswith(inside)]):
         raise ModelError(
-            f"{own[0]} is an expert's, which is given some of the tokens; a step of the recipe (l2qer, jsq) needs whole "
-            'samples. Leave such layers out (leave = ["*.experts.*"]) or use another recipe'
+            f"{own[0]} is an expert's, which is given some of the tokens; {' and '.join(needing)} of the recipe needs whole "
+            'samples. Leave such layers out (ignore = ["*.experts.*"]) or use another recipe'
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from slimlm.core.layer import Need
+from slimlm.core.statistics.base import Source
 from slimlm.models.structure import linears_of, weight_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
@@ -68,7 +68,7 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     first = blocks * forward.seconds(run.tokens_at_once)
     count = len(run.inputs) if run.recipe.sequential else 1
     runs = count * (_BEFORE[0] if count > 1 else 1.0) * run.streams
-    if needs & Need.DRIFT:
+    if any(statistic.source is Source.OUTPUT_RESIDUALS for statistic in needs):
         runs += 2 + 4 / batches
     measure = blocks * (runs * whole + _sums(run, rates))
     steps = sum(cost(name).seconds(shape) for name, shape in run.shapes.items())
@@ -77,25 +77,21 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     written = (2 * run.stored_bytes) / rates.written
     checked = first + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
     times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
-    if run.recipe.matching is not None:
+    if run.recipe.block_reconstruction is not None:
         times["reconstruct"] = blocks * _reconstruction(run, forward, rates)
     return {**times, "propagate": passed, "keep": kept, "write": written, "verify": checked}
 
 
 def _sums(run: RunNeeds, rates: Rates) -> float:
     """Of one block: the products that make its statistics."""
-    squares = sum(width**2 for widths in run.inputs for width in widths)
-    operations = 0.0
-    if run.recipe.needs & Need.GRAM:
-        operations += 1.5 * squares * run.tokens
-    if run.recipe.needs & Need.CROSS:
-        operations += 2 * squares * run.tokens
-    return operations / rates.products
+    measured = [sizes for stage in run.inputs for sizes in stage]
+    operations = sum(statistic.operations(sizes) for statistic in run.measured_together for sizes in measured)
+    return operations * run.tokens / rates.products
 
 
 def _reconstruction(run: RunNeeds, forward: Forward, rates: Rates) -> float:
     """Of one block: forward and backward on each sample, and the weights rounded anew in every step."""
-    options = run.recipe.matching
+    options = run.recipe.block_reconstruction
     assert options is not None
     steps = options.passes * run.sample_count / options.batch
     weights = run.block_bytes / 4

@@ -1,7 +1,7 @@
 """The work on one block: measure its inputs, apply the recipe's steps to its layers, reconstruct it, pass its outputs on.
 
-Each block is measured on the outputs of the compressed ones before it. Where a step uses asymmetric calibration (`Need.CROSS`,
-`Need.DRIFT`), or block reconstruction does, the original block and its own inputs go along. A block is read when its turn
+Each block is measured on the outputs of the compressed ones before it. Where a step needs a statistic that compares with the
+original model, or block reconstruction does, the original block and its own inputs go along. A block is read when its turn
 comes, and committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is resumed.
 
 Several ranks (slimlm.distributed) do this together: each runs its own samples through the block, the statistics are those of
@@ -21,23 +21,25 @@ from torch import Tensor, nn
 
 from slimlm.calibration.capture import (
     Arguments,
-    Flow,
-    Original,
+    BlockInputs,
+    BlockRun,
     arguments_of,
     batches_of,
     first_inputs,
-    measure,
-    measure_drift,
     run_through,
-    stages_of,
 )
 from slimlm.calibration.capture import (
     run as run_block,
 )
+from slimlm.calibration.measurement import measure
+from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import NumericsError
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.parts.fields import Json
 from slimlm.core.parts.pack import LayerEntry
+from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.distributed.group import Group, assign
 from slimlm.events import UNOBSERVED, BlockDone, BlockProgress, Event, LayerDone
 from slimlm.models.structure import linears_of, swap, weight_of
@@ -64,17 +66,17 @@ class Streams:
     group: Group
 
     @property
-    def compressed(self) -> Flow:
+    def compressed(self) -> BlockInputs:
         """The outputs of the compressed blocks."""
-        return Flow(self.held[_COMPRESSED], self.arguments, self.group)
+        return BlockInputs(self.held[_COMPRESSED], self.arguments, self.group)
 
     @property
-    def original(self) -> Flow:
+    def original(self) -> BlockInputs:
         """The original model's activations: those held, or, before the first block, the only ones there are."""
         if _ORIGINAL in self.held:
-            return Flow(self.held[_ORIGINAL], self.arguments, self.group)
+            return BlockInputs(self.held[_ORIGINAL], self.arguments, self.group)
         inputs = self.held[_COMPRESSED]
-        return Flow(list(inputs) if isinstance(inputs, list) else inputs, self.arguments, self.group)
+        return BlockInputs(list(inputs) if isinstance(inputs, list) else inputs, self.arguments, self.group)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class BlockTask:
     """The block's full name."""
     block: nn.Module
     """The block, on the device, in float32; it is compressed in place."""
-    inputs: Flow
+    inputs: BlockInputs
     """The outputs of the compressed blocks before it."""
     recipe: Recipe
     """What is done to its layers."""
@@ -95,7 +97,7 @@ class BlockTask:
     """Where the block is."""
     twin: nn.Module | None = None
     """The block as it was, where something needs it."""
-    twin_inputs: Flow | None = None
+    twin_inputs: BlockInputs | None = None
     """The original model's activations, where something needs them."""
     progress: BlockProgress = UNOBSERVED
     """Where the block's events go."""
@@ -104,7 +106,7 @@ class BlockTask:
     def of(cls, block: nn.Module, progress: BlockProgress, streams: Streams, prepared: Prepared) -> "BlockTask":
         """The task of a block that is about to be compressed."""
         recipe = prepared.recipe
-        needs_twin = recipe.follows_original or recipe.matching is not None
+        needs_twin = recipe.needs_original or recipe.block_reconstruction is not None
         return cls(
             name=progress.name,
             block=block,
@@ -113,20 +115,27 @@ class BlockTask:
             dtypes=prepared.dense.dtypes,
             device=prepared.device,
             twin=copy.deepcopy(block) if needs_twin else None,
-            twin_inputs=streams.original if recipe.follows_original else None,
+            twin_inputs=streams.original if recipe.needs_original else None,
             progress=progress,
         )
 
     @property
-    def original(self) -> Original | None:
-        """The block as it was and its inputs in the original model, for steps that use both."""
-        return None if self.twin is None or self.twin_inputs is None else (self.twin, self.twin_inputs)
+    def compressed_run(self) -> BlockRun:
+        """The block on the outputs of the compressed blocks before it."""
+        return BlockRun(self.block, self.name, self.inputs, self.device)
+
+    @property
+    def original_run(self) -> BlockRun | None:
+        """The block as it was on its inputs in the original model, for steps that compare with it."""
+        if self.twin is None or self.twin_inputs is None:
+            return None
+        return BlockRun(self.twin, self.name, self.twin_inputs, self.device)
 
     @property
     def linears(self) -> dict[str, nn.Module]:
         """The layers to be compressed, by name within the block."""
         linears = linears_of(self.block)
-        return {name: linear for name, linear in linears.items() if not self.recipe.leaves(f"{self.name}.{name}")}
+        return {name: linear for name, linear in linears.items() if not self.recipe.ignores(f"{self.name}.{name}")}
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ def starting_streams(prepared: Prepared, run: Run) -> Streams:
     with dense.outer_tensors_filled(blocks):
         with dense.blocks_filled_in_turn(blocks):
             arguments = arguments_of(dense.model, blocks, own)
-            if prepared.recipe.matching is not None and run.group.size > 1 and run.group.first:
+            if prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first:
                 # It will reconstruct blocks on all samples, in batches as large as those of a single process.
                 arguments |= arguments_of(dense.model, blocks, prepared.samples)
         if run.journal.inputs is None:
@@ -183,15 +192,15 @@ def compress_block(task: BlockTask) -> list[CompressedLayer]:
     linears = task.linears
     if not linears:
         return []
-    sequential = task.recipe.sequential
-    stages = stages_of(task.block, task.name, linears, task.inputs, task.device) if sequential else [list(linears)]
+    stages = stages_of(task.compressed_run, linears) if task.recipe.sequential else [list(linears)]
     return [layer for stage in stages for layer in _compress_stage(task, {name: linears[name] for name in stage})]
 
 
 def _compress_stage(task: BlockTask, linears: dict[str, nn.Module]) -> list[CompressedLayer]:
     """Compress these layers, each on one of the ranks."""
     task.progress.doing("measure", *linears)
-    stats, group = _measure(task, linears), task.inputs.group
+    group = task.inputs.group
+    stats = measure(task.compressed_run, linears, task.recipe.needs | {MeanSquare}, task.original_run)
     owners = assign({name: _cost_of(linear, task.recipe) for name, linear in linears.items()}, group.size)
     made = {}
     for name, linear in linears.items():
@@ -202,20 +211,9 @@ def _compress_stage(task: BlockTask, linears: dict[str, nn.Module]) -> list[Comp
     for name, linear in linears.items():
         module, done = _broadcast_layer(group, owners[name], made.get(name), linear)
         swap(task.block, name, module)
-        found.append(CompressedLayer(done.record, measured(stats[name].mean_square)))
+        found.append(CompressedLayer(done.record, stats[name][MeanSquare]))
         task.progress.finished_layer(done)
     return found
-
-
-def _measure(task: BlockTask, linears: dict[str, nn.Module]) -> dict[str, Stats]:
-    """The statistics that the recipe needs, by the layer's name within the block."""
-    needs, original = task.recipe.needs, task.original
-    stats = measure(task.block, task.name, linears, task.inputs, needs | Need.MEAN_SQUARE, task.device, original)
-    if needs & Need.DRIFT and len(linears) == 1 and original is not None:
-        ((name, linear),) = linears.items()
-        drift = measure_drift(task.block, task.name, name, linear, task.inputs, task.device, original)
-        stats = {name: dataclasses.replace(stats[name], drift=drift)}
-    return stats
 
 
 def _cost_of(linear: nn.Module, recipe: Recipe) -> float:
@@ -224,7 +222,7 @@ def _cost_of(linear: nn.Module, recipe: Recipe) -> float:
     Steps that know the covariance pass over it for every output; others work on products of low rank.
     """
     out, width = weight_of(linear).shape
-    return float(out) * width * (width if recipe.needs & Need.GRAM else min(out, width))
+    return float(out) * width * (width if Covariance in recipe.needs else min(out, width))
 
 
 def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) -> tuple[CompressedLinear, LayerDone]:
@@ -238,7 +236,7 @@ def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) 
     except NumericsError as error:
         raise NumericsError(f"{full}: {error}") from error
     module = CompressedLinear.from_parts(layer.parts(), _bias_of(linear))
-    return module, LayerDone(record_of(layer, measured(stats.mean_square)), stats.tokens, time.monotonic() - began)
+    return module, LayerDone(record_of(layer, stats[MeanSquare]), stats.tokens, time.monotonic() - began)
 
 
 def _broadcast_layer(
@@ -270,20 +268,20 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
 
     The first rank does it, on all samples, and broadcasts the block to the others.
     """
-    options = task.recipe.matching
+    options = task.recipe.block_reconstruction
     assert options is not None and task.twin is not None
     task.progress.doing("reconstruct")
     activations, group = prepared.activations, task.inputs.group
     teacher = task.inputs if task.twin_inputs is None or options.inputs == "compressed" else task.twin_inputs
     student = task.inputs if task.twin_inputs is None or options.inputs != "dense" else task.twin_inputs
-    own_targets = activations.hold("targets", run_block(task.twin, task.name, teacher, task.device))
+    own_targets = activations.hold("targets", run_block(BlockRun(task.twin, task.name, teacher, task.device)))
     batch = len(batches_of(prepared.samples)[0])
     hidden = activations.gather("student inputs", student.hidden, batch)
     targets = activations.gather("teacher outputs", own_targets, batch)
     losses = None
     if group.first:
-        flow = Flow(hidden, student.arguments)
-        found = match_block(task.block, task.name, flow, targets, options, task.dtypes, task.device)
+        inputs = BlockInputs(hidden, student.arguments)
+        found = match_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
         losses = found.before, found.after
     losses = _broadcast_block(task, losses)
     return [_rerecorded(task, layer, losses) for layer in layers]
@@ -321,9 +319,9 @@ def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, fl
 def commit_block(task: BlockTask, layers: list[CompressedLayer], streams: Streams, prepared: Prepared) -> Streams:
     """Run the compressed block, and store it in the journal with its outputs, which are the inputs of the next."""
     task.progress.doing("propagate")
-    outputs = {_COMPRESSED: run_through(task.block, task.name, task.inputs, task.device)}
-    if task.original is not None:
-        outputs[_ORIGINAL] = run_through(task.original[0], task.name, task.original[1], task.device)
+    outputs = {_COMPRESSED: run_through(task.compressed_run)}
+    if (original_run := task.original_run) is not None:
+        outputs[_ORIGINAL] = run_through(original_run)
     records = tuple(layer.record for layer in layers)
     tensors, entries = stored_tensors(task.block, task.name, task.dtypes)
     content = BlockContent(task.name, tensors, entries, [dataclasses.asdict(record) for record in records])

@@ -12,12 +12,12 @@ import torch
 
 from slimlm.calibration.samples import Calibration
 from slimlm.core.errors import RecipeError, SlimlmError
+from slimlm.core.objective import Objective
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.data.windows import check_seed
 from slimlm.distributed.environment import local_rank, world_size
-from slimlm.planner.objective import Objective
-from slimlm.planner.options import Budget
-from slimlm.planner.plan import alternation_of, asked_budget
+from slimlm.planner.options import Budget, options_of
+from slimlm.planner.plan import asked_budget
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
 from slimlm.recipes import DEFAULT_RECIPE
 from slimlm.storage.identity import files_identity
@@ -92,7 +92,7 @@ class RunConfig:
     @property
     def planned(self) -> bool:
         """Whether what layers become has to be planned."""
-        return self.bits is not None or self.opened_recipe.has_auto_rank
+        return self.bits is not None or self.opened_recipe.needs_plan
 
     @property
     def model_name(self) -> str:
@@ -104,8 +104,8 @@ class RunConfig:
         recipe = self.opened_recipe
         if self.bits is not None:
             return asked_budget(recipe, self.bits, self.objective)
-        if recipe.has_auto_rank:
-            alternation_of(recipe)
+        if recipe.needs_plan:
+            options_of(recipe, None, self.objective)
         elif self.objective != "size":
             raise RecipeError(f"`objective` {self.objective} says what a budget counts, and there is none; give `bits`")
         return None

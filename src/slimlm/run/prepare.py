@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimlm.calibration.capture import shares_of
 from slimlm.calibration.samples import kept_windows
 from slimlm.core.errors import CheckpointError, DataError, ModelError
-from slimlm.core.layer import Need
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.distributed.group import Group
 from slimlm.events import Event, Observer
 from slimlm.models.embeddings import Embeddings, embeddings_of
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     samples = run.group.broadcast_tensor(lambda: kept_windows(dense, whole, config.calibration, run.journal, run.progress))
     shares = shares_of(samples, run.group.size)
     _refuse_few_samples(len(samples), recipe, planned=budget is not None)
-    if recipe.needs & Need.GRAM:
+    if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
     needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits)
     memory = _memory_of_rank(needs, config, run.group, shares)
@@ -232,14 +232,14 @@ def _refuse_few_samples(count: int, recipe: Recipe, *, planned: bool) -> None:
     """Raise DataError where there are too few calibration samples for a plan or for block reconstruction."""
     if planned:
         refuse_few_windows(count)
-    if recipe.matching is not None and count < 2:
+    if recipe.block_reconstruction is not None and count < 2:
         raise DataError("block reconstruction holds samples back and needs at least 2; there is 1. Give more text or `samples`")
 
 
 def _memory_of_rank(needs: RunNeeds, config: RunConfig, group: Group, shares: tuple[int, ...]) -> Memory:
     """What this process holds: of several ranks each has its samples, and the first reconstructs blocks on all of them."""
     own = shares[group.rank]
-    if group.size > 1 and group.first and needs.recipe.matching is not None:
+    if group.size > 1 and group.first and needs.recipe.block_reconstruction is not None:
         own += needs.sample_count
     return memory_of(dataclasses.replace(needs, sample_count=own), config.memory, processes=group.local_size)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from slimlm.calibration.capture import Flow
+from slimlm.calibration.capture import BlockInputs
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.parts.pack import Parts
 from slimlm.models.structure import LINEAR_KINDS, swap
@@ -49,9 +49,9 @@ class Matching:
     """the base's codes: as they are, or moved through latent codes"""
     held_back: float = 0.125
     """share of the windows, but at least one, on which iterates are compared"""
-    inputs: Literal["compressed", "dense", "follow"] = "follow"
+    inputs: Literal["compressed", "dense", "asymmetric"] = "asymmetric"
     """For the caller. "compressed": inputs from the compressed blocks before, targets from the dense block on the same;
-    "dense": both from the dense model; "follow": inputs from the compressed blocks, targets from the dense model."""
+    "dense": both from the dense model; "asymmetric": inputs from the compressed blocks, targets from the dense model."""
     batch: int = 2
     """windows per step, at most as many as one batch of the flow holds"""
 
@@ -64,8 +64,8 @@ class Matching:
             raise RecipeError(f'codes = {self.codes!r}: give "frozen", or "ste" to move the codes of the base')
         if not 0 < self.held_back < 1:
             raise RecipeError(f"held_back = {self.held_back}: give a share of the windows, between 0 and 1")
-        if self.inputs not in ("compressed", "dense", "follow"):
-            raise RecipeError(f'inputs = {self.inputs!r}: give "compressed", "dense" or "follow"')
+        if self.inputs not in ("compressed", "dense", "asymmetric"):
+            raise RecipeError(f'inputs = {self.inputs!r}: give "compressed", "dense" or "asymmetric"')
         if self.batch < 1:
             raise RecipeError(f"batch = {self.batch}: a step needs at least one window")
 
@@ -83,7 +83,7 @@ class Matched:
 def match_block(
     block: nn.Module,
     name: str,
-    flow: Flow,
+    flow: BlockInputs,
     targets: Sequence[Tensor],
     options: Matching,
     dtypes: dict[str, torch.dtype],
@@ -152,7 +152,7 @@ class _Form:
 class _Windows:
     """Inputs and targets of one block, and what it makes of them."""
 
-    def __init__(self, name: str, flow: Flow, targets: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, name: str, flow: BlockInputs, targets: Sequence[Tensor], device: torch.device) -> None:
         assert [h.shape for h in flow.hidden] == [t.shape for t in targets], "targets do not fit the flow"
         self.name = name
         self.flow = flow

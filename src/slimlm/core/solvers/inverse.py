@@ -5,11 +5,11 @@ For the covariance H `[in, in]` (the mean of x^T x; nothing is centred) a sweep 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimlm.core.cache import Cache
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.profiling import profiled
 
@@ -77,24 +77,20 @@ def inverse_of(covariance: Tensor, *, damp: float) -> Inverse:
     raise NumericsError("the covariance of the inputs cannot be inverted even with damping as large as its mean diagonal")
 
 
-def inverse_in_order(covariance: Tensor, inputs: Tensor, *, damp: float, known: dict[Any, Any]) -> Inverse:
+def inverse_in_order(covariance: Tensor, inputs: Tensor, *, damp: float, cache: Cache) -> Inverse:
     """`inverse_of` a covariance whose inputs are taken in another order.
 
     Args:
         covariance: H `[in, in]`.
         inputs: int64 `[in]`, the inputs in that order.
         damp: see `inverse_of`.
-        known: what earlier layers computed of the same covariance; an inverse found there is used, a new one is put there.
+        cache: what earlier layers computed of the same covariance; an inverse found there is used, a new one is put there.
 
     Returns:
         The factor, its rows and columns in that order.
     """
-    key = "inverse", damp, tuple(inputs.tolist())
-    if key not in known:
-        known[key] = inverse_of(covariance.index_select(0, inputs).index_select(1, inputs), damp=damp)
-    found = known[key]
-    assert isinstance(found, Inverse)
-    return found
+    key = damp, tuple(inputs.tolist())
+    return cache.get(Inverse, key, lambda: inverse_of(covariance.index_select(0, inputs).index_select(1, inputs), damp=damp))
 
 
 def check_damp(damp: float) -> None:

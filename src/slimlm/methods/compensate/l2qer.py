@@ -6,36 +6,34 @@ Zhang, Cheng, Constantinides, Zhao: LQER, arXiv 2402.02446, section 3.2 (the var
 
 `only_rounding` repairs the rounding of the weights that stay and not the pruning, which is how SLiM's tables apply it
 after Wanda; without it the whole error is repaired. The authors store 16-bit factors.
-
-At 16 bits `group_size` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
+from torch import Tensor
+
+from slimlm.core.compensator import Compensator
+from slimlm.core.layer import Layer
+from slimlm.core.solvers.low_rank import AdapterBits
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 
 
 @dataclass(frozen=True)
-class L2qer:
+class L2qer(Compensator):
     """Low-rank repair weighted by each input's largest mean magnitude (L2QER)."""
 
-    rank: float = 0.1
     bits: AdapterBits = 16
-    group_size: int = 128
-    refit: bool = True
     only_rounding: bool = False
-    needs: ClassVar[Need] = Need.PEAK_MEAN_ABS
+    needs: ClassVar[Needs] = frozenset({PeakMeanAbs})
 
-    def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
+    def second_moment(self, layer: Layer, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
+        """s_j^2 `[in]`."""
+        peak = stats[PeakMeanAbs].to(layer.original).clamp_min(1e-4)
+        return (peak / (peak.min() * peak.max()).sqrt()).square(), ()
 
-    def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        peak = measured(stats.peak_mean_abs).to(layer.original).clamp_min(1e-4)
-        scale = peak / (peak.min() * peak.max()).sqrt()
-        # The residual counts no adapter that is there already: it will be replaced.
-        error = layer.residual * layer.mask if self.only_rounding and layer.mask is not None else layer.residual
-        part = low_rank_part(error, scale.square(), form)
-        return layer if part is None else layer.with_adapter(part)
+    def residual(self, layer: Layer) -> Tensor:
+        """The error `[out, in]`, or only that of the weights that stay."""
+        # Against the original, not the target: a repair that is there already will be replaced, so it does not count.
+        return layer.residual * layer.mask if self.only_rounding and layer.mask is not None else layer.residual

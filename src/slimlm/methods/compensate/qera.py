@@ -7,32 +7,27 @@ Zhang, Wong, Xiao, Constantinides, Zhao: QERA, arXiv 2410.06040, theorem 1; the 
 
 The papers take the SVD of E H^(1/2) and divide by H^(1/2); here the leading eigenvectors of E H E^T give the same product
 without root or inverse (slimlm.core.solvers.linalg), by subspace iteration for wide layers. At 4 and 8 bits the factors are
-rounded by a sweep under H and refitted in turn; the papers keep 16 bits, where `group_size` and `refit` have nothing to act on.
+rounded by a sweep under H and refitted in turn; the papers keep 16 bits.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slimlm.core.layer import Layer, Need, Stats, measured
+from torch import Tensor
+
+from slimlm.core.compensator import Compensator
+from slimlm.core.layer import Layer
 from slimlm.core.solvers.inverse import shrunk
-from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class Qera:
+class Qera(Compensator):
     """Low-rank repair of least output error under the full covariance of the inputs (QERA-exact)."""
 
-    rank: float = 0.1
-    bits: AdapterBits = 4
-    group_size: int = 128
-    refit: bool = True
-    needs: ClassVar[Need] = Need.GRAM
+    needs: ClassVar[Needs] = frozenset({Covariance})
 
-    def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-
-    def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
-        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        part = low_rank_part(layer.residual, gram, form)
-        return layer if part is None else layer.with_adapter(part).with_notes(*notes)
+    def second_moment(self, layer: Layer, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
+        """H `[in, in]`, shrunk where there are few tokens."""
+        return shrunk(stats[Covariance].to(layer.original), stats.tokens)

@@ -11,8 +11,6 @@ saliency  "rms": sqrt(mean x^2), the least-squares choice and what the authors' 
           "mean_abs": mean |x|, what the paper's text uses.
 shift     add the statistic's smallest positive value to all channels, as the paper and the program do to avoid zeros
           (to mean |x| in the paper, to mean x^2 in the program). Not needed here; kept for reproduction.
-
-At 16 bits `group_size` and `refit` have nothing to act on: they concern rounded factors.
 """
 
 from dataclasses import dataclass
@@ -20,39 +18,32 @@ from typing import Literal
 
 from torch import Tensor
 
-from slimlm.core.layer import Layer, Need, Stats, measured
-from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
+from slimlm.core.compensator import Compensator
+from slimlm.core.layer import Layer
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.statistics.mean_square import MeanSquare
 
 
 @dataclass(frozen=True)
-class SlimLora:
+class SlimLora(Compensator):
     """Low-rank repair of the joint error of pruning and rounding, weighted by activation saliency."""
 
-    rank: float = 0.1
-    bits: AdapterBits = 4
-    group_size: int = 128
-    refit: bool = True
     saliency: Literal["rms", "mean_abs"] = "rms"
     shift: bool = False
 
-    def __post_init__(self) -> None:
-        AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-
     @property
-    def needs(self) -> Need:
+    def needs(self) -> Needs:
         """The one statistic that the saliency is made of."""
-        return Need.MEAN_SQUARE if self.saliency == "rms" else Need.MEAN_ABS
+        return frozenset({MeanSquare if self.saliency == "rms" else MeanAbs})
 
-    def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        form = AdapterFormat(self.rank, self.bits, self.group_size, self.refit)
-        part = low_rank_part(layer.residual, self.energy(stats).to(layer.original), form)
-        return layer if part is None else layer.with_adapter(part)
-
-    def energy(self, stats: Stats) -> Tensor:
-        """The weights x^2 `[in]` of the norm."""
+    def second_moment(self, layer: Layer, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
+        """x^2 `[in]`."""
         if self.saliency == "rms":
-            return _shifted(measured(stats.mean_square), self.shift)
-        return _shifted(measured(stats.mean_abs), self.shift).square()
+            moment = _shifted(stats[MeanSquare], self.shift)
+        else:
+            moment = _shifted(stats[MeanAbs], self.shift).square()
+        return moment.to(layer.original), ()
 
 
 def _shifted(statistic: Tensor, shift: bool) -> Tensor:

@@ -6,18 +6,18 @@ adapter L R, but decides them once, one after another. Here, with H the covarian
     minimise tr((G - B - L R) H (G - B - L R)^T)
 
 by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.solvers.sweep) of G - L R, its mask and scales chosen anew; L R
-is the best product for G - B (QERA's optimum, slimlm.core.solvers.linalg). After the sweeps, coordinate descent polishes the
+is the best product for G - B (QERA's optimum, slimlm.core.solvers.linalg). After the sweeps, coordinate descent improves the
 base and the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors
-settle together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus
+are improved together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus
 low-rank without rounding is HASSLE-free (Makni et al., arXiv 2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for
 rounding plus low-rank CALDERA (Saha et al., arXiv 2405.18886).
 
-G, the goal, is the original weight, or with `follow` what makes the layer give the original model's outputs from the inputs
+G, the goal, is the original weight, or with `asymmetric` what makes the layer give the original model's outputs from the inputs
 that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
-goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `follow` x the mean diagonal
-of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the block's
-output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole stream;
-for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
+goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `asymmetric` x the mean
+diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the
+block's output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole
+stream; for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
 
 codebook  "none": integer codes. "fitted": 2^bits values (at most 16) fitted to what is rounded (under 2:4 nothing near zero
           is left). "auto": a codebook, from the second sweep on, where it saves at least 4 % of the rounding error.
@@ -25,21 +25,23 @@ base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, n
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
 bits      16 leaves the base unrounded.
 rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
-rounds    most sweeps; they stop when one gains less than `patience`. polish: most rounds of polishing, and twice as many of
-          settling, likewise.
+rounds    most sweeps; they stop when one gains less than `tolerance`. descent_rounds: most rounds of coordinate descent on the
+          base, and twice as many on base and factors together, likewise.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from slimlm.core import grid
+from slimlm.core.cache import Cache
 from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Grid
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
+from slimlm.core.objective import Objective
 from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
@@ -49,18 +51,28 @@ from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, s
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
 from slimlm.core.solvers.scale_search import distribution, fitted_codebook, signed_scale
 from slimlm.core.solvers.sweep import Swept, check_grouping, order_of, rounded_sweep, unrounded_sweep
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
+from slimlm.core.step import StepDefaults, widths_around
 
 _TABLE_SAVES = 0.04
 _FRESH_SWEEPS = 2
 """Sweeps whose scales are searched from scratch; later ones start from the scales before."""
 _STALLED = 2
-"""Rounds of polishing in a row that gain too little before it stops; one may be the bad luck of a fresh rounding."""
-_SETTLED = 0.4
-"""Share of `patience` below which settling stops: its gains are small and steady, and are not lost again."""
+"""Rounds of descent in a row that gain too little before it stops; one may be the bad luck of a fresh rounding."""
+_JOINT_SHARE = 0.4
+"""Share of `tolerance` below which the joint descent stops: its gains are small and steady, and are not lost again."""
+_AUTO_RANK = 0.1
+"""The rank, as a share, whose bits `rank = "auto"` may spend."""
+_AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+_BRIEF_ROUNDS, _BRIEF_DESCENT = 2, 1
+"""Of a trial: the order of a plan's options shows early."""
 
 
 @dataclass(frozen=True)
-class Alternation:
+class Alternation(StepDefaults):
     """Mask, codes and adapters decided in turn against one objective until a round gains little."""
 
     bits: int = 4
@@ -71,9 +83,9 @@ class Alternation:
     adapter_group_size: int = 128
     codebook: Literal["auto", "none", "fitted"] = "auto"
     rounds: int = 16
-    polish: int = 8
-    patience: float = 0.005
-    follow: float = 0.1
+    descent_rounds: int = 8
+    tolerance: float = 0.005
+    asymmetric: float = 0.1
     base: Literal["sweep", "project"] = "sweep"
     norm: Literal["full", "diagonal"] = "full"
     damp: float = 0.01
@@ -82,14 +94,14 @@ class Alternation:
         if self.bits != 16:
             grid.check_bits(self.bits)
         grid.check_group_size(self.group_size)
-        if self.pattern != "":
-            check_grouping(self.group_size, Pattern.parse(self.pattern))
-        AdapterFormat(0.1 if self.rank == "auto" else self.rank, self.adapter_bits, self.adapter_group_size, True)
+        if self.sparsity is not None:
+            check_grouping(self.group_size, self.sparsity)
+        _ = self.adapter  # refuses what makes no sense
         check_damp(self.damp)
-        if self.rounds < 1 or self.polish < 0 or not 0 <= self.patience < 1:
+        if self.rounds < 1 or self.descent_rounds < 0 or not 0 <= self.tolerance < 1:
             raise RecipeError(
-                f"rounds = {self.rounds}, polish = {self.polish}, patience = {self.patience}: give at least one round, no "
-                "negative number, and a share below 1"
+                f"rounds = {self.rounds}, descent_rounds = {self.descent_rounds}, tolerance = {self.tolerance}: give at least "
+                "one round, no negative number, and a share below 1"
             )
         if self.base == "project" and self.codebook == "fitted":
             raise RecipeError('codebook = "fitted" is fitted to what sweeps round; use base = "sweep", or codebook = "none"')
@@ -101,78 +113,152 @@ class Alternation:
             raise RecipeError(
                 f'codebook = "fitted", rounds = {self.rounds}: a codebook is fitted to what a first sweep rounds; give two'
             )
-        if self.follow != 0 and not 1e-6 <= self.follow <= 1e6:
-            raise RecipeError(f"follow = {self.follow}: give a damping from 1e-6 to 1e6, or 0 to aim at the original weight")
+        if self.asymmetric != 0 and not 1e-6 <= self.asymmetric <= 1e6:
+            raise RecipeError(
+                f"asymmetric = {self.asymmetric}: give a damping from 1e-6 to 1e6, or 0 to aim at the original weight"
+            )
 
     @property
-    def needs(self) -> Need:
-        """The covariance of the inputs, and of the original inputs with them where those are followed."""
-        return Need.GRAM | Need.CROSS | Need.DRIFT if self.follow else Need.GRAM
+    def needs(self) -> Needs:
+        """The covariance of the inputs; in asymmetric calibration what compares them with the original model's, too."""
+        own: Needs = frozenset({Covariance})
+        return own | {CrossCovariance, OutputResidualCovariance} if self.asymmetric else own
+
+    @property
+    def sparsity(self) -> Pattern | None:
+        """The pattern of the mask; None keeps the base dense."""
+        return None if self.pattern == "" else Pattern.parse(self.pattern)
+
+    @property
+    def adapter(self) -> AdapterFormat:
+        """The size and format of the adapter."""
+        rank = _AUTO_RANK if self.rank == "auto" else self.rank
+        return AdapterFormat(rank, self.adapter_bits, self.adapter_group_size, True)
+
+    @property
+    def may_fit_codebook(self) -> bool:
+        """Whether the search may fit a codebook."""
+        return self.codebook != "none"
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether ranks are left to a plan."""
+        return self.rank == "auto"
+
+    def resolved(self) -> Self:
+        """With the rank whose bits a plan may spend."""
+        return replace(self, rank=_AUTO_RANK) if self.needs_plan else self
+
+    def with_rank(self, rank: float) -> Self:
+        """With another rank, a share of min(out, in)."""
+        return replace(self, rank=rank)
+
+    def brief(self) -> Self:
+        """With few rounds, and the original weight as the reference."""
+        rounds, descent = min(self.rounds, _BRIEF_ROUNDS), min(self.descent_rounds, _BRIEF_DESCENT)
+        return replace(self, rounds=rounds, descent_rounds=descent, asymmetric=0.0)
+
+    def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
+        """Dense codes of widths around the budget, the narrow ones also in short groups, two with adapters; and 2:4.
+
+        For size one 2:4 option, so that the table shows where it stands (by bytes alone it seldom wins), for speed several.
+        For `rank = "auto"` and no other budget: the own base with other ranks.
+        """
+        if bits is None:
+            return tuple(replace(self, rank=rank) for rank in _AUTO_RANKS) if self.needs_plan else ()
+        widths = widths_around(bits)
+        dense: list[tuple[int, int, str, float]] = [(width, 128, "", 0.0) for width in widths]
+        dense += [(width, 32, "", 0.0) for width in widths if width <= 3]
+        below = [width for width in widths if width <= bits - 0.3] or widths[:1]
+        dense += [(width, 128, "", rank) for width, rank in zip(reversed(below), (0.05, 0.1), strict=False)]
+        sparse = [(4, 32, "2:4", 0.1)]
+        if objective == "speed":
+            sparse = [(3, 64, "2:4", 0.1), (4, 64, "2:4", 0.05), *sparse, (4, 32, "2:4", 0.2)]
+        return tuple(self._stored_as(*option) for option in [*dense, *sparse])
+
+    def _stored_as(self, bits: int, group_size: int, pattern: str, rank: float) -> Self:
+        """With this base and adapter; a codebook only where it can be, and where the recipe has not ruled it out."""
+        fits = self.codebook != "none" and bits <= grid.LARGEST_CODEBOOK_BITS
+        codebook: Literal["auto", "none"] = "auto" if fits else "none"
+        return replace(self, bits=bits, group_size=group_size, pattern=pattern, rank=rank, codebook=codebook)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
-        if self.follow and stats.cross is None:
+        covariance, notes = shrunk(stats[Covariance].to(layer.original), stats.tokens)
+        cross = stats.get(CrossCovariance) if self.asymmetric else None
+        if self.asymmetric and cross is None:
             notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
-        elif self.follow and notes:
+        elif self.asymmetric and notes:
             notes = (*notes, "for the same reason the original model's outputs are not followed")
-        elif self.follow:
-            lacking = stats.drift
-            if lacking is None:
-                lacking = layer.original @ (measured(stats.cross).to(layer.original) - gram)
-            layer = replace(layer, reference=_goal(layer.original, gram, lacking.to(layer.original), self.follow, stats.known))
+        elif cross is not None:
+            residual = stats.get(OutputResidualCovariance)
+            if residual is None:
+                residual = layer.original @ (cross.to(layer.original) - covariance)
+            reference = _reference(layer.original, covariance, residual.to(layer.original), self.asymmetric, stats.cache)
+            layer = replace(layer, reference=reference)
         if self.norm == "diagonal":
-            gram = torch.diag(gram.diagonal())
-        search = _Search(self, layer, gram, stats.known if self.norm == "full" else {})
+            covariance = torch.diag(covariance.diagonal())
+        search = _Search(self, layer, covariance, stats.cache if self.norm == "full" else Cache())
         search.run()
         inverse = search.inverse or search.natural
         return search.decided(layer).with_notes(*notes, *(() if inverse is None else inverse.notes))
 
 
+@dataclass(frozen=True)
+class _ReferenceFactor:
+    """The Cholesky factor of H + a I."""
+
+    lower: Tensor
+    """float64 `[in, in]`"""
+
+    @classmethod
+    def of(cls, covariance: Tensor, amount: Tensor) -> "_ReferenceFactor":
+        square = covariance.double()
+        square.diagonal().add_(amount)
+        return cls(torch.linalg.cholesky(square))
+
+
 @profiled("reference")
-def _goal(weight: Tensor, gram: Tensor, lacking: Tensor, damp: float, known: dict[Any, Any]) -> Tensor:
+def _reference(weight: Tensor, covariance: Tensor, residual: Tensor, damp: float, cache: Cache) -> Tensor:
     """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires.
 
-    The factor of H + a I is taken from `known` where an earlier layer put it there.
+    The factor of H + a I is taken from the cache where an earlier layer put it there.
     """
-    amount = damp * gram.diagonal().double().mean()
+    amount = damp * covariance.diagonal().double().mean()
     if float(amount) == 0:
         return weight
-    if ("goal", damp) not in known:
-        square = gram.double()
-        square.diagonal().add_(amount)
-        known["goal", damp] = torch.linalg.cholesky(square)
-    return weight + torch.cholesky_solve(lacking.T.double(), known["goal", damp]).T.to(weight)
+    factor = cache.get(_ReferenceFactor, damp, lambda: _ReferenceFactor.of(covariance, amount))
+    return weight + torch.cholesky_solve(residual.T.double(), factor.lower).T.to(weight)
 
 
 class _Search:
     """The state of one layer's alternation."""
 
-    def __init__(self, options: Alternation, layer: Layer, gram: Tensor, known: dict[Any, Any]) -> None:
+    def __init__(self, options: Alternation, layer: Layer, covariance: Tensor, cache: Cache) -> None:
         assert options.rank != "auto", "the plan gives every layer its rank before the layer is reached"
-        self.options, self.gram = options, gram
-        self.energy = gram if options.norm == "full" else gram.diagonal()
+        self.options, self.covariance = options, covariance
+        self.second_moment = covariance if options.norm == "full" else covariance.diagonal()
         self.reference = layer.reference if layer.outliers is None else layer.reference - layer.outliers.dense()
         self.given = layer.mask
-        self.pattern = None if options.pattern == "" else Pattern.parse(options.pattern)
+        self.pattern = options.sparsity
         self.levels = None if options.bits == 16 else Grid.of_bits(options.bits)
-        self.order = order_of(gram.diagonal(), group_size=options.group_size, pattern=self.pattern)
-        self.inverse = self._inverse(self.order.inputs, known) if options.base == "sweep" else None
+        self.order = order_of(covariance.diagonal(), group_size=options.group_size, pattern=self.pattern)
+        self.inverse = self._inverse(self.order.inputs, cache) if options.base == "sweep" else None
         rank = float(options.rank)
         self.rough = AdapterFormat(rank, 16, options.adapter_group_size, True)
         self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group_size, True)
         self.stored = replace(self.final, refit=False)
         swept = options.norm == "full" and self.final.rank_of(layer.shape) > 0 and self.final.bits != 16
-        self.natural = self._inverse(torch.arange(len(gram), device=gram.device), known) if swept else None
+        self.natural = self._inverse(torch.arange(len(covariance), device=covariance.device), cache) if swept else None
         self.base: Swept | None = None
         self.adapter: LowRank | None = None
         self.best: tuple[float, Swept, LowRank | None] | None = None
 
-    def _inverse(self, inputs: Tensor, known: dict[Any, Any]) -> Inverse:
-        return inverse_in_order(self.gram, inputs, damp=self.options.damp, known=known)
+    def _inverse(self, inputs: Tensor, cache: Cache) -> Inverse:
+        return inverse_in_order(self.covariance, inputs, damp=self.options.damp, cache=cache)
 
     def run(self) -> None:
-        """Sweeps against an unrounded adapter; polishing of the best one against the adapter as it is stored; settling."""
-        patience = self.options.patience
+        """Sweeps against an unrounded adapter; descent from the best one against the adapter as stored; joint descent."""
+        tolerance = self.options.tolerance
         found: tuple[float, Swept, LowRank | None] | None = None
         for number in range(self.options.rounds):
             self.base = self._sweep(number)
@@ -180,16 +266,16 @@ class _Search:
             gain = 1.0 if found is None else 1 - error / max(found[0], 1e-30)
             if gain > 0:
                 found = error, self.base, self.adapter
-            if gain <= patience:
+            if gain <= tolerance:
                 break
         assert found is not None
         _, self.base, self.adapter = found
         last = self._repair(self.stored, count=True)
         stalled = 0
-        for _ in range(self.options.polish if self.levels is not None else 0):
-            self.base = self._polish()
+        for _ in range(self.options.descent_rounds if self.levels is not None else 0):
+            self.base = self._descend()
             error = self._repair(self.stored, count=True)
-            stalled = stalled + 1 if last - error <= patience * last else 0
+            stalled = stalled + 1 if last - error <= tolerance * last else 0
             if stalled == _STALLED:
                 break
             last = min(error, last)
@@ -198,19 +284,19 @@ class _Search:
         self._repair(self.final, count=True)
         _, self.base, self.adapter = self.best
         if self.adapter is not None and self.final.bits != 16 and self.levels is not None:
-            self._settle()
+            self._descend_jointly()
 
-    def _settle(self) -> None:
-        """Polishing with the adapter's codes following from where they are; so nothing raises the objective any more."""
+    def _descend_jointly(self) -> None:
+        """Descent on the base and the adapter's codes in turn, from where they are; nothing raises the objective any more."""
         assert self.best is not None
-        for _ in range(2 * self.options.polish):
+        for _ in range(2 * self.options.descent_rounds):
             last = self.best[0]
-            self.base = self._polish()
+            self.base = self._descend()
             assert self.adapter is not None
             residual = self.reference - self.base.value
-            self.adapter = descend_adapter(residual, self.gram, self.adapter)
+            self.adapter = descend_adapter(residual, self.covariance, self.adapter)
             error = self._measured(residual - self.adapter.dense())
-            if last - error <= _SETTLED * self.options.patience * last:
+            if last - error <= _JOINT_SHARE * self.options.tolerance * last:
                 break
 
     def decided(self, layer: Layer) -> Layer:
@@ -231,7 +317,7 @@ class _Search:
         target, options = self._target(), self.options
         pattern = None if self.given is not None else self.pattern
         if options.base == "project":
-            return _projected(target, self.gram.diagonal(), self.levels, options.group_size, pattern, self.given)
+            return _projected(target, self.covariance.diagonal(), self.levels, options.group_size, pattern, self.given)
         assert self.inverse is not None
         if self.levels is None:
             return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, mask=self.given)
@@ -267,24 +353,24 @@ class _Search:
         if self.options.codebook == "fitted" or pays:
             self.levels = table
 
-    def _polish(self) -> Swept:
+    def _descend(self) -> Swept:
         assert self.base is not None
         pattern = None if self.given is not None else self.pattern
-        return descend_base(self._target(), self.gram, self.base, group_size=self.options.group_size, pattern=pattern)
+        return descend_base(self._target(), self.covariance, self.base, group_size=self.options.group_size, pattern=pattern)
 
     def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
         """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
         assert self.base is not None
-        damage = self.reference - self.base.value
+        residual = self.reference - self.base.value
         start = None if self.adapter is None else torch.linalg.qr(self.adapter.left.dense().T).Q
-        self.adapter = low_rank_part(damage, self.energy, form, start=start, inverse=self.natural)
-        left = damage if self.adapter is None else damage - self.adapter.dense()
+        self.adapter = low_rank_part(residual, self.second_moment, form, start=start, inverse=self.natural)
+        left = residual if self.adapter is None else residual - self.adapter.dense()
         return self._measured(left, count=count)
 
     def _measured(self, left: Tensor, *, count: bool = True) -> float:
         """The objective of the present base and adapter, which leave `left` of the goal."""
         assert self.base is not None
-        error = linalg.weighted_square(left, self.energy)
+        error = linalg.weighted_square(left, self.second_moment)
         if count and (self.best is None or error < self.best[0]):
             self.best = error, self.base, self.adapter
         return error
@@ -292,19 +378,19 @@ class _Search:
 
 def _projected(
     target: Tensor,
-    energy: Tensor,
+    second_moment: Tensor,
     levels: Grid | None,
     group_size: grid.GroupSize,
     pattern: Pattern | None,
     given: Tensor | None,
 ) -> Swept:
     """The base without error feedback: the mask of highest |w| sqrt(H_jj), scales of least squared error under H_jj."""
-    keep = given if pattern is None else choose(target.abs() * energy.clamp_min(0).sqrt(), pattern)
+    keep = given if pattern is None else choose(target.abs() * second_moment.clamp_min(0).sqrt(), pattern)
     kept = target if keep is None else target * keep
     if levels is None:
         return Swept(kept, target, keep)
     sets = grid.scale_sets(kept, group_size)
-    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(energy.expand_as(kept), group_size)
+    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(second_moment.expand_as(kept), group_size)
     if group_size == "per-tensor":
         sets, masses = distribution(sets)
     scale = grid.storable(

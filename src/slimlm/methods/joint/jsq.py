@@ -34,13 +34,18 @@ from torch import Tensor
 from slimlm.core import grid
 from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.mean_sample import MeanSample
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.statistics.peak_abs import PeakAbs
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class Jsq:
+class Jsq(StepDefaults):
     """Keep weights by input norm and output range; round those that stay, smoothed (SmoothQuant)."""
 
     bits: int = 4
@@ -49,12 +54,12 @@ class Jsq:
     rho: float = 2.1
     alpha: float = 0.5
     clip: float = 0.01
-    needs: ClassVar[Need] = Need.MEAN_SQUARE | Need.PEAK_ABS | Need.MEAN_WINDOW
+    needs: ClassVar[Needs] = frozenset({MeanSquare, PeakAbs, MeanSample})
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
         grid.check_group_size(self.group_size)
-        Pattern.parse(self.pattern)
+        _ = self.sparsity  # refuses what is no pattern
         if not 0 <= self.rho < math.inf:
             raise RecipeError(f"rho = {self.rho}: give the weight of the output's range in the score, 0 or more")
         if not 0 <= self.alpha <= 1:
@@ -62,11 +67,16 @@ class Jsq:
         if not 0 <= self.clip < 1:
             raise RecipeError(f"clip = {self.clip}: give the share of a statistic to cap, from 0 up to but not including 1")
 
+    @property
+    def sparsity(self) -> Pattern:
+        """The pattern of the mask."""
+        return Pattern.parse(self.pattern)
+
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         target = layer.masked_reference
-        keep = choose(self.score(target, stats), Pattern.parse(self.pattern))
+        keep = choose(self.score(target, stats), self.sparsity)
         kept = target * keep
-        peak = capped(measured(stats.peak_abs).to(target), self.clip)
+        peak = capped(stats[PeakAbs].to(target), self.clip)
         inverse = inverse_smoothing(kept, peak, alpha=self.alpha)
         # The stored inverse, not s itself, so that file and codes agree.
         smooth = kept / inverse.float()
@@ -78,8 +88,8 @@ class Jsq:
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """What each weight `[out, in]` is worth: the larger stays."""
-        window = measured(stats.mean_window).to(weight)
-        norm = capped((len(window) * measured(stats.mean_square).to(weight)).sqrt(), self.clip)
+        window = stats[MeanSample].to(weight)
+        norm = capped((len(window) * stats[MeanSquare].to(weight)).sqrt(), self.clip)
         return weight.abs() * norm + self.rho * ranges_without(weight, capped(window, self.clip))
 
 

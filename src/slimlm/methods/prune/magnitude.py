@@ -7,20 +7,27 @@ far: the rounded one after a quantizer, else the original.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(StepDefaults):
     """Keep the weights of largest magnitude."""
 
     pattern: str | float = "2:4"
-    needs: ClassVar[Need] = Need.NOTHING
+    needs: ClassVar[Needs] = frozenset()
 
     def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+        _ = self.sparsity  # refuses what is no pattern
+
+    @property
+    def sparsity(self) -> Pattern:
+        """The pattern of the mask."""
+        return Pattern.parse(self.pattern)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        return layer.with_mask(choose(layer.base_weight.abs(), Pattern.parse(self.pattern)), str(self.pattern))
+        return layer.with_mask(choose(layer.base_weight.abs(), self.sparsity), str(self.pattern))

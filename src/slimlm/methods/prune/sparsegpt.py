@@ -11,34 +11,40 @@ of a block, not from the block as a whole, because rows are stored with equally 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.sweep import order_of, unrounded_sweep
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class SparseGpt:
+class SparseGpt(StepDefaults):
     """Prune with error feedback under the covariance of the inputs."""
 
     pattern: str | float = "2:4"
     order: Literal["energy", "input"] = "energy"
     damp: float = 0.01
-    needs: ClassVar[Need] = Need.GRAM
-    moves: ClassVar[bool] = True
+    needs: ClassVar[Needs] = frozenset({Covariance})
+    moves_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+        _ = self.sparsity  # refuses what is no pattern
         check_damp(self.damp)
 
+    @property
+    def sparsity(self) -> Pattern:
+        """The pattern of the mask."""
+        return Pattern.parse(self.pattern)
+
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
-        pattern = Pattern.parse(self.pattern)
-        energy = gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram))
-        order = order_of(energy, group_size="per-channel", pattern=pattern)
-        inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
-        swept = unrounded_sweep(layer.base_weight, inverse, order, pattern=pattern)
+        covariance, notes = shrunk(stats[Covariance].to(layer.original), stats.tokens)
+        energy = covariance.diagonal() if self.order == "energy" else covariance.new_zeros(len(covariance))
+        order = order_of(energy, group_size="per-channel", pattern=self.sparsity)
+        inverse = inverse_in_order(covariance, order.inputs, damp=self.damp, cache=stats.cache)
+        swept = unrounded_sweep(layer.base_weight, inverse, order, pattern=self.sparsity)
         assert swept.mask is not None
-        return (
-            layer.with_mask(swept.mask, str(self.pattern)).with_updated_weight(swept.value).with_notes(*notes, *inverse.notes)
-        )
+        pruned = layer.with_mask(swept.mask, str(self.pattern)).with_updated_weight(swept.value)
+        return pruned.with_notes(*notes, *inverse.notes)

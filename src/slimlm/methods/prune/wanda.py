@@ -10,22 +10,30 @@ original  the model's own weight, even after a quantizer, as the authors of SLiM
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern, choose
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(StepDefaults):
     """Keep the weights of largest |weight| x input norm."""
 
     pattern: str | float = "2:4"
     score: Literal["working", "original"] = "working"
-    needs: ClassVar[Need] = Need.MEAN_SQUARE
+    needs: ClassVar[Needs] = frozenset({MeanSquare})
 
     def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+        _ = self.sparsity  # refuses what is no pattern
+
+    @property
+    def sparsity(self) -> Pattern:
+        """The pattern of the mask."""
+        return Pattern.parse(self.pattern)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        norm = measured(stats.mean_square).to(layer.original).sqrt()
+        norm = stats[MeanSquare].to(layer.original).sqrt()
         weight = layer.original if self.score == "original" else layer.base_weight
-        return layer.with_mask(choose(weight.abs() * norm, Pattern.parse(self.pattern)), str(self.pattern))
+        return layer.with_mask(choose(weight.abs() * norm, self.sparsity), str(self.pattern))

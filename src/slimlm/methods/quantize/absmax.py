@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimlm.core import grid
-from slimlm.core.layer import Layer, Need, Stats
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class AbsMax:
+class AbsMax(StepDefaults):
     """Round to nearest with the scale of the largest weight (tensor, row or group)."""
 
     bits: int = 4
     group_size: grid.GroupSize = 128
-    needs: ClassVar[Need] = Need.NOTHING
+    needs: ClassVar[Needs] = frozenset()
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)

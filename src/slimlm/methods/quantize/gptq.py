@@ -10,35 +10,46 @@ takes groups, and fours within them, by falling energy, which needs no stored pe
 After a pruner the mask stays, and the weights that stay also repair the pruning.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from slimlm.core import grid
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
+from slimlm.core.objective import Objective
 from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.sweep import order_of, rounded_sweep
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.covariance import Covariance
+from slimlm.core.step import StepDefaults, widths_around
+
+_GROUP_SIZES = (128, 32)
+"""Group sizes that a plan may choose from: scales take an eighth or half a bit per weight."""
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(StepDefaults):
     """Round with error feedback under the covariance of the inputs."""
 
     bits: int = 4
     group_size: grid.GroupSize = 128
     order: Literal["energy", "input"] = "energy"
     damp: float = 0.01
-    needs: ClassVar[Need] = Need.GRAM
+    needs: ClassVar[Needs] = frozenset({Covariance})
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
         grid.check_group_size(self.group_size)
         check_damp(self.damp)
 
+    def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
+        """Widths around the budget, each in long and in short groups."""
+        widths = [] if bits is None else widths_around(bits)
+        return tuple(replace(self, bits=width, group_size=size) for width in widths for size in _GROUP_SIZES)
+
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        gram, notes = shrunk(measured(stats.gram).to(layer.original), stats.tokens)
-        order = order_of(
-            gram.diagonal() if self.order == "energy" else gram.new_zeros(len(gram)), group_size=self.group_size, pattern=None
-        )
-        inverse = inverse_in_order(gram, order.inputs, damp=self.damp, known=stats.known)
+        covariance, notes = shrunk(stats[Covariance].to(layer.original), stats.tokens)
+        energy = covariance.diagonal() if self.order == "energy" else covariance.new_zeros(len(covariance))
+        order = order_of(energy, group_size=self.group_size, pattern=None)
+        inverse = inverse_in_order(covariance, order.inputs, damp=self.damp, cache=stats.cache)
         swept = rounded_sweep(layer.base_reference, inverse, order, grid=grid.Grid.of_bits(self.bits), mask=layer.mask)
         return layer.with_base(swept.part(self.group_size)).with_notes(*notes, *inverse.notes)

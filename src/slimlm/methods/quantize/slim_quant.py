@@ -29,13 +29,16 @@ from torch import Tensor
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.mean_square import MeanSquare
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class SlimQuant:
+class SlimQuant(StepDefaults):
     """The scale of least expected squared error under the weights' own distribution."""
 
     bits: int = 4
@@ -56,13 +59,13 @@ class SlimQuant:
             raise RecipeError(f'search = "{self.search}" knows no weights; use weigh = "even", or search = "grid"')
 
     @property
-    def needs(self) -> Need:
+    def needs(self) -> Needs:
         """Nothing, or the energies of the inputs."""
-        return Need.MEAN_SQUARE if self.weigh == "energy" else Need.NOTHING
+        return frozenset({MeanSquare}) if self.weigh == "energy" else frozenset()
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         target = layer.masked_reference
-        energy = measured(stats.mean_square).to(target) if self.weigh == "energy" else None
+        energy = stats[MeanSquare].to(target) if self.weigh == "energy" else None
         scale = grid.storable(self.scale_of(target, energy))
         codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
         return layer.with_base(Uniform(codes, scale, self.bits, self.group_size))

@@ -14,19 +14,22 @@ import torch
 
 from slimlm.core import grid
 from slimlm.core.errors import RecipeError
-from slimlm.core.layer import Layer, Need, Stats, measured
+from slimlm.core.layer import Layer
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
+from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.mean_abs import MeanAbs
+from slimlm.core.step import StepDefaults
 
 
 @dataclass(frozen=True)
-class SlimQuantO:
+class SlimQuantO(StepDefaults):
     """SLiM-Quant with the most salient input channels rounded on a finer grid."""
 
     bits: int = 4
     salient: float = 0.01
     boost: float = 2.0
-    needs: ClassVar[Need] = Need.MEAN_ABS
+    needs: ClassVar[Needs] = frozenset({MeanAbs})
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)
@@ -39,7 +42,7 @@ class SlimQuantO:
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         target = layer.masked_reference
         scale = grid.storable(search_scales(target, bits=self.bits, group_size="per-tensor"))
-        saliency = measured(stats.mean_abs).to(target) * target.abs().mean(dim=0)
+        saliency = stats[MeanAbs].to(target) * target.abs().mean(dim=0)
         count = max(1, int(self.salient * target.shape[1]))
         inverse = torch.ones_like(saliency, dtype=torch.float16)
         inverse[saliency.topk(count).indices] = 1 / self.boost

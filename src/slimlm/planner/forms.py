@@ -3,19 +3,18 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimlm.core.grid import LARGEST_CODEBOOK_BITS
-from slimlm.core.layer import Layer, Need, Stats
-from slimlm.core.mask import Pattern
+from slimlm.core.layer import Layer
 from slimlm.core.parts.codebook import codebook_bits
 from slimlm.core.parts.kernel_layout import MatrixLayout
 from slimlm.core.parts.pack import PartEntries
 from slimlm.core.solvers.low_rank import rank_of
-from slimlm.planner.plan import AUTO_SHARE
+from slimlm.core.statistics.base import Batch, Needs, Source, Statistic, Stats
+from slimlm.core.step import Step
 from slimlm.recipe import NamedStep, apply_steps
 
 Steps = tuple[NamedStep, ...]
@@ -44,27 +43,30 @@ class Form:
 @lru_cache(maxsize=256)
 def form_of(steps: Steps, dtype: torch.dtype) -> Form:
     """How these steps store a weight of this dtype."""
-    tried = tuple(_changed(named, {"rank": _TRIED_RANK} if getattr(named.step, "rank", 0) else {}) for named in brief(steps))
+    tried = tuple(_with_step(n, n.step.with_rank(_TRIED_RANK)) if _fits_adapter(n.step) else n for n in brief(steps))
     shape = fitting((_SMALL, _SMALL), steps)
-    made = apply_steps(tried, *drawn_layer(shape, needs_of(steps), dtype=dtype, length=8))
-    maybe = any(getattr(named.step, "codebook", None) == "auto" for named in steps)
+    made = apply_steps(tried, *drawn_layer(shape, needs_of(tried), dtype=dtype, length=8))
+    maybe = any(named.step.may_fit_codebook for named in steps)
     entries = made.parts().describe()
     return Form(entries, share_of(steps), _spared(entries) if maybe else 0)
 
 
+def _fits_adapter(step: Step) -> bool:
+    return step.adapter is not None and step.adapter.rank > 0
+
+
 def brief(steps: Steps) -> Steps:
     """The steps with few rounds, where they go in rounds."""
-    fewer = {"rounds": 2, "polish": 1}
-    return tuple(
-        _changed(
-            named, {name: min(getattr(named.step, name), most) for name, most in fewer.items() if hasattr(named.step, name)}
-        )
-        for named in steps
-    )
+    return tuple(_with_step(named, named.step.brief()) for named in steps)
 
 
-def _changed(named: NamedStep, options: dict[str, Any]) -> NamedStep:
-    return dataclasses.replace(named, step=dataclasses.replace(named.step, **options))  # type: ignore[type-var]
+def resolved(steps: Steps) -> Steps:
+    """The steps with the values whose cost a plan may spend where they leave something to one."""
+    return tuple(_with_step(named, named.step.resolved()) for named in steps)
+
+
+def _with_step(named: NamedStep, step: Step) -> NamedStep:
+    return dataclasses.replace(named, step=step)
 
 
 def _spared(entries: PartEntries) -> int:
@@ -75,42 +77,33 @@ def _spared(entries: PartEntries) -> int:
     return codebook_bits(layout.bits)
 
 
-def resolved(steps: Steps) -> Steps:
-    """The steps with the rank whose bits a plan may spend where they leave it to one."""
-    return tuple(_changed(n, {"rank": AUTO_SHARE}) if getattr(n.step, "rank", None) == "auto" else n for n in steps)
-
-
 def share_of(steps: Steps) -> float:
-    """The rank that the last repair of the steps has, as a share."""
-    ranks = [float(rank) for named in steps if (rank := getattr(named.step, "rank", None)) is not None]
+    """The rank of the last adapter that the steps fit, as a share."""
+    ranks = [named.step.adapter.rank for named in steps if named.step.adapter is not None]
     return ranks[-1] if ranks else 0.0
 
 
-def needs_of(steps: Steps) -> Need:
+def needs_of(steps: Steps) -> Needs:
     """The statistics that the steps need together."""
-    needs = Need.NOTHING
-    for named in steps:
-        needs |= named.step.needs
-    return needs
+    return frozenset().union(*(named.step.needs for named in steps))
 
 
 def fitting(shape: tuple[int, int], steps: Steps) -> tuple[int, int]:
     """This shape with as many more inputs as the steps' pattern wants."""
     out, width = shape
     for named in steps:
-        pattern = getattr(named.step, "pattern", "")
-        if pattern != "" and (of := Pattern.parse(pattern).of):
-            width = -(-width // of) * of
+        if (sparsity := named.step.sparsity) is not None and sparsity.of:
+            width = -(-width // sparsity.of) * sparsity.of
     return out, width
 
 
 def drawn_layer(
-    shape: tuple[int, int], needs: Need, *, dtype: torch.dtype, length: int, device: torch.device | None = None
+    shape: tuple[int, int], needs: Needs, *, dtype: torch.dtype, length: int, device: torch.device | None = None
 ) -> tuple[Layer, Stats]:
-    """A random layer `(out, in)` and the statistics of random inputs, on the device.
+    """A random layer `(out, in)` on the device, and the statistics of random inputs.
 
     The inputs are mixed of directions whose energy falls off, as those of a real layer do, so that solvers take about as
-    many rounds. length: tokens per window, of statistics that are kept by position.
+    many rounds. length: tokens per sample, of statistics that are made of whole samples.
     """
     out, width = shape
     generator = torch.Generator().manual_seed(0)
@@ -119,19 +112,16 @@ def drawn_layer(
         return torch.randn(size, generator=generator)
 
     tokens = _TOKENS_PER_INPUT * width
+    if any(statistic.source is Source.SAMPLES for statistic in needs):
+        tokens = -(-tokens // length) * length
     weight = draw(out, width) * width**-0.5
     energies = torch.arange(1, width + 1) ** -0.5
     x = (draw(tokens, width) * energies) @ (draw(width, width) * width**-0.5) + 0.02 * draw(tokens, width)
     z = x + 0.1 * x.square().mean().sqrt() * draw(tokens, width)
-    found: dict[str, Any] = {
-        "mean_abs": (Need.MEAN_ABS, lambda: x.abs().mean(dim=0)),
-        "mean_square": (Need.MEAN_SQUARE, lambda: x.square().mean(dim=0)),
-        "peak_mean_abs": (Need.PEAK_MEAN_ABS, lambda: 1.2 * x.abs().mean(dim=0)),
-        "gram": (Need.GRAM, lambda: x.T @ x / tokens),
-        "cross": (Need.CROSS, lambda: z.T @ x / tokens),
-        "drift": (Need.DRIFT, lambda: weight @ ((z - x).T @ x) / tokens),
-        "peak_abs": (Need.PEAK_ABS, lambda: x.abs().amax(dim=0)),
-        "mean_window": (Need.MEAN_WINDOW, lambda: draw(length, width)),
-    }
-    stats = Stats(tokens, **{name: make() for name, (need, make) in found.items() if needs & need})
-    return Layer.of("a random layer", weight.to(device), dtype), stats
+    batch = Batch(x, length, original_inputs=z, output_residuals=(z - x) @ weight.T)
+    values: dict[type[Statistic], Tensor | None] = {}
+    for statistic in needs:
+        running = statistic()
+        running.add(batch)
+        values[statistic] = running.result(tokens, length)
+    return Layer.of("a random layer", weight.to(device), dtype), Stats(tokens, values)

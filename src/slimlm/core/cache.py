@@ -1,0 +1,35 @@
+"""What steps compute of statistics alone, for the next layer that is given the same inputs."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Cache:
+    """Values by their type and a key; computed once, then handed out again.
+
+    A cache belongs to the statistics of one input: layers that share the input (q, k and v) share it, others never do, so a key
+    holds the options that a value depends on and not the statistics themselves.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[type, Hashable], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, kind: type[Value], key: Hashable, compute: Callable[[], Value]) -> Value:
+        """The value of this type and key; `compute` is called where there is none yet.
+
+        Args:
+            kind: The value's type; keys of different types do not meet.
+            key: What the value depends on beside the statistics, such as a damping.
+            compute: Gives the value. It must not be changed afterwards.
+        """
+        place = kind, key
+        if place not in self._values:
+            self._values[place] = compute()
+        found = self._values[place]
+        assert isinstance(found, kind), f"computed as a {kind.__name__}, found a {type(found).__name__}"
+        return found

@@ -1,0 +1,215 @@
+"""What every statistic is: how batches are added, how ranks are merged, how many bytes it takes, and what it comes to.
+
+A file of this folder derives one class from `Mean` or `Largest` and writes the formula of one batch:
+
+    class MeanAbs(Mean):
+        def of(self, batch): return batch.inputs.abs().sum(dim=0, dtype=torch.float64)
+
+What a batch offers beside the inputs, and for which layers, is its `Source`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from math import prod
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from slimlm.core.cache import Cache
+from slimlm.core.errors import StatisticError
+
+Reduction = Literal["sum", "max"]
+
+
+class Source(Enum):
+    """What a statistic is made of, and so for which layers it exists."""
+
+    TOKENS = "tokens"
+    """any tokens' inputs; an expert has its own, and experts can be taken together"""
+    SAMPLES = "samples"
+    """inputs of whole calibration samples; not for experts, which are given some of the tokens"""
+    ORIGINAL_INPUTS = "original inputs"
+    """inputs, and the layer's inputs in the original model for the same tokens; not for experts, to which the router may have
+    given other tokens there"""
+    OUTPUT_RESIDUALS = "output residuals"
+    """inputs, and what the block's outputs lack of the original block's; only for layers whose output is added to the block's
+    output as it is"""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the original block and its own inputs have to go along."""
+        return self in (Source.ORIGINAL_INPUTS, Source.OUTPUT_RESIDUALS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of one linear layer in one batch of calibration samples."""
+
+    inputs: Tensor
+    """`[tokens, in]`, sample after sample"""
+    length: int
+    """tokens per sample"""
+    original_inputs: Tensor | None = None
+    """`[tokens, in]`: the layer's inputs in the original model for the same tokens, where they can be paired"""
+    output_residuals: Tensor | None = None
+    """`[tokens, out]`: the original block's outputs less those of the block, for the same tokens"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the size of a statistic follows from."""
+
+    outputs: int
+    """of the layer"""
+    inputs: int
+    """of the layer"""
+    length: int
+    """tokens per sample"""
+
+
+class Statistic(ABC):
+    """One statistic of one layer's inputs while it is measured; steps name the class."""
+
+    source: ClassVar[Source] = Source.TOKENS
+    reduction: ClassVar[Reduction]
+    """what `total` is over batches, pooled layers and ranks"""
+    total_dtype: ClassVar[torch.dtype]
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        """over the batches so far; None: there were none"""
+        self.available = True
+        """False where a batch had not what the statistic is made of: then the layer has none"""
+
+    @classmethod
+    @abstractmethod
+    def shape(cls, sizes: Sizes) -> tuple[int, ...]:
+        """The shape of the statistic."""
+
+    @abstractmethod
+    def of(self, batch: Batch) -> Tensor:
+        """The sum or maximum over one batch: a new tensor of the statistic's shape."""
+
+    @abstractmethod
+    def count(self, tokens: int, length: int) -> int:
+        """What `total` is divided by at the end, for so many tokens in samples of `length`."""
+
+    @classmethod
+    def operations(cls, sizes: Sizes) -> float:
+        """Multiplications and additions per token; 0 where they are few beside a product's."""
+        del sizes
+        return 0.0
+
+    @classmethod
+    def total_bytes(cls, sizes: Sizes) -> int:
+        """Bytes of `total`."""
+        return cls.total_dtype.itemsize * prod(cls.shape(sizes))
+
+    @classmethod
+    def result_bytes(cls, sizes: Sizes) -> int:
+        """Bytes of the finished statistic, which is float32."""
+        return 4 * prod(cls.shape(sizes))
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch in."""
+        if self.source is Source.ORIGINAL_INPUTS and batch.original_inputs is None:
+            self.withdraw()
+        if self.available:
+            self._include(self.of(batch))
+
+    def merge(self, other: Self) -> None:
+        """Count in what another one has counted, of other tokens."""
+        if not other.available:
+            self.withdraw()
+        if self.available and other.total is not None:
+            self._include(other.total.clone())
+
+    def withdraw(self) -> None:
+        """Give the statistic up for this layer."""
+        self.available, self.total = False, None
+
+    def result(self, tokens: int, length: int) -> Tensor | None:
+        """The finished statistic in float32, for so many tokens in samples of `length`; None where the layer has none."""
+        return None if self.total is None else (self.total / self.count(tokens, length)).float()
+
+    @abstractmethod
+    def _include(self, own: Tensor) -> None:
+        """Bring a batch's or another one's into `total`; `own` belongs to the statistic from now on."""
+
+
+class Mean(Statistic):
+    """A mean over tokens, summed in float64: one batch of N and many batches give the same."""
+
+    reduction = "sum"
+    total_dtype = torch.float64
+
+    def count(self, tokens: int, length: int) -> int:
+        return tokens
+
+    def _include(self, own: Tensor) -> None:
+        self.total = own.double() if self.total is None else self.total.add_(own)
+
+
+class Largest(Statistic):
+    """The largest of magnitudes, so that zero stands for nothing seen yet."""
+
+    reduction = "max"
+    total_dtype = torch.float32
+
+    def count(self, tokens: int, length: int) -> int:
+        return 1
+
+    def _include(self, own: Tensor) -> None:
+        self.total = own if self.total is None else torch.maximum(self.total, own)
+
+
+Needs = frozenset[type[Statistic]]
+"""The statistics that a step asks calibration for."""
+
+
+def in_order(needs: Iterable[type[Statistic]]) -> list[type[Statistic]]:
+    """Sorted by name: the order of a set of classes differs from process to process, and ranks must agree on one."""
+    return sorted(needs, key=lambda statistic: statistic.__name__)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The statistics of one linear layer's inputs, by their classes: `stats[Covariance]`."""
+
+    tokens: int
+    """that were measured"""
+    values: Mapping[type[Statistic], Tensor | None] = field(default_factory=dict)
+    """float32; None: asked for, but this layer has none"""
+    note: str | None = None
+    """what the user should know of whose inputs these are"""
+    cache: Cache = field(init=False, default_factory=Cache, compare=False, repr=False)
+    """what steps have computed of these statistics alone; layers that share an input share it, `replace` begins anew"""
+
+    def __getitem__(self, statistic: type[Statistic]) -> Tensor:
+        """The statistic, in its class's shape; raises StatisticError where it was not declared, or the layer has none."""
+        found = self.get(statistic)
+        if found is None:
+            raise StatisticError(
+                f"this layer has no {statistic.__name__}, which is made of {statistic.source.value}; a step that can do "
+                f"without asks stats.get({statistic.__name__})"
+            )
+        return found
+
+    def get(self, statistic: type[Statistic]) -> Tensor | None:
+        """As `stats[statistic]`, but None where the layer has none."""
+        if statistic not in self.values:
+            given = ", ".join(own.__name__ for own in in_order(self.values)) or "none"
+            raise StatisticError(
+                f"a step read {statistic.__name__}, which its `needs` do not declare (declared and measured: {given}); "
+                "add the class to `needs`"
+            )
+        return self.values[statistic]
+
+    def restricted_to(self, needs: Needs) -> "Stats":
+        """The same statistics as a step with these needs may see them; the cache is shared."""
+        seen = Stats(self.tokens, {s: value for s, value in self.values.items() if s in needs}, self.note)
+        object.__setattr__(seen, "cache", self.cache)  # a view, of which nothing has changed
+        return seen

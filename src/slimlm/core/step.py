@@ -1,0 +1,132 @@
+"""A step of a recipe: a quantizer, a pruner, a compensator or a joint solver, and what it declares of itself.
+
+A step is a frozen dataclass whose fields are its options. Others never ask for a field by name: what a recipe, an estimate or a
+plan has to know stands in `Step`. `StepDefaults` answers it as most steps would, so that a simple quantizer is its options,
+`needs` and a call:
+
+    @dataclass(frozen=True)
+    class AbsMax(StepDefaults):
+        bits: int = 4
+        needs: ClassVar[Needs] = frozenset()
+
+        def __call__(self, layer: Layer, stats: Stats) -> Layer: ...
+"""
+
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+from slimlm.core.layer import Layer
+from slimlm.core.mask import Pattern
+from slimlm.core.objective import Objective
+from slimlm.core.solvers.low_rank import AdapterFormat
+from slimlm.core.statistics.base import Needs, Stats
+
+
+class Step(Protocol):
+    """What everybody may ask of a step."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    """It is a dataclass."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that its call reads; a class variable will do. Calibration measures these, and it gets no others."""
+        ...
+
+    @property
+    def sparsity(self) -> Pattern | None:
+        """The pattern of the mask that it chooses; None: it leaves the mask as it is."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterFormat | None:
+        """The size and format of the adapter that it fits; None: it leaves adapters as they are."""
+        ...
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether it changes weights without coding them, so that it cannot follow a step that codes."""
+        ...
+
+    @property
+    def may_fit_codebook(self) -> bool:
+        """Whether its call may fit a codebook to the base, for which room is then counted."""
+        ...
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether an option is left to a plan ("auto"); the step cannot be called before."""
+        ...
+
+    def resolved(self) -> Self:
+        """The step with the value whose cost a plan may spend, in place of what is left to one."""
+        ...
+
+    def with_rank(self, rank: float) -> Self:
+        """The step with an adapter of another rank, a share of min(out, in); itself where it fits none."""
+        ...
+
+    def brief(self) -> Self:
+        """The step for a trial: few rounds, and no statistic of the original model."""
+        ...
+
+    def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
+        """What a plan may choose from for a layer: this step with other values of its options; none: nothing can be planned.
+
+        Args:
+            bits: The budget per weight, which the options should lie around; None: only what the step leaves to a plan.
+            objective: What the budget counts.
+        """
+        ...
+
+    def __call__(self, layer: Layer, stats: Stats) -> Layer:
+        """The layer with what the step decides; no tensor of either argument is changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepDefaults:
+    """The answers of a step without mask, adapter, rounds and choices; `needs` and the call are each step's own."""
+
+    moves_weights: ClassVar[bool] = False
+
+    @property
+    def sparsity(self) -> Pattern | None:
+        """No mask."""
+        return None
+
+    @property
+    def adapter(self) -> AdapterFormat | None:
+        """No adapter."""
+        return None
+
+    @property
+    def may_fit_codebook(self) -> bool:
+        """What is stored is known from the options."""
+        return False
+
+    @property
+    def needs_plan(self) -> bool:
+        """Nothing is left to a plan."""
+        return False
+
+    def resolved(self) -> Self:
+        """Itself."""
+        return self
+
+    def with_rank(self, rank: float) -> Self:
+        """Itself."""
+        return self
+
+    def brief(self) -> Self:
+        """Itself."""
+        return self
+
+    def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
+        """None."""
+        return ()
+
+
+def widths_around(bits: float) -> list[int]:
+    """Bits of codes worth offering for a budget of so many per weight: some below, some above."""
+    return [width for width in (2, 3, 4, 5, 6, 8) if bits - 2.2 < width <= max(3.0, bits + 2)]

@@ -231,7 +231,7 @@ def test_over_four_bits_no_table_is_tried(bits: int) -> None:
 
 def test_two_bits_and_one_scale_for_all_work() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
-    joint = Alternation(bits=2, group_size="per-tensor", levels="table", rank=0.1, asymmetric=0.0)(layer, stats)
+    joint = Alternation(bits=2, group_size="per-tensor", codebook="fitted", rank=0.1, asymmetric=0.0)(layer, stats)
     slim = SlimLora(0.1, 4)(Wanda()(SlimQuant(2, "per-tensor")(layer, stats), stats), stats)
     assert left(joint, stats[Covariance]) < left(slim, stats[Covariance])
 

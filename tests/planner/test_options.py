@@ -124,7 +124,7 @@ def test_what_is_chosen_for_a_layer_is_what_a_rule_says(objective: str) -> None:
 def test_a_method_offers_its_options_itself() -> None:
     assert sorted(methods_with_options()) == ["alternation", "gptq"]
     steps = Gptq(order="input").options(4.0, "size")
-    assert {(step.bits, step.group) for step in steps} == {(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 32)}
+    assert {(step.bits, step.group_size) for step in steps} == {(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 32)}
     assert all(step.order == "input" for step in steps)
     assert Gptq().options(None, "size") == ()
 

@@ -130,7 +130,7 @@ def test_a_quantizer_is_planned_as_well(llama_folder: Path, text_file: Path, tmp
     assert all({"bits", "group_size", "words"} == set(option) for option in chosen)
     for choice, option in zip(record.plan["choices"], chosen, strict=True):
         parts = {layer.parts for layer in record.layers if layer.name in choice["layers"]}
-        assert parts == {f"{option['bits']}-bit (groups of {option['group']})"}
+        assert parts == {f"{option['bits']}-bit (groups of {option['group_size']})"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ def explosion(record: Record) -> str | None:
     return (
         f"the perplexity exploded: {found.dense:.4g} before, {found.compressed:.4g} after, on {found.tokens} tokens of the "
         f"calibration text. The layers with the largest relative output errors: {named}. Give them more bits with a rule, "
-        "or leave them out (leave = [...] in the recipe), or calibrate on more text"
+        "or leave them out (ignore = [...] in the recipe), or calibrate on more text"
     )
 
 

@@ -30,6 +30,12 @@ class Option:
     """for the layer"""
     overrides: tuple[tuple[str, Any], ...]
     """what a rule of a recipe says for it"""
+    number: int = 0
+    """of the step that is varied"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: all options of the step that is varied, and what is special to this one in words."""
+        return {**dataclasses.asdict(self.steps[self.number].step), "words": str(self)}
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot be stored so, or None."""
@@ -139,6 +145,7 @@ def options_from(recipe: Recipe, number: int, offered: tuple[Step, ...]) -> tupl
         Option(
             (*others[:number], NamedStep(named.kind, named.method, step), *others[number + 1 :]),
             (*verb, *((name, own[name]) for name in varied)),
+            number,
         )
         for step, own in zip(offered, values, strict=True)
     )

@@ -85,7 +85,7 @@ class Plan:
             "objective": self.objective,
             "asked_bits": self.asked_bits,
             "bits_per_weight": self.bits_per_weight,
-            "options": [{**dict(option.overrides), "words": str(option)} for option in self.options],
+            "options": [option.to_dict() for option in self.options],
             "choices": [
                 {
                     "layers": list(c.layers),

@@ -241,7 +241,7 @@ def covariances(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
 def whole_weight(linear: nn.Module) -> Tensor:
     """What a linear layer multiplies with, float32 `[out, in]`: its weight, or the sum of its parts."""
     if isinstance(linear, CompressedLinear):
-        return torch.stack([part.dense() for part in linear.parts()]).sum(dim=0)
+        return linear.parts().dense()
     return weight_of(linear).float()
 
 

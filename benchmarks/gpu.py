@@ -45,7 +45,6 @@ from llama_shape import LlamaShape
 from results_file import Results, slug, this_run
 from slimlm.core.grid import storable
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts.base import Part
 from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.parts.pack import Parts
@@ -320,9 +319,9 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
     """Rows with the largest error of layers packed from parts against float64 products, relative to the largest output."""
     shape, batches = ((64, 256), (1, 3)) if where.type == "cpu" else ((1536, 2048), (1, 7, 16, 33, 64, 128, 257))
     parts = random_parts(shape, KINDS[name])
-    exact = Parts(*parts).dense().double().to(where)
+    exact = parts.dense().double().to(where)
     gpu, rows = Gpu(), []
-    ready = gpu.prepare(CompressedLinear.from_parts(Parts(*parts), None).to(where).stored())
+    ready = gpu.prepare(CompressedLinear.from_parts(parts, None).to(where).stored())
     for dtype in products.NARROW:
         worst = 0.0
         for batch in batches:
@@ -349,7 +348,7 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
 def check_together(name: str, shape: tuple[int, int], where: torch.device) -> float:
     """The error of two layers in one launch, as text is written with, for one token in bfloat16."""
     each = [random_parts(shape, KINDS[name]) for _ in range(2)]
-    ready = [Gpu().prepare(CompressedLinear.from_parts(Parts(*parts), None).to(where).stored()) for parts in each]
+    ready = [Gpu().prepare(CompressedLinear.from_parts(parts, None).to(where).stored()) for parts in each]
     x, worst = torch.randn(1, shape[1], device=where, dtype=torch.bfloat16), 0.0
     for parts, y in zip(each, StackedLayers(ready)(x), strict=True):
         expected = x.double() @ Parts(*parts).dense().double().to(where).T
@@ -371,7 +370,7 @@ def replayed(gpu: Gpu, ready: PreparedOnGpu, x: Tensor) -> None:
         raise RuntimeError("a captured product differs from one that is launched")
 
 
-def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
+def random_parts(shape: tuple[int, int], kind: Kind) -> Parts:
     """Parts on the CPU, as a checkpoint has them."""
     groups = -(-shape[1] // kind.group) if kind.group else 1
     group: Any = kind.group or "per-tensor"
@@ -382,7 +381,7 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
         base = Codebook(index, torch.linspace(-1.5, 1.6, 16).pow(3).half(), scale, 4, group)
     first = Pruned(base, choose(torch.randn(shape), Pattern.parse("2:4")), "2:4") if kind.sparse else base
     if not kind.adapter:
-        return (first,)
+        return Parts(first)
     rank = min(shape) // 10
     sides = [
         Uniform(
@@ -390,7 +389,7 @@ def random_parts(shape: tuple[int, int], kind: Kind) -> tuple[Part, ...]:
         )
         for n in shape
     ]
-    return first, LowRank(*sides)
+    return Parts(first, adapter=LowRank(*sides))
 
 
 # A whole model

@@ -35,7 +35,6 @@ from random_checkpoint import Kind
 from results_file import Data, Results, slug, this_run
 from slimlm.bench import layer_speed
 from slimlm.bench.layer_speed import Call, Contender, Effort
-from slimlm.core.parts.pack import Parts
 from slimlm.report.tables import plain_table
 from slimlm.runtime.backends import Stored, cpu
 from slimlm.runtime.cpu import native, processor

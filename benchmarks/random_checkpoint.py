@@ -23,7 +23,7 @@ from slimlm.core.parts.base import Part
 from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.elementwise import Elementwise
 from slimlm.core.parts.low_rank import LowRank
-from slimlm.core.parts.pack import Parts
+from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, Parts
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.models.structure import blocks_of, linears_of
@@ -31,6 +31,7 @@ from slimlm.recipe import AS_STORED, check_embedding_bits
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage import checkpoint
+from slimlm.storage.entries import Description
 
 _TWO_OF_FOUR = torch.tensor(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
@@ -60,12 +61,12 @@ class Kind:
     rank: float = 0.0
     """of the adapter, as a share of the smaller side; 0: none"""
 
-    def parts(self, shape: tuple[int, int], generator: torch.Generator) -> tuple[Part, ...]:
+    def parts(self, shape: tuple[int, int], generator: torch.Generator) -> Parts:
         """Random parts of this kind for a weight `[out, in]`."""
         base: Elementwise = (codebook if self.table else uniform)(shape, self.group_size, _BASE, generator)
         first: Part = Pruned(base, two_of_four(shape, generator), "2:4") if self.sparse else base
         rank = int(self.rank * min(shape))
-        return (first, low_rank(shape, rank, generator)) if rank else (first,)
+        return Parts(first, adapter=low_rank(shape, rank, generator) if rank else None)
 
 
 def uniform(shape: tuple[int, int], group_size: grid.GroupSize, size: float, generator: torch.Generator) -> Uniform:
@@ -122,30 +123,30 @@ def write(out: Path, size: LlamaShape, *, seed: int = 0, embedding_bits: int = 8
     generator = torch.Generator().manual_seed(seed)
     config, model = size.config(), size.meta_model()
     tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {}
+    layers: dict[str, LayerEntry] = {}
     for block, module in blocks_of(model).items():
         for name, linear in linears_of(module).items():
             full, shape = f"{block}.{name}", (linear.out_features, linear.in_features)
             layer = CompressedLinear.from_parts(best_like(name).parts(shape, generator), None)
-            about[full] = layer.describe()
+            layers[full] = layer.describe()
             tensors |= {f"{full}.{key}": value for key, value in layer.packed().items()}
     bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in about.values())
-    embeddings: dict[str, Any] = {}
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in layers.values())
+    embeddings: dict[str, EmbeddingEntry] = {}
     if embedding_bits != AS_STORED:
         shape = (size.vocabulary, size.width)
         embedding = CompressedEmbedding.from_part(tokens_by_width(shape, embedding_bits, generator), torch.float32)
         head = CompressedLinear.from_parts(Parts(tokens_by_width(shape, embedding_bits, generator)), None)
-        embeddings["model.embed_tokens"], about["lm_head"] = embedding.describe(), head.describe()
+        embeddings["model.embed_tokens"], layers["lm_head"] = embedding.describe(), head.describe()
         tensors |= {f"model.embed_tokens.{key}": value for key, value in embedding.packed().items()}
         tensors |= {f"lm_head.{key}": value for key, value in head.packed().items()}
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in about.keys() | embeddings.keys():
+        if name.removesuffix(".weight") not in layers.keys() | embeddings.keys():
             tensors[name] = outside(name, parameter.shape, generator).bfloat16()
     figures = {"weights": weights, "bits_per_weight": bits / weights}
     with checkpoint.written_beside(out) as folder:
         checkpoint.write_weights(folder, tensors)
-        checkpoint.write_config(folder, config.to_dict(), about, embeddings)
+        checkpoint.write_config(folder, config.to_dict(), Description(layers, embeddings))
         GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         checkpoint.write_record(folder, {"made_up": "random parts; no recipe, no figures", **figures})

@@ -38,7 +38,10 @@ def called(node: ast.AST) -> str:
 
 
 def texts(node: ast.AST) -> set[str]:
-    return {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant) and isinstance(inner.value, str)}
+    """The strings that an expression is, or that it displays."""
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        return set().union(*map(texts, node.elts))
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
 
 
 def ladders(source: str) -> list[str]:

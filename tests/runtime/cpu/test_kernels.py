@@ -73,7 +73,7 @@ def codebook(shape: tuple[int, int], bits: int, group_size: grid.GroupSize, *, z
 
 def pruned(inner: Elementwise, pattern: str | float) -> Pruned:
     parsed = Pattern.parse(pattern)
-    return Pruned(inner, choose(torch.rand(inner.shape), parsed), str(parsed))
+    return Pruned(inner, choose(torch.rand(inner.shape), parsed), str(pattern))
 
 
 def layer(parts: Sequence[Part], bias: Tensor | None = None) -> PackedProducts:

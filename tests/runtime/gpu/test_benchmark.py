@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from slimlm.core.parts.pack import Parts
 from slimlm.runtime.gpu import device
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -77,7 +76,7 @@ def test_what_is_checked_is_laid_out_as_what_is_timed(gpu: ModuleType) -> None:
 
     for kind in gpu.KINDS.values():
         parts = gpu.random_parts((128, 512), kind)
-        packed = gpu.layout.lay_out(gpu.CompressedLinear.from_parts(Parts(*parts), None).stored())
+        packed = gpu.layout.lay_out(gpu.CompressedLinear.from_parts(parts, None).stored())
         made = gpu.random_ready((128, 512), kind, CPU).layer
         assert form(packed.base) == form(made.base)
         assert (packed.right is None) == (made.right is None) == (not kind.adapter)

@@ -39,7 +39,7 @@ def stored(*parts: Part) -> Stored:
         ((codes(SHAPE, 8), adapter("rows", *SHAPE), adapter("rows", *SHAPE)), "it has 2 parts beside its base"),
         (
             (Pruned(table(SHAPE, 8), torch.ones(SHAPE, dtype=torch.bool), "0.5"),),
-            "a table of levels under the mask 0.5; the GPU kernels take tables under 2:4 or no mask",
+            "a codebook under the mask 0.5 of each row; the GPU kernels take codebooks under 2:4 or no mask",
         ),
         (
             (codes(SHAPE, 8), LowRank(codes((5, 24), 8, bits=8), codes((5, 48), 8))),

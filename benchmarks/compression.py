@@ -145,8 +145,8 @@ def of_weight(count: float) -> Callable[..., Work]:
         for thing in (first, *others):
             if isinstance(thing, Tensor):
                 return Work(bytes=count * thing.numel())
-            if isinstance(thing, tuple) and thing:
-                return Work(bytes=count * thing[0].shape[0] * thing[0].shape[1])
+            if isinstance(thing, Parts):
+                return Work(bytes=count * thing.shape[0] * thing.shape[1])
             if isinstance(thing, CompressedLinear):
                 return Work(bytes=count * thing.out_features * thing.in_features)
         return Work()

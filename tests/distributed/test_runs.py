@@ -24,7 +24,7 @@ from slimlm.core.errors import DataError, RanksError
 from slimlm.distributed.group import Group, assign
 from slimlm.distributed.liveness import SILENCE, Watch
 from tests.conftest import Line, random_model, save
-from tests.storage.test_journal import same
+from tests.faults.harness import same
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes is tried on Linux and macOS")
 

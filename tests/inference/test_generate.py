@@ -248,19 +248,8 @@ def test_a_character_that_never_ends_is_shown_at_the_end() -> None:
     assert pieces_of(tokenizer, tokens) == ["a", " ", "", "\ufffd"]
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["slimlm", "generate", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
-def test_the_command_prints_the_text_and_on_standard_error_how_fast_it_came(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = typed(monkeypatch, capsys, llama_folder, "--prompt", "one two", "--max-new-tokens", 6)
+def test_the_command_prints_the_text_and_on_standard_error_how_fast_it_came(llama_folder: Path, line: Line) -> None:
+    status, out, err = line("generate", llama_folder, "--prompt", "one two", "--max-new-tokens", 6)
     assert status == 0
     assert out.startswith("one two")
     assert "prompt: 8 tokens" in err
@@ -268,12 +257,10 @@ def test_the_command_prints_the_text_and_on_standard_error_how_fast_it_came(
     assert "made by fast decode with torch" in err
 
 
-def test_the_command_gives_one_object_with_text_counts_seconds_and_rates(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_gives_one_object_with_text_counts_seconds_and_rates(llama_folder: Path, line: Line) -> None:
     arguments = (llama_folder, "--prompt", "one two", "--max-new-tokens", 6)
-    _, streamed, _ = typed(monkeypatch, capsys, *arguments)
-    status, out, err = typed(monkeypatch, capsys, *arguments, "--json")
+    _, streamed, _ = line("generate", *arguments)
+    status, out, err = line("generate", *arguments, "--json")
     data = json.loads(out)
     assert status == 0
     assert "one two" + data["text"] + "\n" == streamed
@@ -283,13 +270,11 @@ def test_the_command_gives_one_object_with_text_counts_seconds_and_rates(
     assert "tokens/s" not in err
 
 
-def test_the_command_says_why_another_family_is_slower_and_what_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_why_another_family_is_slower_and_what_does_not_fit(tmp_path: Path, line: Line) -> None:
     folder = save(random_model("gpt2"), tmp_path / "gpt2")
-    _, _, err = typed(monkeypatch, capsys, folder, "--prompt", "a" * 60, "--max-new-tokens", 50)
+    _, _, err = line("generate", folder, "--prompt", "a" * 60, "--max-new-tokens", 50)
     assert "the model's context is full" in err
     assert "the model's forward with a static cache (it is not built like Llama" in err
-    status, out, err = typed(monkeypatch, capsys, folder, "--prompt", "a" * 70)
+    status, out, err = line("generate", folder, "--prompt", "a" * 70)
     assert (status, out) == (2, "")
     assert "the prompt has 71 tokens; the model's context holds 64" in err

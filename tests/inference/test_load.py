@@ -33,7 +33,7 @@ from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.kernel_cache import cache_path
 from tests.conftest import ENDS, FAMILIES, Checkpoints, needs_kernels, random_model, save
-from tests.storage.test_mapping import MIB, needs_smaps, resident
+from tests.memory import MIB, needs_smaps, resident
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
 DTYPES = ["auto", "float32", torch.bfloat16, torch.float16, torch.float64]

@@ -1,7 +1,6 @@
 """Embedding and head in few bits: what becomes of them, what stays and why, and that it reads back as one model."""
 
 import json
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -317,19 +316,12 @@ def test_a_number_given_takes_precedence_over_the_recipe_s() -> None:
     assert opened("best", None) == open_recipe("best")
 
 
-def test_the_command_line_asks_and_shows(
-    llama_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def typed(*words: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["slimlm", *map(str, words)])
-        with pytest.raises(SystemExit):
-            main()
-        return capsys.readouterr().out
-
-    line = ["--recipe", "absmax", "--data", text_file, "--samples", 2, "--length", 16, "--embedding-bits", 8]
-    shown = typed("compress", llama_folder, "--out", tmp_path / "out", *line)
+def test_the_command_line_asks_and_shows(llama_folder: Path, tmp_path: Path, text_file: Path, line: Line) -> None:
+    options = ["--recipe", "absmax", "--data", text_file, "--samples", 2, "--length", 16, "--embedding-bits", 8]
+    _, shown, _ = line("compress", llama_folder, "--out", tmp_path / "out", *options)
     assert "256 x 48, 8-bit (groups of 32), 8.667 bits per weight" in " ".join(shown.split())
-    rows = [line for line in typed("inspect", tmp_path / "out").splitlines() if line.startswith(("lm_head ", "model.embed"))]
+    _, shown, _ = line("inspect", tmp_path / "out")
+    rows = [row for row in shown.splitlines() if row.startswith(("lm_head ", "model.embed"))]
     assert len(rows) == 4  # a row in the table of layers and one in the summary for each
     data = json.loads(typed("inspect", tmp_path / "out", "--json"))
     assert [end["name"] for end in data["embeddings"]] == ["model.embed_tokens", "lm_head"]

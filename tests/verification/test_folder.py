@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 import slimlm
 import slimlm.verification.folder
 from slimlm.calibration.samples import Calibration, calibration_windows
-from slimlm.cli.app import main
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.lazy import open_lazy
@@ -24,7 +22,7 @@ from slimlm.models.opening import open_dense
 from slimlm.record import Compared, Record, explosion
 from slimlm.run import assemble
 from slimlm.storage import checkpoint
-from tests.conftest import random_model, save
+from tests.conftest import Line, random_model, save
 
 LAYER = "model.layers.1.mlp.down_proj"
 OPTIONS: dict[str, Any] = {"recipe": "slim", "samples": 6, "length": 32}
@@ -43,14 +41,6 @@ def packed(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["slimlm", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, " ".join(said.err.split())
 
 
 def change(folder: Path, name: str, to: Callable[[Tensor], Tensor]) -> None:
@@ -259,22 +249,21 @@ def test_compress_fails_where_what_is_read_back_gives_other_logits(
     assert torch.is_grad_enabled(), "what fails half-way switches nothing off"
 
 
-def test_the_verb_prints_what_it_found(
-    packed: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = typed(monkeypatch, capsys, "verify", packed, "--text", text_file, "--max-tokens", 100)
+def test_the_verb_prints_what_it_found(packed: Path, text_file: Path, line: Line) -> None:
+    status, out, _ = line("verify", packed, "--text", text_file, "--max-tokens", 100)
     assert status == 0
     assert "15 compressed, 0 dense" in out and "tokens of the text" in out and out.split()[-1] == "sound"
     status, out, _ = typed(monkeypatch, capsys, "verify", packed, "--json")
     assert status == 0 and json.loads(out)["sound"] is True
 
 
-def test_the_verb_fails_in_words(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_fails_in_words(copy: Path, line: Line) -> None:
     change(copy, f"{LAYER}.weight_scale", set_at((0, 0), float("nan")))
-    status, out, said = typed(monkeypatch, capsys, "verify", copy, "--json")
+    status, out, err = line("verify", copy, "--json")
+    said = " ".join(err.split())
     assert status == 2 and "NaN" in json.loads(out)["problems"][0]
     assert f"failed: {LAYER}: weight_scale holds" in said
-    assert typed(monkeypatch, capsys, "verify", copy.parent)[0] == 2
+    assert line("verify", copy.parent)[0] == 2
 
 
 def test_a_run_that_verifies_leaves_files_alone(packed: Path) -> None:

@@ -71,13 +71,12 @@ def layout_of(module: nn.Module) -> Layout | None:
     if not all(isinstance(flag, bool) for flag in flags) or getattr(module, "has_post_expert_norm", False):
         return None
     gated, concatenated, transposed, biased = map(bool, flags)
-    found = Layout(int(getattr(module, "num_experts", 0)), gated, not concatenated, transposed, biased)
-    own = dict(module.named_parameters())
-    if own.keys() != found.parameters or list(module.buffers()):
+    layout = Layout(int(getattr(module, "num_experts", 0)), gated, not concatenated, transposed, biased)
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != layout.parameters or list(module.buffers()):
         return None
-    sizes = {own[found.fused("up_proj")].shape[0], own["down_proj"].shape[0]}
-    three = own[found.fused("up_proj")].ndim == own["down_proj"].ndim == 3
-    return found if three and sizes == {found.count} else None
+    up, down = parameters[layout.fused("up_proj")], parameters["down_proj"]
+    return layout if up.ndim == down.ndim == 3 and {len(up), len(down)} == {layout.count} else None
 
 
 class Experts(nn.ModuleList):
@@ -106,8 +105,8 @@ class Experts(nn.ModuleList):
         total = torch.zeros_like(hidden_states)
         for i in top_k_index.unique().tolist():
             token, place = torch.where(top_k_index == i)
-            own = self.expert(self[i], hidden_states[token]) * top_k_weights[token, place, None]
-            total.index_add_(0, token, own.to(total.dtype))
+            outputs = self.expert(self[i], hidden_states[token]) * top_k_weights[token, place, None]
+            total.index_add_(0, token, outputs.to(total.dtype))
         return total
 
     def expert(self, layers: nn.ModuleDict, x: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
     rows = sum(len(tensor) if tensor.ndim else 1 for tensor in stored.values())
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for own in (config, *_inner_configs(config)):
+        for each in (config, *_inner_configs(config)):
             for name, most in (*dict.fromkeys(_BLOCKS, len(stored)).items(), *dict.fromkeys(_EXPERTS, rows).items()):
-                count = getattr(own, name, None)
+                count = getattr(each, name, None)
                 if isinstance(count, int) and count > most:
                     raise ModelError(
                         f"{folder} has {len(stored)} tensors of {rows} rows in all, and its config says {name} = {count}"
@@ -106,17 +106,17 @@ def misfits(model: nn.Module, about: Description, stored: Mapping[str, Tensor]) 
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if name not in compressed:
-            names.setdefault(id(tensor), []).append(name)
-    for own in names.values():
-        held = [name for name in own if name in stored]
+            tied.setdefault(id(tensor), []).append(name)
+    for names in tied.values():
+        held = [name for name in names if name in stored]
         if not held:
-            yield f"{own[0]} is missing: nothing is stored under that name"
+            yield f"{names[0]} is missing: nothing is stored under that name"
         for name in held:
             if stored[name].shape != state[name].shape:
                 yield f"{name} is stored with the shape {list(stored[name].shape)}; the model's is {list(state[name].shape)}"
             elif stored[name].is_floating_point() != state[name].is_floating_point():
                 yield f"{name} is stored as {stored[name].dtype}; the model's is {state[name].dtype}"
-    known = {name for own in names.values() for name in own}
+    known = {name for names in tied.values() for name in names}
     for name in stored:
         if name not in known:
             yield f"{name} is unexpected: it is stored, and neither the model nor its description has a tensor of that name"

@@ -171,8 +171,8 @@ def open_dense(source: str) -> DenseModel:
     for name in experts:
         dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}
     dtypes = {name: dtypes[name] for name in model.state_dict()}
-    own = config_to_write(folder, model)
-    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, own, experts)
+    config = config_to_write(folder, model)
+    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, config, experts)
 
 
 def config_to_write(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -261,7 +261,7 @@ _IMPLEMENTATIONS = (
 
 def _names_repository(value: Any) -> bool:
     values = value.values() if isinstance(value, dict) else [value]
-    return any(isinstance(own, str) and "/" in own for own in values)
+    return any(isinstance(each, str) and "/" in each for each in values)
 
 
 def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:

@@ -41,7 +41,7 @@ from slimlm.run.assemble import assemble, contents_of, peak_memory, verify_writt
 from slimlm.run.block import BlockTask, commit_block, compress_block, reconstruct_block, remaining_blocks, starting_streams
 from slimlm.run.config import RunConfig, RunOptions, pick_device
 from slimlm.run.log import open_log
-from slimlm.run.prepare import Prepared, decide, needs_of, plan_within_budget, prepare
+from slimlm.run.prepare import Prepared, decide, plan_within_budget, prepare, run_needs
 from slimlm.run.resume import Run, open_run
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, Journal

@@ -170,7 +170,7 @@ def test_a_restart_that_is_killed_at_any_moment_leaves_the_old_journal_or_the_ne
             set_aside.drop(tmp_path)
 
     def settle() -> None:
-        set_aside.settle(tmp_path, "journal.json", "lock")
+        set_aside.recover(tmp_path, "journal.json", "lock")
 
     killed_at(first, restart, monkeypatch)
     killed_at(second, settle, monkeypatch)

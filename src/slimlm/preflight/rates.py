@@ -95,7 +95,7 @@ def measured_steps(
     """Measure the steps on square random layers of a few sizes, up to `largest`, and fit what they cost.
 
     Solvers that go in rounds are tried in full on one small layer only; the other trials take fewer, and the ratio of the
-    two on that one carries over. length: tokens per window.
+    two on that one carries over. length: tokens per sample.
     """
     short, trial = brief(steps), _Trial(length, device, clock)
     sides = sorted({min(side, largest) for side in _SIDES})

@@ -95,7 +95,7 @@ class BlockTask:
     """What each tensor of the model is stored in, by full name."""
     device: torch.device
     """Where the block is."""
-    twin: nn.Module | None = None
+    original_block: nn.Module | None = None
     """The block as it was, where something needs it."""
     twin_inputs: BlockInputs | None = None
     """The original model's activations, where something needs them."""
@@ -306,7 +306,7 @@ def _broadcast_block(task: BlockTask, losses: tuple[float, float] | None) -> tup
 
 def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, float]) -> CompressedLayer:
     """A layer's record after block reconstruction has changed what is stored."""
-    assert task.twin is not None
+    assert task.original_block is not None
     name = layer.record.name.removeprefix(f"{task.name}.")
     module = task.block.get_submodule(name)
     assert isinstance(module, CompressedLinear)

@@ -353,7 +353,7 @@ def open_journal(out: Path, *, restart: bool = False) -> Iterator[Journal]:
     lock = _locked(folder, out)
     try:
         try:
-            set_aside.settle(folder, _JOURNAL, _LOCK)
+            set_aside.recover(folder, _JOURNAL, _LOCK)
             restarting = restart and set_aside.set_aside(folder, _JOURNAL, _LOCK)
             journal = Journal(folder, _read(folder), restarting=restarting)
             journal.check()
@@ -366,7 +366,7 @@ def open_journal(out: Path, *, restart: bool = False) -> Iterator[Journal]:
             if journal.restarting:
                 with suppress(OSError):
                     # The next run does what the disk refuses now.
-                    set_aside.settle(folder, _JOURNAL, _LOCK)
+                    set_aside.recover(folder, _JOURNAL, _LOCK)
             elif not journal.holds_work:
                 journal.remove()
     finally:

@@ -4,8 +4,8 @@
     slimlm.back/     the same on their way back
     slimlm.dropped/  the same on their way out
 
-Each step ends with the renaming of one file or folder, so a kill at any moment leaves one of these states, and `settle` goes on
-from it: what was dropped is removed, all else is put back.
+Each step ends with the renaming of one file or folder, so a kill at any moment leaves one of these states, and `recover`
+continues from it: what was dropped is removed, all else is put back.
 """
 
 import shutil
@@ -26,7 +26,7 @@ def set_aside(folder: Path, last: str, stays: str) -> bool:
     return True
 
 
-def settle(folder: Path, last: str, stays: str) -> None:
+def recover(folder: Path, last: str, stays: str) -> None:
     """Put back what is aside, in place of what is there; remove what was dropped."""
     if (folder / _DROPPED).is_dir():
         shutil.rmtree(folder / _DROPPED)

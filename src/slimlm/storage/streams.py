@@ -40,7 +40,7 @@ NEW = ".new"
 
 
 def described(tensors: dict[str, Tensor]) -> Described:
-    """What `write_stream` is told of these tensors."""
+    """The layout of these tensors, as `write_stream` takes it."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -114,7 +114,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def tensor_sum(tensor: Tensor, whole: Any = None) -> str:
-    """SHA-256 of a tensor's bytes as they are stored; `whole`, a sum of the file that holds it, is told of them, too."""
+    """SHA-256 of a tensor's bytes as they are stored; they are added to `whole`, a checksum of their file, too."""
     raw = _bytes_of(tensor)
     if whole is not None:
         whole.update(raw)

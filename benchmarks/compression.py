@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
 from slimlm.calibration import capture, measurement
+from slimlm.core.parts.pack import Parts
 from slimlm.core.profiling import Call, profiling
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.low_rank import REFITS, AdapterFormat

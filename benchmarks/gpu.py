@@ -351,7 +351,7 @@ def check_together(name: str, shape: tuple[int, int], where: torch.device) -> fl
     ready = [Gpu().prepare(CompressedLinear.from_parts(parts, None).to(where).stored()) for parts in each]
     x, worst = torch.randn(1, shape[1], device=where, dtype=torch.bfloat16), 0.0
     for parts, y in zip(each, StackedLayers(ready)(x), strict=True):
-        expected = x.double() @ Parts(*parts).dense().double().to(where).T
+        expected = x.double() @ parts.dense().double().to(where).T
         worst = max(worst, float((y.double() - expected).abs().max() / expected.abs().max()))
     if not worst < ERRORS[torch.bfloat16]:
         raise RuntimeError(f"{name}, two at once: error {worst:.2g}, where {ERRORS[torch.bfloat16]:.2g} is allowed")

@@ -83,13 +83,13 @@ def slimlm_packed(shape: tuple[int, int], effort: Effort, only: Sequence[str]) -
         if not any(_wanted(f"slimlm {name}, {precision}", only) for precision in ("fast", "precise")):
             continue
         parts = kind.parts(shape, generator)
-        tensors = Parts(*parts).tensors()
-        blob = cpu.pack(Stored(shape, [part.describe() for part in parts], tensors, None))
+        tensors = parts.tensors()
+        blob = cpu.pack(Stored(shape, parts.describe(), tensors, None))
         copies = [PackedProducts([blob.clone()], [None], [shape[0]], shape[1]) for _ in range(effort.copies(blob.numel()))]
         bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / (shape[0] * shape[1])
         for precision in ("fast", "precise"):
             contender = Contender(f"slimlm {name}, {precision}", blob.numel(), partial(_packed_calls, copies, precision))
-            found.append(Entry(contender, bits, Parts(*parts).dense))
+            found.append(Entry(contender, bits, parts.dense))
     return found
 
 

@@ -342,7 +342,7 @@ def test_a_rule_that_makes_no_sense_is_refused_with_what_would(rule: Any, words:
 def test_what_is_left_to_a_plan_is_for_all_layers(rank: float | str) -> None:
     step = {"joint": "alternation", "rank": rank}
     assert 'rank = "auto" is for all layers' in refusal(step, rules=[{"layers": ["*.up"], "rank": "auto"}])
-    assert recipe(step, rules=[{"layers": ["*.up"], "levels": "auto"}]).needs_plan == (rank == "auto")
+    assert recipe(step, rules=[{"layers": ["*.up"], "codebook": "auto"}]).needs_plan == (rank == "auto")
 
 
 @pytest.mark.parametrize("rules", [{"layers": ["*"], "bits": 3}, "absmax", 3, None, [{"layers": ["*"], "bits": 3}, "absmax"]])

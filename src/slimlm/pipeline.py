@@ -220,7 +220,7 @@ def estimate(
     device = pick_device(config.device)
     config.budget()  # A budget that makes no sense is refused.
     with TemporaryDirectory() as scratch:
-        needs = needs_of(config, open_lazy(config.model, Path(scratch), notify))
+        needs = run_needs(config, open_lazy(config.model, Path(scratch), notify))
         folder = None if config.out is None else existing(config.out)
         return estimate_of(
             needs,

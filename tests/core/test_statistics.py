@@ -92,10 +92,10 @@ class Ranks(Group):
     def _next(self) -> list[Tensor]:
         return [totals.pop(0) for totals in self.waiting if totals]
 
-    def total(self, own: Tensor) -> Tensor:
+    def all_reduce_sum(self, own: Tensor) -> Tensor:
         return own + torch.stack(self._next()).sum(dim=0)
 
-    def most(self, own: Tensor) -> Tensor:
+    def all_reduce_max(self, own: Tensor) -> Tensor:
         return torch.stack([own, *self._next()]).amax(dim=0)
 
 

@@ -27,9 +27,9 @@ def test_what_a_method_declares_is_what_it_does(kind: str, name: str) -> None:
     # A compensator after something to approximate.
     layer = registry.find("quantize", "absmax")()(layer, stats) if kind == "compensate" else layer
     after = step(layer, stats)
-    assert (after.keep is not None) == (step.sparsity is not None)
-    assert bool(after.extras) == (step.adapter is not None and step.adapter.rank_of(layer.shape) > 0)
-    assert (after.moved is not None) == step.moves_weights
+    assert (after.mask is not None) == (step.sparsity is not None)
+    assert (after.adapter is not None) == (step.adapter is not None and step.adapter.rank_of(layer.shape) > 0)
+    assert (after.updated_weight is not None) == step.moves_weights
 
 
 @every_method

@@ -51,13 +51,12 @@ def first_block(windows: int = 6) -> tuple[nn.Module, str, BlockInputs, dict[str
 def compressed(recipe: Recipe, device: torch.device) -> tuple[dict[str, Tensor], list[Any]]:
     """What a block becomes: the matrices of its layers on the CPU, and the records."""
     block, name, flow, dtypes = first_block()
-    twin = copy.deepcopy(block)
+    original = copy.deepcopy(block)
     if device != CPU:
-        block, twin = to_fake_gpu(block), to_fake_gpu(twin)
-    twin_inputs = BlockInputs(list(flow.hidden), flow.arguments)
-    records = [
-        layer.record for layer in compress_block(BlockTask(name, block, flow, recipe, dtypes, device, twin, twin_inputs))
-    ]
+        block, original = to_fake_gpu(block), to_fake_gpu(original)
+    original_inputs = BlockInputs(list(flow.hidden), flow.arguments)
+    task = BlockTask(name, block, flow, recipe, dtypes, device, original, original_inputs)
+    records = [layer.record for layer in compress_block(task)]
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     assert all(tensor.device == device for layer in layers.values() for tensor in layer.packed().values())
     return {n: unwrapped(layer.parts().dense()) for n, layer in layers.items()}, records

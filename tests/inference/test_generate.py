@@ -20,10 +20,9 @@ from transformers import (
 )
 
 import slimlm
-from slimlm.cli.app import main
 from slimlm.inference.decode import selection
 from slimlm.inference.generate import TextStream, generate, room_for, stop_tokens_of
-from tests.conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
+from tests.conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, Line, byte_tokenizer, random_model, save
 from tests.fake_gpu import FAKE_GPU, fake_gpu
 
 MORE: dict[str, Any] = {

@@ -319,7 +319,6 @@ def test_following_the_original_outputs_brings_them_nearer(options: dict[str, An
 def test_the_goal_is_the_damped_least_squares_answer() -> None:
     z, x, stats = followed()
     layer = solved(stats=stats, asymmetric=0.1)
-    assert layer.goal is not None
     # The answer of ridge regression of the original outputs on x, drawn towards W: solved with extra rows for the damping.
     amount = (0.1 * float(stats[Covariance].diagonal().mean()) * len(x)) ** 0.5 * torch.eye(32, dtype=torch.float64)
     rows = torch.cat([x.double(), amount])
@@ -333,7 +332,6 @@ def test_the_goal_is_the_damped_least_squares_answer() -> None:
 @pytest.mark.parametrize("follow", [0.01, 0.1, 1.0])
 def test_where_the_inputs_are_the_original_ones_the_goal_is_the_original_weight(follow: float, norm: str) -> None:
     layer = solved(asymmetric=follow, norm=norm)
-    assert layer.goal is not None
     largest = float(layer.original.abs().max())
     torch.testing.assert_close(layer.reference, layer.original, rtol=1e-4, atol=1e-4 * largest)  # float32, through an inverse
 
@@ -349,7 +347,7 @@ def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> N
 
 def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
     layer = solved(stats=changed(STATS, {CrossCovariance: None}), asymmetric=0.1)
-    assert layer.goal is None
+    assert layer.reference is layer.original
     assert len(layer.notes) == 1 and "routed otherwise" in layer.notes[0]
     assert torch.equal(layer.parts().dense(), solved().parts().dense())
 
@@ -357,7 +355,7 @@ def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
 def test_too_few_tokens_are_noted_and_not_followed() -> None:
     _, _, stats = followed()
     layer = solved(stats=replace(stats, tokens=50), asymmetric=0.1)
-    assert layer.goal is None
+    assert layer.reference is layer.original
     assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "not followed" in layer.notes[1]
 
 
@@ -379,10 +377,10 @@ def test_an_even_aim_needs_no_note() -> None:
         ({"rounds": 0}, "rounds = 0"),
         ({"descent_rounds": -1}, "descent_rounds = -1"),
         ({"tolerance": 1.0}, "tolerance = 1"),
-        ({"base": "project", "codebook": "table"}, 'levels = "table" .*use base = "sweep"'),
-        ({"codebook": "table", "rounds": 1}, 'levels = "table", rounds = 1.*give two'),
-        ({"codebook": "table", "bits": 5}, 'levels = "table", bits = 5.*up to 4 bits; use "even"'),
-        ({"codebook": "table", "bits": 16}, 'levels = "table", bits = 16'),
+        ({"base": "project", "codebook": "fitted"}, 'codebook = "fitted" .*use base = "sweep"'),
+        ({"codebook": "fitted", "rounds": 1}, 'codebook = "fitted", rounds = 1.*give two'),
+        ({"codebook": "fitted", "bits": 5}, 'codebook = "fitted", bits = 5.*up to 4 bits; use "none"'),
+        ({"codebook": "fitted", "bits": 16}, 'codebook = "fitted", bits = 16'),
         ({"asymmetric": -0.1}, "asymmetric = -0.1"),
         ({"asymmetric": float("nan")}, "asymmetric = nan"),
     ],

@@ -99,7 +99,7 @@ def test_inputs_that_never_fire_are_rounded_and_few_tokens_are_noted() -> None:
     few = replace(stats, tokens=100)
     assert "100 calibration tokens" in Gptq(4, 32)(layer_of(32, 64), few).notes[0]
     silent = Gptq(4, 32)(layer_of(32, 64), changed(stats, {Covariance: torch.zeros(64, 64)}))
-    assert silent.notes == ("no input ever fires; weights rounded to nearest",)
+    assert silent.notes == ("all inputs are dead (always zero); weights rounded to nearest",)
 
 
 def test_damping_that_was_not_enough_is_noted() -> None:

@@ -19,10 +19,10 @@ from slimlm.recipe import NamedStep, recipe_from_dict
 SHAPES = [(48, 172), (88, 48), (352, 128)]
 
 
-def option(bits: int, group: int | str, pattern: str | float, rank: float, **others: Any) -> Option:
+def option(bits: int, group_size: int | str, pattern: str | float, rank: float, **others: Any) -> Option:
     """An option of the joint solver: base and adapter."""
-    values = {"bits": bits, "group_size": group, "pattern": pattern, "rank": rank, **others}
-    return Option((NamedStep("joint", "alternation", Alternation(**values)),), tuple(values.items()))
+    values = {"bits": bits, "group_size": group_size, "pattern": pattern, "rank": rank, **others}
+    return Option((NamedStep("joint", "alternation", Alternation(**values)),), tuple(values.items()), 0)
 
 
 def offered(bits: float, objective: str = "size", step: dict[str, Any] | None = None) -> tuple[Option, ...]:
@@ -124,7 +124,8 @@ def test_what_is_chosen_for_a_layer_is_what_a_rule_says(objective: str) -> None:
 def test_a_method_offers_its_options_itself() -> None:
     assert sorted(methods_with_options()) == ["alternation", "gptq"]
     steps = Gptq(order="input").options(4.0, "size")
-    assert {(step.bits, step.group_size) for step in steps} == {(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 32)}
+    expected = {(bits, group_size) for bits in (2, 3, 4, 5, 6) for group_size in (128, 32)}
+    assert {(step.bits, step.group_size) for step in steps} == expected
     assert all(step.order == "input" for step in steps)
     assert Gptq().options(None, "size") == ()
 

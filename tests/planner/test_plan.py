@@ -37,8 +37,8 @@ def quick_recipe(ignore: list[str] | None = None, **options: object) -> slimlm.R
     return recipe_from_dict({"name": "quick", "sequential": True, "ignore": ignore or [], "steps": [step]}, source="test")
 
 
-def option(bits: int, group: int, pattern: str, rank: float) -> Option:
-    values = {"bits": bits, "group_size": group, "pattern": pattern, "rank": rank}
+def option(bits: int, group_size: int, pattern: str, rank: float) -> Option:
+    values = {"bits": bits, "group_size": group_size, "pattern": pattern, "rank": rank}
     return Option(quick_recipe(**values).steps, tuple(values.items()))
 
 

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 import slimlm
-from slimlm.cli.app import main
 from slimlm.core.errors import RecipeError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
@@ -37,8 +36,8 @@ from slimlm.run.embeddings import compress_embeddings
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers
-from tests.conftest import ENDS, LLAMA_LIKE, needs_kernels, random_model, save
-from tests.storage.test_mapping import MIB, needs_smaps, resident
+from tests.conftest import ENDS, LLAMA_LIKE, Line, needs_kernels, random_model, save
+from tests.memory import MIB, needs_smaps, resident
 
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
 TIED = {"llama-tied", "opt", "opt-projected", "gpt2", "gemma2"}
@@ -323,6 +322,6 @@ def test_the_command_line_asks_and_shows(llama_folder: Path, tmp_path: Path, tex
     _, shown, _ = line("inspect", tmp_path / "out")
     rows = [row for row in shown.splitlines() if row.startswith(("lm_head ", "model.embed"))]
     assert len(rows) == 4  # a row in the table of layers and one in the summary for each
-    data = json.loads(typed("inspect", tmp_path / "out", "--json"))
+    data = json.loads(line("inspect", tmp_path / "out", "--json")[1])
     assert [end["name"] for end in data["embeddings"]] == ["model.embed_tokens", "lm_head"]
     assert data["recipe"]["embedding_bits"] == 8

@@ -10,21 +10,8 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError
 from slimlm.storage.mapping import MappedFiles, map_and_unlink, map_file
+from tests.memory import MIB, needs_smaps, resident
 
-MIB = 2**20
-SMAPS = Path("/proc/self/smaps")
-needs_smaps = pytest.mark.skipif(not SMAPS.is_file(), reason="the system does not say which pages are in memory")
-
-
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that this process holds in memory."""
-    total, ours = 0, False
-    for line in SMAPS.read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            ours = line.endswith(str(path))
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
 
 
 def written(path: Path, tensors: dict[str, Tensor]) -> Path:

@@ -103,7 +103,7 @@ def misfits(model: nn.Module, about: Description, stored: Mapping[str, Tensor]) 
             yield f"{name} is described {described} a bias; the model's layer has {found}"
     state = model.state_dict(keep_vars=True)
     compressed = {f"{name}.weight" for name in entries}
-    names: dict[int, list[str]] = {}
+    tied: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if name not in compressed:
             tied.setdefault(id(tensor), []).append(name)

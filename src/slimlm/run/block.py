@@ -97,7 +97,7 @@ class BlockTask:
     """Where the block is."""
     original_block: nn.Module | None = None
     """The block as it was, where something needs it."""
-    twin_inputs: BlockInputs | None = None
+    original_inputs: BlockInputs | None = None
     """The original model's activations, where something needs them."""
     progress: BlockProgress = UNOBSERVED
     """Where the block's events go."""
@@ -106,7 +106,7 @@ class BlockTask:
     def of(cls, block: nn.Module, progress: BlockProgress, streams: Streams, prepared: Prepared) -> "BlockTask":
         """The task of a block that is about to be compressed."""
         recipe = prepared.recipe
-        needs_twin = recipe.needs_original or recipe.block_reconstruction is not None
+        needs_original = recipe.needs_original or recipe.block_reconstruction is not None
         return cls(
             name=progress.name,
             block=block,
@@ -114,8 +114,8 @@ class BlockTask:
             recipe=recipe,
             dtypes=prepared.dense.dtypes,
             device=prepared.device,
-            twin=copy.deepcopy(block) if needs_twin else None,
-            twin_inputs=streams.original if recipe.needs_original else None,
+            original_block=copy.deepcopy(block) if needs_original else None,
+            original_inputs=streams.original if recipe.needs_original else None,
             progress=progress,
         )
 
@@ -127,9 +127,9 @@ class BlockTask:
     @property
     def original_run(self) -> BlockRun | None:
         """The block as it was on its inputs in the original model, for steps that compare with it."""
-        if self.twin is None or self.twin_inputs is None:
+        if self.original_block is None or self.original_inputs is None:
             return None
-        return BlockRun(self.twin, self.name, self.twin_inputs, self.device)
+        return BlockRun(self.original_block, self.name, self.original_inputs, self.device)
 
     @property
     def linears(self) -> dict[str, nn.Module]:
@@ -269,12 +269,12 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
     The first rank does it, on all samples, and broadcasts the block to the others.
     """
     options = task.recipe.block_reconstruction
-    assert options is not None and task.twin is not None
+    assert options is not None and task.original_block is not None
     task.progress.doing("reconstruct")
     activations, group = prepared.activations, task.inputs.group
-    teacher = task.inputs if task.twin_inputs is None or options.inputs == "compressed" else task.twin_inputs
-    student = task.inputs if task.twin_inputs is None or options.inputs != "dense" else task.twin_inputs
-    own_targets = activations.hold("targets", run_block(BlockRun(task.twin, task.name, teacher, task.device)))
+    teacher = task.inputs if task.original_inputs is None or options.inputs == "compressed" else task.original_inputs
+    student = task.inputs if task.original_inputs is None or options.inputs != "dense" else task.original_inputs
+    own_targets = activations.hold("targets", run_block(BlockRun(task.original_block, task.name, teacher, task.device)))
     batch = len(batches_of(prepared.samples)[0])
     hidden = activations.gather("student inputs", student.hidden, batch)
     targets = activations.gather("teacher outputs", own_targets, batch)
@@ -311,7 +311,7 @@ def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, fl
     module = task.block.get_submodule(name)
     assert isinstance(module, CompressedLinear)
     parts = module.parts()
-    error = relative_error(weight_of(task.twin.get_submodule(name)), parts.dense(), layer.second_moment)
+    error = relative_error(weight_of(task.original_block.get_submodule(name)), parts.dense(), layer.second_moment)
     record = dataclasses.replace(layer.record, bits=parts.storage_bits(), error=error, reconstruction=losses)
     return dataclasses.replace(layer, record=record)
 

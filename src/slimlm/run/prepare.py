@@ -164,7 +164,7 @@ def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
     )
 
 
-def needs_of(config: RunConfig, dense: LazyModel) -> RunNeeds:
+def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
     """What the run will need, without reading a weight or a text: it is taken to have as many samples as are asked for."""
     recipe, blocks = config.opened_recipe, blocks_of(dense.model)
     embeddings = planned_embeddings(dense, recipe)

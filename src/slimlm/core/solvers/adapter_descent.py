@@ -18,7 +18,7 @@ from torch import Tensor
 from slimlm.core.grid import Grid, reciprocal, spread
 from slimlm.core.parts.elementwise import Elementwise
 from slimlm.core.parts.low_rank import LowRank
-from slimlm.core.parts.uniform import Uniform
+from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 
@@ -111,8 +111,8 @@ def descend_right(error: Tensor, covariance: Tensor, part: LowRank, *, inputs_at
 
 
 def _even(factor: Elementwise) -> tuple[Uniform, Grid]:
-    assert isinstance(factor, Uniform), "a factor that is not rounded is refitted instead"
-    return factor, Grid.of_bits(factor.bits)
+    rounded = as_uniform(factor)  # a factor that is not rounded is refitted instead
+    return rounded, Grid.of_bits(rounded.bits)
 
 
 def _codes(index: Tensor, grid: Grid) -> Tensor:

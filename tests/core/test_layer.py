@@ -1,5 +1,7 @@
 """A layer's state between steps: sums that add up, masks that hold, arguments that stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def test_the_base_is_zero_wherever_the_mask_says_so(state: str) -> None:  # law 
             assert int((base[~layer.mask] != 0).sum()) == 0
 
 
-def test_the_damage_is_that_of_rounding_where_weights_stay_and_of_pruning_where_they_go() -> None:  # law 15
+def test_the_residual_is_that_of_rounding_where_weights_stay_and_of_pruning_where_they_go() -> None:  # law 15
     layer = states()["coded-pruned"]
     assert layer.base is not None and layer.mask is not None
     rounding, pruning = layer.original - layer.base.dense(), layer.original
@@ -87,13 +89,48 @@ def test_steps_return_new_layers_and_leave_the_old_alone() -> None:
     assert torch.equal(layer.original, draw(8, 12))
 
 
-def test_later_codes_aim_at_what_the_adapter_leaves() -> None:
+def test_a_later_base_stands_for_what_the_adapter_leaves() -> None:
     layer = states()["all"]
     assert layer.mask is not None
     torch.testing.assert_close(layer.masked_reference, (layer.original - adapter().dense()) * layer.mask, rtol=0, atol=0)
 
 
-def test_a_later_repair_takes_the_place_of_the_earlier() -> None:
+def test_outliers_and_an_adapter_stand_beside_the_base_at_the_same_time() -> None:
+    outliers = Plain(draw(8, 12, seed=11).half() / 4)
+    layer = states()["coded-pruned"].with_outliers(outliers)
+    assert layer.base is not None and layer.mask is not None
+    masked = layer.base.dense() * layer.mask
+    # What is left for an adapter, and for a base once there is one.
+    assert torch.equal(layer.residual, layer.original - masked - outliers.dense())
+    both = layer.with_adapter(adapter())
+    assert torch.equal(both.residual, layer.residual)
+    assert torch.equal(both.base_reference, both.original - outliers.dense() - adapter().dense())
+    parts = both.parts()
+    assert list(parts) == [parts.base, outliers, both.adapter] and parts.outliers is outliers
+    torch.testing.assert_close(both.error, both.original - parts.dense(), rtol=0, atol=1e-6)
+
+
+def test_a_step_may_put_another_reference_in_place_of_the_original() -> None:
+    layer = states()["bare"]
+    assert layer.reference is layer.original
+    moved = replace(states()["all"], reference=draw(8, 12, seed=12))
+    assert moved.mask is not None
+    assert torch.equal(moved.masked_reference, (draw(8, 12, seed=12) - adapter().dense()) * moved.mask)
+    assert torch.equal(moved.residual, draw(8, 12, seed=12) - moved.base_weight)
+    assert torch.equal(moved.error, states()["all"].error)
+
+
+def test_an_updated_weight_stands_for_the_base_until_something_codes_it() -> None:
+    layer = states()["pruned"]
+    assert layer.mask is not None
+    updated = layer.with_updated_weight(draw(8, 12, seed=13) * layer.mask)
+    assert torch.equal(updated.base_weight, updated.base_reference)
+    assert torch.equal(updated.parts().base.dense(), draw(8, 12, seed=13) * layer.mask)
+    coded = updated.with_base(codes_for(updated.masked_reference))
+    assert coded.updated_weight is None and torch.equal(coded.base_reference, coded.original)
+
+
+def test_a_later_adapter_takes_the_place_of_the_earlier() -> None:
     other = LowRank(Plain(draw(2, 8, seed=8)), Plain(draw(2, 12, seed=9)))
     layer = states()["all"].with_adapter(other)
     assert layer.adapter is other and list(layer.parts())[1:] == [other]

@@ -49,9 +49,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import slimlm
-from slimlm.cli.demo import bundled_model
 from slimlm.core.errors import KernelError
 from slimlm.inference.generate import generate
+from slimlm.models.bundled import bundled_model
 from slimlm.recipe import shipped
 from slimlm.runtime.cpu import bindings, native, processor
 

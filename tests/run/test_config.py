@@ -40,7 +40,7 @@ def test_a_public_name_is_there_and_hides_no_module(name: str) -> None:
     [
         ({"samples": 0}, DataError, "samples = 0"),
         ({"length": 1}, DataError, "length = 1"),
-        ({"seed": 2**64}, DataError, "seed = "),
+        ({"seed": 2**64}, DataError, "seed="),
         ({"recipe": "no such"}, RecipeError, "no such"),
         ({"embedding_bits": 3}, RecipeError, "embedding_bits = 3"),
     ],

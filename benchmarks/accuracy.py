@@ -153,9 +153,9 @@ def ablation_entries() -> list[Entry]:
     for name, options in [
         ("rounds-4", {"rounds": 4}),
         ("rounds-16", {"rounds": 16}),
-        ("table-levels", {"codebook": joint["codebook"]}),
-        ("polish", {"descent_rounds": joint["descent_rounds"]}),
-        ("follow", {"asymmetric": joint["asymmetric"]}),
+        ("fitted-codebooks", {"codebook": joint["codebook"]}),
+        ("coordinate-descent", {"descent_rounds": joint["descent_rounds"]}),
+        ("asymmetric", {"asymmetric": joint["asymmetric"]}),
     ]:
         off = {**off, **options}
         rungs.append((name, [off], {}))
@@ -163,7 +163,7 @@ def ablation_entries() -> list[Entry]:
     rungs.append(("4-bit-adapters", [{**off, "adapter_bits": 4}], {"sequential": True}))
     rungs.append(
         (
-            "matching",
+            "block-reconstruction",
             [{**off, "adapter_bits": 4}],
             {"sequential": True, "block_reconstruction": matched.get("block_reconstruction", {})},
         )
@@ -447,7 +447,7 @@ def full_table(results: Data, lines: Sequence[Line]) -> Shown:
     """Every entry but the ablation's."""
     dense = results["dense"]
     columns = ("recipe", "bits/weight", "bytes", "perplexity", "spread", "rise", "first 100k")
-    columns += ("layer error", "drift", "seconds", "peak MB")
+    columns += ("layer error", "output error", "seconds", "peak MB")
     first = ("dense", f"{dense['bits_per_weight']:.3f}", str(dense["bytes"]), f"{dense['perplexity']:.3f}", *[""] * 7)
     rows = [
         (
@@ -472,7 +472,7 @@ def full_table(results: Data, lines: Sequence[Line]) -> Shown:
 def ablation_table(results: Data, lines: Sequence[Line]) -> Shown:
     """The ladder in its order; the share is of the first rung's rise."""
     own = sorted((line for line in lines if line.kind == "ablation"), key=lambda line: line.name)
-    columns = ("ingredient", "bits/weight", "layer error", "drift", "perplexity", "spread", "rise", "share", "seconds")
+    columns = ("ingredient", "bits/weight", "layer error", "output error", "perplexity", "spread", "rise", "share", "seconds")
     rows = [
         (
             f"{'+ ' if number else ''}{line.name.partition('-')[2]}",

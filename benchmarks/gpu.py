@@ -109,7 +109,7 @@ KINDS = {
     "slimlm 2:4 one scale": Kind(),
     "slimlm 2:4 one scale + adapter": Kind(adapter=True),
     "slimlm 2:4 g32": Kind(group=32),
-    "slimlm 2:4 g32, table + adapter": Kind(group=32, table=True, adapter=True),
+    "slimlm 2:4 g32, codebook + adapter": Kind(group=32, table=True, adapter=True),
 }
 
 

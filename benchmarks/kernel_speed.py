@@ -49,13 +49,13 @@ KINDS = {
     "dense g128": Kind(128, sparse=False),
     "dense g32": Kind(32, sparse=False),
     "2:4 one scale": Kind("per-tensor"),
-    "2:4 one scale, table": Kind("per-tensor", table=True),
+    "2:4 one scale, codebook": Kind("per-tensor", table=True),
     "2:4 g32": Kind(32),
-    "2:4 g32, table": Kind(32, table=True),
+    "2:4 g32, codebook": Kind(32, table=True),
     "2:4 one scale + adapter": Kind("per-tensor", rank=0.1),
-    "2:4 one scale, table + adapter": Kind("per-tensor", table=True, rank=0.1),
+    "2:4 one scale, codebook + adapter": Kind("per-tensor", table=True, rank=0.1),
     "2:4 g32 + adapter": Kind(32, rank=0.1),
-    "2:4 g32, table + adapter": Kind(32, table=True, rank=0.1),
+    "2:4 g32, codebook + adapter": Kind(32, table=True, rank=0.1),
 }
 """slimlm's layers: 4 bits; adapters of rank 0.1 x the smaller side, 4 bits in groups of 128."""
 
@@ -243,8 +243,8 @@ COMPARED = [
     ("slimlm dense g128, fast", "ggml Q4"),
     ("slimlm 2:4 one scale, fast", "slimlm dense g128, fast"),
     ("slimlm 2:4 one scale + adapter, fast", "slimlm dense g128, fast"),
-    ("slimlm 2:4 g32, table + adapter, fast", "torch float32"),
-    ("slimlm 2:4 g32, table + adapter, fast", "ggml Q4"),
+    ("slimlm 2:4 g32, codebook + adapter, fast", "torch float32"),
+    ("slimlm 2:4 g32, codebook + adapter, fast", "ggml Q4"),
 ]
 """Contenders, and those that they are set against: the fastest of all whose names begin so."""
 

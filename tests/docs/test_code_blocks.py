@@ -153,3 +153,11 @@ def test_ci_types_the_commands_of_the_readme() -> None:
     for command in commands:
         lanes = [f'{test} "${{fast[@]}}"', f'{test} "${{fast[@]/#/--ignore=}}"'] if command == test else [command]
         assert all(lane in ci.splitlines() for lane in lanes)
+
+
+def test_add_a_method_adds_one_of_each_kind_in_one_new_file() -> None:
+    added = [block.file for block in blocks_of((ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")) if block.file]
+    sources = [Path(file).relative_to("src/slimlm") for file in added if file.startswith("src/slimlm/")]
+    folders = ["methods/quantize", "methods/prune", "methods/compensate", "core/parts", "core/statistics"]
+    assert sorted(str(source.parent) for source in sources) == sorted(folders)
+    assert not any((ROOT / "src/slimlm" / source).exists() for source in sources)

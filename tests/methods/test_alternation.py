@@ -356,7 +356,7 @@ def test_too_few_tokens_are_noted_and_not_followed() -> None:
     _, _, stats = followed()
     layer = solved(stats=replace(stats, tokens=50), asymmetric=0.1)
     assert layer.reference is layer.original
-    assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "not followed" in layer.notes[1]
+    assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "no asymmetric calibration" in layer.notes[1]
 
 
 def test_an_even_aim_needs_no_note() -> None:

@@ -348,7 +348,7 @@ def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> N
 def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
     layer = solved(stats=changed(STATS, {CrossCovariance: None}), asymmetric=0.1)
     assert layer.reference is layer.original
-    assert len(layer.notes) == 1 and "routed otherwise" in layer.notes[0]
+    assert len(layer.notes) == 1 and "routed differently" in layer.notes[0]
     assert torch.equal(layer.parts().dense(), solved().parts().dense())
 
 

@@ -42,7 +42,7 @@ class UnknownDtypeError(CheckpointError):
 
 
 class DoesNotFitError(SlimlmError):
-    """Memory or disk surely do not suffice for what was asked."""
+    """Memory or disk cannot suffice for what was asked."""
 
 
 class RanksError(SlimlmError):

@@ -66,7 +66,7 @@ class Layer:
     """float32 `[out, in]`: in place of the base's reference, where a pruner has changed the weights that stay and nothing has
     coded them yet"""
     notes: tuple[str, ...] = ()
-    """what the user should know of how this layer was decided, such as a stronger damping"""
+    """for the user, on how this layer was decided, such as a stronger damping"""
 
     @classmethod
     def of(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "Layer":
@@ -159,7 +159,7 @@ class Layer:
         return replace(self, notes=(*self.notes, *texts))
 
     def parts(self) -> Parts:
-        """The decided parts. A base that nothing has coded is stored in the weight's own dtype."""
+        """The decided parts. A base that nothing has coded is stored in the weight's dtype."""
         base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
         first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
         return Parts(first, adapter=self.adapter, outliers=self.outliers)

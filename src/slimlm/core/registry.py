@@ -39,9 +39,9 @@ def find(kind: str, name: str) -> type[Step]:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names(kind))}"
         raise RecipeError(f"no {KINDS[kind]} is called {name!r}; {hint}")
     module = importlib.import_module(f"slimlm.methods.{kind}.{name}")
-    found = cast("list[type[Step]]", [cls for cls in _public_classes(module) if dataclasses.is_dataclass(cls)])
-    assert len(found) == 1, f"{module.__name__} must define exactly one public dataclass"
-    return found[0]
+    methods = cast("list[type[Step]]", [cls for cls in _public_classes(module) if dataclasses.is_dataclass(cls)])
+    assert len(methods) == 1, f"{module.__name__} must define exactly one public dataclass"
+    return methods[0]
 
 
 @cache
@@ -53,9 +53,9 @@ def statistics() -> tuple[type[Statistic], ...]:
 
 
 def _statistic(module: ModuleType) -> type[Statistic]:
-    found = [cls for cls in _public_classes(module) if issubclass(cls, Statistic)]
-    assert len(found) == 1, f"{module.__name__} must define exactly one public statistic"
-    return found[0]
+    classes = [cls for cls in _public_classes(module) if issubclass(cls, Statistic)]
+    assert len(classes) == 1, f"{module.__name__} must define exactly one public statistic"
+    return classes[0]
 
 
 def _public_classes(module: ModuleType) -> list[type]:

@@ -190,11 +190,11 @@ def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator
 
 def routers_of(block: nn.Module) -> set[str]:
     """The names of a block's routers: modules next to experts whose weight has one row for each expert, or a single row."""
-    found = set()
+    routers = set()
     for name, parent in block.named_modules():
         counts = {len(child) for child in parent.children() if isinstance(child, Experts)}
         for child_name, child in parent.named_children():
             weight = dict(child.named_parameters(recurse=False)).get("weight")
             if counts and weight is not None and weight.ndim == 2 and weight.shape[0] in {*counts, 1}:
-                found.add(f"{name}.{child_name}" if name else child_name)
-    return found
+                routers.add(f"{name}.{child_name}" if name else child_name)
+    return routers

@@ -285,22 +285,22 @@ def _stored_dtypes(folder: Path, model: PreTrainedModel) -> dict[str, torch.dtyp
 
     The files decide, not the config: a model may keep its norms in float32 with weights in bfloat16.
     """
-    found: dict[str, torch.dtype] = {}
+    stored: dict[str, torch.dtype] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, no mapping
                 kind = tensors.get_slice(key).get_dtype()
                 if kind in _DTYPES:
-                    found[key] = _DTYPES[kind]
+                    stored[key] = _DTYPES[kind]
     state = model.state_dict()
-    if not found:
+    if not stored:
         return None
-    if len(set(found.values())) == 1:
-        one = next(iter(found.values()))
+    if len(set(stored.values())) == 1:
+        one = next(iter(stored.values()))
         return {name: one if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    by_memory = {state[name].data_ptr(): dtype for name, dtype in found.items() if name in state}
+    by_memory = {state[name].data_ptr(): dtype for name, dtype in stored.items() if name in state}
     prefix = model.base_model_prefix + "."
-    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in found.items() if prefix + n in state}
+    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in stored.items() if prefix + n in state}
     lost = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.data_ptr() not in by_memory]
     if lost:
         raise ModelError(

@@ -61,14 +61,14 @@ def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]
     Returns:
         The tensors stacked, by name in the model.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    pieces: dict[str, dict[str, list[str]]] = {}
     for name, renamed, pattern in _renamed(empty, stored):
         if pattern is not None:
-            found.setdefault(renamed, {}).setdefault(pattern, []).append(name)
+            pieces.setdefault(renamed, {}).setdefault(pattern, []).append(name)
     converters = [entry for entry in get_model_conversion_mapping(empty) if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     stacks = {}
-    for name, sorts in found.items():
+    for name, sorts in pieces.items():
         converter = by_pattern[next(iter(sorts))]
         if _stacks(converter) and sorts.keys() == set(converter.source_patterns):
             stacks[name] = Stack(tuple(tuple(sorts[pattern]) for pattern in converter.source_patterns))

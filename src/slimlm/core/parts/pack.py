@@ -70,10 +70,10 @@ class Parts(Slots[Part]):
 
         `weight` itself, the base's elements, is one-dimensional, row after row, so that no program mistakes it for a matrix.
         """
-        found = {
+        tensors = {
             joined(_PREFIXES[slot], suffix): tensor for slot, part in self.filled() for suffix, tensor in part.tensors().items()
         }
-        return {**found, "weight": found["weight"].flatten()}
+        return {**tensors, "weight": tensors["weight"].flatten()}
 
     def describe(self) -> "PartEntries":
         """The entries of all parts."""
@@ -106,14 +106,14 @@ class PartEntries(Slots[Entry]):
 
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
         """The stored tensors of a layer `[out, in]` by name. Raises CheckpointError where these parts do not fit it."""
-        found = {
+        expected = {
             joined(_PREFIXES[slot], suffix): tensor
             for slot, entry in self.filled()
             for suffix, tensor in entry.expected(shape).items()
         }
-        if "weight" not in found:
+        if "weight" not in expected:
             raise CheckpointError(f"its base is {self.base.kind}, which has no elements of its own")
-        return {**found, "weight": found["weight"].flattened()}
+        return {**expected, "weight": expected["weight"].flattened()}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits of all parts of a layer `[out, in]`; see `Entry.stored_bits`."""
@@ -121,15 +121,15 @@ class PartEntries(Slots[Entry]):
 
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Parts:
         """The inverse of `Parts.tensors` of a layer `[out, in]`. Raises CheckpointError where entry and tensors disagree."""
-        found = {}
+        parts = {}
         for slot, entry in self.filled():
             try:
-                found[slot] = entry.from_stored(_in_rows(slot, tensors, shape), shape)
+                parts[slot] = entry.from_stored(_in_rows(slot, tensors, shape), shape)
             except (KeyError, RuntimeError) as error:
                 raise CheckpointError(
                     f"a {entry.kind} part of shape {shape} does not fit its stored tensors: {error}"
                 ) from error
-        return Parts(**found)
+        return Parts(**parts)
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Iterator[str]:
         """Faults that packing never produces in a layer `[out, in]`; see `Entry.check`."""
@@ -157,10 +157,10 @@ def tensors_of(slot: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _in_rows(slot: str, tensors: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
     """As `tensors_of`, the elements of a base in rows again."""
-    own = tensors_of(slot, tensors)
-    if slot == "base" and "" in own:
-        own[""] = own[""].view(shape[0], -1)
-    return own
+    by_suffix = tensors_of(slot, tensors)
+    if slot == "base" and "" in by_suffix:
+        by_suffix[""] = by_suffix[""].view(shape[0], -1)
+    return by_suffix
 
 
 @dataclass(frozen=True)
@@ -254,13 +254,13 @@ class LayerEntry(StoredEntry):
     @classmethod
     def parse(cls, data: object) -> "LayerEntry":
         """Read an entry. Raises CheckpointError where a field is missing or invalid."""
-        found = Fields(data, "it")
+        fields = Fields(data, "it")
         return cls(
-            shape=found.shape("shape"),
-            bias=found.flag("bias"),
-            parts=PartEntries.parse(found),
-            tensors=_parse_tensors(found),
-            tied_to=found.text("tied_to") if "tied_to" in found.data else None,
+            shape=fields.shape("shape"),
+            bias=fields.flag("bias"),
+            parts=PartEntries.parse(fields),
+            tensors=_parse_tensors(fields),
+            tied_to=fields.text("tied_to") if "tied_to" in fields.data else None,
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -279,20 +279,20 @@ class EmbeddingEntry(StoredEntry):
     @classmethod
     def parse(cls, data: object) -> "EmbeddingEntry":
         """Read an entry. Raises CheckpointError where a field is missing or invalid."""
-        found = Fields(data, "it")
-        factor = found.data.get("factor")
+        fields = Fields(data, "it")
+        factor = fields.data.get("factor")
         # NaN fails this comparison, too.
         if not isinstance(factor, int | float) or isinstance(factor, bool) or not abs(factor) <= _LARGEST_FACTOR:
             raise CheckpointError(f"factor is {factor!r}, not a number")
-        return cls(shape=found.shape("shape"), factor=factor, parts=PartEntries.parse(found), tensors=_parse_tensors(found))
+        return cls(shape=fields.shape("shape"), factor=factor, parts=PartEntries.parse(fields), tensors=_parse_tensors(fields))
 
     def to_json(self) -> dict[str, Json]:
         """The inverse of `parse`."""
         return self._to_json(factor=self.factor)
 
 
-def _parse_tensors(found: Fields) -> dict[str, TensorEntry]:
-    tensors = found.data.get("tensors")
+def _parse_tensors(fields: Fields) -> dict[str, TensorEntry]:
+    tensors = fields.data.get("tensors")
     if not isinstance(tensors, Mapping):
         raise CheckpointError("its tensors have no names")
     return {str(name): TensorEntry.parse(about, str(name)) for name, about in tensors.items()}

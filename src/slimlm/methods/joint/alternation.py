@@ -173,8 +173,8 @@ class Alternation(StepDefaults):
     def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
         """Dense codes of widths around the budget, the narrow ones also in short groups, two with adapters; and 2:4.
 
-        For size one 2:4 option, so that the table shows where it stands (by bytes alone it seldom wins), for speed several.
-        For `rank = "auto"` and no other budget: the own base with other ranks.
+        For size one 2:4 option, so that the plan's table shows it (by bytes alone it seldom wins), for speed several.
+        For `rank = "auto"` and no other budget: the same base with other ranks.
         """
         if bits is None:
             return tuple(replace(self, rank=rank) for rank in _AUTO_RANKS) if self.needs_plan else ()

@@ -229,29 +229,29 @@ class Ground:
 
 def covariances(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     """Mean x^T x of the inputs of every linear layer in the blocks, by full name."""
-    found, blocks, device = {}, blocks_of(model), torch.device("cpu")
-    flow = enter(model, blocks, windows)
+    covariance_of, blocks, device = {}, blocks_of(model), torch.device("cpu")
+    inputs = enter(model, blocks, windows)
     for name, block in blocks.items():
-        stats = measure(BlockRun(block, name, flow, device), linears_of(block), frozenset({Covariance}))
-        found |= {f"{name}.{layer}": s[Covariance] for layer, s in stats.items()}
-        flow = BlockInputs(list(run(BlockRun(block, name, flow, device))), flow.arguments)
-    return found
+        stats = measure(BlockRun(block, name, inputs, device), linears_of(block), frozenset({Covariance}))
+        covariance_of |= {f"{name}.{layer}": s[Covariance] for layer, s in stats.items()}
+        inputs = BlockInputs(list(run(BlockRun(block, name, inputs, device))), inputs.arguments)
+    return covariance_of
 
 
-def whole_weight(linear: nn.Module) -> Tensor:
+def dense_weight(linear: nn.Module) -> Tensor:
     """What a linear layer multiplies with, float32 `[out, in]`: its weight, or the sum of its parts."""
     if isinstance(linear, CompressedLinear):
         return linear.parts().dense()
     return weight_of(linear).float()
 
 
-def layer_error(dense: nn.Module, other: nn.Module, grams: dict[str, Tensor]) -> float:
+def layer_error(dense: nn.Module, other: nn.Module, covariance_of: dict[str, Tensor]) -> float:
     """Mean over layers of ||(W - W') x||^2 / ||W x||^2."""
     shares = []
-    for name, gram in grams.items():
-        weight = whole_weight(dense.get_submodule(name))
-        error = weight - whole_weight(other.get_submodule(name))
-        shares.append(weighted_square(error, gram) / max(weighted_square(weight, gram), 1e-30))
+    for name, covariance in covariance_of.items():
+        weight = dense_weight(dense.get_submodule(name))
+        error = weight - dense_weight(other.get_submodule(name))
+        shares.append(weighted_square(error, covariance) / max(weighted_square(weight, covariance), 1e-30))
     return sum(shares) / len(shares)
 
 
@@ -263,24 +263,24 @@ def output_drift(dense: nn.Module, other: nn.Module, names: Sequence[str], windo
 
         def compare(name: str, theirs: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
             own, bias = outputs[name], getattr(dense.get_submodule(name), "bias", None)
-            error, energy = squares[name]
+            error, total = squares[name]
             size = own if bias is None else own - bias
-            squares[name] = error + float((own - theirs).square().sum()), energy + float(size.square().sum())
+            squares[name] = error + float((own - theirs).square().sum()), total + float(size.square().sum())
 
         with torch.no_grad():
             with watched(dense, names, outputs.__setitem__):
                 dense(batch, use_cache=False)
             with watched(other, names, compare):
                 other(batch, use_cache=False)
-    return sum(error / max(energy, 1e-30) for error, energy in squares.values()) / len(squares)
+    return sum(error / max(total, 1e-30) for error, total in squares.values()) / len(squares)
 
 
 @contextmanager
-def watched(model: nn.Module, names: Sequence[str], tell: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within this context `tell` is given the name and output of each of these layers as it runs."""
+def watched(model: nn.Module, names: Sequence[str], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within this context `receive` is called with the name and output of each of these layers as it runs."""
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, __, output: tell(name, output)
+        return lambda _, __, output: receive(name, output)
 
     handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
@@ -636,7 +636,7 @@ def read_line() -> argparse.Namespace:
     parser.add_argument("--made", action="store_true", help="the tests' tiny random Llama in place of a model, on its own text")
     parser.add_argument("--data", help="calibration text")
     parser.add_argument("--text", help="evaluation text")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=None, help="of the evaluation text")
     parser.add_argument("--bits", type=float, nargs="*", default=[3.0, 3.5, 4.0, 4.5], help="budgets")

@@ -253,7 +253,7 @@ def copy_rate() -> float:
 
 
 def make_model(folder: Path, *, width: int, blocks: int) -> int:
-    """Write a Llama of random weights with a tokenizer of whole words; gives its parameters."""
+    """Write a Llama of random weights with a tokenizer of whole words; returns its number of parameters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

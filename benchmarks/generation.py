@@ -183,7 +183,7 @@ def open_llama(file: Path, kind: str, threads: int) -> Opened:
 
 @cache
 def llama_library() -> Any:
-    """llama.cpp's functions, told to say nothing."""
+    """llama.cpp's functions, with its output silenced."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()

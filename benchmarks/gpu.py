@@ -1,4 +1,4 @@
-"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the card allows, in 500 seconds.
+"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the GPU allows, in 500 seconds.
 
     python benchmarks/gpu.py                       # everything
     python benchmarks/gpu.py --batches 1 16        # some of it; rows that are not measured again stay
@@ -9,10 +9,10 @@
 Products are replayed from a CUDA graph that goes through copies of the weight of 280 MB together, so that none is in the L2
 cache; figures are medians of replays. Before anything is timed, layers of the same kinds are compared with float64 products,
 repeated, and replayed on other inputs. What cannot be measured is named in the results with the reason. Weights are random, and
-so is the model that writes text: one with the shapes of Llama-2-7B, made on the card.
+so is the model that writes text: one with the shapes of Llama-2-7B, made on the GPU.
 
 Models come before layers, and layers of ours before those of others, so that what the time does not suffice for is the least of
-it. Every item has a limit, and what fails is one item. Only a card that answers no more ends the run, which is named then.
+it. Every item has a limit, and what fails is one item. Only a GPU that no longer responds ends the run, which is named then.
 """
 
 import argparse
@@ -68,7 +68,7 @@ SHAPES = {
 """`[out, in]`; shapes of an earlier model are not taken again"""
 BATCHES = (1, 16, 64, 128)
 ROTATED = 280_000_000
-"""Bytes of weights before one is met again: several times any card's L2 cache."""
+"""Bytes of weights before one is met again: several times any GPU's L2 cache."""
 ERRORS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Relative to the largest output. Half of bfloat16's comes from rounding the adapter's middle."""
 
@@ -427,7 +427,7 @@ def random_model(kind: Kind | None, where: torch.device) -> LlamaForCausalLM:
 
 
 def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> dict[str, Any]:
-    """Tokens a second of a generation; `way` says what wrote them, on a card steps replayed from a CUDA graph."""
+    """Tokens a second of a generation; `way` says what wrote them, on a GPU steps replayed from a CUDA graph."""
     model = random_model(kind, where)
     length, new, calls = (4, 3, 1) if where.type == "cpu" else (64, 48, 5)
     prompt = torch.randint(model.config.vocab_size, (batch, length), device=where)
@@ -456,7 +456,7 @@ def written(name: str, kind: Kind | None, where: torch.device, batch: int) -> di
 # The run
 
 CHECKS, WRITING, LAYER = 200.0, 60.0, 40.0
-"""Seconds that all checks, one model and one contender at one shape may take at most on a card."""
+"""Seconds that all checks, one model and one contender at one shape may take at most on a GPU."""
 LAYERS_SHARE = 0.4
 """Of what is left after the checks, kept for the layers."""
 SPARE = 5.0
@@ -465,7 +465,7 @@ SPARE = 5.0
 
 @contextmanager
 def limited(most: float) -> Iterator[None]:
-    """Raise LateError in what takes longer, once Python runs: a compiler or a card that is waited for comes back first."""
+    """Raise LateError in what takes longer, once Python runs: a compiler or a GPU that is waited for comes back first."""
 
     def late(*_: object) -> None:
         raise LateError(f"took longer than {most:.0f} s")
@@ -486,7 +486,7 @@ class Run:
         self.where, self.budget, self.results = where, budget, results
         self.began = time.monotonic()
         self.lost: str | None = None
-        """why the card answers no more"""
+        """why the GPU no longer responds"""
         self.wrong: set[str] = set()
         """kinds whose check failed"""
 
@@ -495,7 +495,7 @@ class Run:
         return self.budget - (time.monotonic() - self.began)
 
     def spent(self, what: str, reserve: float = 0.0) -> bool:
-        """Whether there is no time left, or no card, for `what`, which is named then."""
+        """Whether there is no time left, or no GPU, for `what`, which is named then."""
         if self.lost is None and self.left() - reserve >= SPARE:
             return False
         self.results.missing[what] = self.lost or f"the budget of {self.budget:.0f} s was spent"
@@ -522,12 +522,12 @@ class Run:
             self.keep(row, what, who)
             return
         if (reason := unfit(self.where)) is not None:
-            self.lost = f"after {what} failed, the card {reason}"
+            self.lost = f"after {what} failed, the GPU {reason}"
         self.results.write()
 
 
 def unfit(where: torch.device) -> str | None:
-    """Why nothing more can be measured on a card after something failed there, in words; None: it can."""
+    """Why nothing more can be measured on a GPU after something failed there, in words; None: it can."""
     if where.type == "cpu":
         return None
     try:
@@ -619,7 +619,7 @@ def measure_layer(
 def markdown(data: dict[str, Any]) -> str:
     """Tables of the layers, for each shape: microseconds and times as fast as cuBLAS.
 
-    The roof is the time in which the card copies as many bytes as the weight has.
+    The roof is the time in which the GPU copies as many bytes as the weight has.
     """
     layers = [row for row in data["rows"] if row["section"] == "layers"]
     lines, copied = [], None
@@ -716,7 +716,7 @@ def main() -> None:
         if arguments.into:
             cards = [name for name in sorted(tables) if name != "gpu-interpreted"]
             if not cards:
-                sys.exit(f"no card was measured: {arguments.results} has no gpu-CARD.json")
+                sys.exit(f"no GPU was measured: {arguments.results} has no gpu-CARD.json")
             pieces = [f"### {tables[name]['runs'][-1]['card']}\n\n{markdown(tables[name])}" for name in cards]
             put_into(arguments.into, "\n\n".join(pieces))
         return

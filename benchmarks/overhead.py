@@ -82,7 +82,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--model", help="a folder, in place of the random models")
     asked.add_argument("--widths", type=int, nargs="+", default=[512, 1024])
-    asked.add_argument("--recipe", default="slim", help="one that does not follow the original model, such as slim")
+    asked.add_argument("--recipe", default="slim", help="one without asymmetric calibration, such as slim")
     asked.add_argument("--samples", type=int, default=128)
     asked.add_argument("--length", type=int, default=512)
     asked.add_argument("--rounds", type=int, default=3)

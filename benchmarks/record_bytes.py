@@ -17,7 +17,7 @@ the plan); and for each choice of kernels that the CPU has the SHA-256 of the lo
 tokens after a fixed prompt, the SHA-256 of the logits of each of these steps, and the bytes that the kernels' packing makes.
 
 Names may change: a tensor or figure that is gone and one that is new and holds the same are reported as renamed. All else that
-differs, is missing or was added fails (exit 1); of figures, those that were added are only told.
+differs, is missing or was added fails (exit 1); of figures, those that were added are only reported.
 
 The file is written after every case, and cases that it holds are passed over, so that an interrupted recording goes on.
 Everything runs in this process, by default with one thread: sums are made in the same order, whatever else the machine does.
@@ -275,7 +275,7 @@ def cases(data: Path | None) -> list[Case]:
 # What touches slimlm's interface
 
 CHOICES: tuple[tuple[Any, tuple[Any, ...]], ...] = (("reference", ()), ("auto", ("precise", "fast")))
-"""Kernels that a model is loaded with, and those that it is then told to use."""
+"""Kernels that a model is loaded with, and those that it is then set to use."""
 
 
 def compress_case(case: Case, model: Path, text: Path, out: Path) -> Data:

@@ -3,7 +3,7 @@
 One run each, started as a launcher would start it, one thread per rank. Every rank counts its own CPU time (not the clock, so
 other work on the machine does not count, nor does waiting but for looking whether something has come):
 
-    windows   running blocks on calibration windows, and the sums of their statistics
+    windows   running blocks on calibration samples, and the sums of their statistics
     layers    the recipe's steps on the layers of a block
     rest      on every rank: reading, checking, packing, hand-over; on the first also the journal, the files and their check
 

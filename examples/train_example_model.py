@@ -3,7 +3,7 @@
     python examples/train_example_model.py --out examples/pystd-5m --tokens 16e6
 
 A Llama of five million parameters with a byte-level BPE of 1024 tokens; every width is a multiple of 128. The text is
-whatever standard library this Python has, its test suite included; the evaluation and calibration splits (see
+the standard library of the Python that runs it, with its test suite; the evaluation and calibration splits (see
 slimlm.data.stdlib) are never trained on. Matrices are trained with Muon, the rest with AdamW; the learning rate warms
 up, stays, and falls linearly to zero over the last 40 %. Two cores do about ten million tokens an hour.
 """
@@ -24,6 +24,7 @@ CONTEXT = 512
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the documents, with one special token for begin and end."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,6 +46,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model() -> LlamaForCausalLM:
+    """The model with random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -61,12 +63,14 @@ def new_model() -> LlamaForCausalLM:
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
+    """The tokens of all documents, one after another, int16 `[tokens]`."""
     rows = tokenizer(documents)["input_ids"]
     return torch.tensor([token for row in rows for token in row], dtype=torch.int16)
 
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+    """The perplexity on tokens `[count]`, cut into windows of the context."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT).long()
     total = sum(model(w, labels=w).loss.item() * len(w) for w in windows.split(8))
     return math.exp(total / len(windows))
@@ -78,6 +82,7 @@ def rate(progress: float) -> float:
 
 
 def main() -> None:
+    """Train the tokenizer and the model, and save both every 200 steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=float, default=16e6)
@@ -131,6 +136,7 @@ def main() -> None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write model, in float16, and tokenizer to a folder."""
     half = new_model()
     half.load_state_dict(model.state_dict())
     half.to(torch.float16).save_pretrained(out)

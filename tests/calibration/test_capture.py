@@ -528,7 +528,7 @@ def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_la
     assert len(wide) == 1 and len(notes) == 7
     for own in wide.values():
         assert "128 calibration tokens for the covariance of 88 inputs, which needs 176" in own[0]
-        assert any("not followed" in note for note in own) == bool(follow)
+        assert any("no asymmetric calibration" in note for note in own) == bool(follow)
     assert all(own == () for name, own in notes.items() if name not in wide)
 
 

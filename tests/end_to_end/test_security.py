@@ -152,7 +152,7 @@ FLOATS = {"kind": "plain", "dtype": "float16"}
         ),
         ({"base": {"kind": "uniform", "bits": 4, "group": 32, "channel_scale": False}}, "group_size is None"),
         ({"base": {"kind": "plain", "dtype": "Tensor"}}, "dtype is 'Tensor'; it can be float16"),
-        ({"base": {"kind": "pruned", "pattern": "2:4", "inner": {"kind": "pruned"}}}, "cannot lie under a mask"),
+        ({"base": {"kind": "pruned", "pattern": "2:4", "inner": {"kind": "pruned"}}}, "cannot have a mask"),
         ({"base": {"kind": "low_rank", "rank": 2**50}}, "rank is"),
         (
             {"base": {"kind": "low_rank", "rank": 2, "left": FLOATS, "right": FLOATS}},

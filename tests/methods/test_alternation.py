@@ -348,7 +348,7 @@ def test_without_following_the_cross_statistic_is_neither_needed_nor_read() -> N
 def test_tokens_that_are_routed_otherwise_are_noted_and_not_followed() -> None:
     layer = solved(stats=changed(STATS, {CrossCovariance: None}), asymmetric=0.1)
     assert layer.reference is layer.original
-    assert len(layer.notes) == 1 and "routed otherwise" in layer.notes[0]
+    assert len(layer.notes) == 1 and "routed differently" in layer.notes[0]
     assert torch.equal(layer.parts().dense(), solved().parts().dense())
 
 
@@ -356,7 +356,7 @@ def test_too_few_tokens_are_noted_and_not_followed() -> None:
     _, _, stats = followed()
     layer = solved(stats=replace(stats, tokens=50), asymmetric=0.1)
     assert layer.reference is layer.original
-    assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "not followed" in layer.notes[1]
+    assert len(layer.notes) == 2 and "50 calibration tokens" in layer.notes[0] and "no asymmetric calibration" in layer.notes[1]
 
 
 def test_an_even_aim_needs_no_note() -> None:

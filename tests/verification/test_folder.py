@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_found_in_its_tensor(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to", "words"),
     [
-        ("weight_mask", set_at((2, 0), 0b0111), "weight_mask is no mask of 2:4: in row 2, inputs 0 to 3, 3 stay, not 2"),
+        ("weight_mask", set_at((2, 0), 0b0111), "weight_mask does not fit 2:4: in row 2, inputs 0 to 3, 3 stay, not 2"),
         ("weight_scale", set_at((0, 0), float("nan")), "weight_scale holds 1 values of 1 that are NaN or infinite"),
         ("adapter_left_scale", set_at((0, 0), float("inf")), "adapter_left_scale holds 1 values"),
     ],

@@ -1,1 +1,1 @@
-"""Values and arithmetic: torch only; no files, no network, no transformers, no device named anywhere."""
+"""Values and arithmetic: torch only; no files, no network, no transformers, and no name of a device."""

@@ -3,9 +3,8 @@
 Codes of one row follow each other in a stream of bits, least significant bit first; each row starts on a byte.
 Code i of a row therefore lies at bits [i*bits, (i+1)*bits) of that row's bytes. Any width from 1 to 8 bits.
 
-Eight codes, a byte each, are one int64 (on a little-endian machine, as all that torch runs on in practice are). In three
-steps neighbours are moved together, by twos, fours and eight, until the codes fill its lowest `bits` bytes; unpacking takes
-the same steps back.
+Eight codes, a byte each, are one int64 (on a little-endian machine, as all that torch runs on in practice are). Three steps
+move pairs, fours and then all eight together, until the codes fill the lowest `bits` bytes; unpacking reverses the steps.
 """
 
 import torch
@@ -15,11 +14,11 @@ from slimlm.core.chunks import at_once
 from slimlm.core.errors import CheckpointError
 
 _CODES_AT_ONCE = 2**18
-"""Codes to work on at a time, so that what lies in between stays in the CPU's cache."""
+"""Codes to work on at a time, so that intermediate values stay in the CPU's cache."""
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that one row of `count` codes of `bits` bits takes."""
+    """The bytes that one row of `count` codes of `bits` bits takes."""
     return (count * bits + 7) // 8
 
 
@@ -35,17 +34,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     rows, count = codes.shape
     packed = torch.empty(rows, packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
-    some = _rows_at_once(count, codes.device)
-    for piece, into in zip(codes.split(some), packed.split(some), strict=True):
-        words = _octets(piece, count, 8)
+    rows_at_once = _rows_at_once(count, codes.device)
+    for piece, into in zip(codes.split(rows_at_once), packed.split(rows_at_once), strict=True):
+        octets = _octets(piece, count, 8)
         for low, high, shift in _steps(bits):
-            words = (words & low) | ((words >> shift) & high)
-        into.copy_(_bytes(words, bits)[:, : packed.shape[1]])
+            octets = (octets & low) | ((octets >> shift) & high)
+        into.copy_(_bytes(octets, bits)[:, : packed.shape[1]])
     return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The codes that `pack` was given.
+    """The codes that `pack` packed.
 
     Args:
         packed: uint8 `[rows, packed_bytes(count, bits)]`.
@@ -56,7 +55,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         uint8 `[rows, count]`.
 
     Raises:
-        CheckpointError: the rows have another size.
+        CheckpointError: the rows have a different size.
     """
     if packed.ndim != 2 or packed.shape[1] != packed_bytes(count, bits):
         raise CheckpointError(
@@ -64,12 +63,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{list(packed.shape)}"
         )
     codes = torch.empty(len(packed), count, dtype=torch.uint8, device=packed.device)
-    some = _rows_at_once(count, packed.device)
-    for piece, into in zip(packed.split(some), codes.split(some), strict=True):
-        words = _octets(piece, count, bits)
+    rows_at_once = _rows_at_once(count, packed.device)
+    for piece, into in zip(packed.split(rows_at_once), codes.split(rows_at_once), strict=True):
+        octets = _octets(piece, count, bits)
         for low, high, shift in reversed(_steps(bits)):
-            words = (words & low) | ((words & high) << shift)
-        into.copy_(_bytes(words, 8)[:, :count])
+            octets = (octets & low) | ((octets & high) << shift)
+        into.copy_(_bytes(octets, 8)[:, :count])
     return codes
 
 
@@ -78,7 +77,7 @@ def _rows_at_once(count: int, device: torch.device) -> int:
 
 
 def _steps(bits: int) -> list[tuple[int, int, int]]:
-    """For each step the masks of a word's lower and (moved down) upper neighbours, and how far the upper ones move."""
+    """For each step the bit masks of the lower and (moved down) upper neighbours in an int64, and how far the upper move."""
     steps = []
     for lane in (16, 32, 64) if bits < 8 else ():
         filled = bits * lane // 16
@@ -97,7 +96,7 @@ def _octets(values: Tensor, count: int, size: int) -> Tensor:
     return bytes_.view(rows, octets, 8).view(torch.int64).squeeze(-1)
 
 
-def _bytes(words: Tensor, size: int) -> Tensor:
+def _bytes(octets: Tensor, size: int) -> Tensor:
     """The lowest `size` bytes of each int64 `[rows, octets]`, as uint8 `[rows, octets x size]`."""
-    rows, octets = words.shape
-    return words[..., None].view(torch.uint8)[..., :size].reshape(rows, octets * size)
+    rows, count = octets.shape
+    return octets[..., None].view(torch.uint8)[..., :size].reshape(rows, count * size)

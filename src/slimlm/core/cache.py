@@ -1,4 +1,4 @@
-"""What steps compute of statistics alone, for the next layer that is given the same inputs."""
+"""What steps compute from statistics alone, for the next layer that has the same inputs."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -7,10 +7,10 @@ Value = TypeVar("Value")
 
 
 class Cache:
-    """Values by their type and a key; computed once, then handed out again.
+    """Values by their type and a key, each computed once.
 
-    A cache belongs to the statistics of one input: layers that share the input (q, k and v) share it, others never do, so a key
-    holds the options that a value depends on and not the statistics themselves.
+    A cache belongs to the statistics of one input: layers that share the input (q, k and v) share it, others never do, so a
+    key holds the options that a value depends on and not the statistics themselves.
     """
 
     def __init__(self) -> None:
@@ -20,16 +20,19 @@ class Cache:
         return len(self._values)
 
     def get(self, kind: type[Value], key: Hashable, compute: Callable[[], Value]) -> Value:
-        """The value of this type and key; `compute` is called where there is none yet.
+        """The value of this type and key; `compute` is called if there is none yet.
 
         Args:
-            kind: The value's type; keys of different types do not meet.
+            kind: The value's type; keys of different types are independent.
             key: What the value depends on beside the statistics, such as a damping.
-            compute: Gives the value. It must not be changed afterwards.
+            compute: Gives the value, which must not be changed afterwards.
+
+        Returns:
+            The value, the same object for every caller.
         """
-        place = kind, key
-        if place not in self._values:
-            self._values[place] = compute()
-        found = self._values[place]
-        assert isinstance(found, kind), f"computed as a {kind.__name__}, found a {type(found).__name__}"
-        return found
+        full_key = kind, key
+        if full_key not in self._values:
+            self._values[full_key] = compute()
+        value = self._values[full_key]
+        assert isinstance(value, kind), f"computed as a {kind.__name__}, found a {type(value).__name__}"
+        return value

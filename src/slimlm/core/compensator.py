@@ -20,9 +20,9 @@ class Compensator(StepDefaults, ABC):
     """
 
     rank: float = 0.1
-    """share of min(out, in)"""
+    """a share of min(out, in)"""
     bits: AdapterBits = 4
-    """of the factors"""
+    """per value of the factors"""
     group_size: int = 128
     """values of a factor that share a scale"""
     refit: bool = True
@@ -42,10 +42,18 @@ class Compensator(StepDefaults, ABC):
 
     @abstractmethod
     def second_moment(self, layer: Layer, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
-        """H, `[in]` for a diagonal or `[in, in]`, where the layer's weight is, and what the user should know of it."""
+        """The norm's H.
+
+        Args:
+            layer: whose adapter is fitted.
+            stats: those that `needs` declares.
+
+        Returns:
+            H `[in, in]`, or its diagonal `[in]`, on the device of the layer's weight, and notes for the user.
+        """
 
     def residual(self, layer: Layer) -> Tensor:
-        """What the adapter should stand for, `[out, in]`."""
+        """What the adapter should approximate, `[out, in]`."""
         return layer.residual
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:

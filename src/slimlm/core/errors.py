@@ -6,11 +6,11 @@ line writes the flag of the running verb in its place (slimlm.cli.verb).
 
 
 class SlimlmError(Exception):
-    """Whatever slimlm refuses or cannot do, in words."""
+    """Base of all errors: slimlm refuses something or cannot do it."""
 
 
 class RecipeError(SlimlmError):
-    """A recipe, a method name or an option that makes no sense."""
+    """A recipe, a method name or an option that is invalid."""
 
 
 class ModelError(SlimlmError):
@@ -22,7 +22,7 @@ class DataError(SlimlmError):
 
 
 class CheckpointError(SlimlmError):
-    """A checkpoint that is damaged, newer than this program, or in the way."""
+    """A checkpoint that is damaged, of another format version, or would be overwritten."""
 
 
 class NumericsError(SlimlmError):
@@ -34,7 +34,7 @@ class StatisticError(SlimlmError):
 
 
 class KernelError(SlimlmError):
-    """Kernels that were asked for and cannot be had."""
+    """Kernels that were asked for and are not available."""
 
 
 class UnknownDtypeError(CheckpointError):
@@ -42,7 +42,7 @@ class UnknownDtypeError(CheckpointError):
 
 
 class DoesNotFitError(SlimlmError):
-    """Memory or disk surely do not suffice for what was asked."""
+    """Memory or disk cannot suffice for what was asked."""
 
 
 class RanksError(SlimlmError):

@@ -2,8 +2,8 @@
 
 The even grid of b bits has the values -2^(b-1) to 2^(b-1) - 1, so that zero is exact; a codebook has any 2^b values.
 
-One scale serves the whole matrix, a row, or a group of consecutive inputs of a row; the last group of a row is shorter
-where the width does not divide. The search for a scale (slimlm.core.solvers.scale_search) and the quantizer that it serves
+One scale is shared by the whole matrix, a row, or a group of consecutive inputs of a row; the last group of a row is shorter
+where the width does not divide. The search for a scale (slimlm.core.solvers.scale_search) and the quantizers that use it
 round by the same `nearest_code`.
 """
 
@@ -29,7 +29,7 @@ FP16_LARGEST = 65504.0
 _ELEMENTS_AT_ONCE = 2**17
 """Elements worked on at a time: few enough for a CPU's cache."""
 _COMPARED = 4096
-"""Elements from which on each is compared with every border between values rather than searched."""
+"""From this many elements on, each is compared with every border between values instead of searched."""
 
 
 def check_bits(bits: int) -> None:
@@ -39,7 +39,7 @@ def check_bits(bits: int) -> None:
 
 
 def check_group_size(group_size: GroupSize) -> None:
-    """Raise RecipeError for a group of no inputs."""
+    """Raise RecipeError where a group would have no inputs."""
     if isinstance(group_size, int) and group_size < 1:
         raise RecipeError(f'group_size = {group_size}: give a number of inputs of at least 1, "per-channel" or "per-tensor"')
 
@@ -53,7 +53,7 @@ def nearest_code(ratio: Tensor, bits: int) -> Tensor:
     """The code of the even grid that is nearest to weight / scale, ties to even.
 
     Args:
-        ratio: weight / scale, any shape.
+        ratio: weight / scale, of any shape, such as `[out, in]`.
         bits: of the even grid.
 
     Returns:
@@ -64,7 +64,7 @@ def nearest_code(ratio: Tensor, bits: int) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, zero for a scale of zero; of the shape of `scale`."""
+    """1 / scale, zero for a scale of zero; `[rows, groups]` or any other shape, as `scale`."""
     return torch.where(scale == 0, 0.0, 1 / scale)
 
 
@@ -102,13 +102,13 @@ class Grid:
         return float(self.values.abs().max())
 
     def nearest(self, ratio: Tensor) -> Tensor:
-        """The grid value nearest to weight / scale, of the shape of `ratio`, as float."""
+        """The grid value nearest to weight / scale, as float, for a `ratio` `[out, in]` or of any other shape."""
         if self.even:
             return nearest_code(ratio, self.bits)
         return self._on(ratio.device)[0].index_select(0, self._borders_below(ratio).flatten()).view(ratio.shape)
 
     def index(self, ratio: Tensor) -> Tensor:
-        """The index, int64, of the grid value nearest to weight / scale, of the shape of `ratio`."""
+        """The index, int64, of the grid value nearest to weight / scale, for a `ratio` `[out, in]` or of any other shape."""
         if self.even:
             return (nearest_code(ratio, self.bits) - self.values[0]).long()
         return self._borders_below(ratio).long()
@@ -117,17 +117,17 @@ class Grid:
         """Round weights to the nearest multiples grid value x scale.
 
         Args:
-            weight: any shape.
-            scale: one that broadcasts to `weight`; where it is zero the value is zero.
+            weight: `[out, in]`, or of any other shape.
+            scale: of a shape that broadcasts to that of `weight`; where it is zero the value is zero.
 
         Returns:
-            The index of the nearest grid value (an integer or a whole float) and the value index stands for, float, both of
-            the shape of `weight`.
+            The index of the nearest grid value (an integer, or a float without a fraction) and the value that it stands for,
+            float, both of the shape of `weight`.
         """
         return self.round_with(weight, scale, reciprocal(scale))
 
     def round_with(self, weight: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """As `round`, given `inverse = reciprocal(scale)` too, for scales that are used again and again."""
+        """As `round` (e.g. of `[out]`), given `inverse = reciprocal(scale)`, too, for scales that are used often."""
         if self.even:
             code = nearest_code(weight * inverse, self.bits)
             value = code * scale
@@ -137,7 +137,7 @@ class Grid:
         return index, values.index_select(0, index.flatten()).view(index.shape) * scale
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The values there, and the borders between them; copied once, since a sweep asks at every input."""
+        """The values on a device, and the borders between them; copied once, since a sweep reads them at every input."""
         if device not in self._copies:
             values = self.values.to(device)
             self._copies[device] = values, (values[1:] + values[:-1]) / 2
@@ -149,14 +149,14 @@ class Grid:
         if ratio.numel() < _COMPARED or ratio.device.type != "cpu":
             return torch.bucketize(ratio.contiguous(), borders, out_int32=True)
         # A search per element mispredicts its branches: a comparison with each border takes a fifth of its time.
-        found = torch.empty(ratio.numel(), dtype=torch.int32)
+        index = torch.empty(ratio.numel(), dtype=torch.int32)
         size = at_once(_ELEMENTS_AT_ONCE, ratio.device)
-        for piece, into in zip(ratio.flatten().split(size), found.split(size), strict=True):
+        for piece, into in zip(ratio.flatten().split(size), index.split(size), strict=True):
             count, above = torch.zeros_like(piece), torch.empty_like(piece)
             for border in borders.tolist():
                 count += torch.gt(piece, border, out=above)
             into.copy_(count)
-        return found.view(ratio.shape)
+        return index.view(ratio.shape)
 
 
 def scale_sets(weight: Tensor, group_size: GroupSize) -> Tensor:
@@ -197,7 +197,7 @@ def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
         group_size: how many weights share a scale.
 
     Returns:
-        float32 `[rows, width]`, or `[rows, 1]` where a scale serves a whole row or the tensor; it broadcasts to `[out, width]`.
+        float32 `[rows, width]`, or `[rows, 1]` where a row or the tensor has one scale; it broadcasts to `[out, width]`.
     """
     if scale.shape[1] == 1:
         return scale.float()
@@ -239,8 +239,8 @@ def encode(weight: Tensor, scale: Tensor, *, bits: int, group_size: GroupSize) -
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     rows = max(1, at_once(_ELEMENTS_AT_ONCE, weight.device) // max(1, weight.shape[1]))
     for i, (piece, into) in enumerate(zip(weight.split(rows), codes.split(rows), strict=True)):
-        own = scale if len(scale) == 1 else scale[i * rows : (i + 1) * rows]
-        wide = spread(own, weight.shape[1], group_size)
+        piece_scale = scale if len(scale) == 1 else scale[i * rows : (i + 1) * rows]
+        wide = spread(piece_scale, weight.shape[1], group_size)
         into.copy_(nearest_code(piece / torch.where(wide == 0, torch.inf, wide), bits))
     return codes
 
@@ -250,6 +250,12 @@ def storable(scale: Tensor) -> Tensor:
 
     float16 where there are many and all fit its normal range (relative error 2^-11), float32 otherwise: a single
     scale costs nothing, and a tiny one must not lose its bits in the subnormal range.
+
+    Args:
+        scale: `[rows, groups]`, or of any other shape.
+
+    Returns:
+        float16 or float32, of the shape of `scale`.
     """
     nonzero = scale[scale != 0].abs()
     few = scale.numel() == 1

@@ -1,4 +1,4 @@
-"""One linear layer between two steps: what was decided so far, and what a step may decide."""
+"""One linear layer between two steps: what was decided so far, and what a step may still decide."""
 
 from dataclasses import dataclass, replace
 
@@ -14,13 +14,21 @@ from slimlm.core.parts.pruned import Pruned
 
 
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
-    """Raise NumericsError, with the tensor's name and a count, where it holds NaN or infinity."""
-    # The extremes tell, NaN being one of them, sixty times sooner than a test of every 16-bit weight.
+    """Check that a tensor holds no NaN or infinity.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape, such as `[out, in]`.
+
+    Raises:
+        NumericsError: it does; the message has its name and a count.
+    """
+    # The extremes include NaN and infinity, and take a sixtieth of the time of a test of every 16-bit weight.
     if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         bad = int((~tensor.isfinite()).sum())
         raise NumericsError(
             f"{name} holds {bad} NaN or infinite weights of {tensor.numel()}; the model file is damaged or was "
-            "saved in a dtype too narrow for it. Repair the model first; nothing was written"
+            "saved in a dtype too narrow for it. Nothing was written; give a model without such weights"
         )
 
 
@@ -58,18 +66,27 @@ class Layer:
     """float32 `[out, in]`: in place of the base's reference, where a pruner has changed the weights that stay and nothing has
     coded them yet"""
     notes: tuple[str, ...] = ()
-    """what the user should know of how this layer was decided, such as a stronger damping"""
+    """for the user, on how this layer was decided, such as a stronger damping"""
 
     @classmethod
     def of(cls, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> "Layer":
-        """Start from a weight `[out, in]`; raises NumericsError where it holds NaN or infinity."""
+        """A layer of which nothing is decided yet.
+
+        Args:
+            name: of the layer in the model.
+            weight: `[out, in]`.
+            dtype: what the model stores the weight in; by default the weight's.
+
+        Raises:
+            NumericsError: the weight holds NaN or infinity.
+        """
         refuse_not_finite(name, weight)
         original = weight.detach().float()
         return cls(name, original, original, dtype or weight.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
         return self.original.shape[0], self.original.shape[1]
 
     @property
@@ -108,33 +125,41 @@ class Layer:
         return weight
 
     def with_mask(self, mask: Tensor, pattern: str) -> "Layer":
-        """Keep only these weights; raises RecipeError where there is a mask already."""
+        """The layer with a mask.
+
+        Args:
+            mask: bool `[out, in]`; True stays.
+            pattern: of the mask, as in the field.
+
+        Raises:
+            RecipeError: there is a mask already.
+        """
         if self.mask is not None:
             raise RecipeError(f"{self.name} would be pruned twice; a recipe has one prune step")
         return replace(self, mask=mask, pattern=pattern)
 
     def with_updated_weight(self, weight: Tensor) -> "Layer":
-        """Let the base stand for this weight `[out, in]`, zero where pruned, until something codes it."""
+        """The layer with this weight `[out, in]`, zero where pruned, as the reference of the base until something codes it."""
         return replace(self, updated_weight=weight, base=None)
 
     def with_base(self, base: Elementwise) -> "Layer":
-        """Let this stand for the masked reference (in place of an earlier base)."""
+        """The layer with this base, in place of an earlier one."""
         return replace(self, base=base, updated_weight=None)
 
     def with_outliers(self, outliers: Part) -> "Layer":
-        """Put this part beside the base, in place of earlier outliers."""
+        """The layer with these outliers, in place of earlier ones."""
         return replace(self, outliers=outliers)
 
     def with_adapter(self, adapter: Part) -> "Layer":
-        """Put this part beside the base, in place of an earlier adapter: a later one is a refit."""
+        """The layer with this adapter, in place of an earlier one: a later adapter is a refit."""
         return replace(self, adapter=adapter)
 
     def with_notes(self, *texts: str) -> "Layer":
-        """Add what the user should know."""
+        """The layer with more notes for the user."""
         return replace(self, notes=(*self.notes, *texts))
 
     def parts(self) -> Parts:
-        """The decided parts. A base that nothing has coded is stored in the weight's own dtype."""
+        """The decided parts. A base that nothing has coded is stored in the weight's dtype."""
         base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
         first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
         return Parts(first, adapter=self.adapter, outliers=self.outliers)

@@ -1,4 +1,4 @@
-"""Which weights stay: n of every m consecutive inputs, or a share of each row. True stays."""
+"""Sparsity masks: n of every m consecutive inputs are kept, or a share of each row. True: the weight is kept."""
 
 import re
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class Pattern:
         )
 
     def refuses(self, name: str, width: int) -> str | None:
-        """Why the layer of this name, with this many inputs, cannot take the pattern, or None."""
+        """Why the layer of this name, with this many inputs, cannot have the pattern, or None."""
         if self.of and width % self.of:
             return f"{self} needs in_features to be a multiple of {self.of}; {name} has {width}"
         return None
 
     def kept_of(self, width: int) -> int:
-        """How many weights of a row of this width stay; 1e-9 keeps 0.29 x 100 from becoming 28."""
+        """How many weights of a row of this width stay; 1e-9 prevents that 0.29 x 100 becomes 28."""
         return width * self.kept // self.of if self.of else width - int(width * self.dropped + 1e-9)
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ def choose(score: Tensor, pattern: Pattern) -> Tensor:
     """The mask that keeps the highest scores; of equal scores the earlier input stays.
 
     Args:
-        score: `[out, in]`, what each weight is worth.
+        score: `[out, in]`; the highest stay.
         pattern: how many weights stay; the width must suit it (see `Pattern.refuses`).
 
     Returns:
@@ -90,7 +90,7 @@ def _choose_by_comparing(score: Tensor, size: int, kept: int) -> Tensor:
     rows = max(1, at_once(_SCORES_AT_ONCE, score.device) // max(1, score.shape[1]))
     for piece, into in zip(score.split(rows), mask.split(rows), strict=True):
         members = piece.view(len(piece), -1, size).unbind(dim=2)
-        # By how many of its group each is beaten, were every later one to beat it.
+        # How many of its group beat each member, at first as if every later one did.
         beaten = [torch.full_like(member, size - 1 - i, dtype=torch.uint8) for i, member in enumerate(members)]
         for i, earlier in enumerate(members):
             for j in range(i + 1, size):

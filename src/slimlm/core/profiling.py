@@ -1,10 +1,10 @@
-"""Named sections of a compression, which a profiler can time; without a profiler a section costs a look at one variable.
+"""Named sections of a compression, which a profiler can time; without a profiler a section costs one look-up of a variable.
 
     with profiling(clock):
         slimlm.compress(...)
 
-A function that is worth a line of its own in a profile is marked with `@profiled("sweep")`. While somebody profiles, in the
-thread that does, each call of it is announced before and after. benchmarks/compression.py is such a profiler.
+A function that should have a line of its own in a profile is marked with `@profiled("sweep")`. Inside `profiling`, in the same
+thread, the profiler is notified before and after each of its calls. benchmarks/compression.py has such a profiler.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Call:
 
 
 class Profiler(Protocol):
-    """Who is told of profiled calls: those that have begun and not ended yet form a stack."""
+    """Is notified of profiled calls; those that have begun and not ended yet form a stack."""
 
     def begin(self, call: Call) -> None:
         """A call begins, inside those that have not ended."""
@@ -51,7 +51,7 @@ def profiled_functions() -> frozenset[tuple[str, str]]:
 
 @contextmanager
 def profiling(profiler: Profiler) -> Iterator[None]:
-    """Announce the profiled calls that are made inside, in this thread, to a profiler."""
+    """Within this context a profiler is notified of the profiled calls of this thread."""
     token = _PROFILER.set(profiler)
     try:
         yield

@@ -1,4 +1,7 @@
-"""The folder is the list: a method's name is its file's name, its class the file's one public dataclass; so are statistics."""
+"""Methods and statistics by name: the folder is the list.
+
+A method's name is its file's name, and its class is the file's only public dataclass; likewise for statistics.
+"""
 
 import dataclasses
 import importlib
@@ -14,7 +17,7 @@ from slimlm.core.statistics.base import Statistic
 from slimlm.core.step import Step
 
 KINDS = {"quantize": "quantizer", "prune": "pruner", "compensate": "compensator", "joint": "joint solver"}
-"""A recipe's verb and what does it; also the folders of slimlm.methods."""
+"""The key of a step in a recipe, which is also its folder in slimlm.methods, and what such a method is called."""
 
 
 @cache
@@ -26,15 +29,19 @@ def names(kind: str) -> tuple[str, ...]:
 
 @cache
 def find(kind: str, name: str) -> type[Step]:
-    """The method's class; raises RecipeError naming near misses."""
+    """The class of a method.
+
+    Raises:
+        RecipeError: there is no method of this name; the message suggests a similar one.
+    """
     if name not in names(kind):
         near = get_close_matches(name, names(kind), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names(kind))}"
         raise RecipeError(f"no {KINDS[kind]} is called {name!r}; {hint}")
     module = importlib.import_module(f"slimlm.methods.{kind}.{name}")
-    found = cast("list[type[Step]]", [own for own in _public_classes(module) if dataclasses.is_dataclass(own)])
-    assert len(found) == 1, f"{module.__name__} must define exactly one public dataclass"
-    return found[0]
+    methods = cast("list[type[Step]]", [cls for cls in _public_classes(module) if dataclasses.is_dataclass(cls)])
+    assert len(methods) == 1, f"{module.__name__} must define exactly one public dataclass"
+    return methods[0]
 
 
 @cache
@@ -46,11 +53,11 @@ def statistics() -> tuple[type[Statistic], ...]:
 
 
 def _statistic(module: ModuleType) -> type[Statistic]:
-    found = [own for own in _public_classes(module) if issubclass(own, Statistic)]
-    assert len(found) == 1, f"{module.__name__} must define exactly one public statistic"
-    return found[0]
+    classes = [cls for cls in _public_classes(module) if issubclass(cls, Statistic)]
+    assert len(classes) == 1, f"{module.__name__} must define exactly one public statistic"
+    return classes[0]
 
 
 def _public_classes(module: ModuleType) -> list[type]:
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    return [c for c in own if not c.__name__.startswith("_")]
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    return [c for c in classes if not c.__name__.startswith("_")]

@@ -1,7 +1,7 @@
 """A step of a recipe: a quantizer, a pruner, a compensator or a joint solver, and what it declares of itself.
 
-A step is a frozen dataclass whose fields are its options. Others never ask for a field by name: what a recipe, an estimate or a
-plan has to know stands in `Step`. `StepDefaults` answers it as most steps would, so that a simple quantizer is its options,
+A step is a frozen dataclass whose fields are its options. Other modules never read a field by name: what a recipe, an estimate
+or a plan needs is declared in `Step`. `StepDefaults` has the values of most steps, so that a simple quantizer is its options,
 `needs` and a call:
 
     @dataclass(frozen=True)
@@ -23,34 +23,34 @@ from slimlm.core.statistics.base import Needs, Stats
 
 
 class Step(Protocol):
-    """What everybody may ask of a step."""
+    """What a step declares and does."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    """It is a dataclass."""
+    """as every dataclass has it"""
 
     @property
     def needs(self) -> Needs:
-        """The statistics that its call reads; a class variable will do. Calibration measures these, and it gets no others."""
+        """The statistics that its call reads, and no others; calibration measures these. A class variable suffices."""
         ...
 
     @property
     def sparsity(self) -> Pattern | None:
-        """The pattern of the mask that it chooses; None: it leaves the mask as it is."""
+        """The pattern of the mask that it chooses; None: it does not change the mask."""
         ...
 
     @property
     def adapter(self) -> AdapterFormat | None:
-        """The size and format of the adapter that it fits; None: it leaves adapters as they are."""
+        """The size and format of the adapter that it fits; None: it does not change adapters."""
         ...
 
     @property
     def moves_weights(self) -> bool:
-        """Whether it changes weights without coding them, so that it cannot follow a step that codes."""
+        """Whether it changes weights without coding them, so that it cannot come after a step that codes."""
         ...
 
     @property
     def may_fit_codebook(self) -> bool:
-        """Whether its call may fit a codebook to the base, for which room is then counted."""
+        """Whether its call may fit a codebook to the base, whose bits an estimate then counts."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Step(Protocol):
         ...
 
     def resolved(self) -> Self:
-        """The step with the value whose cost a plan may spend, in place of what is left to one."""
+        """The step with the value whose cost a plan may spend, in place of "auto"."""
         ...
 
     def with_rank(self, rank: float) -> Self:
@@ -67,26 +67,29 @@ class Step(Protocol):
         ...
 
     def brief(self) -> Self:
-        """The step for a trial: few rounds, and no statistic of the original model."""
+        """The step for a trial: few rounds, and no asymmetric calibration."""
         ...
 
     def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
-        """What a plan may choose from for a layer: this step with other values of its options; none: nothing can be planned.
+        """What a plan may choose from for a layer: this step with other values of its options.
 
         Args:
             bits: The budget per weight, which the options should lie around; None: only what the step leaves to a plan.
             objective: What the budget counts.
+
+        Returns:
+            The choices; empty where there is nothing to plan.
         """
         ...
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        """The layer with what the step decides; no tensor of either argument is changed."""
+        """The layer with the mask, parts or weight that the step decides; no tensor of either argument is changed."""
         ...
 
 
 @dataclass(frozen=True)
 class StepDefaults:
-    """The answers of a step without mask, adapter, rounds and choices; `needs` and the call are each step's own."""
+    """What a step without mask, adapter, rounds and options for a plan declares; `needs` and the call are left to it."""
 
     moves_weights: ClassVar[bool] = False
 
@@ -102,12 +105,12 @@ class StepDefaults:
 
     @property
     def may_fit_codebook(self) -> bool:
-        """What is stored is known from the options."""
+        """No codebook."""
         return False
 
     @property
     def needs_plan(self) -> bool:
-        """Nothing is left to a plan."""
+        """No option is left to a plan."""
         return False
 
     def resolved(self) -> Self:
@@ -128,5 +131,5 @@ class StepDefaults:
 
 
 def widths_around(bits: float) -> list[int]:
-    """Bits of codes worth offering for a budget of so many per weight: some below, some above."""
+    """Widths of codes, in bits, that a plan may choose from for this budget per weight: some below it, some above."""
     return [width for width in (2, 3, 4, 5, 6, 8) if bits - 2.2 < width <= max(3.0, bits + 2)]

@@ -1,1 +1,1 @@
-"""Text by name (files, the hub, Python's standard library), and windows of tokens."""
+"""Text by name (files, the hub, Python's standard library), and windows of tokens cut from it."""

@@ -3,7 +3,7 @@
 file.txt            one document, or several separated by lines that hold only <|endoftext|>
 file.jsonl          one document a line, in the field "text" (or "content")
 file.parquet        one document a row, in the column "text" (or "content")
-a folder            all such files in it, in order of name, but for what slimlm wrote there: checkpoints, runs and their logs
+a folder            all such files in it, in order of name, except for what slimlm wrote there: checkpoints, runs and their logs
 stdlib              the source of Python's standard library: its calibration or its evaluation part
 anything else       a hub data set, NAME or NAME:CONFIG (split: train for calibration, test for evaluation)
 """
@@ -20,13 +20,13 @@ from slimlm.data.stdlib import stdlib_documents
 Purpose = Literal["calibration", "evaluation"]
 
 DEFAULT_DATA = "allenai/c4:en"
-"""What calibration uses when nothing else is named, as the papers do; it comes from the hub."""
+"""The default of calibration, as in the papers; it is downloaded from the hub."""
 
 SEPARATOR = "<|endoftext|>"
 _READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 _FIELDS = ("text", "content")
 _LOG, _LOG_BEGINS = ".log.jsonl", b'{"event": "run"'
-"""How the name of a run's log ends (slimlm.run.log), and how the file begins."""
+"""The end of the name of a run's log (slimlm.run.log), and the start of the file."""
 _RECORD = "slimlm.json"
 """The file that makes a folder a checkpoint (slimlm.storage.checkpoint)."""
 
@@ -35,11 +35,11 @@ def documents(source: str, purpose: Purpose) -> Iterator[str]:
     """The documents of a source, read lazily and in order.
 
     Args:
-        source: see the head of this file.
-        purpose: which part of a source is read that has one for calibration and one for evaluation.
+        source: one of those in this module's docstring.
+        purpose: which part to read of a source that has one for calibration and one for evaluation.
 
     Raises:
-        DataError: there is no text at the source, or it cannot be read; some sources are found unreadable only when the
+        DataError: there is no text at the source, or it cannot be read; for some sources this is raised only when the
             documents are read.
     """
     if source == "self":

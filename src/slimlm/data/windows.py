@@ -1,7 +1,7 @@
-"""Token windows: a stream of documents cut into pieces of one length that do not overlap.
+"""Token windows: a stream of documents cut into pieces of equal length that do not overlap.
 
-Every document is preceded by the tokenizer's beginning-of-sequence token, where it has one; the last, incomplete window is
-dropped. This is the usual protocol for perplexity. Calibration samples are drawn from such windows.
+Every document is preceded by the tokenizer's beginning-of-sequence token, if it has one; the last, incomplete window is
+dropped. This is the usual protocol for perplexity. Calibration samples are windows drawn at random.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ _CHARACTERS_AT_ONCE = 2**20
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
-    """All tokens of texts, one after another.
+    """The tokens of texts, concatenated.
 
     Args:
         tokenizer: the model's.
@@ -87,12 +87,15 @@ def choose_windows(windows: Tensor, count: int, seed: int) -> Tensor:
 
 
 def refuse_unknown_tokens(tokens: Tensor, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise DataError where tokens have no row in the model's embedding, as those of another model's tokenizer may.
+    """Check that all tokens have a row in the model's embedding, which those of another model's tokenizer may not have.
 
     Args:
-        tokens: integers of any shape.
-        model: its input embedding is looked at; a model without one accepts all tokens.
-        tokenizer: shows such a token as text in the message.
+        tokens: integers, `[count, length]` or of any other shape.
+        model: the rows of its input embedding are counted; a model without one accepts all tokens.
+        tokenizer: decodes such a token for the message.
+
+    Raises:
+        DataError: there are such tokens.
     """
     find = getattr(model, "get_input_embeddings", None)
     rows = getattr(find() if find else None, "num_embeddings", None)
@@ -108,7 +111,7 @@ def refuse_unknown_tokens(tokens: Tensor, model: nn.Module, tokenizer: PreTraine
 
 
 def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed: int, start: int | None) -> Iterator[Tensor]:
-    """Calibration samples that the model generates itself, at temperature 1, for when there is no text.
+    """Calibration samples that the model generates, at temperature 1, to be used where there is no text.
 
     Args:
         model: on the CPU.
@@ -118,7 +121,7 @@ def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed
         start: the first token of each sample; None: a random one.
 
     Yields:
-        int64 `[batch, length]`, until there are as many samples as were asked for.
+        int64 `[batch, length]`, `samples` of them in all.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     batch = max(1, 4096 // length)

@@ -1,4 +1,4 @@
-"""The names of the 8-bit activation formats; apart from their arithmetic, so that naming them imports no torch."""
+"""The names of the 8-bit activation formats, in a module of their own so that naming them imports no torch."""
 
 from typing import Literal
 

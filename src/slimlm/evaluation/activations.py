@@ -1,7 +1,7 @@
 """8-bit activations as an option of evaluation (SLiM, arXiv 2410.09615, appendix B).
 
 They are emulated: the inputs of every linear layer in the blocks are rounded and multiplied in the model's own dtype, so the
-result tells about quality, not speed. The tensor that a layer is given is never changed in place.
+result is a measure of quality, not of speed. A layer's input is never changed in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _FP8_TOP = 448.0
 
 
 def fp8_per_tensor(x: Tensor) -> Tensor:
-    """Round a tensor of any shape to float8 E4M3 with one scale for all of it, which maps its largest magnitude to 448."""
+    """Round activations `[..., in]` to float8 E4M3 with one scale, which maps the largest magnitude to 448."""
     scale = x.abs().amax().float().clamp_min(1e-30) / _FP8_TOP
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
@@ -55,7 +55,7 @@ def rounded_activations(model: nn.Module, form: ActivationFormat | None) -> Iter
 
     Args:
         model: compressed or dense.
-        form: how they are rounded; None: not at all.
+        form: how inputs are rounded; None: not at all.
     """
     if form is None:
         yield

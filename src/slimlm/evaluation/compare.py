@@ -1,4 +1,4 @@
-"""Any model, compressed or dense, opened to be measured beside another."""
+"""Any model, compressed or dense, opened to be compared with another."""
 
 import warnings
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def open_any(
 ) -> OpenModel:
     """Open a slimlm checkpoint or a dense model on a device.
 
-    Activations are float32, but for checkpoints on GPU kernels, where they have the dtype of the original model.
+    Activations are float32, except for checkpoints on GPU kernels, where they have the dtype of the original model.
 
     Args:
         source: a folder, or a name on the hub.
@@ -52,7 +52,7 @@ def open_any(
     """
     method = quantization_of(read_config(source), source).get("quant_method")
     if method == checkpoint.METHOD:
-        # With CPU kernels "auto" means float32 activations, too, and leaves tensors that are stored in 16 bits as they are.
+        # With CPU kernels "auto" also means float32 activations, and tensors that are stored in 16 bits remain so.
         ready = uses_cpu_kernels(kernels) if device.type == "cpu" else kernels != "reference" and gpu.refuses(device) is None
         dtype = "auto" if ready else torch.float32
         model = load(source, dtype=dtype, device=device, kernels=kernels, notify=notify)

@@ -1,7 +1,7 @@
 """Perplexity over non-overlapping windows, the protocol of the compression papers.
 
-exp of the mean negative log-likelihood of every token but the first of each window, predicted from those before it in the
-window. The windows are usually as long as the model's context; the last, incomplete one is left out.
+The exponential of the mean negative log-likelihood of every token except the first of each window, predicted from those before
+it in the window. The windows are usually as long as the model's context; the last, incomplete one is dropped.
 """
 
 import math
@@ -59,14 +59,14 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
 
 
 def few_of(windows: Tensor, vocabulary: int) -> Tensor:
-    """The first of these windows, as much as `perplexity` runs in one batch.
+    """The first of these windows, as many as `perplexity` runs in one batch.
 
     Args:
         windows: `[count, length]`.
-        vocabulary: tokens that the model's logits are of.
+        vocabulary: how many tokens the model's logits are for.
 
     Returns:
-        At least one window, which is cut where it alone is too long.
+        `[at least 1, length]`; a single window is cut where it is too long.
     """
     tokens = max(2, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary))
     return windows[: max(1, tokens // windows.shape[1]), :tokens]
@@ -81,7 +81,7 @@ def pieces_of(windows: Tensor, vocabulary: int) -> list[Piece]:
 
     Args:
         windows: `[count, length]`.
-        vocabulary: tokens that the model's logits are of.
+        vocabulary: how many tokens the model's logits are for.
     """
     count, length = windows.shape
     size = max(1, _LOGITS_IN_A_PIECE // vocabulary)

@@ -1,4 +1,4 @@
-"""Old .bin weight files, read as tensors alone: what is not a tensor is never unpickled (`weights_only`)."""
+"""Old .bin weight files, of which only tensors are read: other objects are never unpickled (`weights_only`)."""
 
 import pickle
 import pickletools
@@ -18,7 +18,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file by name, mapped into memory where the file's format allows it.
 
     Raises:
-        ModelError: the file is damaged, holds more than tensors or none, claims more bytes than it has, or holds a tensor of a
+        ModelError: the file is damaged, holds more than tensors or none, declares more bytes than it has, or holds a tensor of
+        a
             dtype that slimlm does not read.
     """
     _refuse_oversized(path)
@@ -45,7 +46,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_oversized(path: Path) -> None:
-    """Raise ModelError where a file claims more bytes than it has, before torch allocates them.
+    """Raise ModelError where a file declares more bytes than it has, before torch allocates them.
 
     Torch stores the members of its archives uncompressed; files of torch before 1.6 begin with pickles, the fourth of which
     gives sizes.
@@ -70,7 +71,7 @@ def _refuse_oversized(path: Path) -> None:
 
 
 def _no_tensors(path: Path, loaded: dict[Any, Any]) -> str:
-    """The message for a file whose dictionary holds no tensor at its top."""
+    """The message for a file whose dictionary holds no tensor at its top level."""
     keys = ", ".join(repr(str(key)) for key in list(loaded)[:5]) + (", ..." if len(loaded) > 5 else "")
     message = f"{path} holds no tensors by name, but {f'the keys {keys}' if loaded else 'nothing'}"
     nested = [key for key, value in loaded.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]

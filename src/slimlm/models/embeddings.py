@@ -1,4 +1,4 @@
-"""Where a model's tokens come in and go out: input embedding and output head, as far as they can be stored in few bits."""
+"""The input embedding and the lm_head of a model, as far as they can be stored in few bits."""
 
 from dataclasses import dataclass, field
 
@@ -14,14 +14,14 @@ _TRIED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embedding and head of a model, as far as they are to be compressed."""
+    """The embedding and lm_head of a model that are to be compressed."""
 
     bits: int
     """Bits per weight, without scales."""
     embedding: str | None = None
     """The full name of the embedding; None where it is not compressed."""
     head: str | None = None
-    """The full name of the head; None where it is not compressed."""
+    """The full name of the lm_head; None where it is not compressed."""
     tied: bool = False
     """Whether the two are one matrix."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Embeddings:
 
 
 def embeddings_of(model: PreTrainedModel, bits: int | None) -> Embeddings:
-    """What of embedding and head can be stored in so many bits (None: nothing); changes nothing."""
+    """Which of embedding and lm_head can be stored in so many bits (None: neither); the model is not changed."""
     if bits is None:
         return Embeddings(0)
     try:
@@ -81,7 +81,7 @@ def _refuse_embedding(module: nn.Module) -> str | None:
 
 
 def output_factor(module: nn.Module) -> float | None:
-    """The number by which an embedding of a class like Gemma's multiplies what it looks up; None where it has none."""
+    """The number by which an embedding of a class like Gemma's multiplies its outputs; None where it has none."""
     scale = getattr(module, "embed_scale", None)
     return float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else None
 
@@ -90,10 +90,10 @@ def _refuse_head(module: nn.Module) -> str | None:
     return None if type(module) is nn.Linear else f"a {type(module).__name__}, not an nn.Linear"
 
 
-def _shared(model: nn.Module, module: nn.Module, other_end: nn.Module | None) -> str | None:
-    """Which module in between has the same matrix, in words; None where none has."""
+def _shared(model: nn.Module, module: nn.Module, counterpart: nn.Module | None) -> str | None:
+    """Why a matrix is shared with a module other than its counterpart, embedding or lm_head; None where it is not."""
     for name, other in model.named_modules():
-        if other is module or other is other_end:
+        if other is module or other is counterpart:
             continue
         if any(parameter is module.weight for parameter in other.parameters(recurse=False)):
             return f"{name} has the same weight"

@@ -1,11 +1,11 @@
-"""Mixtures of experts: fused weights taken apart into linear layers, and routers distinguished from other layers.
+"""Mixtures of experts: fused weights are split into linear layers, and routers distinguished from other layers.
 
 Transformers keeps the weights of all experts of a block in two tensors `[experts, out, in]`. The classes that do so declare
 their layout in attributes (which `use_experts_implementation` sets), so they are recognized by structure. `Experts` replaces
 such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an `nn.Linear`, and computes what the
 class computes, with the class's own activation.
 
-A router is a module beside experts that gives one number for each of them, or a single one.
+A router is a module next to experts whose output has one number for each of them, or a single one.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class Layout:
         return self.rows(fused.T if self.transposed else fused, projection)
 
     def rows(self, stacked: Tensor, projection: str) -> Tensor:
-        """A projection's rows `[out, ...]`, or its bias `[out]`, a view of those of gate and up together."""
+        """A projection's rows `[out, ...]`, or its bias `[out]`, a view of the joined rows of gate and up."""
         if not self.gated or projection == "down_proj":
             return stacked
         second = projection == "up_proj"
@@ -66,7 +66,7 @@ class Layout:
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a fused module; None where a module is not one, or has tensors that its layout does not explain."""
+    """The layout of a fused module; None where a module is not one, or has tensors that are not in its layout."""
     flags = [getattr(module, name, None) for name in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
     if not all(isinstance(flag, bool) for flag in flags) or getattr(module, "has_post_expert_norm", False):
         return None
@@ -92,12 +92,12 @@ class Experts(nn.ModuleList):
         """the fused class's own function from the joined outputs of gate and up to the inputs of the down projection"""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of the outputs of the experts that were picked for each token.
+        """The weighted sum of the outputs of the experts that were chosen for each token.
 
         Args:
             hidden_states: inputs `[tokens, width]`.
-            top_k_index: the experts picked for each token, `[tokens, picked]`.
-            top_k_weights: their weights, `[tokens, picked]`.
+            top_k_index: the experts chosen for each token, `[tokens, chosen]`.
+            top_k_weights: their weights, `[tokens, chosen]`.
 
         Returns:
             Outputs `[tokens, width]`.
@@ -166,7 +166,7 @@ def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
         experts.append(layers)
     for key in tensors:
         delattr(fused, key)
-    # Bound to the old module, which has no tensors any more: the activation may read its settings.
+    # Bound to the old module, which has no tensors any more, because the activation may read its settings.
     activate = fused._apply_gate if layout.gated else fused.act_fn.forward
     model.set_submodule(name, Experts(experts, layout, activate).train(fused.training))
     return shares
@@ -189,12 +189,12 @@ def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator
 
 
 def routers_of(block: nn.Module) -> set[str]:
-    """The names of a block's routers: modules beside experts whose weight has one row for each expert, or a single row."""
-    found = set()
+    """The names of a block's routers: modules next to experts whose weight has one row for each expert, or a single row."""
+    routers = set()
     for name, parent in block.named_modules():
         counts = {len(child) for child in parent.children() if isinstance(child, Experts)}
         for child_name, child in parent.named_children():
             weight = dict(child.named_parameters(recurse=False)).get("weight")
             if counts and weight is not None and weight.ndim == 2 and weight.shape[0] in {*counts, 1}:
-                found.add(f"{name}.{child_name}" if name else child_name)
-    return found
+                routers.add(f"{name}.{child_name}" if name else child_name)
+    return routers

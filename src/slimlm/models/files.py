@@ -44,11 +44,11 @@ def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> l
 
 
 def safetensors_files(folder: Path, scratch: Path, notify: Callable[[str], None] | None = None) -> list[Path]:
-    """The weight files of a folder as safetensors files; old .bin files are converted one at a time, once.
+    """The weight files of a folder as safetensors files; old .bin files are converted, one at a time, and only once.
 
     Args:
         folder: the model's folder.
-        scratch: the folder for converted files, made when it is needed.
+        scratch: the folder for converted files, created when it is needed.
         notify: as in `weight_files`.
 
     Raises:

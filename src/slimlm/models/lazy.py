@@ -1,7 +1,7 @@
 """A dense model whose weights stay in their files: a meta model, and blocks that are read when they are asked for.
 
-The meta model has shapes and no values; `models.parameters` finds the tensor of the files that each of its parameters is. Where
-the files need more than that, the model is opened whole, and a message says so.
+The meta model has shapes and no values; `models.parameters` finds the tensor of the files for each of its parameters. Where
+there is no such tensor, the whole model is loaded into memory, and a message says so.
 
 Old .bin files are converted to safetensors first, one at a time.
 """
@@ -49,11 +49,11 @@ class LazyModel:
     """the meta model: its parameters have shapes and no values"""
     tokenizer: PreTrainedTokenizerBase | None
     weights: dict[str, Tensor]
-    """as stored, views of the files, by name in the model's state; float32 where the model had to be opened whole"""
+    """as stored, views of the files, by name in the model's state; float32 where the whole model had to be loaded"""
     dtypes: dict[str, torch.dtype]
     """of every tensor as stored, by name; casting back gives the stored values bit for bit"""
     release: Release
-    """drops the pages of those of these tensors that are views of a file"""
+    """frees the memory pages of those of its tensors that are views of a file"""
     config: dict[str, Any]
     """as it is to be written with a checkpoint"""
     experts: list[str]
@@ -67,7 +67,7 @@ class LazyModel:
 
     @property
     def whole_bytes(self) -> int:
-        """Size of the model as `open_dense` opens it, all of it in float32."""
+        """Size of the model as `open_dense` loads it, in float32."""
         return sum({t.data_ptr(): t.numel() * 4 for t in self.weights.values()}.values())
 
     def stored(self, name: str) -> Tensor:
@@ -75,7 +75,7 @@ class LazyModel:
         return self.weights[name].to(self.dtypes[name])
 
     def fill(self, module: nn.Module, name: str) -> None:
-        """Read the values, in float32, of a part of the meta model or a copy of it; `name` is the module's in the model."""
+        """Read the values, in float32, of a module of the meta model or a copy of one; `name` is its name in the model."""
         self._fill(module.state_dict(keep_vars=True), name)
 
     def _fill(self, tensors: dict[str, Tensor], name: str) -> None:
@@ -85,11 +85,11 @@ class LazyModel:
             self.release([stored])
 
     def empty(self, module: nn.Module) -> None:
-        """Free the values of a part of the meta model."""
+        """Free the values of a module of the meta model."""
         drop_values(module.state_dict(keep_vars=True).values())
 
     def block(self, name: str, device: torch.device) -> nn.Module:
-        """A copy of a block with its values in float32, on the device; the meta model stays without values."""
+        """A copy of a block with its values in float32, on the device; the meta model gets no values."""
         block = meta_copy(self.model.get_submodule(name))
         self.fill(block, name)
         return block.to(device)
@@ -114,7 +114,7 @@ class LazyModel:
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
             for tensor in (*block.parameters(), *block.buffers()):
-                # So that its memory is not reused while work that was enqueued on this stream still reads it.
+                # So that its memory is not reused while operations enqueued on this stream still read it.
                 tensor.record_stream(current)
             yield block
 
@@ -124,9 +124,9 @@ class LazyModel:
         return [name for name in self.weights if not name.startswith(inside)]
 
     def outer_tensors(self, blocks: Iterable[str]) -> dict[str, Tensor]:
-        """The meta model's tensors outside the blocks by name, but for those of an output head that is tied to nothing.
+        """The meta model's tensors outside the blocks by name, except for those of an lm_head that is not tied.
 
-        They are what the model needs beside its blocks to compute the inputs of the first one.
+        The model needs them to compute the inputs of its first block.
         """
         state = self.model.state_dict(keep_vars=True)
         head = self.model.get_output_embeddings()
@@ -164,7 +164,7 @@ class LazyModel:
 
 
 def prefetched(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
-    """What `make` gives for each name in turn; a thread makes the next one while the caller uses one, never two ahead."""
+    """What `make` gives for each name in turn; a thread makes the next one while the caller uses one, at most one ahead."""
     with ThreadPoolExecutor(1) as maker:
         coming = [maker.submit(make, name) for name in names[:1]]
         for name in [*names[1:], None]:
@@ -183,7 +183,7 @@ def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
     Args:
         source: a folder, or a name on the hub.
         scratch: a folder for safetensors files made of old .bin files, created when it is needed.
-        notify: receives a message where the model has to be opened whole, and where an index is ignored because the single
+        notify: receives a message where the whole model has to be loaded, and where an index is ignored because the single
             file that it would replace is there, too.
 
     Raises:
@@ -204,8 +204,8 @@ def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
     tokenizer = open_tokenizer(source)
     if resolved is None:
         notify(
-            f"{source} is opened whole: transformers makes some of its weights of several tensors of the files, in a way that "
-            "slimlm does not know, so they cannot be read block by block"
+            f"{source} is loaded as a whole: transformers makes some of its weights of several tensors of the files, in a way "
+            "that slimlm does not know, so they cannot be read block by block"
         )
         return _from_dense(source, tokenizer)
     return LazyModel(
@@ -222,7 +222,7 @@ def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
 
 
 def _from_dense(source: str, tokenizer: PreTrainedTokenizerBase | None) -> LazyModel:
-    """A model that was opened whole, in the same form: its values are in `weights`, and in memory."""
+    """A model that is loaded as a whole, in the same form: its values are in `weights`, and in memory."""
     dense = open_dense(source)
     weights = {name: tensor.detach() for name, tensor in dense.model.state_dict().items()}
     drop_values(dense.model.state_dict(keep_vars=True).values())

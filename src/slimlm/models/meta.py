@@ -1,4 +1,4 @@
-"""The model that a folder's config describes, on the meta device, and whether stored tensors are those that it needs.
+"""The model that a folder's config describes, on the meta device, and whether stored tensors fit it.
 
 Both are checked before any tensor is read or allocated: a config of a few bytes can ask for any amount of memory and time.
 """
@@ -32,7 +32,7 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
 
     Args:
         folder: holds the config.
-        stored: the tensors of its files; their number and sizes limit what the config may ask for.
+        stored: the tensors of its files, of any shapes `[...]`; their number and sizes limit what the config may ask for.
         experts: the names of modules whose experts the folder stores as linear layers (`models.experts`).
 
     Raises:
@@ -55,7 +55,7 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
     except ModelError:
         raise
     except Exception as error:
-        # A config that makes no sense can make transformers raise anything.
+        # An invalid config can make transformers raise any exception.
         raise ModelError(
             f"transformers cannot make a causal language model of the config in {folder}: {first_line(error)}"
         ) from error
@@ -85,7 +85,10 @@ def misfits(model: nn.Module, about: Description, stored: Mapping[str, Tensor]) 
     Args:
         model: on the meta device.
         about: the compressed layers and embeddings, as a checkpoint's config describes them.
-        stored: all stored tensors but theirs, by name in the model's state.
+        stored: all other stored tensors, of any shapes `[...]`, by name in the model's state.
+
+    Yields:
+        The messages.
     """
     modules = dict(model.named_modules())
     entries: dict[str, StoredEntry] = {**about.layers, **about.embeddings}

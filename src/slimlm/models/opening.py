@@ -31,7 +31,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model in float32 on the CPU, with what is needed to write it back as it was."""
+    """A model in float32 on the CPU, with its stored dtypes and config, so that it can be written back unchanged."""
 
     source: str
     folder: Path
@@ -49,7 +49,7 @@ class DenseModel:
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """A model's config, as its file has it.
+    """A model's config, unchanged from its file.
 
     Args:
         source: a folder, or a name on the hub.
@@ -72,7 +72,7 @@ def read_config(source: str) -> dict[str, Any]:
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     try:
-        # As it is in the file: whether transformers has its class is checked later, with a better message.
+        # Unchanged from the file: whether transformers has its class is checked later, with a better message.
         config, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
@@ -89,13 +89,13 @@ def folder_of(source: str) -> Path:
 
 
 def fetch(source: str) -> Path:
-    """The folder that holds a model's config and safetensors files; of a name on the hub, what is missing is downloaded."""
+    """The folder that holds a model's config and safetensors files; missing files of a name on the hub are downloaded."""
     path = Path(source)
     return path if path.is_dir() else Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def weights_folder(source: str) -> Path:
-    """The folder that holds a model's config and weights; of a name on the hub, what is missing is downloaded.
+    """The folder that holds a model's config and weights; missing files of a name on the hub are downloaded.
 
     Old .bin files are downloaded only where there are no safetensors files.
 
@@ -283,24 +283,24 @@ def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:
 def _stored_dtypes(folder: Path, model: PreTrainedModel) -> dict[str, torch.dtype] | None:
     """The dtype of every tensor in the files, by its name in the model; None where there are no safetensors files.
 
-    The files decide, not the config: a model may keep its norms in float32 beside weights in bfloat16.
+    The files decide, not the config: a model may keep its norms in float32 with weights in bfloat16.
     """
-    found: dict[str, torch.dtype] = {}
+    stored: dict[str, torch.dtype] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, no mapping
                 kind = tensors.get_slice(key).get_dtype()
                 if kind in _DTYPES:
-                    found[key] = _DTYPES[kind]
+                    stored[key] = _DTYPES[kind]
     state = model.state_dict()
-    if not found:
+    if not stored:
         return None
-    if len(set(found.values())) == 1:
-        one = next(iter(found.values()))
+    if len(set(stored.values())) == 1:
+        one = next(iter(stored.values()))
         return {name: one if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    by_memory = {state[name].data_ptr(): dtype for name, dtype in found.items() if name in state}
+    by_memory = {state[name].data_ptr(): dtype for name, dtype in stored.items() if name in state}
     prefix = model.base_model_prefix + "."
-    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in found.items() if prefix + n in state}
+    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in stored.items() if prefix + n in state}
     lost = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.data_ptr() not in by_memory]
     if lost:
         raise ModelError(

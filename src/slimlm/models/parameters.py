@@ -1,4 +1,4 @@
-"""Which tensors of a model's files its parameters are, found without reading them.
+"""Which tensor of a model's files each of its parameters is, found without reading any.
 
 Transformers itself loads the model, from placeholders in place of the files' tensors. So the names of tensors in the files,
 which of them are tied, and what a model computes for itself (rotary tables) are decided by transformers. Experts that
@@ -35,7 +35,7 @@ class FileTensors:
     unread: dict[str, tuple[str, Tensor]]
     """tensors of dtypes that slimlm does not read: the dtype, and the bytes"""
     release: Release
-    """drops the pages of those of these tensors that are views of a file"""
+    """frees the memory pages of those of its tensors that are views of a file"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
     Args:
         source: the model's name in messages.
         folder: holds its config.
-        files: its tensors.
+        files: its tensors, of any shapes `[...]`.
 
     Returns:
-        None where transformers makes a parameter of several tensors in a way that slimlm does not know.
+        The model; None where transformers makes a parameter of several tensors in a way that slimlm does not know.
 
     Raises:
         ModelError: transformers cannot open the model, a tensor is missing or has another shape, or the model takes a tensor of
@@ -121,7 +121,7 @@ def _untied(empty: PreTrainedModel, names: dict[str, str], files: FileTensors) -
 
 
 def _equal(one: Tensor, other: Tensor, release: Release) -> bool:
-    """Whether these are equal in float32, as transformers compares tied tensors; a few rows of them are read at once."""
+    """Whether these are equal in float32, as transformers compares tied tensors; a few rows are read at a time."""
     if one.shape != other.shape:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Placeholders: tensors that have a shape and a dtype and take no memory.
+"""Placeholders: tensors with a shape and a dtype that take no memory.
 
 A meta model's parameters are such tensors rather than tensors on torch's meta device, so that its modules stay ordinary CPU
 modules, whose computed buffers (rotary tables) hold their values and whose parameters can be filled in place.
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def placeholder(shape: Iterable[int], dtype: torch.dtype, value: int = 0) -> Tensor:
-    """A CPU tensor of this shape, dtype and value, all of whose elements are one element of memory."""
+    """A CPU tensor of this shape, dtype and value, whose elements share one element of memory."""
     return torch.full((), value, dtype=dtype).expand(tuple(shape))
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
-    """A copy of a part of a meta model, without values either: deepcopy alone would allocate every parameter."""
+    """A copy of a module of a meta model, also without values; deepcopy alone would allocate every parameter."""
     memo: dict[int, Any] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         empty = placeholder(tensor.shape, tensor.dtype)
@@ -27,6 +27,6 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def drop_values(tensors: Iterable[Tensor]) -> None:
-    """Replace the data of these tensors by placeholders, which frees their memory."""
+    """Replace the data of these tensors, of any shapes `[...]`, by placeholders, which frees their memory."""
     for tensor in tensors:
         tensor.data = placeholder(tensor.shape, tensor.dtype)

@@ -1,7 +1,7 @@
-"""Which tensors of a model's files transformers stacks into one: the weights of single experts.
+"""The tensors of a model's files that transformers stacks into one: the weights of single experts.
 
-A model's files mostly hold one tensor per expert and projection, where its class has one for all experts; a conversion mapping
-of transformers leads from the files to the class. Where it stacks experts, and gate above up, each linear layer that
+A model's files mostly hold one tensor per expert and projection, where its class has one for all experts; transformers
+has a conversion mapping from the files to the class. Where it stacks experts, and gate above up, each linear layer that
 `models.experts` takes out of the class's tensor is a tensor of the files, so nothing has to be concatenated.
 """
 
@@ -28,14 +28,14 @@ class Stack:
     """One tensor of a model, `[experts, out, ...]`, and the tensors of the files that it is made of."""
 
     pieces: tuple[tuple[str, ...], ...]
-    """names in the files, expert by expert: of the tensors of the first half of the rows, then of the second; or of all rows"""
+    """names in the files, expert by expert: of the tensors of the first half of the rows, then of the second; or of all"""
 
     def names(self) -> list[str]:
         """All names in the files."""
         return [name for half in self.pieces for name in half]
 
     def shape(self, stored: dict[str, Tensor]) -> tuple[int, ...] | None:
-        """The shape of the stacked tensor; None where the shapes of the pieces do not match."""
+        """The shape `[experts, out, ...]` of the stacked tensor; None where the shapes of the pieces differ."""
         shapes = {stored[name].shape for name in self.names()}
         if len(shapes) > 1 or len({len(half) for half in self.pieces}) > 1:
             return None
@@ -43,7 +43,7 @@ class Stack:
         return len(self.pieces[0]), len(self.pieces) * one[0], *one[1:]
 
     def share(self, share: Share, stored: dict[str, Tensor]) -> Tensor | None:
-        """A layer's weight or bias as a view of one tensor of the files; None where it is not a part of a single one."""
+        """A layer's weight `[out, in]` or bias `[out]` as a view of one tensor of the files; None where it is none."""
         if len(self.pieces) == 1:
             return share.view(stored[self.pieces[0][share.expert]])
         return None if share.half is None else stored[self.pieces[share.half][share.expert]]
@@ -61,17 +61,17 @@ def stacks_in(empty: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stack]
     Returns:
         The tensors stacked, by name in the model.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    pieces: dict[str, dict[str, list[str]]] = {}
     for name, renamed, pattern in _renamed(empty, stored):
         if pattern is not None:
-            found.setdefault(renamed, {}).setdefault(pattern, []).append(name)
+            pieces.setdefault(renamed, {}).setdefault(pattern, []).append(name)
     converters = [entry for entry in get_model_conversion_mapping(empty) if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     stacks = {}
-    for target, sorts in found.items():
+    for name, sorts in pieces.items():
         converter = by_pattern[next(iter(sorts))]
         if _stacks(converter) and sorts.keys() == set(converter.source_patterns):
-            stacks[target] = Stack(tuple(tuple(sorts[pattern]) for pattern in converter.source_patterns))
+            stacks[name] = Stack(tuple(tuple(sorts[pattern]) for pattern in converter.source_patterns))
     return stacks
 
 

@@ -38,7 +38,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a block but for routers, by their name within it."""
+    """The linear layers of a block, except for routers, by their name within it."""
     routers = routers_of(block)
     return {name: module for name, module in block.named_modules() if _is_linear(module) and name not in routers}
 
@@ -52,7 +52,7 @@ def _is_linear(module: nn.Module) -> bool:
     weight, bias = torch.arange(15.0).view(3, 5).sin(), torch.arange(3.0).cos() if module.bias is not None else None
     probe._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     x = torch.arange(10.0).view(2, 5).cos()
-    # Such a class may do anything, so it may also raise anything.
+    # Such a class may raise any exception.
     with suppress(Exception), torch.no_grad():
         return torch.allclose(probe(x), F.linear(x, weight, bias), atol=1e-5)
     return False
@@ -72,13 +72,13 @@ def others_of(block: nn.Module) -> dict[str, str]:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as `[out, in]`, whichever way the layer stores it."""
+    """The weight `[out, in]`, in whichever layout the layer stores it."""
     weight = linear.get_parameter("weight").detach()
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def put_weight(linear: nn.Module, weight: Tensor) -> None:
-    """Set the weight from `[out, in]`, whichever way the layer stores it."""
+    """Set the weight from `[out, in]`, in whichever layout the layer stores it."""
     linear.get_parameter("weight").data.copy_(weight.T if isinstance(linear, Conv1D) else weight)
 
 

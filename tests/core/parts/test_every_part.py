@@ -258,7 +258,7 @@ def test_a_mask_that_is_none_of_its_pattern_is_found_with_its_place() -> None:
     tensors = part.tensors()
     tensors["mask"][1, 0] = 0b0111_0011
     [words] = part.describe().check(tensors, part.shape, "weight")
-    assert words == "weight_mask is no mask of 2:4: in row 1, inputs 4 to 7, 3 stay, not 2"
+    assert words == "weight_mask does not fit 2:4: in row 1, inputs 4 to 7, 3 stay, not 2"
 
 
 def test_a_mask_of_a_share_must_keep_as_many_in_every_row() -> None:
@@ -266,7 +266,7 @@ def test_a_mask_of_a_share_must_keep_as_many_in_every_row() -> None:
     tensors = part.tensors()
     tensors["mask"][3] = torch.tensor([0b0000_0111, 0], dtype=torch.uint8)
     [words] = part.describe().check(tensors, part.shape, "weight")
-    assert words == "weight_mask is no mask of 0.4 of each row: in row 3, inputs 0 to 8, 3 stay, not 6"
+    assert words == "weight_mask does not fit 0.4 of each row: in row 3, inputs 0 to 8, 3 stay, not 6"
     with pytest.raises(CheckpointError, match="different numbers of weights in different rows"):
         part.describe().from_stored(tensors, part.shape)
 
@@ -322,9 +322,9 @@ def test_damage_of_a_factor_is_told_by_the_factor_s_name() -> None:
         ({"kind": "pruned", "pattern": "5:4", "inner": {"kind": "plain", "dtype": "float16"}}, "pattern = '5:4'"),
         ({"kind": "pruned", "pattern": "nan", "inner": {"kind": "plain", "dtype": "float16"}}, "pattern = "),
         ({"kind": "pruned", "pattern": "2:4"}, "a part is None"),
-        ({"kind": "pruned", "pattern": "2:4", "inner": {"kind": "low_rank"}}, "a low_rank part cannot lie under a mask"),
+        ({"kind": "pruned", "pattern": "2:4", "inner": {"kind": "low_rank"}}, "a low_rank part cannot have a mask"),
         ({"kind": "low_rank", "rank": -1}, "rank is -1"),
-        ({"kind": "low_rank", "rank": 2, "left": {"kind": "pruned"}}, "a pruned part cannot lie under a mask or be a factor"),
+        ({"kind": "low_rank", "rank": 2, "left": {"kind": "pruned"}}, "a pruned part cannot have a mask or be a factor"),
     ],
 )
 def test_an_entry_that_cannot_be_is_refused_in_words(data: object, words: str) -> None:

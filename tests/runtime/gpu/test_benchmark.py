@@ -120,7 +120,7 @@ def test_a_card_that_is_lost_is_named_and_asked_for_nothing_more(
     monkeypatch.setattr(gpu, "unfit", lambda where: "captures nothing more: it says so")
     run.attempt("a", "a", 10, lambda: {}["x"])
     run.attempt("b", "b", 10, lambda: pytest.fail("begun"))
-    assert run.results.missing["b"] == "after a failed, the card captures nothing more: it says so"
+    assert run.results.missing["b"] == "after a failed, the GPU captures nothing more: it says so"
 
 
 def test_a_kind_whose_check_fails_is_not_timed(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_the_tables_are_put_where_the_page_has_room_for_them(
     run = {"card": "NVIDIA Some Card"}
     data = {"runs": [run], "missing": {"all": "too slow"}, "rows": []}
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--into", str(page), "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no card was measured"):
+    with pytest.raises(SystemExit, match="no GPU was measured"):
         gpu.main()
     for name in ("interpreted", "nvidia-some-card"):
         (tmp_path / f"gpu-{name}.json").write_text(json.dumps(data), encoding="utf-8")

@@ -2,16 +2,16 @@
 
     W  ~  base.dense() + outliers.dense() + adapter.dense()
 
-`dense()` is the float32 matrix `[out, in]` that a part stands for. That matrix is the law: kernels, files and tests are
-checked against it. A part's file holds all that is peculiar to it, and answers what other rooms ask:
+`dense()` is the float32 matrix `[out, in]` that a part stands for. Kernels, files and tests are checked against that matrix. A
+part's file holds everything that is specific to it, behind two contracts:
 
     Part     the values: dense(), tensors(), describe(), summary(), trainable(), kernel_operands()
     Entry    what config.json says of it, which is known before the part exists: expected(), stored_bits(), check(),
              from_stored(), summary(), kernel_layout()
 
-    base.py           the two contracts, and the kinds that the folder holds
+    base.py           the two contracts, and the kinds of this folder
     elementwise.py    parts with one element (value, code or index) per weight: a mask can lie over them
-    kernel_layout.py  what kernels are told of a part
+    kernel_layout.py  what kernels need to know of a part
     trainable.py      a part while it is tuned
     fields.py         reading the fields of an entry
     pack.py           a layer's parts by slot, the names of their tensors, the layer's entry

@@ -26,10 +26,10 @@ class Expected:
     """A tensor that a part will store."""
 
     dtypes: tuple[torch.dtype, ...]
-    """those that it can have, the usual one first"""
+    """that it can have, the usual one first"""
     shape: tuple[int, ...]
     most: int | None = None
-    """where a mask decides on the last dimension: the largest that this can be; `shape` then has what the pattern says"""
+    """where a mask determines the last dimension: the largest that it can be; `shape` then has that of the pattern"""
 
     @property
     def bits(self) -> int:
@@ -37,7 +37,7 @@ class Expected:
         return 8 * math.prod(self.shape) * self.dtypes[0].itemsize
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape can be the one."""
+        """Whether a tensor of this shape can be this tensor."""
         if self.most is None:
             return shape == self.shape
         return len(shape) == len(self.shape) and shape[:-1] == self.shape[:-1] and shape[-1] <= self.most
@@ -48,7 +48,7 @@ class Expected:
         return Expected(self.dtypes, (math.prod(self.shape),), most)
 
     def summary(self) -> str:
-        """The shape in words."""
+        """The shape for messages."""
         return str(list(self.shape)) if self.most is None else f"at most {[*self.shape[:-1], self.most]}"
 
 
@@ -65,7 +65,7 @@ class Entry(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, fields: Fields) -> Self:
-        """Read an entry of this kind. Raises CheckpointError where a field is missing or makes no sense."""
+        """Read an entry of this kind. Raises CheckpointError where a field is missing or invalid."""
 
     def to_json(self) -> dict[str, Json]:
         """The inverse of `parse_entry`."""
@@ -74,9 +74,12 @@ class Entry(ABC):
 
     @abstractmethod
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
-        """The tensors that a part `[out, in]` of this shape stores, by suffix. Raises CheckpointError where it cannot be.
+        """The tensors that a part `[out, in]` of this shape stores, by suffix.
 
         A part that can be a layer's base stores its elements under the suffix "".
+
+        Raises:
+            CheckpointError: no part of this entry has this shape.
         """
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
@@ -88,23 +91,26 @@ class Entry(ABC):
         return sum(tensor.bits for tensor in self.expected(shape).values())
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int], name: str) -> Iterator[str]:
-        """What packing never gives, in words: such as NaN, a mask that is none, bits set in the padding.
+        """Faults that packing never produces: NaN, a mask that does not fit its pattern, bits set in the padding.
 
         Args:
             tensors: Those that `expected` names, of the dtypes and shapes that it names.
-            shape: (out, in) of the part.
-            name: What their names begin with, for the words.
+            shape: `[out, in]` of the part.
+            name: The prefix of their names, for the messages.
+
+        Yields:
+            A message for each fault.
         """
         for suffix, tensor in tensors.items():
             yield from not_finite(joined(name, suffix), tensor)
 
     @abstractmethod
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "Part":
-        """The part `[out, in]` that these tensors are stored of. Raises CheckpointError where they do not fit."""
+        """The part `[out, in]` that was stored as these tensors. Raises CheckpointError where they do not fit."""
 
     @abstractmethod
     def summary(self) -> str:
-        """The part in a few words, such as "4-bit (groups of 32)"."""
+        """A short description, such as "4-bit (groups of 32)"."""
 
     def kernel_layout(self) -> KernelLayout | Refusal:
         """What kernels need to know to take the part, or why they cannot."""
@@ -116,7 +122,7 @@ class Entry(ABC):
         return 0
 
     def with_rank(self, rank: int) -> "Entry":
-        """The same entry at another rank; one that has no rank is as it was."""
+        """The same entry at another rank; itself where it has no rank."""
         return self
 
 
@@ -135,7 +141,7 @@ class Part(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -147,18 +153,18 @@ class Part(ABC):
 
     @abstractmethod
     def describe(self) -> Entry:
-        """The entry that, with the tensors, gives the part back."""
+        """The entry from which, with the tensors, the part can be read back."""
 
     def storage_bits(self) -> int:
         """Bits of all tensors that must be stored for this part, padding to whole bytes included."""
         return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
 
     def summary(self) -> str:
-        """The part in a few words."""
+        """A short description; see `Entry.summary`."""
         return self.describe().summary()
 
     def trainable(self, *, codes: bool) -> Trainable:
-        """The part as float parameters. `codes`: whether codes may move, too; those of adapters always do."""
+        """The part as float parameters. `codes`: whether codes are trained, too; those of adapters always are."""
         return Frozen(self)
 
     def kernel_operand(self) -> KernelOperand | Refusal:
@@ -170,19 +176,19 @@ class Part(ABC):
 def kinds() -> dict[str, type[Entry]]:
     """The entries of all kinds of parts by the kind's name: those of the files in this folder."""
     package = importlib.import_module(__package__)
-    found: dict[str, type[Entry]] = {}
+    entries: dict[str, type[Entry]] = {}
     for file in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{__package__}.{file.name}")
         for entry in vars(module).values():
-            own = inspect.isclass(entry) and entry.__module__ == module.__name__
-            if own and issubclass(entry, Entry) and not inspect.isabstract(entry):
-                assert file.name not in found, f"{module.__name__} must define one kind of part"
-                found[file.name] = entry
-    return found
+            local = inspect.isclass(entry) and entry.__module__ == module.__name__
+            if local and issubclass(entry, Entry) and not inspect.isabstract(entry):
+                assert file.name not in entries, f"{module.__name__} must define one kind of part"
+                entries[file.name] = entry
+    return entries
 
 
 def kind_of(data: object) -> type[Entry]:
-    """The kind that a part's JSON object names. Raises CheckpointError where there is none of that name."""
+    """The kind that a part's JSON object names. Raises CheckpointError where no kind has that name."""
     kind = Fields(data, "a part").data.get("kind")
     if not isinstance(kind, str) or kind not in kinds():
         raise CheckpointError(f"a part is of the unknown kind {kind!r}; this program knows {', '.join(sorted(kinds()))}")
@@ -190,9 +196,9 @@ def kind_of(data: object) -> type[Entry]:
 
 
 def parse_entry(data: object) -> Entry:
-    """The typed entry of a part's JSON object. Raises CheckpointError for an unknown kind or fields that make no sense."""
-    found = kind_of(data)
-    return found.parse(Fields(data, found.kind))
+    """The typed entry of a part's JSON object. Raises CheckpointError for an unknown kind or invalid fields."""
+    kind = kind_of(data)
+    return kind.parse(Fields(data, kind.kind))
 
 
 def joined(prefix: str, suffix: str) -> str:
@@ -201,12 +207,21 @@ def joined(prefix: str, suffix: str) -> str:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors named `prefix` or `prefix_...`, by the rest of their names."""
+    """Of stored tensors (of any shapes, `[...]`) those named `prefix` or `prefix_...`, by the rest of their names."""
     return {n[len(prefix) :].removeprefix("_"): t for n, t in tensors.items() if n == prefix or n.startswith(prefix + "_")}
 
 
 def fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor. Raises CheckpointError where it has another shape."""
+    """The tensor itself, after a check of its shape.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape `[...]`.
+        shape: that it must have.
+
+    Raises:
+        CheckpointError: it has another shape.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"a stored {name} has the shape {list(tensor.shape)}; this layer's is {list(shape)}")
     return tensor
@@ -219,8 +234,8 @@ def expected_scale(shape: tuple[int, int], group_size: GroupSize) -> Expected:
     return Expected(dtypes[::-1] if math.prod(sizes) == 1 else dtypes, sizes)
 
 
-def group_words(group_size: GroupSize) -> str:
-    """How many weights share a scale, in words."""
+def describe_group_size(group_size: GroupSize) -> str:
+    """How many weights share a scale, for descriptions."""
     return f"groups of {group_size}" if isinstance(group_size, int) else group_size
 
 
@@ -228,7 +243,7 @@ _VALUES_AT_ONCE = 2**22
 
 
 def not_finite(name: str, tensor: Tensor) -> Iterator[str]:
-    """A sentence where a floating-point tensor holds NaN or infinity; looks at a piece at a time."""
+    """A message where a floating-point tensor, of any shape `[...]`, holds NaN or infinity; read in pieces."""
     if tensor.is_floating_point():
         bad = sum(int((~piece.isfinite()).sum()) for piece in tensor.reshape(-1).split(_VALUES_AT_ONCE))
         if bad:

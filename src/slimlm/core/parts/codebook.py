@@ -1,4 +1,4 @@
-"""Codebook: indices into one table of values.
+"""Codebook: indices into one list of values.
 
     weight = values[index] x scale
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimlm.core import bits as bitstream
 from slimlm.core import grid
-from slimlm.core.parts.base import Expected, expected_scale, group_words
+from slimlm.core.parts.base import Expected, describe_group_size, expected_scale
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand
@@ -50,12 +50,12 @@ class CodebookEntry(ElementwiseEntry):
         return bitstream.unpack(packed, self.bits, count)
 
     def assemble(self, elements: Tensor, beside: dict[str, Tensor]) -> "Codebook":
-        """The part of these indices, values and scales."""
+        """The part of indices `[out, in]`, and its values `[2^bits]` and scales `[rows, groups]` by suffix."""
         return Codebook(elements, beside["codebook"], beside["scale"], self.bits, self.group_size)
 
     def summary(self) -> str:
         """Such as "4-bit codebook (groups of 32)"."""
-        return f"{self.bits}-bit codebook ({group_words(self.group_size)})"
+        return f"{self.bits}-bit codebook ({describe_group_size(self.group_size)})"
 
     def kernel_layout(self) -> MatrixLayout:
         """Indices under scales."""
@@ -82,8 +82,8 @@ class Codebook(Elementwise):
 
     def dense(self) -> Tensor:
         """values[index] x scale, float32 `[out, in]`."""
-        places = self.index.flatten().int()
-        return grid.dense(self.values.float().index_select(0, places).view(self.shape), self.scale, self.group_size)
+        index = self.index.flatten().int()
+        return grid.dense(self.values.float().index_select(0, index).view(self.shape), self.scale, self.group_size)
 
     def pack(self, elements: Tensor) -> Tensor:
         """Indices `[rows, count]` as a stream of bits."""
@@ -98,7 +98,7 @@ class Codebook(Elementwise):
         return CodebookEntry(self.bits, self.group_size)
 
     def trainable(self, *, codes: bool) -> TrainableElements:
-        """Scales and values move, and with `codes` the indices, through latent values that go to the nearest one."""
+        """Scales and values are trained, and with `codes` the indices, as latent values that are rounded to the nearest one."""
         return _TrainableCodebook(self, codes)
 
     def kernel_operand(self) -> MatrixOperand:
@@ -116,13 +116,13 @@ def _expected_values(bits: int) -> Expected:
 
 
 class _TrainableCodebook(TrainableElements):
-    def __init__(self, part: Codebook, moving: bool) -> None:
+    def __init__(self, part: Codebook, codes: bool) -> None:
         super().__init__()
         self.original = part
         self.scale = TrainableScale(part.scale)
         self.values = nn.Parameter(part.values.float().clone())
-        # In units of the values, so that a value or a scale that moves takes its weights along.
-        self.latent = nn.Parameter(self.values.detach()[part.index.long()]) if moving else None
+        # In units of the values, so that the weights of a value or a scale change with it.
+        self.latent = nn.Parameter(self.values.detach()[part.index.long()]) if codes else None
 
     def _values(self) -> Tensor:
         """A value of zero stays zero."""
@@ -146,6 +146,6 @@ class _TrainableCodebook(TrainableElements):
 
 
 def nearest_value(points: Tensor, values: Tensor) -> Tensor:
-    """The index (int64) of the nearest of `values` `[n]` for each point, in whatever order they stand."""
+    """The index (int64) of the nearest of `values` `[n]`, in any order, for each point; of the shape of `points`."""
     ordered, order = values.sort()
     return order[torch.bucketize(points, (ordered[1:] + ordered[:-1]) / 2)]

@@ -1,7 +1,7 @@
-"""Parts with one element per weight (a value, a code, an index): a mask can lie over them, and factors are made of them.
+"""Parts with one element per weight (a value, a code, an index): they can be pruned, and be factors of a low-rank part.
 
-The elements of a row are packed into whole bytes, those that a mask drops left out; row follows row. What else is stored
-(scales, a codebook) lies beside them.
+The elements of a row, without those that a mask drops, are packed and padded to whole bytes; row follows row. Scales and a
+codebook are further tensors.
 """
 
 from abc import abstractmethod
@@ -28,7 +28,7 @@ class ElementwiseEntry(Entry):
 
     @abstractmethod
     def expected_beside(self, shape: tuple[int, int]) -> dict[str, Expected]:
-        """The tensors beside the elements, by suffix."""
+        """The tensors other than the elements, by suffix."""
 
     @abstractmethod
     def unpack(self, packed: Tensor, count: int) -> Tensor:
@@ -36,14 +36,14 @@ class ElementwiseEntry(Entry):
 
     @abstractmethod
     def assemble(self, elements: Tensor, beside: dict[str, Tensor]) -> "Elementwise":
-        """The part of elements `[out, in]` and the tensors beside them."""
+        """The part of elements `[out, in]` and the other tensors, by suffix."""
 
     @abstractmethod
     def kernel_layout(self) -> MatrixLayout | Refusal:
         """What kernels need to know to take the part, or why they cannot."""
 
     def check_elements(self, packed: Tensor, name: str) -> Iterator[str]:
-        """What is wrong with elements in whole bytes, uint8 `[rows, bytes]`; by default every pattern of bits is an element."""
+        """A message for each fault in packed elements, uint8 `[rows, bytes]`; by default all bit patterns are valid."""
         return iter(())
 
     def expected(self, shape: tuple[int, int], *, kept: int | None = None) -> dict[str, Expected]:
@@ -56,13 +56,19 @@ class ElementwiseEntry(Entry):
         return {"": elements, **self.expected_beside(shape)}
 
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int], *, mask: Tensor | None = None) -> "Elementwise":
-        """The part that these tensors are stored of; `mask` bool `[out, in]` lies over it, True stays."""
+        """The part that was stored as these tensors; see `Entry.from_stored`.
+
+        Args:
+            tensors: by suffix.
+            shape: (out, in).
+            mask: bool `[out, in]`, True where an element is stored; None: all are.
+        """
         elements = self.unpack(tensors[""], shape[1] if mask is None else _kept_per_row(mask))
-        beside = {name: fitting(name, tensors[name], want.shape) for name, want in self.expected_beside(shape).items()}
+        beside = {name: fitting(name, tensors[name], each.shape) for name, each in self.expected_beside(shape).items()}
         return self.assemble(_scattered(elements, shape, mask), beside)
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int], name: str, *, kept: int | None = None) -> Iterator[str]:
-        """What packing never gives, in words; `kept`: as for `expected`."""
+        """Faults that packing never produces in a part `[out, in]`; see `Entry.check`. `kept`: as for `expected`."""
         for suffix, tensor in tensors.items():
             yield from not_finite(joined(name, suffix), tensor)
         count, packed = shape[1] if kept is None else kept, tensors[""]
@@ -84,7 +90,7 @@ class Elementwise(Part):
     @property
     @abstractmethod
     def elements(self) -> Tensor:
-        """`[out, in]`"""
+        """The elements `[out, in]`."""
 
     @abstractmethod
     def pack(self, elements: Tensor) -> Tensor:
@@ -92,15 +98,15 @@ class Elementwise(Part):
 
     @abstractmethod
     def beside(self) -> dict[str, Tensor]:
-        """The tensors beside the elements, by suffix."""
+        """The tensors other than the elements, by suffix."""
 
     @abstractmethod
     def describe(self) -> ElementwiseEntry:
-        """The entry that, with the tensors, gives the part back."""
+        """The entry from which, with the tensors, the part can be read back."""
 
     @abstractmethod
     def trainable(self, *, codes: bool) -> TrainableElements:
-        """The part as float parameters; `codes`: whether codes may move, too."""
+        """The part as float parameters; `codes`: whether codes are trained, too."""
 
     @abstractmethod
     def kernel_operand(self) -> MatrixOperand | Refusal:
@@ -108,25 +114,25 @@ class Elementwise(Part):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
         return self.elements.shape[0], self.elements.shape[1]
 
     def tensors(self, *, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """What is stored, by suffix; of the elements those alone that a mask `[out, in]` keeps, as many in each row."""
+        """What is stored, by suffix; of the elements only those where a mask `[out, in]` is True, equally many in each row."""
         elements = self.elements if mask is None else self.elements[mask].view(self.shape[0], -1)
         return {"": self.pack(elements), **self.beside()}
 
 
 def parse_elementwise(data: object) -> ElementwiseEntry:
-    """As `parse_entry`, of what a mask can lie over. Raises CheckpointError for other kinds before their fields are read."""
-    found = kind_of(data)
-    if not issubclass(found, ElementwiseEntry):
-        raise CheckpointError(f"a {found.kind} part cannot lie under a mask or be a factor")
-    return found.parse(Fields(data, found.kind))
+    """As `parse_entry`, for elementwise parts. Raises CheckpointError for other kinds before their fields are read."""
+    kind = kind_of(data)
+    if not issubclass(kind, ElementwiseEntry):
+        raise CheckpointError(f"a {kind.kind} part cannot have a mask or be a factor")
+    return kind.parse(Fields(data, kind.kind))
 
 
 def padding_set(name: str, packed: Tensor, used: int) -> Iterator[str]:
-    """A sentence where bits of packed rows, uint8 `[rows, bytes]`, are set beyond the `used` ones; packing sets none."""
+    """A message where bits of packed rows, uint8 `[rows, bytes]`, are set beyond the `used` ones; packing sets none."""
     if used % 8 and len(packed):
         rows = (packed[:, -1] >> used % 8).nonzero().flatten()
         if len(rows):
@@ -143,7 +149,7 @@ def _kept_per_row(mask: Tensor) -> int:
 
 
 def _scattered(elements: Tensor, shape: tuple[int, int], mask: Tensor | None) -> Tensor:
-    """Stored elements where they belong in `[out, in]`, zero where the mask drops a weight."""
+    """Stored elements at their places in `[out, in]`, zero where the mask drops a weight."""
     if mask is None:
         return fitting("weight", elements, shape)
     kept = int(mask.view(torch.uint8).sum(dtype=torch.int64))

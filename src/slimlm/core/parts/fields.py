@@ -1,4 +1,4 @@
-"""Entries of config.json read field by field: what is missing or makes no sense is refused in words."""
+"""Entries of config.json read field by field; a missing or invalid field is refused with its name."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -9,7 +9,7 @@ from slimlm.core.errors import CheckpointError
 from slimlm.core.grid import GroupSize
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
-"""What JSON can hold."""
+"""Any value in JSON."""
 
 LARGEST = 2**40
 """No number of rows, inputs or ranks is larger."""
@@ -28,11 +28,11 @@ DTYPES: Mapping[str, torch.dtype] = {
         torch.float64,
     )
 }
-"""The dtypes of stored tensors by the names that entries have for them."""
+"""The dtypes of stored tensors by their names in entries."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What entries call a dtype, such as "float16"."""
+    """The name of a dtype in entries, such as "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -42,10 +42,10 @@ def is_count(value: object) -> bool:
 
 
 class Fields:
-    """The fields of one entry. Each is asked for by its type; raises CheckpointError where it is of another, or missing."""
+    """The fields of one entry; each method reads a field of one type, and raises CheckpointError where there is no such one."""
 
     def __init__(self, data: object, what: str) -> None:
-        """what: whose fields these are, for messages."""
+        """Check that `data` is an object; `what` is its name in messages."""
         if not isinstance(data, Mapping):
             raise CheckpointError(f"{what} is {data!r}, not an object with fields")
         self.data: Mapping[str, object] = data

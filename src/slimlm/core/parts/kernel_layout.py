@@ -1,7 +1,7 @@
-"""What kernels are told of a part: how its matrix lies, in plain fields, or why there is nothing to tell.
+"""What kernels need to know of a part: the layout of its matrix in plain fields, or why no kernel can take it.
 
-An `Entry` gives the layout, from which a backend knows whether it takes the part; a `Part` gives the operands, the same with
-the tensors. A backend asks for no kind of part: it looks at the fields below.
+An `Entry` gives the layout, from which a backend decides whether it supports the part; a `Part` gives the operand, which is the
+layout with the tensors. Backends do not look at the kind of a part, only at the fields below.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class MatrixLayout:
     """
 
     elements: Literal["integers", "indices", "floats"]
-    """signed integers (stored with 2^(bits-1) added), places in a codebook, or floating-point values as they are"""
+    """signed integers (stored with 2^(bits-1) added), indices into a codebook, or floating-point values"""
     bits: int
     """of an element"""
     dtype: torch.dtype | None = None
     """of floats"""
     group_size: GroupSize = "per-tensor"
-    """weights that share a scale; means nothing for floats, which have none"""
+    """weights that share a scale; unused for floats, which have none"""
     channel_scale: bool = False
     """whether there is a factor for each input"""
     mask: Pattern | None = None
@@ -49,10 +49,10 @@ KernelLayout = MatrixLayout | ProductLayout
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why kernels cannot have a part."""
+    """Why kernels cannot take a part."""
 
     reason: str
-    """in words for the user"""
+    """for the user"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MatrixOperand:
 
     layout: MatrixLayout
     elements: Tensor
-    """`[rows, columns]`: int8 integers, uint8 indices or floats; where the mask drops a weight its element means nothing"""
+    """`[rows, columns]`: int8 integers, uint8 indices or floats; elements that the mask drops have no meaning"""
     scale: Tensor | None = None
     """`[1, 1]`, `[rows, 1]` or `[rows, groups]`, in its storage dtype"""
     codebook: Tensor | None = None

@@ -2,7 +2,8 @@
 
     weight = left^T @ right
 
-Stored: the factors, elementwise parts `[rank, out]` and `[rank, in]`, so that groups of a scale run along the long side.
+Stored: the factors, elementwise parts `[rank, out]` and `[rank, in]`, so that groups that share a scale run along the long
+side.
 """
 
 from collections.abc import Iterator
@@ -49,12 +50,12 @@ class LowRankEntry(Entry):
         }
 
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "LowRank":
-        """The part of these tensors; see `Entry.from_stored`."""
+        """The part `[out, in]` of these tensors; see `Entry.from_stored`."""
         left, right = (factor.from_stored(under(side, tensors), sizes) for side, factor, sizes in self._factors(shape))
         return LowRank(left, right)
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int], name: str) -> Iterator[str]:
-        """What is wrong with either factor."""
+        """Faults of the factors, `[rank, out]` and `[rank, in]`; see `Entry.check`."""
         for side, factor, sizes in self._factors(shape):
             yield from factor.check(under(side, tensors), sizes, joined(name, side))
 
@@ -90,7 +91,7 @@ class LowRank(Part):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
         return self.left.shape[1], self.right.shape[1]
 
     @property
@@ -112,7 +113,7 @@ class LowRank(Part):
         return LowRankEntry(self.rank, self.left.describe(), self.right.describe())
 
     def trainable(self, *, codes: bool) -> Trainable:
-        """What moves of both factors; their codes always do."""
+        """Both factors; their codes are always trained."""
         return _TrainableLowRank(self)
 
     def kernel_operand(self) -> ProductOperand | Refusal:

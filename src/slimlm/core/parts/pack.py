@@ -19,7 +19,7 @@ from slimlm.core.parts.base import Entry, Expected, Part, joined, parse_entry, u
 from slimlm.core.parts.fields import DTYPES, Fields, Json, dtype_name, is_count
 
 _PREFIXES = {"base": "weight", "outliers": "outliers", "adapter": "adapter"}
-"""What the names of a slot's tensors begin with."""
+"""The prefixes of the names of a slot's tensors."""
 
 _LARGEST_FACTOR = torch.finfo(torch.float32).max
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slots(Generic[T]):
-    """What stands in a layer's slots: a base, and beside it an adapter, outliers, both or neither."""
+    """The slots of a layer: a base, and an adapter, outliers, both or neither."""
 
     base: T
     adapter: T | None = None
@@ -45,7 +45,7 @@ class Slots(Generic[T]):
 
     @property
     def added(self) -> tuple[T, ...]:
-        """What stands beside the base."""
+        """The filled slots other than the base."""
         return tuple(held for held in (self.outliers, self.adapter) if held is not None)
 
 
@@ -55,7 +55,7 @@ class Parts(Slots[Part]):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
         return self.base.shape
 
     def dense(self) -> Tensor:
@@ -66,14 +66,14 @@ class Parts(Slots[Part]):
         return total
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of all parts, by name.
+        """The stored tensors of all parts, by name.
 
-        `weight` itself, the base's elements, is one-dimensional, row after row, so that no program takes it for a matrix.
+        `weight` itself, the base's elements, is one-dimensional, row after row, so that no program mistakes it for a matrix.
         """
-        found = {
+        tensors = {
             joined(_PREFIXES[slot], suffix): tensor for slot, part in self.filled() for suffix, tensor in part.tensors().items()
         }
-        return {**found, "weight": found["weight"].flatten()}
+        return {**tensors, "weight": tensors["weight"].flatten()}
 
     def describe(self) -> "PartEntries":
         """The entries of all parts."""
@@ -84,7 +84,7 @@ class Parts(Slots[Part]):
         return sum(part.storage_bits() for part in self)
 
     def summary(self) -> str:
-        """The parts in words."""
+        """A short description; see `PartEntries.summary`."""
         return self.describe().summary()
 
 
@@ -94,7 +94,7 @@ class PartEntries(Slots[Entry]):
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
-        """Read the slots of a layer's entry. Raises CheckpointError where there is no base, or a part makes no sense."""
+        """Read the slots of a layer's entry. Raises CheckpointError where there is no base, or a part is invalid."""
         held = {slot: data for slot in _PREFIXES if (data := fields.data.get(slot)) is not None}
         if "base" not in held:
             raise CheckpointError("it has no base")
@@ -105,39 +105,39 @@ class PartEntries(Slots[Entry]):
         return {slot: entry.to_json() for slot, entry in self.filled()}
 
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
-        """The stored tensors of a layer `[out, in]` by name. Raises CheckpointError where these parts cannot be its."""
-        found = {
+        """The stored tensors of a layer `[out, in]` by name. Raises CheckpointError where these parts do not fit it."""
+        expected = {
             joined(_PREFIXES[slot], suffix): tensor
             for slot, entry in self.filled()
             for suffix, tensor in entry.expected(shape).items()
         }
-        if "weight" not in found:
+        if "weight" not in expected:
             raise CheckpointError(f"its base is {self.base.kind}, which has no elements of its own")
-        return {**found, "weight": found["weight"].flattened()}
+        return {**expected, "weight": expected["weight"].flattened()}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits of all parts of a layer `[out, in]`; see `Entry.stored_bits`."""
         return sum(entry.stored_bits(shape) for entry in self)
 
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Parts:
-        """The inverse of `Parts.tensors`. Raises CheckpointError where an entry and its tensors disagree."""
-        found = {}
+        """The inverse of `Parts.tensors` of a layer `[out, in]`. Raises CheckpointError where entry and tensors disagree."""
+        parts = {}
         for slot, entry in self.filled():
             try:
-                found[slot] = entry.from_stored(_in_rows(slot, tensors, shape), shape)
+                parts[slot] = entry.from_stored(_in_rows(slot, tensors, shape), shape)
             except (KeyError, RuntimeError) as error:
                 raise CheckpointError(
                     f"a {entry.kind} part of shape {shape} does not fit its stored tensors: {error}"
                 ) from error
-        return Parts(**found)
+        return Parts(**parts)
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Iterator[str]:
-        """What packing never gives, in words; the tensors are those that `expected` names, as it says."""
+        """Faults that packing never produces in a layer `[out, in]`; see `Entry.check`."""
         for slot, entry in self.filled():
             yield from entry.check(_in_rows(slot, tensors, shape), shape, _PREFIXES[slot])
 
     def summary(self) -> str:
-        """The parts in words, such as "2:4 of 4-bit (groups of 32) + rank 25 at 4 bits"."""
+        """A short description, such as "2:4 of 4-bit (groups of 32) + rank 25 at 4 bits"."""
         return " + ".join(entry.summary() for entry in self)
 
     @property
@@ -151,16 +151,16 @@ class PartEntries(Slots[Entry]):
 
 
 def tensors_of(slot: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a layer's stored tensors those of the part in a slot, by suffix."""
+    """Of a layer's stored tensors, of any shapes `[...]`, those of the part in a slot, by suffix."""
     return under(_PREFIXES[slot], tensors)
 
 
 def _in_rows(slot: str, tensors: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
-    """The same, the elements of a base in rows again."""
-    own = tensors_of(slot, tensors)
-    if slot == "base" and "" in own:
-        own[""] = own[""].view(shape[0], -1)
-    return own
+    """As `tensors_of`, the elements of a base in rows again."""
+    by_suffix = tensors_of(slot, tensors)
+    if slot == "base" and "" in by_suffix:
+        by_suffix[""] = by_suffix[""].view(shape[0], -1)
+    return by_suffix
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ class TensorEntry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorEntry":
-        """The entry of a tensor."""
+        """The entry of a tensor of any shape `[...]`."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @classmethod
     def parse(cls, data: object, name: str) -> "TensorEntry":
-        """Read `[dtype, shape]`. Raises CheckpointError where it is none."""
+        """Read `[dtype, shape]`. Raises CheckpointError where it is neither."""
         if not isinstance(data, list | tuple) or len(data) != 2:
             raise CheckpointError(f"{name} has no dtype and shape")
         dtype = DTYPES.get(data[0]) if isinstance(data[0], str) else None
@@ -197,7 +197,7 @@ class TensorEntry:
         return 8 * math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> Tensor:
-        """Such a tensor on the meta device."""
+        """The tensor, without values, on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
@@ -213,20 +213,20 @@ class StoredEntry:
     def check(self) -> None:
         """Raise CheckpointError where the tensors are not those that the parts store.
 
-        Shape and parts fix name, dtype and size of every tensor, but for how many weights a mask keeps. So what is made of
-        a sound entry is at most 32 times as large as its file: a weight takes a bit at least, and is unpacked into 32.
+        Shape and parts determine name, dtype and size of every tensor, except for how many weights a mask keeps. So a valid
+        entry is unpacked into at most 32 times the bytes of its file: a weight takes at least one bit, and is unpacked into 32.
         """
         expected = self.parts.expected(self.shape)
         if self.tensors.keys() != expected.keys():
             named = ", ".join(self.tensors) or "none"
             raise CheckpointError(f"its parts are stored in {', '.join(expected)}; it names {named}")
-        for name, want in expected.items():
+        for name, expectation in expected.items():
             found = self.tensors[name]
-            if found.dtype not in want.dtypes:
-                among = " or ".join(sorted(map(dtype_name, want.dtypes)))
+            if found.dtype not in expectation.dtypes:
+                among = " or ".join(sorted(map(dtype_name, expectation.dtypes)))
                 raise CheckpointError(f"{name} is {dtype_name(found.dtype)}; it can be {among}")
-            if not want.fits(found.shape):
-                raise CheckpointError(f"{name} is {list(found.shape)}; of these parts it is {want.summary()}")
+            if not expectation.fits(found.shape):
+                raise CheckpointError(f"{name} is {list(found.shape)}; of these parts it is {expectation.summary()}")
 
     @property
     def stored_bits(self) -> int:
@@ -234,7 +234,7 @@ class StoredEntry:
         return sum(tensor.bits for tensor in self.tensors.values())
 
     def empty_tensors(self) -> dict[str, Tensor]:
-        """Such tensors on the meta device."""
+        """The tensors, without values, on the meta device."""
         return {name: tensor.empty() for name, tensor in self.tensors.items()}
 
     def _to_json(self, **others: Json) -> dict[str, Json]:
@@ -253,14 +253,14 @@ class LayerEntry(StoredEntry):
 
     @classmethod
     def parse(cls, data: object) -> "LayerEntry":
-        """Read an entry. Raises CheckpointError where a field is missing or makes no sense."""
-        found = Fields(data, "it")
+        """Read an entry. Raises CheckpointError where a field is missing or invalid."""
+        fields = Fields(data, "it")
         return cls(
-            shape=found.shape("shape"),
-            bias=found.flag("bias"),
-            parts=PartEntries.parse(found),
-            tensors=_parse_tensors(found),
-            tied_to=found.text("tied_to") if "tied_to" in found.data else None,
+            shape=fields.shape("shape"),
+            bias=fields.flag("bias"),
+            parts=PartEntries.parse(fields),
+            tensors=_parse_tensors(fields),
+            tied_to=fields.text("tied_to") if "tied_to" in fields.data else None,
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -274,25 +274,25 @@ class EmbeddingEntry(StoredEntry):
     """What config.json says of a compressed embedding `[tokens, width]`."""
 
     factor: float
-    """by which what is looked up is multiplied"""
+    """that the rows that are looked up are multiplied by"""
 
     @classmethod
     def parse(cls, data: object) -> "EmbeddingEntry":
-        """Read an entry. Raises CheckpointError where a field is missing or makes no sense."""
-        found = Fields(data, "it")
-        factor = found.data.get("factor")
-        # NaN is not within anything.
+        """Read an entry. Raises CheckpointError where a field is missing or invalid."""
+        fields = Fields(data, "it")
+        factor = fields.data.get("factor")
+        # NaN fails this comparison, too.
         if not isinstance(factor, int | float) or isinstance(factor, bool) or not abs(factor) <= _LARGEST_FACTOR:
             raise CheckpointError(f"factor is {factor!r}, not a number")
-        return cls(shape=found.shape("shape"), factor=factor, parts=PartEntries.parse(found), tensors=_parse_tensors(found))
+        return cls(shape=fields.shape("shape"), factor=factor, parts=PartEntries.parse(fields), tensors=_parse_tensors(fields))
 
     def to_json(self) -> dict[str, Json]:
         """The inverse of `parse`."""
         return self._to_json(factor=self.factor)
 
 
-def _parse_tensors(found: Fields) -> dict[str, TensorEntry]:
-    tensors = found.data.get("tensors")
+def _parse_tensors(fields: Fields) -> dict[str, TensorEntry]:
+    tensors = fields.data.get("tensors")
     if not isinstance(tensors, Mapping):
         raise CheckpointError("its tensors have no names")
     return {str(name): TensorEntry.parse(about, str(name)) for name, about in tensors.items()}

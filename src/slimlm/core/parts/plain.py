@@ -1,4 +1,4 @@
-"""Plain: floating-point weights as they are.
+"""Plain: floating-point weights, not quantized.
 
     weight = value
 
@@ -38,7 +38,7 @@ class PlainEntry(ElementwiseEntry):
         return 8 * self.dtype.itemsize
 
     def expected_beside(self, shape: tuple[int, int]) -> dict[str, Expected]:
-        """Nothing lies beside the values."""
+        """No other tensors."""
         return {}
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
@@ -46,11 +46,11 @@ class PlainEntry(ElementwiseEntry):
         return packed.contiguous().view(self.dtype)
 
     def assemble(self, elements: Tensor, beside: dict[str, Tensor]) -> "Plain":
-        """The part of these values."""
+        """The part of these values `[out, in]`."""
         return Plain(elements)
 
     def check_elements(self, packed: Tensor, name: str) -> Iterator[str]:
-        """Values that are NaN or infinite."""
+        """A message where values in packed rows, uint8 `[rows, bytes]`, are NaN or infinite."""
         return not_finite(name, self.unpack(packed.reshape(-1), packed.numel()))
 
     def summary(self) -> str:
@@ -64,7 +64,7 @@ class PlainEntry(ElementwiseEntry):
 
 @dataclass(frozen=True)
 class Plain(Elementwise):
-    """Floating-point weights as they are: float16, bfloat16, float32 or float64."""
+    """Floating-point weights: float16, bfloat16, float32 or float64."""
 
     values: Tensor
     """`[out, in]`"""
@@ -83,7 +83,7 @@ class Plain(Elementwise):
         return elements.contiguous().view(torch.uint8)
 
     def beside(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """No other tensors."""
         return {}
 
     def describe(self) -> PlainEntry:
@@ -91,7 +91,7 @@ class Plain(Elementwise):
         return PlainEntry(self.values.dtype)
 
     def trainable(self, *, codes: bool) -> TrainableElements:
-        """The values move."""
+        """The values are trained."""
         return _TrainablePlain(self)
 
     def kernel_operand(self) -> MatrixOperand:

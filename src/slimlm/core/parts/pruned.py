@@ -1,10 +1,10 @@
-"""Pruned: an elementwise part of which only some weights stay.
+"""Pruned: an elementwise part under a mask.
 
     weight = inner where the mask is 1, else 0
 
 Stored: the inner part's elements that stay, without gaps, in order of input, and the mask as one bit per weight. For 2:4 that
-bit costs exactly what two 2-bit positions per four inputs would, and serves every other pattern too. Every row keeps the same
-number of weights, so that rows can be found in the packed elements.
+bit costs exactly what two 2-bit positions per four inputs would, and it suits every other pattern, too. The mask keeps equally
+many weights in every row, so that rows can be found in the packed elements.
 """
 
 from collections.abc import Iterator
@@ -61,16 +61,16 @@ class PrunedEntry(Entry):
         return {**self.inner.expected(shape, kept=pattern.kept_of(shape[1])), "mask": mask}
 
     def from_stored(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> "Pruned":
-        """The part of these tensors; see `Entry.from_stored`."""
+        """The part `[out, in]` of these tensors; see `Entry.from_stored`."""
         mask = fitting("mask", bitstream.unpack(tensors["mask"], 1, shape[1]).view(torch.bool), shape)
         return Pruned(self.inner.from_stored(tensors, shape, mask=mask), mask, self.pattern)
 
     def check(self, tensors: dict[str, Tensor], shape: tuple[int, int], name: str) -> Iterator[str]:
-        """Where the mask is none of its pattern; what is wrong with the inner part, where the mask is sound."""
+        """Faults of the mask `[out, in]`, or of the inner part where the mask has none; see `Entry.check`."""
         packed, width = tensors["mask"], shape[1]
-        found = list(_check_mask(joined(name, "mask"), pattern_of(self.pattern), packed, width))
-        yield from found
-        if not found:
+        faults = list(_check_mask(joined(name, "mask"), pattern_of(self.pattern), packed, width))
+        yield from faults
+        if not faults:
             kept = int(bitstream.unpack(packed[:1], 1, width).sum())
             inner = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "mask"}
             yield from self.inner.check(inner, shape, name, kept=kept)
@@ -88,7 +88,7 @@ class PrunedEntry(Entry):
 
 @dataclass(frozen=True)
 class Pruned(Part):
-    """A part of which only some weights stay; the mask is stored as one bit per weight."""
+    """A part under a mask, which is stored as one bit per weight."""
 
     inner: Elementwise
     mask: Tensor
@@ -98,7 +98,7 @@ class Pruned(Part):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape (out, in)."""
         return self.inner.shape
 
     def dense(self) -> Tensor:
@@ -114,7 +114,7 @@ class Pruned(Part):
         return PrunedEntry(self.pattern, self.inner.describe())
 
     def trainable(self, *, codes: bool) -> Trainable:
-        """What moves of the inner part; the mask stays."""
+        """The inner part; the mask is not trained."""
         return _TrainablePruned(self, codes)
 
     def kernel_operand(self) -> MatrixOperand | Refusal:
@@ -126,10 +126,10 @@ class Pruned(Part):
 
 
 class _TrainablePruned(Trainable):
-    def __init__(self, part: Pruned, moving: bool) -> None:
+    def __init__(self, part: Pruned, codes: bool) -> None:
         super().__init__()
         self.original = part
-        self.inner = part.inner.trainable(codes=moving)
+        self.inner = part.inner.trainable(codes=codes)
 
     def dense(self) -> Tensor:
         return self.inner.dense() * self.original.mask
@@ -150,5 +150,5 @@ def _check_mask(name: str, pattern: Pattern, packed: Tensor, width: int) -> Iter
             first = f"in row {done + row}, inputs {group * size} to {group * size + size - 1}, {int(counts[row, group])} stay"
         wrong, done = wrong + len(bad), done + len(piece)
     if wrong:
-        yield f"{name} is no mask of {pattern}: {first}, not {kept}" + (f" ({wrong} such places)" if wrong > 1 else "")
+        yield f"{name} does not fit {pattern}: {first}, not {kept}" + (f" ({wrong} such places)" if wrong > 1 else "")
     yield from padding_set(name, packed, width)

@@ -1,4 +1,4 @@
-"""A part while it is tuned: what gradients may move as float parameters, and the way back to what is stored."""
+"""A part while it is tuned: float parameters for what gradients may change, and the conversion back to what is stored."""
 
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class TrainableElements(Trainable):
 
 
 class Frozen(Trainable):
-    """A part of which nothing moves."""
+    """A part that is not trained."""
 
     def __init__(self, part: "Part") -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Frozen(Trainable):
         return self.matrix
 
     def part(self) -> "Part":
-        """The part as it was."""
+        """The part itself."""
         return self.frozen
 
 
 class TrainableScale(nn.Module):
-    """Scales as their values at first times a factor, so that large and small ones move alike and none changes sign."""
+    """Scales as their first values times a trained factor, so that all change in proportion and none changes its sign."""
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -71,5 +71,13 @@ class TrainableScale(nn.Module):
 
 
 def straight_through(latent: Tensor, rounded: Tensor) -> Tensor:
-    """The rounded values, with the gradient of the latent ones (straight-through estimator, arXiv 1308.3432)."""
+    """The rounded values, with the gradient of the latent ones (straight-through estimator, arXiv 1308.3432).
+
+    Args:
+        latent: `[out, in]`, or of any other shape.
+        rounded: of the shape of `latent`.
+
+    Returns:
+        Of the shape of `latent`.
+    """
     return latent + (rounded - latent).detach()

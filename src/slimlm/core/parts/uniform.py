@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimlm.core import bits as bitstream
 from slimlm.core import grid
-from slimlm.core.parts.base import Expected, Part, expected_scale, group_words
+from slimlm.core.parts.base import Expected, Part, describe_group_size, expected_scale
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand
@@ -42,22 +42,22 @@ class UniformEntry(ElementwiseEntry):
 
     def expected_beside(self, shape: tuple[int, int]) -> dict[str, Expected]:
         """The scales, and the factors of the inputs."""
-        found = {"scale": expected_scale(shape, self.group_size)}
+        expected = {"scale": expected_scale(shape, self.group_size)}
         if self.channel_scale:
-            found["channel_scale"] = Expected((torch.float16,), (shape[1],))
-        return found
+            expected["channel_scale"] = Expected((torch.float16,), (shape[1],))
+        return expected
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
         """The codes int8 `[rows, count]`."""
         return (bitstream.unpack(packed, self.bits, count) - 2 ** (self.bits - 1)).view(torch.int8)
 
     def assemble(self, elements: Tensor, beside: dict[str, Tensor]) -> "Uniform":
-        """The part of these codes and scales."""
+        """The part of codes `[out, in]`, and its scales `[rows, groups]` and channel scales `[in]` by suffix."""
         return Uniform(elements, beside["scale"], self.bits, self.group_size, beside.get("channel_scale"))
 
     def summary(self) -> str:
         """Such as "4-bit (groups of 32)"."""
-        return f"{self.bits}-bit ({group_words(self.group_size)})"
+        return f"{self.bits}-bit ({describe_group_size(self.group_size)})"
 
     def kernel_layout(self) -> MatrixLayout:
         """Signed integers under scales."""
@@ -93,17 +93,17 @@ class Uniform(Elementwise):
 
     def beside(self) -> dict[str, Tensor]:
         """The scales, and the factors of the inputs."""
-        found = {"scale": self.scale.contiguous()}
+        tensors = {"scale": self.scale.contiguous()}
         if self.channel_scale is not None:
-            found["channel_scale"] = self.channel_scale
-        return found
+            tensors["channel_scale"] = self.channel_scale
+        return tensors
 
     def describe(self) -> UniformEntry:
         """The entry."""
         return UniformEntry(self.bits, self.group_size, self.channel_scale is not None)
 
     def trainable(self, *, codes: bool) -> TrainableElements:
-        """Scales move, and with `codes` the codes, through latent ones that are rounded on the way forward."""
+        """Scales are trained, and with `codes` the codes, as latent ones that are rounded in the forward pass."""
         return _TrainableUniform(self, codes)
 
     def kernel_operand(self) -> MatrixOperand:
@@ -113,17 +113,17 @@ class Uniform(Elementwise):
 
 
 def as_uniform(part: Part) -> Uniform:
-    """The part itself, typed, where the caller knows that it holds integer codes."""
+    """The part itself, typed as `Uniform`, where the caller knows that it is one."""
     assert isinstance(part, Uniform), f"integer codes were expected, and this is {part.summary()}"
     return part
 
 
 class _TrainableUniform(TrainableElements):
-    def __init__(self, part: Uniform, moving: bool) -> None:
+    def __init__(self, part: Uniform, codes: bool) -> None:
         super().__init__()
         self.original = part
         self.scale = TrainableScale(part.scale)
-        self.codes = nn.Parameter(part.codes.float(), requires_grad=moving)
+        self.codes = nn.Parameter(part.codes.float(), requires_grad=codes)
 
     def dense(self) -> Tensor:
         codes: Tensor = self.codes

@@ -1,13 +1,14 @@
-"""Coordinate descent on the codes of a low-rank part: each factor decided anew on its grid, the other as it is.
+"""Coordinate descent on the codes of a low-rank part: one factor's codes change on its grid while the other is fixed.
 
 For an error E and the covariance H of the inputs a part L R of rounded factors is improved on the objective that they were
-found for, tr((E - L R) H (E - L R)^T); no step raises it. Against a rounded factor the other's objective is quadratic:
+found for, tr((E - L R) H (E - L R)^T); no step raises it. With one factor fixed the objective is quadratic in the other:
 
-    over L    with R H R^T between components; the outputs are independent of each other
-    over R    with the Gram matrix L^T L between components and H between inputs
+    in L    with R H R^T between components; the outputs are independent of each other
+    in R    with L^T L between components and H between inputs
 
-So an adapter follows a base that changes a little from where it is, where rounding it afresh would err afresh. Scales stay
-(the right factor's, refitted too, brought nothing). Factors are held as they are stored, `[rank, n]`.
+So an adapter adapts to small changes of the base, where rounding it afresh would add a fresh rounding error. Scales do not
+change (refitting those of the right factor brought nothing). Factors are held as they are stored, `[rank, n]`. (Cyclic
+coordinate descent on codes is QuantEase, Behdin et al., arXiv 2309.01885, there for a weight.)
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 
 INPUTS_AT_ONCE = 64
-"""Inputs whose changes reach the later ones in one product of matrices."""
+"""Inputs whose changes are applied to the gradient of the later ones in one product of matrices."""
 
 
 @profiled("adapter descent")
@@ -42,9 +43,15 @@ def descend_adapter(error: Tensor, covariance: Tensor, part: LowRank) -> LowRank
 
 
 def descend_left(error: Tensor, covariance: Tensor, part: LowRank) -> LowRank:
-    """The part with the left factor's codes decided anew, one component after another: each the nearest to its best value.
+    """The part with new codes of the left factor, one component after another: each rounded from its best value.
 
-    Arguments and result as for `descend_adapter`.
+    Args:
+        error: E `[out, in]`.
+        covariance: H `[in, in]`.
+        part: L R, both factors `Uniform`.
+
+    Returns:
+        A part of the same scales and right factor, whose objective is no larger.
     """
     factor, grid = _even(part.left)
     right = part.right.dense()
@@ -69,49 +76,55 @@ def descend_left(error: Tensor, covariance: Tensor, part: LowRank) -> LowRank:
 
 
 def descend_right(error: Tensor, covariance: Tensor, part: LowRank, *, inputs_at_once: int = INPUTS_AT_ONCE) -> LowRank:
-    """The part with the right factor's codes decided anew, one input after another.
+    """The part with new codes of the right factor, one input after another.
 
-    For each input the least-squares values of all its components, everything else as it is, are rounded and taken together
-    where that lowers the objective. (The left factor's columns are nearly orthogonal, so that rounding them apart costs
-    little; one component of one input at a time would cost rank times as many steps and was no better.)
+    For each input the least-squares values of all its components, everything else fixed, are rounded and accepted together
+    where that lowers the objective. (The left factor's columns are nearly orthogonal, so that rounding the components
+    independently costs little; one component of one input at a time would take rank times as many steps and was no better.)
 
-    Arguments and result as for `descend_adapter`; the changes of `inputs_at_once` inputs reach the later ones together, which
-    only the order of float32 sums depends on.
+    Args:
+        error: E `[out, in]`.
+        covariance: H `[in, in]`.
+        part: L R, both factors `Uniform`.
+        inputs_at_once: inputs whose changes are applied to the later ones together; it changes only the order of float32 sums.
+
+    Returns:
+        A part of the same scales and left factor, whose objective is no larger.
     """
     factor, grid = _even(part.right)
     left = part.left.dense()
-    gram = left @ left.T
-    inverse_gram = torch.linalg.pinv(gram.double(), rtol=1e-6, hermitian=True).to(gram)
+    inner = left @ left.T
+    inner_inverse = torch.linalg.pinv(inner.double(), rtol=1e-6, hermitian=True).to(inner)
     value, index = factor.dense().T.contiguous(), factor.codes.T.float() - grid.values[0]
     width = len(value)
     scale = spread(factor.scale, width, factor.group_size).expand_as(factor.codes).T.contiguous()
     inverse = reciprocal(scale)
-    gradient = covariance @ ((left @ error).T - value @ gram)
-    """minus half the objective's gradient, `[in, rank]`; exact for the inputs whose turn it is"""
+    gradient = covariance @ ((left @ error).T - value @ inner)
+    """minus half the objective's gradient, `[in, rank]`; exact for the inputs that are being decided"""
     dead = (covariance.diagonal() <= 0).tolist()
     for low in range(0, width, inputs_at_once):
         high = min(low + inputs_at_once, width)
         changes = torch.zeros_like(value[low:high])
-        """the changes of these inputs, times the Gram matrix"""
-        for place in range(low, high):
-            if dead[place]:
+        """the changes of these inputs, times L^T L"""
+        for i in range(low, high):
+            if dead[i]:
                 continue
-            curvature, slope, old = covariance[place, place], gradient[place], value[place]
-            at, new = grid.round_with(old + inverse_gram @ slope / curvature, scale[place], inverse[place])
+            curvature, slope, old = covariance[i, i], gradient[i], value[i]
+            rounded, new = grid.round_with(old + inner_inverse @ slope / curvature, scale[i], inverse[i])
             change = new - old
-            along = gram @ change
-            # Not asked in Python, which would wait for a GPU at every input.
+            along = inner @ change
+            # A tensor and not a branch in Python, which would wait for a GPU at every input.
             better = change @ (2 * slope - curvature * along) > 0
-            index[place] = torch.where(better & (change != 0), at, index[place])
+            index[i] = torch.where(better & (change != 0), rounded, index[i])
             along = torch.where(better, along, 0.0)
-            changes[place - low] = along
-            gradient[place:high].addr_(covariance[place:high, place], along, alpha=-1)
+            changes[i - low] = along
+            gradient[i:high].addr_(covariance[i:high, i], along, alpha=-1)
         gradient[high:].addmm_(covariance[high:, low:high], changes, alpha=-1)
     return replace(part, right=replace(factor, codes=_codes(index.T.contiguous(), grid)))
 
 
 def _even(factor: Elementwise) -> tuple[Uniform, Grid]:
-    rounded = as_uniform(factor)  # a factor that is not rounded is refitted instead
+    rounded = as_uniform(factor)  # factors that are not rounded are refitted instead
     return rounded, Grid.of_bits(rounded.bits)
 
 

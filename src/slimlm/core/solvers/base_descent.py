@@ -1,8 +1,8 @@
-"""Coordinate descent on a rounded base: each group of inputs decided anew, all others as they are.
+"""Coordinate descent on a rounded base: one group of inputs is decided again while all others are fixed.
 
 For a weight W and the covariance H of its inputs, a base B that a sweep (slimlm.core.solvers.sweep) has found is improved on
-the same objective, tr((W - B) H (W - B)^T): which inputs of an n:m group stay and their codes, and each scale; no step raises
-it. (Cyclic coordinate descent on codes alone is QuantEase, Behdin et al., arXiv 2309.01885.)
+the same objective, tr((W - B) H (W - B)^T): the mask of an n:m group and its codes, and each scale; no step raises it. (Cyclic
+coordinate descent on codes alone is QuantEase, Behdin et al., arXiv 2309.01885.)
 """
 
 from bisect import bisect_left, bisect_right
@@ -17,81 +17,84 @@ from slimlm.core.mask import Pattern
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers.sweep import LEAF, Swept, as_stored, divided, end_of
 
-_MOST_CHOICES = 70
-"""Ways to keep n of m that are all tried; 4 of 8 has this many."""
+_MOST_MASKS = 70
+"""Masks of an n:m group up to which all are tried; 4 of 8 has this many."""
 
 
 @profiled("base descent")
 def descend_base(weight: Tensor, covariance: Tensor, base: Swept, *, group_size: GroupSize, pattern: Pattern | None) -> Swept:
     """One pass of coordinate descent on tr((W - B) H (W - B)^T) from a rounded base; it never raises it.
 
-    Under an n:m pattern with at most 70 ways to keep n of m, each group of m is decided anew: for every way the
-    least-squares values given all other inputs, rounded one after another with the rest of the group compensating, and the
-    best of all ways and the present one is taken. Else the mask stays and the codes are decided one input at a time. At the
-    start of each group that shares a scale the scale takes its own best step.
+    Under an n:m pattern with at most 70 possible masks of a group, each group of m inputs is decided again: for every mask
+    the least-squares values given all other inputs are rounded one after another, the rest of the group compensating, and the
+    best of all these and the present values is taken. Otherwise the mask does not change and the codes are decided one input
+    at a time. At the start of each group that shares a scale, the scale is set to its least-squares value.
 
     Args:
         weight: W `[out, in]`.
         covariance: H `[in, in]`.
         base: B, from `rounded_sweep` or an earlier pass.
         group_size: how many weights share a scale, as in that sweep.
-        pattern: of the mask, where it may change; None where it is given or there is none.
+        pattern: of the mask, where the mask may change; None where it may not or there is none.
 
     Returns:
         The base after the pass; its grid is that of `base`.
     """
-    choices = None
-    if pattern is not None and pattern.of and len(_ways(pattern)) <= _MOST_CHOICES:
-        choices = pattern
-    state = _Descent(weight, covariance, base, group_size, choices)
+    searched = None
+    if pattern is not None and pattern.of and len(_masks(pattern)) <= _MOST_MASKS:
+        searched = pattern
+    state = _Descent(weight, covariance, base, group_size, searched)
     state.walk(0, weight.shape[1])
     mask = None if state.mask is None else state.mask.T.contiguous()
     index, scale = state.index.T.contiguous(), state.scale.T.contiguous()
     return replace(base, value=state.value.T.contiguous(), mask=mask, index=index, scale=scale)
 
 
-def _ways(pattern: Pattern) -> list[tuple[int, ...]]:
+def _masks(pattern: Pattern) -> list[tuple[int, ...]]:
+    """All masks of an n:m group, as the places in the group that stay."""
     return list(combinations(range(pattern.of), pattern.kept))
 
 
 class _Descent:
-    """The working state of one pass; everything is `[in, out]`."""
+    """The state of one pass; matrices are `[in, out]`."""
 
-    def __init__(self, weight: Tensor, covariance: Tensor, base: Swept, group_size: GroupSize, choices: Pattern | None) -> None:
+    def __init__(
+        self, weight: Tensor, covariance: Tensor, base: Swept, group_size: GroupSize, searched: Pattern | None
+    ) -> None:
         assert base.index is not None and base.scale is not None and base.grid is not None
         self.covariance, self.grid = covariance, base.grid
         self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
         self.scale = base.scale.T.contiguous().clone()
         self.mask = None if base.mask is None else base.mask.T.contiguous().clone()
         self.gradient = covariance @ (weight.T - self.value)
-        """H (W - B)^T `[in, out]`: minus half the objective's gradient, exact for the inputs whose turn it is"""
+        """H (W - B)^T `[in, out]`: minus half the gradient, exact for the inputs that are being decided"""
         self.change = torch.zeros_like(self.value)
         self.dead = (covariance.diagonal() <= 0).tolist()
         """whether an input is always zero"""
         width = len(self.value)
         self.groups = list(range(0, width, width if isinstance(group_size, str) else group_size))
-        self.leaves = divided(self.groups, width, LEAF if choices is None else choices.of)
-        self.ways = None if choices is None else torch.tensor(_ways(choices), device=covariance.device)
+        self.leaves = divided(self.groups, width, LEAF if searched is None else searched.of)
+        self.masks = None if searched is None else torch.tensor(_masks(searched), device=covariance.device)
         self.inverse = reciprocal(self.scale)
-        if self.ways is not None:
-            self.solvers = self._solvers(self.ways, choices.of)  # type: ignore[union-attr]
+        if self.masks is not None:
+            self.solvers = self._solvers(self.masks, searched.of)  # type: ignore[union-attr]
 
-    def _solvers(self, ways: Tensor, size: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-        """For each group of inputs, over the ways to keep some: their covariance, its inverse, and the upper factor of that."""
+    def _solvers(self, masks: Tensor, size: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """For each group, over its masks: the covariance of the inputs that stay, its inverse, and the upper factor of that."""
         width = len(self.covariance)
-        at = torch.arange(width, device=ways.device).view(-1, 1, size).expand(-1, len(ways), -1)
-        kept = at.gather(2, ways[None].expand(len(at), -1, -1))
-        among = self.covariance[kept[..., :, None], kept[..., None, :]]
-        own = among.double()
-        own = own + 1e-6 * own.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None] * torch.eye(
-            ways.shape[1]
-        ).to(own)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
+        at = torch.arange(width, device=masks.device).view(-1, 1, size).expand(-1, len(masks), -1)
+        stay = at.gather(2, masks[None].expand(len(at), -1, -1))
+        among = self.covariance[stay[..., :, None], stay[..., None, :]]
+        damped = among.double()
+        damped = damped + 1e-6 * damped.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None] * torch.eye(
+            masks.shape[1]
+        ).to(damped)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         upper = torch.linalg.cholesky(inverse, upper=True).float()
         return tuple(zip(among.unbind(), inverse.float().unbind(), upper.unbind(), strict=True))
 
     def walk(self, low: int, high: int) -> None:
-        """Decide the inputs from low up to high, their gradient being exact."""
+        """Decide the inputs from low up to high; their gradient is exact."""
         for borders in (self.groups, self.leaves):
             inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
             if inside:
@@ -103,13 +106,13 @@ class _Descent:
         number = bisect_right(self.groups, low) - 1
         if self.groups[number] == low:
             self._rescale(number)
-        if self.ways is None:
+        if self.masks is None:
             self._recode(low, high, number)
         else:
             self._choose(low, high, number)
 
     def _rescale(self, number: int) -> None:
-        """The best step of one group's scales (of the only scale, where one serves all rows), as far as storage can tell."""
+        """The best step of one group's scales (or of the only scale), rounded as it will be stored."""
         low = self.groups[number]
         high = end_of(self.groups, low, len(self.value))
         value = self.value[low:high]
@@ -130,14 +133,14 @@ class _Descent:
         self.gradient[low:].addmm_(self.covariance[low:, low:high], change, alpha=-1)
 
     def _recode(self, low: int, high: int, number: int) -> None:
-        """New codes for these inputs one after another, the mask as it is."""
-        own = self.scale[number], self.inverse[number]
+        """New codes for these inputs one after another, under the same mask."""
+        scale = self.scale[number], self.inverse[number]
         for place in range(low, high):
             if self.dead[place]:
                 continue
             curvature = self.covariance[place, place]
             old = self.value[place]
-            index, new = self.grid.round_with(old + self.gradient[place] / curvature, *own)
+            index, new = self.grid.round_with(old + self.gradient[place] / curvature, *scale)
             if self.mask is not None:
                 new = new * self.mask[place]
             gain = 2 * (new - old) * self.gradient[place] - (new - old).square() * curvature
@@ -152,32 +155,32 @@ class _Descent:
 
     def _choose(self, low: int, high: int, number: int) -> None:
         """New masks and codes for the m inputs of an n:m group together."""
-        assert self.ways is not None and self.mask is not None
-        own, old = self.covariance[low:high, low:high], self.value[low:high]
-        # What the group's weights b should solve, H b = this `[m, out]`; their cost is b H b - 2 b this.
-        right_side = self.gradient[low:high] + own @ old
-        kept, inverse, upper = self.solvers[low // (high - low)]
-        right_sides = right_side[self.ways]
+        assert self.masks is not None and self.mask is not None
+        covariance, old = self.covariance[low:high, low:high], self.value[low:high]
+        # The group's best weights b solve H b = right_side `[m, out]`; their cost is b H b - 2 b right_side.
+        right_side = self.gradient[low:high] + covariance @ old
+        among, inverse, upper = self.solvers[low // (high - low)]
+        right_sides = right_side[self.masks]
         best = inverse @ right_sides
         scale, inverse_scale = self.scale[number], self.inverse[number]
         values, indices = [], []
-        for i in range(self.ways.shape[1]):
+        for i in range(self.masks.shape[1]):
             index, value = self.grid.round_with(best[:, i], scale, inverse_scale)
             values.append(value)
             indices.append(index)
-            if i + 1 < self.ways.shape[1]:
+            if i + 1 < self.masks.shape[1]:
                 error = (best[:, i] - value) / upper[:, i, i, None]
                 best[:, i + 1 :] -= upper[:, i, i + 1 :, None] * error[:, None]
         value = torch.stack(values, dim=1)
-        cost = (value * (kept @ value - 2 * right_sides)).sum(dim=1)
-        least, way = cost.min(dim=0)
-        now = (old * (own @ old - 2 * right_side)).sum(dim=0)
-        # A margin of float32's rounding, so that no pass ever raises the objective by noise.
-        better = least < now - 1e-6 * now.abs()
-        places = self.ways[way].T
-        chosen_way = way[None, None].expand(1, value.shape[1], -1)
-        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, chosen_way)[0])
-        codes = torch.stack(indices, dim=1).gather(0, chosen_way)[0].to(torch.uint8)
+        cost = (value * (among @ value - 2 * right_sides)).sum(dim=1)
+        least, best_mask = cost.min(dim=0)
+        present = (old * (covariance @ old - 2 * right_side)).sum(dim=0)
+        # A margin for the rounding of float32, so that rounding errors cannot make a pass raise the objective.
+        better = least < present - 1e-6 * present.abs()
+        places = self.masks[best_mask].T
+        choice = best_mask[None, None].expand(1, value.shape[1], -1)
+        chosen = torch.zeros_like(old).scatter_(0, places, value.gather(0, choice)[0])
+        codes = torch.stack(indices, dim=1).gather(0, choice)[0].to(torch.uint8)
         index = torch.zeros_like(self.index[low:high]).scatter_(0, places, codes)
         mask = torch.zeros_like(self.mask[low:high]).scatter_(0, places, True)
         self.index[low:high] = torch.where(better, index, self.index[low:high])
@@ -185,7 +188,7 @@ class _Descent:
         self._change(low, high, torch.where(better, chosen - old, 0.0))
 
     def _change(self, low: int, high: int, change: Tensor) -> None:
-        """Move these inputs' weights; their own gradient is made exact at once, that of later ones by `walk`."""
+        """Change these inputs' weights; their gradient is updated at once, that of later ones by `walk`."""
         self.value[low:high] += change
         self.change[low:high] += change
         self.gradient[low:high] -= self.covariance[low:high, low:high] @ change

@@ -1,7 +1,7 @@
 """The inverse covariance that error feedback needs: shrinkage, damping, triangular inversion.
 
 For the covariance H `[in, in]` (the mean of x^T x; nothing is centred) a sweep needs U, upper triangular, with
-(H + damping)^-1 = U^T U. What H says between two inputs is noise where tokens are few, so it is shrunk first.
+(H + damping)^-1 = U^T U. With few tokens, what lies off the diagonal of H is mostly noise, so it is shrunk first.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Inverse:
     damped: float
     """what was added to the diagonal of H, as a share of its mean"""
     notes: tuple[str, ...] = ()
-    """what the user should know, such as a stronger damping than was asked for"""
+    """for the user, such as a stronger damping than was asked for"""
 
     @property
     def conditional_variance(self) -> Tensor:
-        """`[in]`: the mean square of each input that the later inputs do not explain, 1 / U_jj^2."""
+        """`[in]`: the mean square of the part of each input that the later inputs do not explain, 1 / U_jj^2."""
         return self.upper.diagonal().square().reciprocal()
 
 
@@ -38,7 +38,7 @@ class Inverse:
 def inverse_of(covariance: Tensor, *, damp: float) -> Inverse:
     """Damp a covariance and factor its inverse, in float64.
 
-    Dead inputs (always zero) are left with the damping alone, so their weights are rounded and compensate nothing.
+    Dead inputs (always zero) have only the damping, so their weights are rounded and compensate nothing.
 
     Args:
         covariance: H `[in, in]`, float32.
@@ -84,7 +84,7 @@ def inverse_in_order(covariance: Tensor, inputs: Tensor, *, damp: float, cache: 
         covariance: H `[in, in]`.
         inputs: int64 `[in]`, the inputs in that order.
         damp: see `inverse_of`.
-        cache: what earlier layers computed of the same covariance; an inverse found there is used, a new one is put there.
+        cache: of the covariance's statistics; an inverse in it is used, a new one is added.
 
     Returns:
         The factor, its rows and columns in that order.
@@ -100,7 +100,7 @@ def check_damp(damp: float) -> None:
 
 
 def tokens_needed(width: int) -> int:
-    """Tokens from which on a covariance of this many inputs is taken as it is: two per input."""
+    """From this many tokens on a covariance of so many inputs is not shrunk: two per input."""
     return 2 * width
 
 
@@ -108,14 +108,14 @@ def shrunk(covariance: Tensor, tokens: int) -> tuple[Tensor, tuple[str, ...]]:
     """A covariance of few tokens shrunk toward its diagonal.
 
     Under two tokens per input what is measured between two inputs is multiplied by tokens / (in + tokens): in / (in + tokens)
-    is the share of noise in it, roughly. The diagonal stays.
+    is roughly the share of noise in it. The diagonal does not change.
 
     Args:
         covariance: H `[in, in]`.
         tokens: how many tokens it is the mean of.
 
     Returns:
-        `[in, in]`, the very tensor given where the tokens suffice, and a note for the user where they do not.
+        `[in, in]`, the same tensor where the tokens suffice, and notes for the user, none in that case.
     """
     width = len(covariance)
     if tokens >= tokens_needed(width):

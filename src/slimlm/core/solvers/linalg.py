@@ -2,8 +2,8 @@
 
 For an error E `[out, in]` and a positive semidefinite H, the product left x right of rank r that minimises
 ||(E - left right) H^(1/2)||_F is left = U, right = U^T E, where U holds the r leading eigenvectors of E H E^T (Eckart and
-Young; the optimum of QERA, Zhang et al., arXiv 2410.06040, theorem 1). Nothing is inverted, so dead inputs (always zero) do
-no harm. The residual squared is the sum of the remaining eigenvalues.
+Young; the optimum of QERA, Zhang et al., arXiv 2410.06040, theorem 1). Nothing is inverted, so dead inputs (always zero)
+are no special case. The squared residual is the sum of the remaining eigenvalues.
 
 H is given as `input_weights`: a vector `[in]` stands for diag(input_weights), the inputs' mean squares as a rule; a matrix
 `[in, in]` is H itself, the covariance of the inputs.
@@ -35,7 +35,7 @@ def weighted_square(error: Tensor, input_weights: Tensor) -> float:
     """||E H^(1/2)||_F^2 = tr(E H E^T) for E `[out, in]`: the mean squared error of a token's outputs, summed over outputs."""
     if input_weights.ndim == 1:
         return float(torch.mv(error.square(), input_weights).double().sum())
-    # The product and each row's sum, which cancels next to nothing, in the caller's dtype; the sum over rows in float64.
+    # The product and each row's sum, in which little cancels, in the caller's dtype; the sum over rows in float64.
     return float(torch.linalg.vecdot(weighted(error, input_weights), error).double().sum())
 
 
@@ -59,7 +59,7 @@ def best_low_rank(
         input_weights: H, `[in]` or `[in, in]`.
         rank: components of the product.
         start: a basis `[out, any]` of a nearby error, for the iteration under a covariance.
-        exact_up_to: rows or columns up to which the exact way is taken.
+        exact_up_to: rows or columns up to which the solution is exact.
 
     Returns:
         The left factor `[out, rank]`, orthonormal, and the right one `[rank, in]`.
@@ -85,9 +85,9 @@ def _best_under_covariance(
     width = min(rank + _OVERSAMPLE, out)
     iterations = ITERATIONS if start is None else WARM_ITERATIONS
     generator = torch.Generator().manual_seed(0)
-    known = error.new_empty(out, 0) if start is None else start[:, :width]
-    fresh = torch.randn(out, width - known.shape[1], generator=generator).to(error)
-    basis = torch.cat([known, fresh], dim=1)
+    given = error.new_empty(out, 0) if start is None else start[:, :width]
+    random = torch.randn(out, width - given.shape[1], generator=generator).to(error)
+    basis = torch.cat([given, random], dim=1)
     for _ in range(iterations):
         basis, _ = torch.linalg.qr(basis)
         basis = error @ (covariance @ (error.T @ basis))
@@ -103,7 +103,7 @@ def _leading_of(square: Tensor, rank: int) -> Tensor:
 
 
 def _leading_exactly(matrix: Tensor, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors, from the Gram matrix of the smaller side."""
+    """The `rank` leading left singular vectors, from the products of the rows or columns, whichever are fewer."""
     if matrix.shape[0] <= matrix.shape[1]:
         _, vectors = torch.linalg.eigh(matrix @ matrix.T)
         return vectors.flip(1)[:, :rank]
@@ -126,19 +126,19 @@ def _leading_by_iteration(matrix: Tensor, rank: int) -> Tensor:
 
 
 def balanced(left: Tensor, right: Tensor, input_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with ||left_i|| = ||right_i||_H for each component, which suits rounding best.
+    """The same product with ||left_i|| = ||right_i||_H for each component, for which rounding errs least.
 
     Args:
         left: `[out, rank]`.
-        right: `[rank, in]`; its norms are taken under H divided by its mean diagonal, or plainly where all of H is zero.
+        right: `[rank, in]`; its norms are taken under H divided by its mean diagonal, or unweighted where all of H is zero.
         input_weights: H, `[in]` or `[in, in]`.
 
     Returns:
         Factors of the same shapes.
     """
-    own = input_weights if input_weights.ndim == 1 else input_weights.diagonal()
-    all_dead = not bool((own > 0).any())
-    relative = torch.ones_like(own) if all_dead else input_weights / own.mean()
+    second_moment = input_weights if input_weights.ndim == 1 else input_weights.diagonal()
+    all_dead = not bool((second_moment > 0).any())
+    relative = torch.ones_like(second_moment) if all_dead else input_weights / second_moment.mean()
     norm_left = left.norm(dim=0)
     norm_right = (weighted(right, relative) * right).sum(dim=1).clamp_min(0).sqrt()
     empty = (norm_left == 0) | (norm_right == 0)
@@ -166,7 +166,7 @@ class NormalEquations:
 
 
 def normal_equations(error: Tensor, right: Tensor, input_weights: Tensor) -> NormalEquations:
-    """The products of a right factor with an error under H, all that is needed to find and to judge a left factor.
+    """The products of a right factor with an error under H, from which a left factor can be solved for and evaluated.
 
     Args:
         error: E `[out, in]`.
@@ -178,25 +178,37 @@ def normal_equations(error: Tensor, right: Tensor, input_weights: Tensor) -> Nor
 
 
 def refit_left(error: Tensor, right: Tensor, input_weights: Tensor) -> Tensor:
-    """The left factor `[out, rank]` of least weighted error for a given right one; arguments as for `normal_equations`."""
+    """The left factor of least weighted error for a given right one.
+
+    Args:
+        error: E `[out, in]`.
+        right: R `[rank, in]`.
+        input_weights: H, `[in]` or `[in, in]`.
+
+    Returns:
+        `[out, rank]`.
+    """
     return normal_equations(error, right, input_weights).solve()
 
 
 def refit_right(error: Tensor, left: Tensor) -> Tensor:
-    """The right factor `[rank, in]` of least error for a left one: (L^T L)^+ L^T E, whatever the input weights.
+    """The right factor of least error for a left one: (L^T L)^+ L^T E, whatever the input weights.
 
     Args:
         error: E `[out, in]`.
         left: L `[out, rank]`.
+
+    Returns:
+        `[rank, in]`.
     """
-    gram = left.double().T @ left.double()
-    return _solve(gram, (left.T @ error).double()).to(error.dtype)
+    inner = left.double().T @ left.double()
+    return _solve(inner, (left.T @ error).double()).to(error.dtype)
 
 
 def _solve(system: Tensor, right_side: Tensor) -> Tensor:
     """Least-norm solution of a symmetric positive semidefinite system, for singular ones too; in float64.
 
-    The system is rank x rank and cheap; the product with the whole error, which is not, stays in the caller's dtype.
+    The system is rank x rank and cheap; the product with the error, which is not, is computed in the caller's dtype.
     """
     values, vectors = torch.linalg.eigh(system)
     cut = values[-1].clamp_min(0) * 1e-12

@@ -1,7 +1,7 @@
 """From an error to a stored low-rank part: rank, best product, balance, rounding, refit.
 
-Every compensator ends here; they differ in the norm (weights of the inputs, or their covariance) and in the error they
-hand over. The norm's H is given as `input_weights`, as in slimlm.core.solvers.linalg.
+All compensators use this; they differ in the norm (weights of the inputs, or their covariance) and in the error.
+The norm's H is given as `input_weights`, as in slimlm.core.solvers.linalg.
 """
 
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ class AdapterFormat:
     """How large an adapter may be and how its factors are stored."""
 
     rank: float
-    """share of min(out, in), from 0 to 1; the rank is its integer part, never padded"""
+    """a share of min(out, in), from 0 to 1; the rank is that share, rounded down"""
     bits: AdapterBits
     group_size: int
     """inputs (or outputs) of one component that share a scale, at 4 and 8 bits"""
     refit: bool
-    """alternate rounding and least squares after the first rounding, at 4 and 8 bits"""
+    """whether rounding and least squares alternate after the first rounding, at 4 and 8 bits"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank <= 1:
@@ -53,7 +53,7 @@ class AdapterFormat:
 
 
 def rank_of(share: float, shape: tuple[int, int]) -> int:
-    """The rank that a share of min(out, in) comes to, rounded down (1e-9 keeps 0.3 x 10 from becoming 2)."""
+    """A share of min(out, in) as a rank, rounded down (1e-9 prevents that 0.3 x 10 becomes 2)."""
     return int(share * min(shape) + 1e-9)
 
 
@@ -66,19 +66,19 @@ def low_rank_part(
     inverse: Inverse | None = None,
     refits: int = REFITS,
 ) -> LowRank | None:
-    """The part that best stands for an error in the norm of H.
+    """The low-rank part that best approximates an error in the norm of H.
 
     The rounded factors are improved by alternation: with one factor rounded the other is solved by least squares and
-    rounded in turn (the inner loop of CALDERA, Saha et al., arXiv 2405.18886), and the best iterate in the norm is kept.
-    Under a covariance the rounding itself is a sweep, so that what a rounded input or component loses the later ones
-    compensate.
+    rounded in turn (the inner loop of CALDERA, Saha et al., arXiv 2405.18886), and the result is the best iterate in the norm.
+    Under a covariance the factors are rounded by a sweep, so that later inputs or components compensate the rounding errors of
+    earlier ones.
 
     Args:
         error: E `[out, in]`.
         input_weights: H, `[in]` or `[in, in]`.
         form: rank and storage of the factors.
         start: a basis `[out, any]` of a nearby error's left factor.
-        inverse: of the covariance in the inputs' own order, where it is at hand; else it is computed.
+        inverse: of the covariance, its inputs in their natural order; by default it is computed.
         refits: rounds of refitting, where `form` asks for any.
 
     Returns:
@@ -103,7 +103,7 @@ def _swept(error: Tensor, covariance: Tensor, right: Tensor, form: AdapterFormat
     """Round the right factor under H, the left one (refitted to it) under R H R^T, and again from a refitted right one."""
     grid = Grid.of_bits(form.bits)
     best: LowRank | None = None
-    most = -float("inf")
+    largest_gain = -float("inf")
     for last in [False] * refits + [True]:
         right_part = _swept_right(right, inverse, grid, form)
         equations = linalg.normal_equations(error, right_part.dense(), covariance)
@@ -112,8 +112,8 @@ def _swept(error: Tensor, covariance: Tensor, right: Tensor, form: AdapterFormat
         sweep(left, inverse_of(equations.inner, damp=_DAMP), rounding=rounding)
         left_part = _uniform(rounding.index, rounding.scale, grid, form)
         gain = equations.gain(left_part.dense())
-        if best is None or gain > most:
-            best, most = LowRank(left_part, right_part), gain
+        if best is None or gain > largest_gain:
+            best, largest_gain = LowRank(left_part, right_part), gain
         if not last:
             right = linalg.refit_right(error, left_part.dense().T)
     assert best is not None
@@ -121,7 +121,7 @@ def _swept(error: Tensor, covariance: Tensor, right: Tensor, form: AdapterFormat
 
 
 def _swept_right(right: Tensor, inverse: Inverse, grid: Grid, form: AdapterFormat) -> Uniform:
-    sizes = [len(own) for own in torch.arange(right.shape[1]).split(form.group_size)]
+    sizes = [len(group) for group in torch.arange(right.shape[1]).split(form.group_size)]
     rounding = InputGroups(grid, sizes, len(right), one=False, start=None, device=right.device)
     sweep(right, inverse, rounding=rounding)
     return _uniform(rounding.index.T.contiguous(), rounding.scale.T.contiguous(), grid, form)
@@ -142,14 +142,14 @@ def _rounded(
     if not refits:
         return best
     equations = linalg.normal_equations(error, best.right.dense(), input_weights)
-    most = equations.gain(best.left.dense())
+    largest_gain = equations.gain(best.left.dense())
     for _ in range(refits):
         left_part = _round(equations.solve().T, even, form)
         right_part = _round(linalg.refit_right(error, left_part.dense().T), input_weights, form)
         equations = linalg.normal_equations(error, right_part.dense(), input_weights)
         gain = equations.gain(left_part.dense())
-        if gain > most:
-            best, most = LowRank(left_part, right_part), gain
+        if gain > largest_gain:
+            best, largest_gain = LowRank(left_part, right_part), gain
     return best
 
 

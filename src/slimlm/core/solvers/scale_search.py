@@ -1,6 +1,6 @@
 """The search for scales and codebooks: the grid of least weighted squared error for given numbers.
 
-A set is the numbers that share a scale. Each number ("point") has a weight, what an error in it counts:
+A set is the numbers that share a scale. Each number ("point") has a weight, by which its squared error is multiplied:
 
     minimise over s   sum over points of  weight x (grid(point / s) s - point)^2
 
@@ -23,11 +23,11 @@ _LLOYD_STEPS = 10
 _POINTS_AT_ONCE = 2**17
 """Points worked on at a time: few enough for a CPU's cache."""
 _CANDIDATE_POINTS_AT_ONCE = 2**16
-"""The same where candidates share the points, whose weights lie in the cache beside them."""
+"""The same where candidates share the points, whose weights take room in the cache, too."""
 _MANY = 2048
-"""Points of a set from which on they are sorted rather than each rounded for every candidate."""
+"""From this many points of a set on they are sorted, instead of each rounded for every candidate."""
 _FEW = 2**15
-"""Points of a set up to which each stands for itself in `distribution`."""
+"""Points of a set up to which `distribution` returns them unchanged."""
 _BINS = 2**15
 
 
@@ -40,30 +40,40 @@ def best_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = _CO
 
     A geometric scan, refined three times around its best candidate. The scan runs from the AbsMax scale, which is one
     of the candidates, down to a bound below which clipping the largest point alone costs more than AbsMax costs in
-    all; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
-    largest on) are tried too: a weight that is on a grid already need not use all its codes.
+    total; so the result is never worse than AbsMax. Scales that put the largest magnitude on an inner code (from half the
+    largest on) are tried, too: a weight that is on a grid already need not use all its codes.
 
     Args:
         points: `[sets, size]`.
-        weights: `[sets, size]`, what an error in each point counts, none negative.
+        weights: `[sets, size]`, by which the squared error of each point is multiplied; none negative.
         grid: the values that codes stand for.
         coarse: candidates of the first scan.
 
     Returns:
         `[sets]`; 0 for a set of zeros.
     """
-    return _searched_in_pieces(lambda own, w, _: _best_scale(own, w, grid, coarse), points, weights)
+    return _searched_in_pieces(lambda piece, w, _: _best_scale(piece, w, grid, coarse), points, weights)
 
 
 @profiled("scale search")
 def signed_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = 24) -> Tensor:
-    """As `best_scale` over both signs: a negative scale puts the longer side of the grid on the other side of zero."""
+    """The scale of least weighted squared error of either sign: a negative one reverses the grid, whose sides differ in length.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, as for `best_scale`.
+        grid: the values that codes stand for.
+        coarse: candidates of the first scan, for each sign.
+
+    Returns:
+        `[sets]`; 0 for a set of zeros.
+    """
     positive = best_scale(points, weights, grid, coarse=coarse)
     if float(grid.values[0]) == -grid.largest:
         return positive
     negative = -best_scale(-points, weights, grid, coarse=coarse)
     return _searched_in_pieces(
-        lambda own, w, both: _better(own, w, both.T, grid), points, weights, torch.stack([positive, negative], dim=1)
+        lambda piece, w, both: _better(piece, w, both.T, grid), points, weights, torch.stack([positive, negative], dim=1)
     )
 
 
@@ -73,14 +83,14 @@ def nearby_scale(points: Tensor, weights: Tensor, grid: Grid, start: Tensor) -> 
 
     Args:
         points: `[sets, size]`.
-        weights: `[sets, size]`, what an error in each point counts.
+        weights: `[sets, size]`, by which the squared error of each point is multiplied.
         grid: the values that codes stand for.
         start: `[sets]`, the earlier scales, of either sign; 0 stays 0.
 
     Returns:
         `[sets]`.
     """
-    return _searched_in_pieces(lambda own, w, old: _nearby_scale(own, w, old, grid), points, weights, start)
+    return _searched_in_pieces(lambda piece, w, old: _nearby_scale(piece, w, old, grid), points, weights, start)
 
 
 @profiled("scale search")
@@ -91,23 +101,23 @@ def search_scales(weight: Tensor, *, bits: int, group_size: GroupSize, second_mo
         weight: `[out, in]`.
         bits: of the even grid.
         group_size: how many weights share a scale.
-        second_moment: `[in]`, the inputs' mean squares: a weight's error then counts by its input's, so that it is the
-            error of the output, as far as inputs do not correlate. Inputs that are always zero count next to nothing.
+        second_moment: `[in]`, the inputs' mean squares, by which squared errors are then multiplied: the sum is the squared
+            error of the output, as far as inputs do not correlate. Dead inputs count as a millionth of the mean.
 
     Returns:
         float32 `[rows, groups]`, not yet in the dtype they are stored in (see `grid.storable`).
     """
     sets = scale_sets(weight, group_size)
-    own = None
+    set_weights = None
     if second_moment is not None and bool((second_moment > 0).any()):
-        own = scale_sets((second_moment / second_moment.mean()).clamp_min(1e-6).expand_as(weight), group_size)
-    points, weights = distribution(sets, own)
-    scale = least_squares_scale(sets, best_scale(points, weights, Grid.of_bits(bits)), bits, own)
+        set_weights = scale_sets((second_moment / second_moment.mean()).clamp_min(1e-6).expand_as(weight), group_size)
+    points, weights = distribution(sets, set_weights)
+    scale = least_squares_scale(sets, best_scale(points, weights, Grid.of_bits(bits)), bits, set_weights)
     return scale.view(scale_shape((weight.shape[0], weight.shape[1]), group_size))
 
 
 def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
-    """Each set's scale replaced by the least-squares one for its codes, sum(w c x) / sum(w c^2), where that errs less.
+    """Each set's scale replaced by the least-squares one for its codes, sum(w c x) / sum(w c^2), where that has less error.
 
     A weight that lies on a grid already gets that grid's scale back.
 
@@ -115,7 +125,7 @@ def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor 
         sets: `[sets, size]`.
         scale: `[sets]`, the scales that the codes c are found with.
         bits: of the even grid.
-        weights: `[sets, size]`, what an error in each number counts; ones if left out.
+        weights: `[sets, size]`, by which the squared error of each number is multiplied; ones if left out.
 
     Returns:
         `[sets]`.
@@ -123,16 +133,16 @@ def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor 
     rows = max(1, at_once(_POINTS_AT_ONCE, sets.device) // max(1, sets.shape[1]))
     weights_of = [None] * len(sets.split(rows)) if weights is None else weights.split(rows)
     pieces = zip(sets.split(rows), scale.split(rows), weights_of, strict=True)
-    return torch.cat([_least_squares_scale(own, old, bits, w) for own, old, w in pieces])
+    return torch.cat([_least_squares_scale(piece, old, bits, w) for piece, old, w in pieces])
 
 
 def grid_error(points: Tensor, weights: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Sum over a set's points of weight x (rounded point - point)^2, for each of some scales.
+    """The sum over a set's points of weight x (rounded point - point)^2, for each candidate scale.
 
     Args:
         points: `[sets, size]`.
         weights: `[sets, size]`.
-        scale: `[sets, candidates]`, none zero.
+        scale: `[sets, candidates]`, none of them zero.
         grid: the values that codes stand for.
 
     Returns:
@@ -146,14 +156,14 @@ def grid_error(points: Tensor, weights: Tensor, scale: Tensor, grid: Grid) -> Te
 
 @profiled("codebook")
 def fitted_codebook(ratio: Tensor, weights: Tensor, grid: Grid) -> Grid:
-    """A codebook of as many values that errs less on these ratios than a grid: Lloyd's iteration (k-means of scalars).
+    """A codebook for these ratios, with as many values as a grid and less error: Lloyd's iteration (k-means of scalars).
 
-    Each value moves to the weighted mean of the points nearest to it, ten times; a value without points stays. The values
-    are rounded to float16, as they are stored.
+    Each value moves to the weighted mean of the points nearest to it, ten times; a value without points does not move. The
+    values are rounded to float16, as they are stored.
 
     Args:
         ratio: `[points]`, weight / scale.
-        weights: `[points]`, what an error in each counts.
+        weights: `[points]`, by which the squared error of each is multiplied.
         grid: where the iteration starts.
 
     Returns:
@@ -166,8 +176,8 @@ def fitted_codebook(ratio: Tensor, weights: Tensor, grid: Grid) -> Grid:
     below = torch.nn.functional.pad(torch.stack([sorted_weights, sorted_weights * ordered]).cumsum(dim=1), (1, 0))
     first, last = torch.tensor([[0], [len(ratio)]], device=ratio.device)
     for _ in range(_LLOYD_STEPS):
-        ends = torch.cat([first, torch.searchsorted(ordered, (values[1:] + values[:-1]) / 2), last])
-        total, moment = below[:, ends].diff(dim=1)
+        cuts = torch.cat([first, torch.searchsorted(ordered, (values[1:] + values[:-1]) / 2), last])
+        total, moment = below[:, cuts].diff(dim=1)
         values = torch.where(total > 0, moment / total.clamp_min(1e-30), values).to(ratio).sort().values
     return Grid(values.half().float(), False)
 
@@ -177,13 +187,13 @@ def fitted_codebook(ratio: Tensor, weights: Tensor, grid: Grid) -> Grid:
 
 @profiled("scale search")
 def distribution(sets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Fewer points and weights that stand for large sets: a histogram of 32768 bins for each set of more numbers than that.
+    """Fewer points and weights in place of large sets: a histogram of 32768 bins for each set of more numbers than that.
 
     The outermost points of a histogram are the exact extreme, with either sign.
 
     Args:
         sets: `[sets, size]`.
-        weights: `[sets, size]`, what an error in each number counts; ones if left out.
+        weights: `[sets, size]`, by which the squared error of each number is multiplied; ones if left out.
 
     Returns:
         Points and weights, both `[sets, points]`.
@@ -212,14 +222,14 @@ def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def _weights_of_bins(bins: Tensor, weights: Tensor) -> Tensor:
     """The sum of the weights in each bin, float64 `[bins]`.
 
-    A GPU adds floats in no fixed order, so there they are added as whole multiples of so small a unit that all together
-    fill 62 bits: the order changes nothing then.
+    A GPU adds floats in no fixed order, so there they are added as integers, multiples of a unit so small that their sum takes
+    62 bits: the order then changes nothing.
     """
     if bins.device.type == "cpu":
         return torch.bincount(bins, weights, minlength=_BINS).double()
     unit = weights.amax().double().clamp_min(1e-30) * 2.0 ** (len(bins).bit_length() - 62)
-    whole = (weights.double() / unit).round_().long()
-    return torch.zeros(_BINS, dtype=torch.long, device=bins.device).index_add_(0, bins, whole).double() * unit
+    integers = (weights.double() / unit).round_().long()
+    return torch.zeros(_BINS, dtype=torch.long, device=bins.device).index_add_(0, bins, integers).double() * unit
 
 
 # The searches, on points and weights `[size, sets]`
@@ -231,10 +241,10 @@ Cost = Callable[[Tensor], Tensor]
 def _searched_in_pieces(
     search: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor, weights: Tensor, *others: Tensor
 ) -> Tensor:
-    """What a search of points and weights `[size, sets]` gives, with other `[sets]`, a few sets at a time: `[sets]`."""
+    """The result `[sets]` of a search on points and weights `[size, sets]` and other `[sets]`, a few sets at a time."""
     sets = max(1, at_once(_POINTS_AT_ONCE, points.device) // max(1, points.shape[1]))
     pieces = zip(*(given.split(sets) for given in (points, weights, *(others or (points[:, 0],)))), strict=True)
-    return torch.cat([search(own.T.contiguous(), w.T.contiguous(), other) for own, w, other in pieces])
+    return torch.cat([search(piece.T.contiguous(), w.T.contiguous(), other) for piece, w, other in pieces])
 
 
 def _cost_of(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
@@ -246,18 +256,18 @@ def _cost_of(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
 
     def cost(scales: Tensor) -> Tensor:
         # A few candidates at a time, in place: the passes over the points then stay in the CPU's cache.
-        found = torch.empty_like(scales)
-        for some, total in zip(scales.split(candidates_at_once), found.split(candidates_at_once), strict=True):
+        costs = torch.empty_like(scales)
+        for some, total in zip(scales.split(candidates_at_once), costs.split(candidates_at_once), strict=True):
             ratio = points / some[:, None]
             error = torch.round(ratio).clamp_(smallest, largest) if grid.even else grid.nearest(ratio)
             torch.sum(error.sub_(ratio).square_().mul_(weights), dim=1, out=total)
-        return found.mul_(scales.square())
+        return costs.mul_(scales.square())
 
     return cost
 
 
 def _cost_of_many(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
-    """The same from running sums over sorted points: a scale asks for them at the borders between its grid values only."""
+    """As `_cost_of`, from running sums over sorted points, which are needed only at the borders between grid values."""
     ordered, order = points.T.contiguous().sort(dim=1)
     sorted_weights = weights.T.gather(1, order).double()
     wide = ordered.double()
@@ -272,11 +282,11 @@ def _cost_of_many(points: Tensor, weights: Tensor, grid: Grid) -> Cost:
         first, last = below.new_zeros(*by_set.shape), below.new_full(by_set.shape, len(points))
         below = below.view(*by_set.shape[:2], -1)
         # Under a negative scale the values, and so the borders, descend.
-        ends = torch.cat([torch.where(by_set > 0, first, last), below, torch.where(by_set > 0, last, first)], dim=2)
-        at = moments.gather(2, ends.flatten(1).expand(3, -1, -1)).view(3, *ends.shape)
+        cuts = torch.cat([torch.where(by_set > 0, first, last), below, torch.where(by_set > 0, last, first)], dim=2)
+        at = moments.gather(2, cuts.flatten(1).expand(3, -1, -1)).view(3, *cuts.shape)
         inside = at.diff(dim=3) * by_set.sign().double()
         value = by_set.double() * values.double()
-        # Of a set that lies on the grid the terms cancel, and what is left may be a little below zero.
+        # For a set that lies on the grid the terms cancel, and rounding may leave a sum slightly below zero.
         return (inside[2] - 2 * value * inside[1] + value.square() * inside[0]).sum(dim=2).clamp_min_(0).T.to(scales)
 
     return cost
@@ -302,8 +312,8 @@ def _best_scale(points: Tensor, weights: Tensor, grid: Grid, coarse: int) -> Ten
     around = torch.linspace(-1, 1, _FINE, device=points.device)
     around = around[around != 0, None]
     for _ in range(_REFINEMENTS):
-        found, least = _pick(cost, best * ratio**around)
-        best = torch.where(least < at, found, best)
+        candidate, least = _pick(cost, best * ratio**around)
+        best = torch.where(least < at, candidate, best)
         at = torch.minimum(least, at)
         ratio = ratio ** (2 / (_FINE - 1))
     return torch.where(empty, torch.zeros_like(best), best)
@@ -329,7 +339,7 @@ def _nearby_scale(points: Tensor, weights: Tensor, start: Tensor, grid: Grid) ->
 
 
 def _pick(cost: Cost, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of candidates `[candidates, sets]` each set's best, and what it costs."""
+    """Each set's best of candidates `[candidates, sets]`, and its cost."""
     least, index = cost(candidates).min(dim=0, keepdim=True)
     return candidates.gather(0, index)[0], least[0]
 
@@ -340,19 +350,19 @@ def _least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor
     pieces = sets.split(size, dim=1)
     weights_of = [None] * len(pieces) if weights is None else weights.split(size, dim=1)
     along, square = torch.zeros_like(scale), torch.zeros_like(scale)
-    for own, w in zip(pieces, weights_of, strict=True):
-        codes = nearest_code(own / safe, bits)
+    for piece, w in zip(pieces, weights_of, strict=True):
+        codes = nearest_code(piece / safe, bits)
         weighted = codes if w is None else codes * w
         square += (weighted * codes).sum(dim=1)
-        along += (own * weighted).sum(dim=1)
+        along += (piece * weighted).sum(dim=1)
     fitted = along / (square.clamp_min(1) if weights is None else square)
     fitted = torch.where(fitted > 0, fitted, safe[:, 0])[:, None]
 
     def error(step: Tensor) -> Tensor:
         total = torch.zeros_like(scale)
-        for own, w in zip(pieces, weights_of, strict=True):
-            missed = nearest_code(own / step, bits).mul_(step).sub_(own).square_()
-            total += (missed if w is None else missed.mul_(w)).sum(dim=1)
+        for piece, w in zip(pieces, weights_of, strict=True):
+            squared = nearest_code(piece / step, bits).mul_(step).sub_(piece).square_()
+            total += (squared if w is None else squared.mul_(w)).sum(dim=1)
         return total
 
     return torch.where((error(fitted) < error(safe)) & (scale != 0), fitted[:, 0], scale)

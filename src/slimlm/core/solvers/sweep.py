@@ -1,4 +1,4 @@
-"""The one column sweep: prune and round weights input by input, while those still to come compensate what was lost.
+"""The column sweep: prune and round weights input by input, while the later inputs compensate the error.
 
 For a weight W `[out, in]` and the covariance H `[in, in]` of its inputs, a base B is sought whose tr((W - B) H (W - B)^T)
 is small. Input j is decided (kept or dropped, rounded) with all later ones free to compensate; with H^-1 = U^T U, U upper
@@ -8,9 +8,9 @@ triangular, deciding costs (w_j - b_j)^2 / U_jj^2, and the best update of the la
     SparseGPT  (Frantar, Alistarh, arXiv 2301.00774, equations 3 and 4, section 3.4)  dropping by w^2 / U_jj^2, no rounding
     both       (SparseGPT, section 3.5)                                               each column is dropped or rounded
 
-The sweep halves the inputs again and again: the left half is swept, its errors go to the right half in one matrix product,
-the right half is swept. So nearly all arithmetic is products of matrices at every size, and Python does a few steps per
-input on vectors `[out]`. Weights are held `[in, out]` here, one input's weights side by side.
+The sweep is recursive: the left half of the inputs is swept, its errors are applied to the right half in one matrix product,
+the right half is swept. So nearly all arithmetic is in products of matrices, and Python does a few operations per input on
+vectors `[out]`. Weights are held `[in, out]` here, so that one input's weights are contiguous.
 """
 
 from bisect import bisect_left, bisect_right
@@ -33,56 +33,65 @@ from slimlm.core.solvers.scale_search import distribution, nearby_scale, signed_
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
 LEAF = 4
-"""Inputs that are decided one after another without a cut between them, where no pattern says otherwise."""
+"""Inputs that are decided one after another without a product of matrices in between; under n:m there are m of them."""
 
 
 # How the weights of one input are rounded
 
 
 class Rounding(Protocol):
-    """How a sweep rounds one input's weights after another. A group is the inputs whose scales are found together."""
+    """How a sweep rounds the weights of one input after another. A group is the inputs whose scales are found together."""
 
     starts: list[int]
     """where along the inputs, in the order of the sweep, groups begin"""
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """A group begins.
+        """Prepare for a group, whose inputs are rounded next.
 
         Args:
             number: of the group, from 0.
-            rows: `[inputs, out]`, its weights as they are now.
-            weights: `[inputs, out]`, what an error in each counts; 0 where it is dropped.
+            rows: `[inputs, out]`, its weights, updated for the errors of earlier inputs.
+            weights: `[inputs, out]`, by which the squared error of each is multiplied; 0 where it is dropped.
         """
 
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The rounded weights `[out]` of the input at this place, which is in the group of this number."""
+        """Round the weights of one input.
+
+        Args:
+            place: of the input in the order of the sweep.
+            number: of its group.
+            column: `[out]`, its weights.
+
+        Returns:
+            `[out]`.
+        """
 
 
 class Unrounded:
-    """Leaves every weight as it is: SparseGPT alone."""
+    """No rounding: SparseGPT alone."""
 
     def __init__(self) -> None:
         self.starts = [0]
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """There is nothing to search."""
+        """Nothing to prepare for `rows` and `weights` `[inputs, out]`."""
 
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The weights as they are."""
+        """The weights `[out]` themselves."""
         return column
 
 
 class InputGroups:
     """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
 
-    The search weighs each weight with what an error in it costs at that point, and starts from an earlier scale where
-    there is one. `scale` `[groups, out]` (`[1, 1]` where one serves all) and `index` `[in, out]` fill up as the sweep goes.
+    The search multiplies each squared error by what it costs at that point of the sweep, and starts from an earlier scale
+    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one) and `index` `[in, out]`.
 
     Args:
         grid: the values that codes stand for.
         sizes: inputs of each group, in the order of the sweep.
         out: outputs of the weight.
-        one: whether one scale serves all rows (and there is one group).
+        one: whether all rows share one scale (and there is one group).
         start: `[groups, out]`, earlier scales in the order of the sweep, or None.
         device: of the weight.
     """
@@ -95,7 +104,7 @@ class InputGroups:
         self.rows = self.index.unbind()
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Search the group's scales."""
+        """Search the scales of a group with these `rows` and `weights` `[inputs, out]`."""
         if self.one:
             points, weights = distribution((rows * (weights > 0)).reshape(1, -1))
         else:
@@ -105,11 +114,11 @@ class InputGroups:
         else:
             scale = nearby_scale(points, weights, self.grid, self.start[number])
         self.scale[number] = as_stored(scale, self.scale.numel())
-        self.own = self.scale[number], reciprocal(self.scale[number])
+        self.current = self.scale[number], reciprocal(self.scale[number])
 
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The nearest values under the group's scales; their indices are noted."""
-        index, value = self.grid.round_with(column, *self.own)
+        """The nearest values `[out]` under the group's scales; `index` takes their indices."""
+        index, value = self.grid.round_with(column, *self.current)
         self.rows[place].copy_(index)
         return value
 
@@ -117,7 +126,7 @@ class InputGroups:
 class OutputGroups:
     """Groups of consecutive outputs of one input share a scale, searched beforehand: the left factor of an adapter.
 
-    `scale` is `[in, groups]`, and `index` `[in, out]` fills up as the sweep goes.
+    `scale` is `[in, groups]`; the sweep fills `index` `[in, out]`.
 
     Args:
         weight: `[out, in]`.
@@ -128,42 +137,42 @@ class OutputGroups:
     def __init__(self, weight: Tensor, grid: Grid, group_size: int) -> None:
         columns = weight.T.contiguous()
         sets = scale_sets(columns, group_size)
-        found = signed_scale(sets, torch.ones_like(sets), grid)
+        scale = signed_scale(sets, torch.ones_like(sets), grid)
         self.grid = grid
         self.starts = list(range(len(columns)))
-        self.scale = storable(found.view(scale_shape((len(columns), len(weight)), group_size))).float()
+        self.scale = storable(scale.view(scale_shape((len(columns), len(weight)), group_size))).float()
         self.wide = spread(self.scale, len(weight), group_size).expand_as(columns)
         self.inverse = reciprocal(self.wide)
         self.index = torch.zeros_like(columns, dtype=torch.uint8)
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """The scales are there."""
+        """Nothing to prepare for `rows` and `weights` `[inputs, out]`: the scales were found beforehand."""
 
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The nearest values under the input's scales; their indices are noted."""
+        """The nearest values `[out]` under the input's scales; `index` takes their indices."""
         index, value = self.grid.round_with(column, self.wide[place], self.inverse[place])
         self.index[place] = index
         return value
 
 
 def as_stored(scale: Tensor, count: int) -> Tensor:
-    """These scales `[n]` of a part's `count`, float32, as storage will give them back: an only one is not rounded."""
+    """Some scales `[n]` of a part with `count` of them, float32, as they will be stored: a single one is not rounded."""
     return storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
 
 
-# What a sweep decided
+# The result of a sweep
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep decided, in the order of the weight's own inputs."""
+    """The result of a sweep, in the order of the weight's inputs."""
 
     value: Tensor
     """float32 `[out, in]`: the base, zero where dropped"""
     updated: Tensor
-    """float32 `[out, in]`: each weight as it was when its turn came, the errors of the earlier inputs compensated"""
+    """float32 `[out, in]`: each weight as it was when it was decided, updated for the errors of earlier inputs"""
     mask: Tensor | None
-    """bool `[out, in]`, True where the weight stays; None where nothing is dropped"""
+    """bool `[out, in]`, True where the weight stays; None: all stay"""
     index: Tensor | None = None
     """uint8 `[out, in]`: indices of grid values, where rounded"""
     scale: Tensor | None = None
@@ -177,7 +186,7 @@ class Swept:
 
 
 def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize) -> Uniform | Codebook:
-    """The part that stands for grid values under scales.
+    """The part of grid values under scales.
 
     Args:
         index: uint8 `[out, in]`, indices of grid values.
@@ -185,7 +194,7 @@ def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize) -> 
         grid: even for a `Uniform`, any other for a `Codebook`.
         group_size: how many weights share a scale.
     """
-    # A transposed column counts as contiguous to torch and yet cannot be viewed as bytes; this one can.
+    # Torch calls a transposed column contiguous, and yet it cannot be viewed as bytes; this copy can.
     stored = storable(scale).flatten().view(scale.shape)
     if grid.even:
         codes = (index.to(torch.int16) + int(grid.values[0])).to(torch.int8)
@@ -221,13 +230,14 @@ class Order:
 
 @profiled("order")
 def order_of(second_moment: Tensor, *, group_size: GroupSize, pattern: Pattern | None) -> Order:
-    """The inputs in order of falling second moment, no group of a scale or of n:m torn apart.
+    """The inputs in order of falling second moment, without dividing groups that share a scale or those of n:m.
 
-    Groups go by their mean second moment, and inside a group fours (or the m of n:m) by theirs. So scales stay contiguous,
-    can be searched when their group is reached, and no index of groups has to be stored, which GPTQ's act-order needs.
+    Groups are sorted by their mean second moment, and inside a group fours (or the m of n:m) by theirs. So the inputs of a
+    scale remain contiguous, scales can be searched when their group is reached, and no index of groups has to be stored, which
+    GPTQ's act-order needs.
 
     Args:
-        second_moment: `[in]`, the inputs' mean squares; zeros leave the inputs as they are.
+        second_moment: `[in]`, the inputs' mean squares; zeros give the order of the inputs.
         group_size: how many weights share a scale.
         pattern: what is dropped, or None.
     """
@@ -235,9 +245,9 @@ def order_of(second_moment: Tensor, *, group_size: GroupSize, pattern: Pattern |
     size = width if isinstance(group_size, str) else min(group_size, width)
     device, second_moment = second_moment.device, second_moment.cpu()
     chunk = pattern.of if pattern is not None and pattern.of else LEAF
-    groups = sorted(torch.arange(width).split(size), key=lambda own: -float(second_moment[own].mean()))
-    chunks = [sorted(own.split(chunk), key=lambda few: -float(second_moment[few].mean())) for own in groups]
-    return Order(torch.cat([few for own in chunks for few in own]).to(device), [len(own) for own in groups], group_size)
+    groups = sorted(torch.arange(width).split(size), key=lambda group: -float(second_moment[group].mean()))
+    chunks = [sorted(group.split(chunk), key=lambda few: -float(second_moment[few].mean())) for group in groups]
+    return Order(torch.cat([few for group in chunks for few in group]).to(device), [len(group) for group in groups], group_size)
 
 
 # Sweeps
@@ -257,16 +267,16 @@ def rounded_sweep(
     """A sweep that rounds, and drops where a pattern or a mask says so (GPTQ, and SparseGPT with rounding).
 
     Args:
-        weight: W `[out, in]`, what the base should stand for.
+        weight: W `[out, in]`, the reference of the base.
         inverse: of the covariance with its inputs in the order (see `inverse_in_order`).
-        order: see `order_of`; it says which weights share a scale, too.
+        order: see `order_of`; it also determines which weights share a scale.
         grid: the values that codes stand for.
-        pattern: what to drop, chosen as the sweep goes.
-        mask: bool `[out, in]`, what stays, in place of a pattern.
-        start: `[rows, groups]`, scales of an earlier sweep; those found are near them.
+        pattern: of the mask, which the sweep chooses.
+        mask: bool `[out, in]`, True stays; in place of a pattern.
+        start: `[rows, groups]`, scales of an earlier sweep; only scales near them are tried.
 
     Returns:
-        The base, its codes and scales, in the order of the weight's own inputs.
+        The base, its codes and scales, in the order of the weight's inputs.
     """
     first = torch.tensor([0, *order.sizes[:-1]]).cumsum(0)
     group_size = order.group_size
@@ -279,17 +289,28 @@ def rounded_sweep(
         start=None if start is None else start.T[place.to(start.device)],
         device=weight.device,
     )
-    found = _swept_in(order, weight, inverse, rounding, pattern, mask)
+    swept = _swept_in(order, weight, inverse, rounding, pattern, mask)
     positions = order.positions
     scale = torch.empty_like(rounding.scale)
     scale[place.to(scale.device)] = rounding.scale
-    return replace(found, index=_ordered(rounding.index.T, positions), scale=scale.T.contiguous(), grid=grid)
+    return replace(swept, index=_ordered(rounding.index.T, positions), scale=scale.T.contiguous(), grid=grid)
 
 
 def unrounded_sweep(
     weight: Tensor, inverse: Inverse, order: Order, *, pattern: Pattern | None = None, mask: Tensor | None = None
 ) -> Swept:
-    """A sweep that drops and does not round (SparseGPT); arguments as for `rounded_sweep`."""
+    """A sweep that drops and does not round (SparseGPT).
+
+    Args:
+        weight: W `[out, in]`, the reference of the base.
+        inverse: of the covariance with its inputs in the order (see `inverse_in_order`).
+        order: see `order_of`.
+        pattern: of the mask, which the sweep chooses.
+        mask: bool `[out, in]`, True stays; in place of a pattern.
+
+    Returns:
+        The base and its mask, in the order of the weight's inputs.
+    """
     return _swept_in(order, weight, inverse, Unrounded(), pattern, mask)
 
 
@@ -297,14 +318,14 @@ def _swept_in(
     order: Order, weight: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, mask: Tensor | None
 ) -> Swept:
     ordered = None if mask is None else _ordered(mask, order.inputs)
-    found = sweep(_ordered(weight, order.inputs), inverse, rounding=rounding, pattern=pattern, mask=ordered)
+    swept = sweep(_ordered(weight, order.inputs), inverse, rounding=rounding, pattern=pattern, mask=ordered)
     positions = order.positions
-    kept = None if found.mask is None else _ordered(found.mask, positions)
-    return Swept(_ordered(found.value, positions), _ordered(found.updated, positions), kept)
+    swept_mask = None if swept.mask is None else _ordered(swept.mask, positions)
+    return Swept(_ordered(swept.value, positions), _ordered(swept.updated, positions), swept_mask)
 
 
 def _ordered(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """The columns of a matrix `[out, in]` in this order: its rows are copied where they are what lies side by side."""
+    """The columns of a matrix `[out, in]` in this order: its rows are copied where those are contiguous."""
     if matrix.is_contiguous():
         return matrix.index_select(1, inputs)
     return matrix.T.index_select(0, inputs).T.contiguous()
@@ -326,12 +347,12 @@ def sweep(
     Args:
         weight: W `[out, in]`.
         inverse: of the covariance.
-        rounding: rounds, and keeps scales and indices.
-        pattern: what to drop, chosen as the sweep goes.
-        mask: bool `[out, in]`, what stays, in place of a pattern.
+        rounding: rounds, and holds scales and indices.
+        pattern: of the mask, which the sweep chooses.
+        mask: bool `[out, in]`, True stays; in place of a pattern.
 
     Returns:
-        The base, each weight as it was when its turn came, and the mask.
+        The base, each weight as it was when it was decided, and the mask.
     """
     state = _Sweep(weight, inverse, rounding, pattern, mask)
     state.walk(0, weight.shape[1])
@@ -339,7 +360,7 @@ def sweep(
 
 
 class _Sweep:
-    """The working state of one sweep; everything is `[in, out]`."""
+    """The state of one sweep; matrices are `[in, out]`."""
 
     def __init__(
         self, weight: Tensor, inverse: Inverse, rounding: Rounding, pattern: Pattern | None, mask: Tensor | None
@@ -348,7 +369,7 @@ class _Sweep:
         self.pivots = self.upper.diagonal().tolist()
         self.rounding, self.pattern = rounding, None if mask is not None else pattern
         self.remaining = weight.T.contiguous().clone()
-        """the weights that are still to come, updated; of the others what they were when their turn came"""
+        """the weights that are not decided yet, updated; the others as they were when they were decided"""
         self.value = torch.zeros_like(self.remaining)
         self.error = torch.zeros_like(self.remaining)
         """(w_j - b_j) / U_jj of the inputs that are decided"""
@@ -356,7 +377,7 @@ class _Sweep:
         if self.pattern is not None:
             self.mask = torch.zeros_like(self.remaining, dtype=torch.bool)
         self.rows = tuple(zip(self.remaining.unbind(), self.value.unbind(), self.error.unbind(), strict=True))
-        """each input's, as the sweep takes them"""
+        """the three rows of each input, in the order of the sweep"""
         width = len(self.remaining)
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
@@ -364,7 +385,7 @@ class _Sweep:
         self.leaves = divided(sorted({*self.groups, *self.units}), width, leaf)
 
     def walk(self, low: int, high: int) -> None:
-        """Sweep the inputs from low up to high, all earlier errors having reached them."""
+        """Sweep the inputs from low up to high, whose weights are updated for all earlier errors."""
         middle = self._cut(low, high)
         if middle is None:
             self._leaf(low, high)
@@ -374,7 +395,7 @@ class _Sweep:
         self.walk(middle, high)
 
     def _cut(self, low: int, high: int) -> int | None:
-        """The border nearest the middle, of the coarsest kind that lies inside: a group or a unit is never torn."""
+        """The border nearest the middle, of the coarsest kind that lies inside, so that no group or unit is divided early."""
         for borders in (*sorted((self.groups, self.units), key=len), self.leaves):
             inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
             if inside:
@@ -405,37 +426,38 @@ class _Sweep:
         if self.mask is not None:
             first = end_of(self.units, low, len(self.remaining)) if self.units else high
             if first < high:
-                # The scale must suit those that will stay: a first choice after the first unit, made again unit by unit.
+                # The scale is searched for the weights that will stay, so the mask of the later units is chosen now, and again
+                # when each unit is reached.
                 self._choose(first, high)
             weights = weights * self.mask[low:high]
         self.rounding.begin(number, self.remaining[low:high], weights)
 
     def _choose(self, low: int, high: int) -> None:
-        """The mask of these inputs by what dropping each would cost now."""
+        """Choose the mask of these inputs by what dropping each would cost now."""
         assert self.mask is not None and self.pattern is not None
         score = (self.remaining[low:high].square() * self.conditional_variance[low:high, None]).T
         pattern = self.pattern
         if not pattern.of:
-            # So that the units of a row together drop what the row should.
+            # Rounded so that the units of a row together drop the row's number of weights.
             count = int(high * pattern.dropped + 1e-9) - int(low * pattern.dropped + 1e-9)
             pattern = replace(pattern, dropped=count / (high - low))
         self.mask[low:high] = choose(score, pattern).T
 
 
 def end_of(borders: list[int], low: int, width: int) -> int:
-    """Where the piece that begins at `low` ends."""
+    """The end of the piece that begins at `low`."""
     after = bisect_right(borders, low)
     return borders[after] if after < len(borders) else width
 
 
 def divided(borders: list[int], width: int, size: int) -> list[int]:
-    """Where pieces begin when those between borders are cut further into this size, each from its own beginning."""
-    ends = [*borders[1:], width]
-    return [place for low, high in zip(borders, ends, strict=True) for place in range(low, high, size)]
+    """The starts of pieces when those between borders are cut further into pieces of this size."""
+    stops = [*borders[1:], width]
+    return [place for low, high in zip(borders, stops, strict=True) for place in range(low, high, size)]
 
 
 def _units(groups: list[int], width: int, pattern: Pattern) -> list[int]:
-    """Where the inputs begin among which a mask is chosen at a time: m for n:m, about 128 for a share of each row."""
+    """The starts of units, the inputs among which a mask is chosen at a time: m for n:m, about 128 for a share of each row."""
     if pattern.of:
         return divided(groups, width, pattern.of)
     size = end_of(groups, 0, width)

@@ -2,6 +2,6 @@
 
 The folder is the list (`slimlm.core.registry.statistics`).
 
-A statistic stands in `core` because methods, which know nothing but `core`, name its class in their `needs`. Calibration feeds
-the needed ones and knows none by name.
+Statistics are in `core` because methods, which import nothing but `core`, name their classes in `needs`. Calibration adds
+batches to those that are needed, and names none of them.
 """

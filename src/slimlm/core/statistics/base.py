@@ -1,11 +1,11 @@
-"""What every statistic is: how batches are added, how ranks are merged, how many bytes it takes, and what it comes to.
+"""The base of all statistics: how batches are added, how ranks are merged, how many bytes it takes, and its result.
 
 A file of this folder derives one class from `Mean` or `Largest` and writes the formula of one batch:
 
     class MeanAbs(Mean):
         def of(self, batch): return batch.inputs.abs().sum(dim=0, dtype=torch.float64)
 
-What a batch offers beside the inputs, and for which layers, is its `Source`.
+What a statistic needs of a batch beside the inputs, and so for which layers it exists, is its `Source`.
 """
 
 from abc import ABC, abstractmethod
@@ -28,19 +28,19 @@ class Source(Enum):
     """What a statistic is made of, and so for which layers it exists."""
 
     TOKENS = "tokens"
-    """any tokens' inputs; an expert has its own, and experts can be taken together"""
+    """the inputs of any tokens; each expert has those routed to it, and experts can be pooled"""
     SAMPLES = "samples"
-    """inputs of whole calibration samples; not for experts, which are given some of the tokens"""
+    """inputs of whole calibration samples; not for experts, which have only some of the tokens"""
     ORIGINAL_INPUTS = "original inputs"
     """inputs, and the layer's inputs in the original model for the same tokens; not for experts, to which the router may have
-    given other tokens there"""
+    assigned other tokens there"""
     OUTPUT_RESIDUALS = "output residuals"
-    """inputs, and what the block's outputs lack of the original block's; only for layers whose output is added to the block's
+    """inputs, and the original block's outputs less the block's; only for layers whose output is added to the block's
     output as it is"""
 
     @property
     def compares(self) -> bool:
-        """Whether the original block and its own inputs have to go along."""
+        """Whether the original block has to run beside the compressed one, on the inputs that it has in the original model."""
         return self in (Source.ORIGINAL_INPUTS, Source.OUTPUT_RESIDUALS)
 
 
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the size of a statistic follows from."""
+    """What determines the size of a statistic."""
 
     outputs: int
     """of the layer"""
@@ -75,14 +75,14 @@ class Statistic(ABC):
 
     source: ClassVar[Source] = Source.TOKENS
     reduction: ClassVar[Reduction]
-    """what `total` is over batches, pooled layers and ranks"""
+    """how `total` is formed over batches, pooled layers and ranks"""
     total_dtype: ClassVar[torch.dtype]
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
-        """over the batches so far; None: there were none"""
+        """the sum or maximum over the batches so far; None: there were none"""
         self.available = True
-        """False where a batch had not what the statistic is made of: then the layer has none"""
+        """False once a batch lacked what the statistic is made of: then the layer does not have the statistic"""
 
     @classmethod
     @abstractmethod
@@ -99,7 +99,7 @@ class Statistic(ABC):
 
     @classmethod
     def operations(cls, sizes: Sizes) -> float:
-        """Multiplications and additions per token; 0 where they are few beside a product's."""
+        """Multiplications and additions per token; 0 where they are few beside those of the layer."""
         del sizes
         return 0.0
 
@@ -114,34 +114,34 @@ class Statistic(ABC):
         return 4 * prod(cls.shape(sizes))
 
     def add(self, batch: Batch) -> None:
-        """Count a batch in."""
+        """Add a batch."""
         if self.source is Source.ORIGINAL_INPUTS and batch.original_inputs is None:
             self.withdraw()
         if self.available:
             self._include(self.of(batch))
 
     def merge(self, other: Self) -> None:
-        """Count in what another one has counted, of other tokens."""
+        """Add what another instance has measured, on other tokens."""
         if not other.available:
             self.withdraw()
         if self.available and other.total is not None:
             self._include(other.total.clone())
 
     def withdraw(self) -> None:
-        """Give the statistic up for this layer."""
+        """Drop the statistic for this layer."""
         self.available, self.total = False, None
 
     def result(self, tokens: int, length: int) -> Tensor | None:
-        """The finished statistic in float32, for so many tokens in samples of `length`; None where the layer has none."""
+        """The statistic, float32, for so many tokens in samples of `length`; None where the layer does not have it."""
         return None if self.total is None else (self.total / self.count(tokens, length)).float()
 
     @abstractmethod
-    def _include(self, own: Tensor) -> None:
-        """Bring a batch's or another one's into `total`; `own` belongs to the statistic from now on."""
+    def _include(self, term: Tensor) -> None:
+        """Add a batch's or another instance's term to `total`; the tensor may be changed afterwards."""
 
 
 class Mean(Statistic):
-    """A mean over tokens, summed in float64: one batch of N and many batches give the same."""
+    """A mean over tokens, summed in float64, so that the division into batches changes nothing but its last bits."""
 
     reduction = "sum"
     total_dtype = torch.float64
@@ -149,12 +149,12 @@ class Mean(Statistic):
     def count(self, tokens: int, length: int) -> int:
         return tokens
 
-    def _include(self, own: Tensor) -> None:
-        self.total = own.double() if self.total is None else self.total.add_(own)
+    def _include(self, term: Tensor) -> None:
+        self.total = term.double() if self.total is None else self.total.add_(term)
 
 
 class Largest(Statistic):
-    """The largest of magnitudes, so that zero stands for nothing seen yet."""
+    """A maximum of magnitudes."""
 
     reduction = "max"
     total_dtype = torch.float32
@@ -162,12 +162,12 @@ class Largest(Statistic):
     def count(self, tokens: int, length: int) -> int:
         return 1
 
-    def _include(self, own: Tensor) -> None:
-        self.total = own if self.total is None else torch.maximum(self.total, own)
+    def _include(self, term: Tensor) -> None:
+        self.total = term if self.total is None else torch.maximum(self.total, term)
 
 
 Needs = frozenset[type[Statistic]]
-"""The statistics that a step asks calibration for."""
+"""The statistics that a step needs from calibration."""
 
 
 def in_order(needs: Iterable[type[Statistic]]) -> list[type[Statistic]]:
@@ -184,32 +184,36 @@ class Stats:
     values: Mapping[type[Statistic], Tensor | None] = field(default_factory=dict)
     """float32; None: asked for, but this layer has none"""
     note: str | None = None
-    """what the user should know of whose inputs these are"""
+    """for the user, where these are not exactly this layer's inputs"""
     cache: Cache = field(init=False, default_factory=Cache, compare=False, repr=False)
-    """what steps have computed of these statistics alone; layers that share an input share it, `replace` begins anew"""
+    """what steps have computed from these statistics alone; layers that share an input share it, `replace` empties it"""
 
     def __getitem__(self, statistic: type[Statistic]) -> Tensor:
-        """The statistic, in its class's shape; raises StatisticError where it was not declared, or the layer has none."""
-        found = self.get(statistic)
-        if found is None:
+        """The statistic, float32, in its class's shape.
+
+        Raises:
+            StatisticError: it was not declared, or the layer does not have it.
+        """
+        value = self.get(statistic)
+        if value is None:
             raise StatisticError(
                 f"this layer has no {statistic.__name__}, which is made of {statistic.source.value}; a step that can do "
-                f"without asks stats.get({statistic.__name__})"
+                f"without calls stats.get({statistic.__name__})"
             )
-        return found
+        return value
 
     def get(self, statistic: type[Statistic]) -> Tensor | None:
-        """As `stats[statistic]`, but None where the layer has none."""
+        """As `stats[statistic]`, but None where the layer does not have it."""
         if statistic not in self.values:
-            given = ", ".join(own.__name__ for own in in_order(self.values)) or "none"
+            declared = ", ".join(each.__name__ for each in in_order(self.values)) or "none"
             raise StatisticError(
-                f"a step read {statistic.__name__}, which its `needs` do not declare (declared and measured: {given}); "
+                f"a step read {statistic.__name__}, which its `needs` do not declare (declared and measured: {declared}); "
                 "add the class to `needs`"
             )
         return self.values[statistic]
 
     def restricted_to(self, needs: Needs) -> "Stats":
         """The same statistics as a step with these needs may see them; the cache is shared."""
-        seen = Stats(self.tokens, {s: value for s, value in self.values.items() if s in needs}, self.note)
-        object.__setattr__(seen, "cache", self.cache)  # a view, of which nothing has changed
-        return seen
+        view = Stats(self.tokens, {s: value for s, value in self.values.items() if s in needs}, self.note)
+        object.__setattr__(view, "cache", self.cache)  # the values are the same, so the cache holds for them
+        return view

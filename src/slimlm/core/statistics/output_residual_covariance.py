@@ -1,4 +1,7 @@
-"""What a block's outputs lack of the original block's, against the inputs of a layer that is added to them."""
+"""The covariance of the residuals of a block's outputs with the inputs of a layer whose output is added to them.
+
+Asymmetric calibration needs it (arXiv 2504.02692, there for the layer's own outputs).
+"""
 
 from torch import Tensor
 
@@ -6,7 +9,7 @@ from slimlm.core.statistics.base import Batch, Mean, Sizes, Source
 
 
 class OutputResidualCovariance(Mean):
-    """`[out, in]`: mean of d^T x, where d is what the block's output lacks of the original block's."""
+    """`[out, in]`: mean of d^T x, where d is the original block's output less the block's."""
 
     source = Source.OUTPUT_RESIDUALS
 

@@ -1,11 +1,14 @@
-"""L2QER: low-rank repair weighted by peak mean activation magnitudes.
+"""L2QER: a low-rank adapter weighted by peak mean activation magnitudes.
 
-Zhang, Cheng, Constantinides, Zhao: LQER, arXiv 2402.02446, section 3.2 (the variant with activation-induced scale).
+Zhang, Cheng, Constantinides, Zhao: LQER: Low-Rank Quantization Error Reconstruction for LLMs, arXiv 2402.02446,
+section 3.2 (the variant with activation-induced scale; E is the error `[out, in]`, r the rank).
 
-    a_j = max over calibration windows of mean |x_j|;  s_j = max(a_j, 1e-4) / sqrt(min a x max a);  L R = SVD_r(diag(s) E)
+    a_j = max over calibration samples of mean |x_j|;    s_j = max(a_j, 1e-4) / sqrt(min a x max a)
+    L R = SVD_r(E diag(s)) diag(s)^-1
 
-`only_rounding` repairs the rounding of the weights that stay and not the pruning, which is how SLiM's tables apply it
-after Wanda; without it the whole error is repaired. The authors store 16-bit factors.
+Departure: `only_rounding` fits the adapter to the rounding error of the weights that stay and not to the pruning error, because
+SLiM's tables apply L2QER after Wanda that way; without it the adapter is fitted to both. The authors store 16-bit factors, as
+is the default here.
 """
 
 from dataclasses import dataclass
@@ -22,10 +25,11 @@ from slimlm.core.statistics.peak_mean_abs import PeakMeanAbs
 
 @dataclass(frozen=True)
 class L2qer(Compensator):
-    """Low-rank repair weighted by each input's largest mean magnitude (L2QER)."""
+    """A low-rank adapter weighted by each input's largest mean magnitude (L2QER)."""
 
     bits: AdapterBits = 16
     only_rounding: bool = False
+    """fit the rounding error of the weights that stay, and not the pruning error"""
     needs: ClassVar[Needs] = frozenset({PeakMeanAbs})
 
     def second_moment(self, layer: Layer, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
@@ -35,5 +39,5 @@ class L2qer(Compensator):
 
     def residual(self, layer: Layer) -> Tensor:
         """The error `[out, in]`, or only that of the weights that stay."""
-        # Against the original, not the target: a repair that is there already will be replaced, so it does not count.
+        # An adapter that is there already will be replaced, so it is not subtracted.
         return layer.residual * layer.mask if self.only_rounding and layer.mask is not None else layer.residual

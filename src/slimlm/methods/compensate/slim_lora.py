@@ -1,6 +1,7 @@
 """SLiM-LoRA: the closed-form low-rank adapter under activation saliency.
 
-Mozaffari, Yazdanbakhsh, Dehnavi: SLiM, arXiv 2410.09615, section 3.2, equations 9 to 11, Algorithm 2.
+Mozaffari, Yazdanbakhsh, Mehri Dehnavi: SLiM: One-shot Quantization and Sparsity with Low-rank Approximation for LLM Weight
+Compression, arXiv 2410.09615, section 3.2, equations 9 to 11, Algorithm 2.
 
     L R = argmin || diag(x) (W - W^C - L R) ||_F        x = saliency of the input channels, W^C the base
 
@@ -27,7 +28,7 @@ from slimlm.core.statistics.mean_square import MeanSquare
 
 @dataclass(frozen=True)
 class SlimLora(Compensator):
-    """Low-rank repair of the joint error of pruning and rounding, weighted by activation saliency."""
+    """A low-rank adapter for the joint error of pruning and rounding, weighted by activation saliency."""
 
     saliency: Literal["rms", "mean_abs"] = "rms"
     shift: bool = False

@@ -1,7 +1,11 @@
 """Naive-LoRA: the plain truncated SVD of the error.
 
-The baseline of SLiM (arXiv 2410.09615, section 3.2): L R = argmin ||W - W^C - L R||_F, blind to the activations. By
-Eckart and Young the leading eigenvectors of E E^T give it; no SVD is computed.
+Mozaffari, Yazdanbakhsh, Mehri Dehnavi: SLiM: One-shot Quantization and Sparsity with Low-rank Approximation for LLM Weight
+Compression, arXiv 2410.09615, section 3.2, where it is the baseline.
+
+    L R = argmin || W - W^C - L R ||_F        W^C the compressed weight, whatever the activations
+
+Departure: by Eckart and Young the leading eigenvectors of E E^T, E = W - W^C, give the same product, so no SVD is computed.
 """
 
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from slimlm.core.statistics.base import Needs, Stats
 
 @dataclass(frozen=True)
 class Svd(Compensator):
-    """Low-rank repair that treats all inputs alike (Naive-LoRA)."""
+    """A low-rank adapter of least error in the weights, all inputs weighted equally (Naive-LoRA)."""
 
     needs: ClassVar[Needs] = frozenset()
 

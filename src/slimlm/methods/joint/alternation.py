@@ -1,32 +1,41 @@
-"""Alternation: pruning, rounding and low-rank repair decided together, in turn, against one objective.
+"""Alternation: mask, codes and low-rank adapter decided together, in turn, against one objective.
 
-SLiM (Mozaffari et al., arXiv 2410.09615, equation 1) states the objective for the sum of a pruned, rounded base B and an
-adapter L R, but decides them once, one after another. Here, with H the covariance of the inputs the layer really gets,
+slimlm's own method; no paper describes it as a whole. SLiM (Mozaffari, Yazdanbakhsh, Mehri Dehnavi: SLiM: One-shot Quantization
+and Sparsity with Low-rank Approximation for LLM Weight Compression, arXiv 2410.09615, equation 1) states the objective for the
+sum of a pruned, rounded base B and an adapter L R, but decides them once, one after another. Here, with H the covariance of the
+inputs that the layer has in the compressed model and G the reference,
 
     minimise tr((G - B - L R) H (G - B - L R)^T)
 
 by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.solvers.sweep) of G - L R, its mask and scales chosen anew; L R
 is the best product for G - B (QERA's optimum, slimlm.core.solvers.linalg). After the sweeps, coordinate descent improves the
 base and the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors
-are improved together: coordinate descent on both, in turn. The best iterate is kept. Alternation of this kind for sparse plus
-low-rank without rounding is HASSLE-free (Makni et al., arXiv 2502.00899) and OATS (Zhang, Papyan, arXiv 2409.13652); for
-rounding plus low-rank CALDERA (Saha et al., arXiv 2405.18886).
+are improved together: coordinate descent on both, in turn. The result is the best iterate. Alternation of this kind for sparse
+plus low-rank without rounding is HASSLE-free (Makni et al.: HASSLE-free: A unified Framework for Sparse plus Low-Rank Matrix
+Decomposition for LLMs, arXiv 2502.00899) and OATS (Zhang, Papyan: OATS: Outlier-Aware Pruning Through Sparse and Low Rank
+Decomposition, arXiv 2409.13652); for rounding plus low-rank CALDERA (Saha et al.: Compressing Large Language Models using Low
+Rank and Low Precision Decomposition, arXiv 2405.18886).
 
-G, the goal, is the original weight, or with `asymmetric` what makes the layer give the original model's outputs from the inputs
-that the compressed layers before it hand over (the least-squares idea of GPTAQ, Li et al., arXiv 2504.02692, applied to the
-goal as a whole): G = W + M (H + a I)^-1, M = E[d^T x], where d is what the outputs lack, and a = `asymmetric` x the mean
-diagonal of H, which holds G near W where the inputs say little; 0 leaves G = W. For a layer whose output is added to the
-block's output as it is (the last of a block, mostly) d is what the block's output lacks, so that it answers for the whole
-stream; for the others d = W (z - x), z being the layer's inputs in the original model, so M = W (E[z^T x] - H).
+The reference G is the original weight W, or in asymmetric calibration the weight that best gives the original model's outputs
+from the inputs of the compressed model (Li et al.: GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration,
+arXiv 2504.02692; departure: the correction is applied to the reference once, not column by column, so that mask and adapter
+have it, too):
 
-codebook  "none": integer codes. "fitted": 2^bits values (at most 16) fitted to what is rounded (under 2:4 nothing near zero
-          is left). "auto": a codebook, from the second sweep on, where it saves at least 4 % of the rounding error.
+    G = W + M (H + a I)^-1        M = mean of d^T x over tokens, a = `asymmetric` x the mean diagonal of H
+
+d is the residual of the layer's outputs, and a holds G near W where the inputs are small; `asymmetric` = 0 leaves G = W. For a
+layer whose output is added to the block's output as it is (the last of a block, mostly) d is the residual of the block's
+output, so that it also corrects the errors of the layers before; for the others d = (z - x) W^T, z being the layer's inputs in
+the original model, so M = W (C - H) with the cross-covariance C, the mean of z^T x.
+
+codebook  "none": integer codes. "fitted": 2^bits values (at most 16) fitted to the weights that are rounded (under 2:4 none of
+          them is near zero). "auto": a codebook, from the second sweep on, where it saves at least 4 % of the rounding error.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
-norm      "full", or "diagonal": H is replaced by its diagonal throughout, but for the goal.
+norm      "full", or "diagonal": H is replaced by its diagonal throughout, except for the reference.
 bits      16 leaves the base unrounded.
 rank      a share of min(out, in); "auto" is resolved by the plan before a layer is reached, at the bits of rank 0.1.
-rounds    most sweeps; they stop when one gains less than `tolerance`. descent_rounds: most rounds of coordinate descent on the
-          base, and twice as many on base and factors together, likewise.
+rounds    largest number of sweeps; they stop when one gains less than `tolerance`. descent_rounds: largest number of rounds of
+          coordinate descent on the base, and twice as many on base and factors together; these stop likewise.
 """
 
 from dataclasses import dataclass, replace
@@ -57,18 +66,19 @@ from slimlm.core.statistics.cross_covariance import CrossCovariance
 from slimlm.core.statistics.output_residual_covariance import OutputResidualCovariance
 from slimlm.core.step import StepDefaults, widths_around
 
-_TABLE_SAVES = 0.04
+_CODEBOOK_SAVES = 0.04
+"""Share of the rounding error that a codebook must save to be used under `codebook = "auto"`."""
 _FRESH_SWEEPS = 2
 """Sweeps whose scales are searched from scratch; later ones start from the scales before."""
 _STALLED = 2
-"""Rounds of descent in a row that gain too little before it stops; one may be the bad luck of a fresh rounding."""
+"""Rounds of descent in a row that gain too little before it stops; one may be due to an unfavourable fresh rounding."""
 _JOINT_SHARE = 0.4
-"""Share of `tolerance` below which the joint descent stops: its gains are small and steady, and are not lost again."""
+"""Share of `tolerance` below which the joint descent stops: its gains are small and steady, and no later step undoes them."""
 _AUTO_RANK = 0.1
 """The rank, as a share, whose bits `rank = "auto"` may spend."""
 _AUTO_RANKS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 _BRIEF_ROUNDS, _BRIEF_DESCENT = 2, 1
-"""Of a trial: the order of a plan's options shows early."""
+"""Rounds of a trial, which suffice to rank a plan's options."""
 
 
 @dataclass(frozen=True)
@@ -104,29 +114,31 @@ class Alternation(StepDefaults):
                 "one round, no negative number, and a share below 1"
             )
         if self.base == "project" and self.codebook == "fitted":
-            raise RecipeError('codebook = "fitted" is fitted to what sweeps round; use base = "sweep", or codebook = "none"')
+            raise RecipeError(
+                'codebook = "fitted" needs the weights that sweeps round; use base = "sweep", or codebook = "none"'
+            )
         if self.codebook == "fitted" and self.bits > grid.LARGEST_CODEBOOK_BITS:
             raise RecipeError(
                 f'codebook = "fitted", bits = {self.bits}: codebooks have up to {grid.LARGEST_CODEBOOK_BITS} bits; use "none"'
             )
         if self.codebook == "fitted" and self.rounds < 2:
             raise RecipeError(
-                f'codebook = "fitted", rounds = {self.rounds}: a codebook is fitted to what a first sweep rounds; give two'
+                f'codebook = "fitted", rounds = {self.rounds}: the weights that a first sweep rounds are needed; give two'
             )
         if self.asymmetric != 0 and not 1e-6 <= self.asymmetric <= 1e6:
             raise RecipeError(
-                f"asymmetric = {self.asymmetric}: give a damping from 1e-6 to 1e6, or 0 to aim at the original weight"
+                f"asymmetric = {self.asymmetric}: give a damping from 1e-6 to 1e6, or 0 for the original weight as reference"
             )
 
     @property
     def needs(self) -> Needs:
-        """The covariance of the inputs; in asymmetric calibration what compares them with the original model's, too."""
-        own: Needs = frozenset({Covariance})
-        return own | {CrossCovariance, OutputResidualCovariance} if self.asymmetric else own
+        """The covariance of the inputs; in asymmetric calibration also the two that compare them with the original model's."""
+        needs: Needs = frozenset({Covariance})
+        return needs | {CrossCovariance, OutputResidualCovariance} if self.asymmetric else needs
 
     @property
     def sparsity(self) -> Pattern | None:
-        """The pattern of the mask; None keeps the base dense."""
+        """The pattern of the mask; None: the base is dense."""
         return None if self.pattern == "" else Pattern.parse(self.pattern)
 
     @property
@@ -161,8 +173,8 @@ class Alternation(StepDefaults):
     def options(self, bits: float | None, objective: Objective) -> tuple[Self, ...]:
         """Dense codes of widths around the budget, the narrow ones also in short groups, two with adapters; and 2:4.
 
-        For size one 2:4 option, so that the table shows where it stands (by bytes alone it seldom wins), for speed several.
-        For `rank = "auto"` and no other budget: the own base with other ranks.
+        For size one 2:4 option, so that the plan's table shows it (by bytes alone it seldom wins), for speed several.
+        For `rank = "auto"` and no other budget: the same base with other ranks.
         """
         if bits is None:
             return tuple(replace(self, rank=rank) for rank in _AUTO_RANKS) if self.needs_plan else ()
@@ -177,30 +189,30 @@ class Alternation(StepDefaults):
         return tuple(self._stored_as(*option) for option in [*dense, *sparse])
 
     def _stored_as(self, bits: int, group_size: int, pattern: str, rank: float) -> Self:
-        """With this base and adapter; a codebook only where it can be, and where the recipe has not ruled it out."""
+        """With this base and adapter; with a codebook only where its bits allow one and the recipe does not exclude it."""
         fits = self.codebook != "none" and bits <= grid.LARGEST_CODEBOOK_BITS
         codebook: Literal["auto", "none"] = "auto" if fits else "none"
         return replace(self, bits=bits, group_size=group_size, pattern=pattern, rank=rank, codebook=codebook)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         covariance, notes = shrunk(stats[Covariance].to(layer.original), stats.tokens)
-        cross = stats.get(CrossCovariance) if self.asymmetric else None
-        if self.asymmetric and cross is None:
-            notes = (*notes, "tokens are routed otherwise than in the original model; its outputs are not followed")
+        cross_covariance = stats.get(CrossCovariance) if self.asymmetric else None
+        if self.asymmetric and cross_covariance is None:
+            notes = (*notes, "no asymmetric calibration: tokens are routed differently than in the original model")
         elif self.asymmetric and notes:
-            notes = (*notes, "for the same reason the original model's outputs are not followed")
-        elif cross is not None:
+            notes = (*notes, "no asymmetric calibration, for the same reason")
+        elif cross_covariance is not None:
             residual = stats.get(OutputResidualCovariance)
             if residual is None:
-                residual = layer.original @ (cross.to(layer.original) - covariance)
+                residual = layer.original @ (cross_covariance.to(layer.original) - covariance)
             reference = _reference(layer.original, covariance, residual.to(layer.original), self.asymmetric, stats.cache)
             layer = replace(layer, reference=reference)
         if self.norm == "diagonal":
             covariance = torch.diag(covariance.diagonal())
         search = _Search(self, layer, covariance, stats.cache if self.norm == "full" else Cache())
         search.run()
-        inverse = search.inverse or search.natural
-        return search.decided(layer).with_notes(*notes, *(() if inverse is None else inverse.notes))
+        inverse = search.inverse or search.adapter_inverse
+        return search.result(layer).with_notes(*notes, *(() if inverse is None else inverse.notes))
 
 
 @dataclass(frozen=True)
@@ -219,9 +231,9 @@ class _ReferenceFactor:
 
 @profiled("reference")
 def _reference(weight: Tensor, covariance: Tensor, residual: Tensor, damp: float, cache: Cache) -> Tensor:
-    """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where no input ever fires.
+    """W + M (H + a I)^-1 for a = damp x mean diagonal of H and M `[out, in]`; W where all inputs are dead (always zero).
 
-    The factor of H + a I is taken from the cache where an earlier layer put it there.
+    The factor of H + a I is taken from the cache where an earlier layer with the same inputs put it there.
     """
     amount = damp * covariance.diagonal().double().mean()
     if float(amount) == 0:
@@ -238,17 +250,17 @@ class _Search:
         self.options, self.covariance = options, covariance
         self.second_moment = covariance if options.norm == "full" else covariance.diagonal()
         self.reference = layer.reference if layer.outliers is None else layer.reference - layer.outliers.dense()
-        self.given = layer.mask
+        self.given_mask = layer.mask
         self.pattern = options.sparsity
-        self.levels = None if options.bits == 16 else Grid.of_bits(options.bits)
+        self.grid = None if options.bits == 16 else Grid.of_bits(options.bits)
         self.order = order_of(covariance.diagonal(), group_size=options.group_size, pattern=self.pattern)
         self.inverse = self._inverse(self.order.inputs, cache) if options.base == "sweep" else None
         rank = float(options.rank)
-        self.rough = AdapterFormat(rank, 16, options.adapter_group_size, True)
-        self.final = AdapterFormat(rank, options.adapter_bits, options.adapter_group_size, True)
-        self.stored = replace(self.final, refit=False)
-        swept = options.norm == "full" and self.final.rank_of(layer.shape) > 0 and self.final.bits != 16
-        self.natural = self._inverse(torch.arange(len(covariance), device=covariance.device), cache) if swept else None
+        self.unrounded_format = AdapterFormat(rank, 16, options.adapter_group_size, True)
+        self.adapter_format = AdapterFormat(rank, options.adapter_bits, options.adapter_group_size, True)
+        self.unrefitted_format = replace(self.adapter_format, refit=False)
+        swept = options.norm == "full" and self.adapter_format.rank_of(layer.shape) > 0 and self.adapter_format.bits != 16
+        self.adapter_inverse = self._inverse(torch.arange(len(covariance), device=covariance.device), cache) if swept else None
         self.base: Swept | None = None
         self.adapter: LowRank | None = None
         self.best: tuple[float, Swept, LowRank | None] | None = None
@@ -259,31 +271,31 @@ class _Search:
     def run(self) -> None:
         """Sweeps against an unrounded adapter; descent from the best one against the adapter as stored; joint descent."""
         tolerance = self.options.tolerance
-        found: tuple[float, Swept, LowRank | None] | None = None
+        best: tuple[float, Swept, LowRank | None] | None = None
         for number in range(self.options.rounds):
             self.base = self._sweep(number)
-            error = self._repair(self.rough)
-            gain = 1.0 if found is None else 1 - error / max(found[0], 1e-30)
+            error = self._refit_adapter(self.unrounded_format)
+            gain = 1.0 if best is None else 1 - error / max(best[0], 1e-30)
             if gain > 0:
-                found = error, self.base, self.adapter
+                best = error, self.base, self.adapter
             if gain <= tolerance:
                 break
-        assert found is not None
-        _, self.base, self.adapter = found
-        last = self._repair(self.stored, count=True)
+        assert best is not None
+        _, self.base, self.adapter = best
+        last = self._refit_adapter(self.unrefitted_format, count=True)
         stalled = 0
-        for _ in range(self.options.descent_rounds if self.levels is not None else 0):
+        for _ in range(self.options.descent_rounds if self.grid is not None else 0):
             self.base = self._descend()
-            error = self._repair(self.stored, count=True)
+            error = self._refit_adapter(self.unrefitted_format, count=True)
             stalled = stalled + 1 if last - error <= tolerance * last else 0
             if stalled == _STALLED:
                 break
             last = min(error, last)
         assert self.best is not None
         self.base = self.best[1]
-        self._repair(self.final, count=True)
+        self._refit_adapter(self.adapter_format, count=True)
         _, self.base, self.adapter = self.best
-        if self.adapter is not None and self.final.bits != 16 and self.levels is not None:
+        if self.adapter is not None and self.adapter_format.bits != 16 and self.grid is not None:
             self._descend_jointly()
 
     def _descend_jointly(self) -> None:
@@ -299,102 +311,107 @@ class _Search:
             if last - error <= _JOINT_SHARE * self.options.tolerance * last:
                 break
 
-    def decided(self, layer: Layer) -> Layer:
-        """The best iterate."""
+    def result(self, layer: Layer) -> Layer:
+        """The layer with the best iterate."""
         assert self.best is not None
         _, base, adapter = self.best
-        if base.mask is not None and self.given is None:
+        if base.mask is not None and self.given_mask is None:
             layer = layer.with_mask(base.mask, str(self.options.pattern))
         layer = replace(layer, adapter=adapter)
         if base.grid is None:
             return layer.with_updated_weight(base.value)
         return layer.with_base(base.part(self.options.group_size))
 
-    def _target(self) -> Tensor:
+    def _base_reference(self) -> Tensor:
+        """What the base should stand for, `[out, in]`, given the present adapter."""
         return self.reference if self.adapter is None else self.reference - self.adapter.dense()
 
     def _sweep(self, number: int) -> Swept:
-        target, options = self._target(), self.options
-        pattern = None if self.given is not None else self.pattern
+        reference, options = self._base_reference(), self.options
+        pattern = None if self.given_mask is not None else self.pattern
         if options.base == "project":
-            return _projected(target, self.covariance.diagonal(), self.levels, options.group_size, pattern, self.given)
+            return _projected(reference, self.covariance.diagonal(), self.grid, options.group_size, pattern, self.given_mask)
         assert self.inverse is not None
-        if self.levels is None:
-            return unrounded_sweep(target, self.inverse, self.order, pattern=pattern, mask=self.given)
+        if self.grid is None:
+            return unrounded_sweep(reference, self.inverse, self.order, pattern=pattern, mask=self.given_mask)
         start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
-        found = rounded_sweep(
-            target,
+        swept = rounded_sweep(
+            reference,
             self.inverse,
             self.order,
-            grid=self.levels,
+            grid=self.grid,
             pattern=pattern,
-            mask=self.given,
+            mask=self.given_mask,
             start=start,
         )
         if options.codebook != "none" and options.bits <= grid.LARGEST_CODEBOOK_BITS:
-            self._fit_levels(found)
-        return found
+            self._fit_codebook(swept)
+        return swept
 
-    def _fit_levels(self, found: Swept) -> None:
-        """A table for the next sweep, fitted to what this one rounded, where it is asked for or pays."""
-        assert found.scale is not None and self.levels is not None and self.inverse is not None
-        scale = grid.spread(found.scale, found.value.shape[1], self.options.group_size).expand_as(found.value)
-        counted = scale != 0 if found.mask is None else found.mask & (scale != 0)
-        mass = (self.inverse.conditional_variance[self.order.positions] * scale.square())[counted]
-        ratio = found.updated[counted] / scale[counted]
-        if not mass.numel():
+    def _fit_codebook(self, swept: Swept) -> None:
+        """Fit a codebook for the next sweep to the weights that this one rounded, where it is asked for or errs less."""
+        assert swept.scale is not None and self.grid is not None and self.inverse is not None
+        scale = grid.spread(swept.scale, swept.value.shape[1], self.options.group_size).expand_as(swept.value)
+        counted = scale != 0 if swept.mask is None else swept.mask & (scale != 0)
+        weights = (self.inverse.conditional_variance[self.order.positions] * scale.square())[counted]
+        ratio = swept.updated[counted] / scale[counted]
+        if not weights.numel():
             return
-        table = fitted_codebook(ratio, mass, self.levels)
+        codebook = fitted_codebook(ratio, weights, self.grid)
 
-        def error(levels: Grid) -> float:
-            return float(((levels.nearest(ratio) - ratio).square() * mass).sum())
+        def error(candidate: Grid) -> float:
+            return float(((candidate.nearest(ratio) - ratio).square() * weights).sum())
 
-        pays = error(table) < (1 - _TABLE_SAVES) * error(Grid.of_bits(self.options.bits))
+        pays = error(codebook) < (1 - _CODEBOOK_SAVES) * error(Grid.of_bits(self.options.bits))
         if self.options.codebook == "fitted" or pays:
-            self.levels = table
+            self.grid = codebook
 
     def _descend(self) -> Swept:
         assert self.base is not None
-        pattern = None if self.given is not None else self.pattern
-        return descend_base(self._target(), self.covariance, self.base, group_size=self.options.group_size, pattern=pattern)
+        pattern = None if self.given_mask is not None else self.pattern
+        return descend_base(
+            self._base_reference(), self.covariance, self.base, group_size=self.options.group_size, pattern=pattern
+        )
 
-    def _repair(self, form: AdapterFormat, *, count: bool = False) -> float:
-        """Refit the adapter to the base; the objective then. `count` lets the iterate compete to be the best."""
+    def _refit_adapter(self, form: AdapterFormat, *, count: bool = False) -> float:
+        """Refit the adapter to the base; the objective then. `count`: whether the iterate may become the best."""
         assert self.base is not None
         residual = self.reference - self.base.value
         start = None if self.adapter is None else torch.linalg.qr(self.adapter.left.dense().T).Q
-        self.adapter = low_rank_part(residual, self.second_moment, form, start=start, inverse=self.natural)
-        left = residual if self.adapter is None else residual - self.adapter.dense()
-        return self._measured(left, count=count)
+        self.adapter = low_rank_part(residual, self.second_moment, form, start=start, inverse=self.adapter_inverse)
+        remaining = residual if self.adapter is None else residual - self.adapter.dense()
+        return self._measured(remaining, count=count)
 
-    def _measured(self, left: Tensor, *, count: bool = True) -> float:
-        """The objective of the present base and adapter, which leave `left` of the goal."""
+    def _measured(self, remaining: Tensor, *, count: bool = True) -> float:
+        """The objective of the present base and adapter, of which `remaining` `[out, in]` is the error."""
         assert self.base is not None
-        error = linalg.weighted_square(left, self.second_moment)
+        error = linalg.weighted_square(remaining, self.second_moment)
         if count and (self.best is None or error < self.best[0]):
             self.best = error, self.base, self.adapter
         return error
 
 
 def _projected(
-    target: Tensor,
+    reference: Tensor,
     second_moment: Tensor,
-    levels: Grid | None,
+    base_grid: Grid | None,
     group_size: grid.GroupSize,
     pattern: Pattern | None,
-    given: Tensor | None,
+    given_mask: Tensor | None,
 ) -> Swept:
     """The base without error feedback: the mask of highest |w| sqrt(H_jj), scales of least squared error under H_jj."""
-    keep = given if pattern is None else choose(target.abs() * second_moment.clamp_min(0).sqrt(), pattern)
-    kept = target if keep is None else target * keep
-    if levels is None:
-        return Swept(kept, target, keep)
-    sets = grid.scale_sets(kept, group_size)
-    masses = torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(second_moment.expand_as(kept), group_size)
+    mask = given_mask if pattern is None else choose(reference.abs() * second_moment.clamp_min(0).sqrt(), pattern)
+    masked = reference if mask is None else reference * mask
+    if base_grid is None:
+        return Swept(masked, reference, mask)
+    sets = grid.scale_sets(masked, group_size)
+    weights = (
+        torch.ones_like(sets) if group_size == "per-tensor" else grid.scale_sets(second_moment.expand_as(masked), group_size)
+    )
     if group_size == "per-tensor":
-        sets, masses = distribution(sets)
+        sets, weights = distribution(sets)
     scale = grid.storable(
-        signed_scale(sets, masses, levels).view(grid.scale_shape((len(kept), kept.shape[1]), group_size))
+        signed_scale(sets, weights, base_grid).view(grid.scale_shape((len(masked), masked.shape[1]), group_size))
     ).float()
-    index, value = levels.round(kept, grid.spread(scale, kept.shape[1], group_size).expand_as(kept))
-    return Swept(value if keep is None else value * keep, target, keep, index.to(torch.uint8), scale, levels)
+    index, value = base_grid.round(masked, grid.spread(scale, masked.shape[1], group_size).expand_as(masked))
+    return Swept(value if mask is None else value * mask, reference, mask, index.to(torch.uint8), scale, base_grid)

@@ -7,20 +7,20 @@ formulas are those of the two programs; the paper's equation numbers were not at
     score_oi = |W_oi| ||x_i||_2 + rho ss_oi           ss_oi = max_t r_t - min_t r_t,   r_t = sum over j != i of W_oj a_tj
     s_i = max|x_i|^alpha / max_o|W_oi|^(1 - alpha)    of the weights that stay (SmoothQuant, 2211.10438, equation 4)
 
-a `[length, in]` is the mean over the calibration windows of the inputs at each position t; ||x_i||_2 is that of one window
-(root mean square over windows), which sets the balance with rho. W s is rounded by AbsMax, and 1 / s is stored per input.
+a `[length, in]` is the mean over the calibration samples of the inputs at each position t; ||x_i||_2 is that of one sample
+(root mean square over samples), which sets the balance with rho. W s is rounded by AbsMax, and 1 / s is stored per input.
 
 alpha = 0 still evens out the weights' columns, and alpha = 1 the inputs; no value turns smoothing off. Departures:
 
-- clip  The programs cap each window's inputs at their top 1 % in magnitude before anything is measured. Here the measured
+- clip  The programs cap each sample's inputs at their top 1 % in magnitude before anything is measured. Here the measured
         statistics are capped instead, each at its own top share `clip`: a over positions and inputs, ||x_i|| and max|x_i|
         over inputs (the least of that share is the cap: of fewer than 2 / clip inputs none changes).
 - Activations are not rounded. Smoothing then only moves precision to the inputs that are large.
 - The programs fold s into the norm before q, k, v and before the first linear layers of the MLP, one s for those that share an
   input. Here every layer has its own, stored with it and undone by the part itself.
-- s means nothing up to a factor: its geometric mean is 1, and 1 / s keeps to float16's normal range (the programs: s >= 1e-5).
-  Inputs that never fire, or of which no weight stays, have s = 1.
-- The maxima are over all windows (the programs keep the last window's, by a misspelled key), and the next block is measured
+- A factor that all of s share changes nothing: its geometric mean is 1 here, and 1 / s stays in float16's normal range (the
+  programs: s >= 1e-5). Inputs that are always zero, or of which no weight stays, have s = 1.
+- The maxima are over all samples (the programs keep the last sample's, by a misspelled key), and the next block is measured
   on the outputs of the finished one (the programs: pruned, not yet smoothed and rounded).
 """
 
@@ -46,7 +46,7 @@ from slimlm.core.step import StepDefaults
 
 @dataclass(frozen=True)
 class Jsq(StepDefaults):
-    """Keep weights by input norm and output range; round those that stay, smoothed (SmoothQuant)."""
+    """Prune by input norm and output range; round the weights that stay, smoothed (SmoothQuant)."""
 
     bits: int = 4
     group_size: grid.GroupSize = 128
@@ -73,28 +73,36 @@ class Jsq(StepDefaults):
         return Pattern.parse(self.pattern)
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        target = layer.masked_reference
-        keep = choose(self.score(target, stats), self.sparsity)
-        kept = target * keep
-        peak = capped(stats[PeakAbs].to(target), self.clip)
-        inverse = inverse_smoothing(kept, peak, alpha=self.alpha)
+        reference = layer.masked_reference
+        mask = choose(self.score(reference, stats), self.sparsity)
+        masked = reference * mask
+        peak = capped(stats[PeakAbs].to(reference), self.clip)
+        inverse = inverse_smoothing(masked, peak, alpha=self.alpha)
         # The stored inverse, not s itself, so that file and codes agree.
-        smooth = kept / inverse.float()
+        smooth = masked / inverse.float()
         largest = grid.absmax_scale(grid.scale_sets(smooth, self.group_size), self.bits)
         scale = grid.storable(largest.view(grid.scale_shape(layer.shape, self.group_size)))
         codes = grid.encode(smooth, scale, bits=self.bits, group_size=self.group_size)
-        code = Uniform(codes, scale, self.bits, self.group_size, inverse)
-        return layer.with_mask(keep, str(self.pattern)).with_base(code)
+        base = Uniform(codes, scale, self.bits, self.group_size, inverse)
+        return layer.with_mask(mask, str(self.pattern)).with_base(base)
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """What each weight `[out, in]` is worth: the larger stays."""
-        window = stats[MeanSample].to(weight)
-        norm = capped((len(window) * stats[MeanSquare].to(weight)).sqrt(), self.clip)
-        return weight.abs() * norm + self.rho * ranges_without(weight, capped(window, self.clip))
+        """The score `[out, in]` of each weight `[out, in]`; the larger stays."""
+        sample = stats[MeanSample].to(weight)
+        norm = capped((len(sample) * stats[MeanSquare].to(weight)).sqrt(), self.clip)
+        return weight.abs() * norm + self.rho * ranges_without(weight, capped(sample, self.clip))
 
 
 def capped(statistic: Tensor, share: float) -> Tensor:
-    """The statistic with its largest magnitudes, this share of its entries, cut down to the least of them."""
+    """The statistic with its largest magnitudes cut down to the least of them.
+
+    Args:
+        statistic: any shape.
+        share: how many of its entries are the largest, as a share.
+
+    Returns:
+        Of the shape of `statistic`, e.g. `[in]`.
+    """
     count = int(share * statistic.numel())
     if count == 0:
         return statistic
@@ -102,9 +110,18 @@ def capped(statistic: Tensor, share: float) -> Tensor:
     return statistic.clamp(-limit, limit)
 
 
-def inverse_smoothing(kept: Tensor, peak: Tensor, *, alpha: float) -> Tensor:
-    """1 / s, float16 `[in]` of geometric mean 1, for the weights that stay `[out, in]` and max |x| `[in]`."""
-    largest = kept.abs().amax(dim=0)
+def inverse_smoothing(weight: Tensor, peak: Tensor, *, alpha: float) -> Tensor:
+    """1 / s of SmoothQuant (arXiv 2211.10438, equation 4).
+
+    Args:
+        weight: `[out, in]`, zero where the mask drops a weight.
+        peak: `[in]`, max |x|.
+        alpha: 0 evens out the weights' columns, 1 the inputs.
+
+    Returns:
+        float16 `[in]`, of geometric mean 1.
+    """
+    largest = weight.abs().amax(dim=0)
     live = (peak > 0) & (largest > 0)
     # float64, so that the constant factor below is taken out to the last bit of float16.
     exponent = (1 - alpha) * largest.double().log2() - alpha * peak.double().log2()
@@ -118,16 +135,23 @@ _ELEMENTS_AT_ONCE = 2**17
 """512 KiB in float32, about what a CPU core's cache holds."""
 
 
-def ranges_without(weight: Tensor, window: Tensor) -> Tensor:
-    """`[out, in]`: the largest less the smallest value of output o over a window's positions, input i left out.
+def ranges_without(weight: Tensor, sample: Tensor) -> Tensor:
+    """The largest less the smallest value of output o over a sample's positions, input i left out.
 
-    weight `[out, in]`, window `[length, in]`. length x out x in steps, taken in pieces: only one has the memory of a piece.
+    Cost: length x out x in operations, taken in pieces, so that only one piece takes memory.
+
+    Args:
+        weight: `[out, in]`.
+        sample: `[length, in]`.
+
+    Returns:
+        `[out, in]`.
     """
-    length, width = window.shape
+    length, width = sample.shape
     most = at_once(_ELEMENTS_AT_ONCE, weight.device)
     columns = max(1, min(width, most // length))
     rows = max(1, most // (length * columns))
-    inputs = window.T.contiguous()
+    inputs = sample.T.contiguous()
     output = weight @ inputs
     pieces = zip(weight.split(rows), output.split(rows), strict=True)
     return torch.cat([_ranges_of_rows(w, y, inputs, columns) for w, y in pieces])

@@ -1,7 +1,9 @@
 """Magnitude pruning: the smallest weights of each group or row go.
 
-The oldest baseline (Han et al., arXiv 1506.02626), here per n:m group or per row. It scores the weight as decided so
-far: the rounded one after a quantizer, else the original.
+Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks, arXiv 1506.02626, section 3. The
+oldest baseline. Departures: weights are compared within each n:m group or each row, because every row is stored with equally
+many weights (the paper: one threshold per layer), and nothing is trained again. The score is the magnitude of the weight as
+decided so far: the rounded one after a quantizer, else the original.
 """
 
 from dataclasses import dataclass

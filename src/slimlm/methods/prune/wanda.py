@@ -1,7 +1,10 @@
 """Wanda: prune by weight times activation norm.
 
 Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695, equation 1:
-score_ij = |W_ij| ||x_j||_2, compared within each row (or each n:m group of a row). By `score`:
+
+    score_ij = |W_ij| ||x_j||_2        compared within each row (or each n:m group of a row)
+
+Departure: ||x_j||_2 is the root mean square over tokens, which differs by a factor that all inputs share. W, by `score`:
 
 working   (default) the weight decided so far: after a quantizer the rounded one ("prune W^Q", SLiM section 3).
 original  the model's own weight, even after a quantizer, as the authors of SLiM do in their program.

@@ -1,1 +1,1 @@
-"""One file per method. The files know torch and slimlm.core, and not one another."""
+"""One file per method. A file imports torch and slimlm.core, and no other method."""

@@ -1,8 +1,11 @@
 """AbsMax: the largest magnitude of each tensor, row or group goes on the largest code.
 
-The round-to-nearest baseline of the field. scale = max|w| / (2^(bits-1) - 1); codes -2^(bits-1)+1 .. 2^(bits-1)-1.
-Groups run along the input direction, as in GPTQ's and Marlin's kernels (the official SLiM code groups along outputs
-by default, which no kernel implements).
+The round-to-nearest baseline, which is older than any paper on language models.
+
+    scale = max|w| / (2^(bits-1) - 1);    code = round(w / scale), from -2^(bits-1)+1 to 2^(bits-1)-1
+
+Groups run along the inputs, as in GPTQ's and Marlin's kernels. (The official program of SLiM, arXiv 2410.09615, groups along
+the outputs by default, which no kernel implements.)
 """
 
 from dataclasses import dataclass
@@ -29,8 +32,8 @@ class AbsMax(StepDefaults):
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         del stats
-        target = layer.masked_reference
-        sets = grid.scale_sets(target, self.group_size)
+        reference = layer.masked_reference
+        sets = grid.scale_sets(reference, self.group_size)
         scale = grid.storable(grid.absmax_scale(sets, self.bits).view(grid.scale_shape(layer.shape, self.group_size)))
-        codes = grid.encode(target, scale, bits=self.bits, group_size=self.group_size)
+        codes = grid.encode(reference, scale, bits=self.bits, group_size=self.group_size)
         return layer.with_base(Uniform(codes, scale, self.bits, self.group_size))

@@ -1,10 +1,11 @@
 """SLiM-Quant^O: the activation-aware variant.
 
-Mozaffari, Yazdanbakhsh, Dehnavi: SLiM, arXiv 2410.09615, section 3.1 (Table 6).
+Mozaffari, Yazdanbakhsh, Mehri Dehnavi: SLiM: One-shot Quantization and Sparsity with Low-rank Approximation for LLM Weight
+Compression, arXiv 2410.09615, section 3.1 (Table 6).
 
 The share `salient` of input channels with the largest product of mean |x_j| and mean |w_.j| is multiplied by `boost`
-before rounding and divided after it; the scale itself is that of the plain weights. The authors emulate the division;
-here it is stored as one float16 per input channel, counted, and undone by the part itself.
+before rounding and divided after it; the scale itself is that of the weights before the multiplication. Departure: the authors
+emulate the division; here its factor is stored as one float16 per input channel, counted, and applied by the part itself.
 """
 
 from dataclasses import dataclass
@@ -40,12 +41,12 @@ class SlimQuantO(StepDefaults):
             )
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
-        target = layer.masked_reference
-        scale = grid.storable(search_scales(target, bits=self.bits, group_size="per-tensor"))
-        saliency = stats[MeanAbs].to(target) * target.abs().mean(dim=0)
-        count = max(1, int(self.salient * target.shape[1]))
+        reference = layer.masked_reference
+        scale = grid.storable(search_scales(reference, bits=self.bits, group_size="per-tensor"))
+        saliency = stats[MeanAbs].to(reference) * reference.abs().mean(dim=0)
+        count = max(1, int(self.salient * reference.shape[1]))
         inverse = torch.ones_like(saliency, dtype=torch.float16)
         inverse[saliency.topk(count).indices] = 1 / self.boost
         # The stored inverse, not the boost itself, so that file and codes agree where 1 / boost is not exact in float16.
-        codes = grid.encode(target / inverse.float(), scale, bits=self.bits, group_size="per-tensor")
+        codes = grid.encode(reference / inverse.float(), scale, bits=self.bits, group_size="per-tensor")
         return layer.with_base(Uniform(codes, scale, self.bits, "per-tensor", inverse))

@@ -1,4 +1,4 @@
-"""slimlm bench"""
+"""`slimlm bench`."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""slimlm compress"""
+"""`slimlm compress`."""
 
 from pathlib import Path
 from typing import Annotated

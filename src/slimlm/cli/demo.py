@@ -1,4 +1,4 @@
-"""slimlm demo"""
+"""`slimlm demo`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""slimlm doctor"""
+"""`slimlm doctor`."""
 
 from slimlm.cli import options
 from slimlm.cli.console import output, print_json, say

@@ -1,4 +1,4 @@
-"""slimlm eval"""
+"""`slimlm eval`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

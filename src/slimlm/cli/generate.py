@@ -1,4 +1,4 @@
-"""slimlm generate"""
+"""`slimlm generate`."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""slimlm inspect"""
+"""`slimlm inspect`."""
 
 from slimlm.cli import options
 from slimlm.cli.console import output, print_json

@@ -1,4 +1,4 @@
-"""slimlm methods"""
+"""`slimlm methods`."""
 
 import dataclasses
 import inspect

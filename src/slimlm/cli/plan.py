@@ -1,4 +1,4 @@
-"""slimlm plan"""
+"""`slimlm plan`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,4 +1,4 @@
-"""slimlm verify"""
+"""`slimlm verify`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -18,7 +18,7 @@ from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
 from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
-from slimlm.tuning.block_reconstruction import Matching
+from slimlm.tuning.block_reconstruction import ReconstructionOptions
 
 
 def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:
@@ -241,7 +241,7 @@ def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: 
         sequential=True,
         block_reconstruction={"passes": 3, "inputs": "asymmetric"},
     )
-    assert first.sequential and first.block_reconstruction == Matching(3, inputs="asymmetric")
+    assert first.sequential and first.block_reconstruction == ReconstructionOptions(3, inputs="asymmetric")
     assert recipe_from_dict(first.to_dict(), source="again") == first
     assert open_recipe(written(tmp_path, to_toml(first))) == first
 
@@ -254,7 +254,7 @@ def test_a_shipped_recipe_written_to_a_file_says_the_same(tmp_path: Path, name: 
 def test_what_a_file_does_not_say_is_off() -> None:
     some = recipe({"quantize": "absmax"})
     assert (some.sequential, some.rules, some.block_reconstruction) == (False, (), None)
-    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == Matching()
+    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == ReconstructionOptions()
 
 
 def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:

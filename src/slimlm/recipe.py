@@ -43,7 +43,7 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.step import Step
-from slimlm.tuning.block_reconstruction import Matching
+from slimlm.tuning.block_reconstruction import ReconstructionOptions
 
 _KEYS = {"name", "summary", "ignore", "sequential", "embedding_bits", "steps", "rules", "block_reconstruction"}
 AS_STORED = 16
@@ -105,7 +105,7 @@ class Recipe:
     """patterns on the full names of layers that stay as they are"""
     rules: tuple[Rule, ...] = ()
     sequential: bool = False
-    block_reconstruction: Matching | None = None
+    block_reconstruction: ReconstructionOptions | None = None
     embedding_bits: int = AS_STORED
     """of input embedding and output head, 4 to 8; 16: as they are stored"""
 
@@ -198,7 +198,7 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
         )
     rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(own_rules, 1))
     where = f"{source}, block_reconstruction"
-    reconstruction = None if own_reconstruction is None else _options(Matching, own_reconstruction, where)
+    reconstruction = None if own_reconstruction is None else _options(ReconstructionOptions, own_reconstruction, where)
     name, summary = str(data.get("name", source)), str(data.get("summary", ""))
     return Recipe(name, summary, named, tuple(ignore), rules, sequential, reconstruction, embedding_bits)
 

@@ -244,13 +244,13 @@ def test_a_rank_without_a_heartbeat_is_taken_for_dead() -> None:
 
 def test_reasons_are_passed_on_and_a_stop_is_a_stop() -> None:
     with two_watches() as (first, second):
-        second.leave_reason("the model is damaged")
+        second.post_reason("the model is damaged")
         error = ended(first)
         assert isinstance(error, RanksError) and not error.reported_here
         assert str(error).startswith("rank 1 of 2 (on ") and str(error).endswith("): the model is damaged")
         second.check()
     with two_watches() as (first, second):
-        first.leave_reason("stopped", stopped=True)
+        first.post_reason("stopped", stopped=True)
         assert isinstance(ended(second), KeyboardInterrupt)
 
 

@@ -13,7 +13,6 @@ from slimlm.storage.mapping import MappedFiles, map_and_unlink, map_file
 from tests.memory import MIB, needs_smaps, resident
 
 
-
 def written(path: Path, tensors: dict[str, Tensor]) -> Path:
     save_file(tensors, path, metadata={"format": "pt"})
     return path

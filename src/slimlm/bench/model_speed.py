@@ -75,7 +75,7 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
         SlimlmError: the settings are out of range, or need more positions than the model's context has.
         ModelError: the dense model has other layers.
     """
-    report = report or _silent
+    report = report or _ignore
     if min(settings.batches, default=0) < 1 or min(settings.threads, settings.prompt_tokens, settings.new_tokens) < 1:
         raise SlimlmError("`batches`, `threads`, `prompt_tokens` and `new_tokens` must each be at least 1")
     with layer_speed.at_threads(settings.threads):
@@ -101,7 +101,7 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
     return result
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _ignore(stage: str, done: int, total: int) -> None:
     """Ignores the report."""
 
 

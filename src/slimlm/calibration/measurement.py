@@ -23,7 +23,7 @@ from slimlm.runtime.memory import free_on_gpu
 
 POOLED = "measured on the inputs of all experts together, because it was given fewer tokens than it has inputs"
 """The note of an expert that could not be measured by itself."""
-_SHARE_OF_CARD = 0.25
+_SHARE_OF_GPU = 0.25
 
 
 def measure(
@@ -226,7 +226,7 @@ def _pooled(
 
 def _resting_place(totals: Iterable[LayerTotals], device: torch.device) -> torch.device:
     """Where statistics lie until steps use them: on the device where all take at most a quarter of what is free there."""
-    fits = device.type == "cpu" or sum(own.bytes() for own in totals) <= _SHARE_OF_CARD * free_on_gpu(device)
+    fits = device.type == "cpu" or sum(own.bytes() for own in totals) <= _SHARE_OF_GPU * free_on_gpu(device)
     return device if fits else torch.device("cpu")
 
 

@@ -56,13 +56,13 @@ def join_ranks() -> Iterator[Group]:
             if terminated.is_set():
                 # Launchers end the other ranks when one is gone.
                 watch.check_after_a_moment()
-            watch.leave_reason("stopped", stopped=True)
+            watch.post_reason("stopped", stopped=True)
             raise
         except SlimlmError as error:
-            watch.leave_reason(str(error))
+            watch.post_reason(str(error))
             raise
         except BaseException as error:
-            watch.leave_reason(f"{type(error).__name__}: {error}")
+            watch.post_reason(f"{type(error).__name__}: {error}")
             raise
         finally:
             watch.stop()

@@ -83,7 +83,7 @@ class Watch:
         while time.monotonic() < until:
             self.check()
             time.sleep(0.1)
-        missing = self._silent(_SEARCH - 2 * _INTERVAL)
+        missing = self._without_heartbeat(_SEARCH - 2 * _INTERVAL)
         if missing:
             self._ended = self._dead(missing)
         self.check()
@@ -97,7 +97,7 @@ class Watch:
             self.check_after_a_moment()
             raise RanksError(f"the connection between the ranks failed: {error}", reported_here=self.rank == 0) from error
 
-    def leave_reason(self, message: str, *, stopped: bool = False) -> None:
+    def post_reason(self, message: str, *, stopped: bool = False) -> None:
         """Leave the message with which this rank ends, unless another has ended before."""
         reason = json.dumps({"rank": self.rank, "message": message, "stopped": stopped})
         try:
@@ -135,7 +135,7 @@ class Watch:
                     self._stopped = True
                 else:
                     self._ended = RanksError(f"{self._name(end['rank'])}: {end['message']}")
-            elif missing := self._silent(self._silence):
+            elif missing := self._without_heartbeat(self._silence):
                 self._ended = self._dead(missing)
             if self._ended is not None or self._stopped:
                 threading.Thread(target=self._interrupt, daemon=True).start()
@@ -145,7 +145,7 @@ class Watch:
         if not self._noticed.wait(_NOTICE) and not self._over.is_set():
             _thread.interrupt_main()
 
-    def _silent(self, seconds: float) -> list[int]:
+    def _without_heartbeat(self, seconds: float) -> list[int]:
         now = time.monotonic()
         return [rank for rank, (_, since) in enumerate(self._seen) if rank != self.rank and now - since > seconds]
 

@@ -34,7 +34,7 @@ from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description, parse_description
-from slimlm.storage.kernel_cache import kept_or_made
+from slimlm.storage.kernel_cache import load_or_pack
 from slimlm.storage.mapping import MappedFiles
 
 Release = Callable[[Iterable[Tensor]], int]
@@ -267,7 +267,7 @@ def _pack(
         return packed
 
     if keep:
-        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
+        blobs = load_or_pack(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
     else:
         blobs = {name: make(name) for name in on_cpu}
     # Once more for all: pages that two layers share stayed until now.

@@ -148,7 +148,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
         )
 
 
-def refuse_few_windows(count: int) -> None:
+def refuse_few_samples(count: int) -> None:
     """Raise DataError where there are too few calibration windows to plan on."""
     if count < _LEAST_WINDOWS:
         raise DataError(
@@ -171,7 +171,7 @@ def make_plan(
     samples `[count, length]`: the calibration samples. Some (at most an eighth, at least one, about 4096 tokens) serve to
     measure losses and as many others to check the choice; the rest serve for statistics.
     """
-    refuse_few_windows(len(samples))
+    refuse_few_samples(len(samples))
     options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
     held = max(1, min(len(samples) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // samples.shape[1]))

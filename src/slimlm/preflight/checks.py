@@ -10,7 +10,7 @@ from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
 from slimlm.data.documents import documents
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds, folder_bytes
-from slimlm.runtime.memory import in_words, total_and_free
+from slimlm.runtime.memory import format_bytes, total_and_free
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import journal_folder
 
@@ -43,13 +43,13 @@ def check_memory(memory: Memory, allowed: int | None) -> str | None:
     if needed > there:
         raise DoesNotFitError(
             f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(needed)}, and there are {in_words(there)}. {_smaller(memory)}; or use a machine with more. If "
+            f"{format_bytes(needed)}, and there are {format_bytes(there)}. {_smaller(memory)}; or use a machine with more. If "
             "there is more than slimlm sees (swap), say so with `memory`"
         )
     if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
         return (
-            f"memory is tight: about {in_words(memory.peak)} at the fullest moment, of which "
-            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. {_lighter(memory)}"
+            f"memory is tight: about {format_bytes(memory.peak)} at the fullest moment, of which "
+            f"{format_bytes(memory.process)} are in use already, and {format_bytes(memory.free)} are free. {_lighter(memory)}"
         )
     return None
 
@@ -58,7 +58,7 @@ def _smaller(memory: Memory) -> str:
     """Which recipe needs less where even the least is too much."""
     if 2 * memory.covariances > memory.least:
         return (
-            f"{in_words(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
+            f"{format_bytes(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
             "mixture, for every expert): take a recipe without them (slim, absmax); fewer `samples` do not help"
         )
     return (
@@ -86,8 +86,8 @@ def check_device(run: RunNeeds, device: torch.device) -> str | None:
     _, total = torch.cuda.mem_get_info(device)
     if run.least_on_device > total:
         raise DoesNotFitError(
-            f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(run.least_on_device)}; use `device` cpu, a recipe that does not follow the original model (gptq), or "
+            f"{device} has {format_bytes(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
+            f"{format_bytes(run.least_on_device)}; use `device` cpu, a recipe that does not follow the original model (gptq), or "
             "one without covariances (slim, absmax)"
         )
     return None
@@ -102,13 +102,15 @@ def check_disk(run: RunNeeds, out: Path, journal: Path) -> str | None:
     needed = run.disk_bytes
     if needed > free:
         raise DoesNotFitError(
-            f"the disk does not suffice: writing {out} takes {in_words(needed)} at the fullest moment "
-            f"({in_words(run.stored_bytes)} for the output; finished blocks and {in_words(run.activations_bytes)} of "
-            f"activations in the journal beside it), and {in_words(free)} are free. Give an `out` on another disk, or fewer "
+            f"the disk does not suffice: writing {out} takes {format_bytes(needed)} at the fullest moment "
+            f"({format_bytes(run.stored_bytes)} for the output; finished blocks and {format_bytes(run.activations_bytes)} of "
+            f"activations in the journal beside it), and {format_bytes(free)} are free. Give an `out` on another disk, or fewer "
             "`samples`"
         )
     if needed > _TIGHT * free:
-        return f"the disk will be nearly full: {in_words(needed)} at the fullest moment, of {in_words(free)} that are free"
+        return (
+            f"the disk will be nearly full: {format_bytes(needed)} at the fullest moment, of {format_bytes(free)} that are free"
+        )
     return None
 
 
@@ -117,8 +119,8 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     total, _ = total_and_free()
     if total is not None and size > max(total, allowed or 0):
         raise DoesNotFitError(
-            f"a plan or text of the model's own needs the whole model in memory, {in_words(size)} in float32, and there are "
-            f"{in_words(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
+            f"a plan or text of the model's own needs the whole model in memory, {format_bytes(size)} in float32, and there are "
+            f"{format_bytes(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
         )
     return None
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from slimlm.preflight.estimate import Estimate, Memory
 from slimlm.report.live import duration
 from slimlm.report.tables import pairs_table, size
-from slimlm.runtime.memory import in_words
+from slimlm.runtime.memory import format_bytes
 
 _NAMED = 6
 
@@ -25,7 +25,7 @@ def estimate_table(found: Estimate) -> Table:
         ("calibration", _tokens(found)),
         ("memory", _memory(found.memory)),
         *_whole(found),
-        ("disk", f"{in_words(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
+        ("disk", f"{format_bytes(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
         *_times(found),
     ]
     return pairs_table(rows)
@@ -62,21 +62,25 @@ def _tokens(found: Estimate) -> str:
 
 def _memory(memory: Memory) -> str:
     where = "kept on the disk" if memory.on_disk else "kept in memory"
-    there = "" if memory.free is None or memory.total is None else f"; {in_words(memory.free)} of {in_words(memory.total)} free"
+    there = (
+        ""
+        if memory.free is None or memory.total is None
+        else f"; {format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+    )
     return (
-        f"about {in_words(memory.peak)} at most (the program {in_words(memory.process)}, the current block "
-        f"{in_words(memory.block)}, activations {in_words(memory.activations)}, {where}){there}"
+        f"about {format_bytes(memory.peak)} at most (the program {format_bytes(memory.process)}, the current block "
+        f"{format_bytes(memory.block)}, activations {format_bytes(memory.activations)}, {where}){there}"
     )
 
 
 def _whole(found: Estimate) -> list[tuple[str, str]]:
     if found.whole_bytes is None:
         return []
-    return [("", f"and while planning the whole model in float32: {in_words(found.whole_bytes)}")]
+    return [("", f"and while planning the whole model in float32: {format_bytes(found.whole_bytes)}")]
 
 
 def _free(free: int | None) -> str:
-    return "" if free is None else f"; {in_words(free)} free"
+    return "" if free is None else f"; {format_bytes(free)} free"
 
 
 def _times(found: Estimate) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ from slimlm.run.prepare import Prepared
 from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import BlockContent, Journal
-from slimlm.tuning.block_reconstruction import match_block
+from slimlm.tuning.block_reconstruction import tune_block
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
 """The names of the two streams of activations in the journal: outputs of compressed blocks, and of the original ones."""
@@ -281,7 +281,7 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
     losses = None
     if group.first:
         inputs = BlockInputs(hidden, student.arguments)
-        found = match_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
+        found = tune_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
         losses = found.before, found.after
     losses = _broadcast_block(task, losses)
     return [_rerecorded(task, layer, losses) for layer in layers]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.calibration.capture import shares_of
-from slimlm.calibration.samples import kept_windows
+from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.distributed.group import Group
@@ -23,7 +23,7 @@ from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.planner.options import Budget
-from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_windows
+from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
@@ -32,7 +32,7 @@ from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, name_of, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
-from slimlm.runtime.memory import in_words
+from slimlm.runtime.memory import format_bytes
 from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
@@ -110,9 +110,11 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     if budget is not None:
         refuse_budget(shapes, budget)
     whole = _open_whole(config, dense, run)
-    samples = run.group.broadcast_tensor(lambda: kept_windows(dense, whole, config.calibration, run.journal, run.progress))
+    samples = run.group.broadcast_tensor(
+        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)
+    )
     shares = shares_of(samples, run.group.size)
-    _refuse_few_samples(len(samples), recipe, planned=budget is not None)
+    _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
     needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits)
@@ -214,10 +216,10 @@ def _open_whole(config: RunConfig, dense: LazyModel, run: Run) -> DenseModel | N
     held = config.samples * config.length * width * 4 if "a plan" in reasons else 0
     if config.memory is not None and size + held > config.memory:
         raise ModelError(
-            f"for {what} the whole model has to be in memory, {in_words(size + held)} with activations, more than the `memory` "
-            f"of {in_words(config.memory)}; give more, or a recipe without a plan and calibration text from a file"
+            f"for {what} the whole model has to be in memory, {format_bytes(size + held)} with activations, more than the `memory` "
+            f"of {format_bytes(config.memory)}; give more, or a recipe without a plan and calibration text from a file"
         )
-    run.notify(f"for {what} the whole model is in memory meanwhile: {in_words(size)} in float32")
+    run.notify(f"for {what} the whole model is in memory meanwhile: {format_bytes(size)} in float32")
     return open_dense(config.model)
 
 
@@ -228,10 +230,10 @@ def _needs_whole(config: RunConfig, journal: Journal) -> list[str]:
     return [*reasons, "text of its own"] if own_text else reasons
 
 
-def _refuse_few_samples(count: int, recipe: Recipe, *, planned: bool) -> None:
+def _check_sample_count(count: int, recipe: Recipe, *, planned: bool) -> None:
     """Raise DataError where there are too few calibration samples for a plan or for block reconstruction."""
     if planned:
-        refuse_few_windows(count)
+        refuse_few_samples(count)
     if recipe.block_reconstruction is not None and count < 2:
         raise DataError("block reconstruction holds samples back and needs at least 2; there is 1. Give more text or `samples`")
 
@@ -259,6 +261,6 @@ def _store_of(memory: Memory, config: RunConfig, run: Run) -> ActivationStore:
     if config.out is not None and memory.on_disk:
         why = "`memory` allows" if config.memory is not None else "half of the free memory"
         limit = config.memory if config.memory is not None else (memory.free or 0) // 2
-        size = in_words(memory.activations)
-        run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {in_words(limit)}")
+        size = format_bytes(memory.activations)
+        run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {format_bytes(limit)}")
     return ActivationStore(run.journal.folder, in_memory=config.out is None or not memory.on_disk)

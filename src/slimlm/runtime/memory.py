@@ -25,7 +25,7 @@ def total_and_free() -> tuple[int | None, int | None]:
     return total, free
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes with a unit, such as "1.5 GiB"."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:

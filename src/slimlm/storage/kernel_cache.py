@@ -36,7 +36,7 @@ _ABANDONED = 3600.0
 """Seconds after which an incomplete file that is not written to is removed: its process was killed."""
 
 
-class _CannotKeepError(Exception):
+class _CannotWriteError(Exception):
     """The cache cannot be written; the message is the reason."""
 
 
@@ -51,7 +51,7 @@ def cache_path(folder: Path, layout: str) -> Path:
     return folder / ".cache" / "huggingface" / "slimlm" / f"kernels-{layout}.safetensors"
 
 
-def kept_or_made(
+def load_or_pack(
     folder: Path,
     layout: str,
     fingerprint: str,
@@ -82,7 +82,7 @@ def kept_or_made(
             for name in names:
                 writer.add(name, make(name))
             return writer.finish()
-    except _CannotKeepError as error:
+    except _CannotWriteError as error:
         path = cache_path(folder, layout)
         notify(f"packed layers cannot be kept in {path} ({error}), so they take memory of their own and each load packs anew")
     return {name: make(name) for name in names}
@@ -98,7 +98,7 @@ def open_cache(
 ) -> dict[str, Tensor] | None:
     """The packed layers as views of the cache, which may hold more layers than are asked for.
 
-    The arguments are those of `kept_or_made`.
+    The arguments are those of `load_or_pack`.
 
     Returns:
         uint8 `[bytes]` by the layer's name; None where there is no cache, or none that fits, of which `tell` receives a
@@ -165,7 +165,7 @@ class CacheWriter:
             self._file = self._partial.open("xb")
             self._file.seek(self._room)
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -175,7 +175,7 @@ class CacheWriter:
             self._file.close()
         except OSError as refused:  # the last buffer did not fit on the disk
             if error is None:
-                raise _CannotKeepError(refused.strerror or str(refused)) from refused
+                raise _CannotWriteError(refused.strerror or str(refused)) from refused
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -189,7 +189,7 @@ class CacheWriter:
             self._file.write(blob.numpy().data)
             self._file.write(bytes(padding))
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
         self._entries[name] = begin, begin + blob.numel()
         if padding:
             self._entries[f"{_PADDING}{len(self._entries)}"] = begin + blob.numel(), begin + blob.numel() + padding
@@ -208,7 +208,7 @@ class CacheWriter:
             self._partial.replace(self._path)
             _sync_folder(self._path.parent)
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
         return layers
 
 

@@ -311,7 +311,7 @@ def _run(model: StoredModel, windows: Tensor | None, device: torch.device) -> Pe
         if windows is not None:
             return perplexity(assembled, windows)
         with torch.no_grad():
-            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.skeleton), use_cache=False).logits
+            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.meta_model), use_cache=False).logits
     except NumericsError as error:
         return str(error)
     return None if bool(logits.isfinite().all()) else "the model's logits hold NaN or infinity"

@@ -31,7 +31,7 @@ _Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 class StoredModel:
     """A skeleton, and the tensors that belong into it."""
 
-    skeleton: PreTrainedModel
+    meta_model: PreTrainedModel
     """its parameters have shapes and no values (see slimlm.models.lazy)"""
     tensors: dict[str, Tensor]
     """as stored, by full name; of tied tensors one is enough"""
@@ -43,7 +43,7 @@ class StoredModel:
 
     def block(self, name: str, device: torch.device) -> nn.Module:
         """A block in float32, on the device."""
-        block = meta_copy(self.skeleton.get_submodule(name))
+        block = meta_copy(self.meta_model.get_submodule(name))
         self._put_compressed(block, name)
         self._put_others(block, name)
         for module in block.modules():
@@ -68,7 +68,7 @@ class StoredModel:
                 return self._run(name, device, (first, *args[1:]), kwargs)
             return self._run(name, device, args, {**kwargs, "hidden_states": first})
 
-        names = list(blocks_of(self.skeleton))
+        names = list(blocks_of(self.meta_model))
         forwards: dict[str, _Forward] = {name: partial(self._run, name, device) for name in names}
         if first is not None:
             forwards[names[0]] = partial(run_first, names[0])
@@ -77,7 +77,7 @@ class StoredModel:
     def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
         """What the last block gives for tokens `[windows, length]`; no logits are made. `first` as for `assembled`."""
         model = self.assembled(device, first=first)
-        last = list(blocks_of(self.skeleton))[-1]
+        last = list(blocks_of(self.meta_model))[-1]
         caught: list[Any] = []
         handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
         try:
@@ -94,7 +94,7 @@ class StoredModel:
         """
         hidden = output[0] if isinstance(output, tuple) else output
         given: list[Any] = []
-        model = self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: given[-1]))
+        model = self._around(dict.fromkeys(blocks_of(self.meta_model), lambda *_: given[-1]))
         for piece in pieces:
             given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
             # Given away outside of no_grad, which would else hold for whoever asks for the next piece.
@@ -103,10 +103,10 @@ class StoredModel:
             yield logits
 
     def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
-        model = meta_copy(self.skeleton)
+        model = meta_copy(self.meta_model)
         assert isinstance(model, PreTrainedModel)
         for name, forward in forwards.items():
-            swap(model, name, _InPlace(self.skeleton.get_submodule(name), forward))
+            swap(model, name, _InPlace(self.meta_model.get_submodule(name), forward))
         self._put_compressed(model, "")
         self._put_others(model, "")
         widen_activations(model)
@@ -115,7 +115,7 @@ class StoredModel:
     def _put_compressed(self, module: nn.Module, prefix: str) -> None:
         """Put compressed layers and embeddings where the module, which is called `prefix` in the model, has others."""
         inside = f"{prefix}." if prefix else ""
-        blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.skeleton))
+        blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.meta_model))
         owners: dict[str, CompressedEmbedding] = {}
         for full, entry in self.embeddings.items():
             if full.startswith(inside) and not full.startswith(blocks):

@@ -163,7 +163,7 @@ def test_an_option_that_makes_no_sense_is_refused_with_what_would(step: dict[str
         (["absmax"], ["[[steps]]"]),
         ([{"prune": "wanda"}, {"quantize": "absmax"}, {"prune": "magnitude"}], ["at most once", "wanda and magnitude"]),
         ([{"joint": "alternation"}, {"prune": "wanda"}], ["at most once", "alternation and wanda"]),
-        ([{"compensate": "svd"}, {"quantize": "absmax"}], ["first step is a repair"]),
+        ([{"compensate": "svd"}, {"quantize": "absmax"}], ["first step fits an adapter"]),
     ],
 )
 def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words: list[str]) -> None:
@@ -302,9 +302,9 @@ def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dic
     coder = next(iter(first.values()))
     for between in ([], [{"compensate": "qera"}]):
         said = refusal(first, *between, {"prune": "sparsegpt"})
-        assert f"mine: sparsegpt moves the weights that {coder} has coded; put it before {coder}" in said
+        assert f"mine: sparsegpt changes weights that {coder} has quantized; put it before {coder}" in said
     if "joint" in first:
-        assert "alternation decides a layer anew, so sparsegpt before it" in refusal({"prune": "sparsegpt"}, first)
+        assert "alternation replaces what sparsegpt did before it" in refusal({"prune": "sparsegpt"}, first)
     else:
         assert [named.method for named in recipe({"prune": "sparsegpt"}, first).steps] == ["sparsegpt", coder]
     assert [named.method for named in recipe(first, {"prune": "wanda"}).steps] == [coder, "wanda"]

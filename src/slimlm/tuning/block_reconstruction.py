@@ -50,7 +50,8 @@ class ReconstructionOptions:
     held_back: float = 0.125
     """The share of the samples, at least one, on which iterates are compared."""
     inputs: Literal["compressed", "dense", "asymmetric"] = "asymmetric"
-    """Which inputs and targets the run passes in. "compressed": inputs from the compressed blocks before, targets from the dense block on the same;
+    """Which inputs and targets the run passes in. "compressed": inputs from the compressed blocks before, targets from the
+    dense block on the same;
     "dense": both from the dense model; "asymmetric": inputs from the compressed blocks, targets from the dense model."""
     batch: int = 2
     """Samples per step, at most as many as one batch of the inputs holds."""

@@ -243,7 +243,7 @@ def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_
     ("head", "words"),
     [
         ('ignore = ["*.down_porj"]\n', "'*.down_porj' matches no layer"),
-        ('ignore = ["*"]\n', "leaves no layer to compress"),
+        ('ignore = ["*"]\n', "excludes every layer"),
     ],
 )
 def test_leave_patterns_that_match_nothing_or_everything_are_refused(

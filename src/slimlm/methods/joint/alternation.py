@@ -30,7 +30,7 @@ rounds    most sweeps; they stop when one gains less than `tolerance`. descent_r
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class Alternation(StepDefaults):
     base: Literal["sweep", "project"] = "sweep"
     norm: Literal["full", "diagonal"] = "full"
     damp: float = 0.01
+    weight_copies: ClassVar[int] = 14
+    covariance_copies: ClassVar[int] = 14
 
     def __post_init__(self) -> None:
         if self.bits != 16:

@@ -28,6 +28,7 @@ class SparseGpt(StepDefaults):
     order: Literal["energy", "input"] = "energy"
     damp: float = 0.01
     needs: ClassVar[Needs] = frozenset({Covariance})
+    weight_copies: ClassVar[int] = 6
     moves_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -143,7 +143,7 @@ class _Trial:
 
 
 def fitted_cost(found: list[tuple[int, float]]) -> StepCost:
-    """The cost without negative coefficients that fits (side, seconds) of square layers with the least squared relative error."""
+    """The cost, without negative coefficients, that fits (side, seconds) of square layers at least squared relative error."""
     rows = torch.tensor([[1, side, side**2, side**3] for side, _ in found], dtype=torch.float64)
     seconds = torch.tensor([max(spent, 1e-9) for _, spent in found], dtype=torch.float64)
     best, least = torch.zeros(4, dtype=torch.float64), float("inf")

@@ -388,4 +388,4 @@ def test_a_rule_that_names_its_step_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("first", [{"quantize": "gptq"}, {"joint": "alternation"}, {"joint": "jsq"}])
 def test_a_joint_solver_after_what_it_would_undo_is_refused(first: dict[str, Any]) -> None:
-    assert "would be lost" in refusal(first, {"joint": "alternation", "pattern": ""})
+    assert "replaces what" in refusal(first, {"joint": "alternation", "pattern": ""})

@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once_and_done_without(tmp_pa
     (tmp_path / ".cache").write_text("in the way")
     found, told = made(tmp_path)
     assert same(found)
-    assert len(told) == 1 and "cannot be kept" in told[0] and "each load packs anew" in told[0]
+    assert len(told) == 1 and "cannot be stored" in told[0] and "each load packs again" in told[0]
 
 
 @pytest.mark.parametrize("at", ["fsync", "rename"])

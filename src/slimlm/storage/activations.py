@@ -57,7 +57,7 @@ class ActivationStore:
     """Whether activations stay in memory in addition to their file."""
 
     def hold(self, name: str, batches: Iterable[Tensor], count: int) -> Sequence[Tensor]:
-        """Hold `count` samples, `[samples, length, width]` per batch, until they are dropped: in memory or in an unlinked file."""
+        """Hold `count` samples, `[samples, length, width]` per batch, in memory or in an unlinked file."""
         if self.in_memory:
             return list(batches)
         source = iter(batches)

@@ -41,8 +41,8 @@ def _short(value: Any) -> str:
 def files_identity(files: Iterable[Path]) -> dict[str, str]:
     """The identity of weight files, by name: the size, and the SHA-256 of the header and of each tensor's first 4 KiB.
 
-    Other files (.bin) are read completely. A gigabyte of safetensors takes milliseconds; models that are equal in the bytes that
-    are read, and in size, are taken for the same.
+    Other files (.bin) are read completely. A gigabyte of safetensors takes milliseconds; models that are equal in the bytes
+    that are read, and in size, are taken for the same.
     """
     found = {}
     for path in files:

@@ -1,7 +1,7 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
-what was read and can be dropped again, and nothing twice. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
+`load` maps the weight files, and every tensor of the model that needs no cast is a view of them, so that memory holds only pages
+that were read, which the system can drop again, and no copies. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
 holds in memory is up to transformers. See hf_quantizer.py.)
 """
 
@@ -75,7 +75,8 @@ def load(
             weights at every product, "auto" is the reference, too, where dense matrices take up to half of the free memory
             there. `slimlm.use_kernels` selects again later.
         keep: whether to write layers that the CPU kernels packed beside the checkpoint.
-        notify: is called with what a user should know, such as which layers no kernel takes, and why; by default a warning.
+        notify: a function that is given messages for the user, such as which layers no kernel takes, and why; by default they
+            are warnings.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or newer than this version. The files' sizes and headers are
@@ -144,7 +145,7 @@ def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEn
     """Remove a layer's or embedding's tensors from those stored and return them.
 
     Args:
-        stored: all tensors by full name.
+        stored: all tensors `[...]` by full name.
         layer: the module's full name.
         described: dtype and shape of its tensors by name.
 
@@ -156,8 +157,8 @@ def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEn
         tensor = stored.pop(f"{layer}.{name}", None)
         if tensor is None or TensorEntry.of(tensor) != wanted:
             kind = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            told = f"{dtype_name(wanted.dtype)} {list(wanted.shape)}"
-            raise CheckpointError(f"{layer}.{name} should be {told}, but {kind} is stored; the checkpoint is damaged")
+            expected = f"{dtype_name(wanted.dtype)} {list(wanted.shape)}"
+            raise CheckpointError(f"{layer}.{name} should be {expected}, but {kind} is stored; the checkpoint is damaged")
         found[name] = tensor
     return found
 
@@ -270,7 +271,7 @@ def _pack(
         blobs = load_or_pack(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
     else:
         blobs = {name: make(name) for name in on_cpu}
-    # Once more for all: pages that two layers share stayed until now.
+    # Again for all: pages that two layers share were not dropped above.
     release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
     for name in on_cpu:
         layers[name].adopt(blobs[name])

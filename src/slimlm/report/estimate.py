@@ -1,4 +1,4 @@
-"""What `slimlm plan` shows before a run: the estimate as a table."""
+"""The table of `slimlm plan`: the estimate of a run."""
 
 from collections import Counter
 
@@ -33,8 +33,8 @@ def estimate_table(found: Estimate) -> Table:
 
 def _shapes(found: Estimate) -> str:
     counted = Counter(found.layers.values()).most_common()
-    words = [f"{count} of {out} x {width}" for (out, width), count in counted[:_NAMED]]
-    return ", ".join(words) + (" and others" if len(counted) > _NAMED else "")
+    named = [f"{count} of {out} x {width}" for (out, width), count in counted[:_NAMED]]
+    return ", ".join(named) + (" and others" if len(counted) > _NAMED else "")
 
 
 def _skipped(skipped: dict[str, str]) -> list[str]:
@@ -87,11 +87,11 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.seconds is None or found.total_seconds is None:
         return []
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
-    beside = ", without the planning" if found.planned else ""
+    planning = ", without the planning" if found.planned else ""
     return [
         (
             "time",
-            f"about {duration(found.total_seconds)} at rates measured on this machine{beside}"
+            f"about {duration(found.total_seconds)} at rates measured on this machine{planning}"
             + (f" ({parts})" if parts else ""),
         )
     ]

@@ -78,7 +78,7 @@ class Cpu:
 
 
 def unfit(entries: PartEntries) -> str | None:
-    """Why the layout does not hold parts that are so described, in words; None: it does."""
+    """Why the layout cannot hold parts with these entries; None: it can."""
     base = entries.base.kernel_layout()
     if isinstance(base, ProductLayout):
         return "its base is of low rank; the kernels want a matrix there"

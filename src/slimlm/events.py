@@ -6,7 +6,7 @@
 
     slimlm.compress(model, out, progress=observer, notify=print)
 
-The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run.log) are observers.
+The command line's displays (slimlm.report.live) and the log next to the output (slimlm.run.log) are observers.
 """
 
 import time

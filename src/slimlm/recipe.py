@@ -250,7 +250,7 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
         if option in registry.KINDS:
             if not any((named.kind, named.method) == (option, value) for named in steps):
                 own = ", ".join(f"{named.kind} = {named.method!r}" for named in steps)
-                raise RecipeError(f"{where}: no step says {option} = {value!r}; there are {own}")
+                raise RecipeError(f"{where}: no step has {option} = {value!r}; there are {own}")
         elif option not in fields:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
     decided = (dataclasses.replace(named, step=named.step.resolved()) for named in steps)

@@ -242,7 +242,7 @@ def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        ('ignore = ["*.down_porj"]\n', "'*.down_porj' matches no layer"),
+        ('ignore = ["*.down_porj"]\n', "'*.down_porj' fits no layer"),
         ('ignore = ["*"]\n', "excludes every layer"),
     ],
 )

@@ -87,7 +87,6 @@ def generate(
     is built like Llama generates for the first time, its fast decoder is compared with its own forward on 8 tokens. On a GPU
     the decoder's memory and captured graphs are reused for the model's next text of about this length.
 
-
     Args:
         model: a causal language model, on the device of the prompts.
         prompt: token ids `[batch, prompt]`.

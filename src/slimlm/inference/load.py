@@ -1,8 +1,8 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-`load` maps the weight files, and every tensor of the model that needs no cast is a view of them, so that memory holds only pages
-that were read, which the system can drop again, and no copies. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
-holds in memory is up to transformers. See hf_quantizer.py.)
+`load` maps the weight files, and every tensor of the model that needs no cast is a view of them, so that memory holds no copies
+and only pages that were read, which the system can drop again. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; its
+use of memory is up to transformers. See hf_quantizer.py.)
 """
 
 import warnings
@@ -60,7 +60,7 @@ def load(
     outside the compressed layers for which another dtype was asked are copies.
 
     Kernels pack the layers again, one at a time. On the CPU the memory pages of their stored tensors are dropped, and with
-    `keep` the packed layers are written beside the checkpoint and mapped by the next `load`; on a GPU they are all that the GPU
+    `keep` the packed layers are written to the checkpoint's folder and mapped by the next `load`; on a GPU they are all that the GPU
     holds, and the stored tensors stay views of the files, on the CPU.
 
     Args:
@@ -74,7 +74,7 @@ def load(
             layer that they take, the reference for others. For float32 activations on a GPU, for which its kernels unpack
             weights at every product, "auto" is the reference, too, where dense matrices take up to half of the free memory
             there. `slimlm.use_kernels` selects again later.
-        keep: whether to write layers that the CPU kernels packed beside the checkpoint.
+        keep: whether to write layers that the CPU kernels packed to the checkpoint's folder.
         notify: a function that is given messages for the user, such as which layers no kernel takes, and why; by default they
             are warnings.
 

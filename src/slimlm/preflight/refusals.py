@@ -52,10 +52,10 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.ignore:
         if not fnmatch.filter(known, pattern):
-            raise RecipeError(f"ignore = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"ignore = {pattern!r} fits no layer of the model; its layers are named like {known[0]}")
     for rule in recipe.rules:
         if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
-            raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"a rule's {unmatched[0]!r} fits no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.ignores, known)):
         raise RecipeError(f"ignore = {list(recipe.ignore)} excludes every layer; there is nothing to compress")
     refuse_experts([name for name in known if not recipe.ignores(name)], dense.experts, recipe)

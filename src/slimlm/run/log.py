@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines beside the output, a line per layer, written when blocks are finished.
+"""The log of a run: JSON lines in a file next to the output, a line per layer, written when blocks are finished.
 
     OUT.log.jsonl             inside OUT, as slimlm.log.jsonl, where OUT is a folder already as the run begins
 
@@ -35,7 +35,7 @@ from slimlm.storage.journal import INSIDE_LOG, journal_folder
 
 
 def log_path(out: Path) -> Path:
-    """The path of the log of a run that writes `out`: next to its journal, which is beside `out` or inside it."""
+    """The path of the log of a run that writes `out`: next to its journal, which is next to `out` or inside it."""
     inside = journal_folder(out).parent == out.absolute()
     return out.absolute() / INSIDE_LOG if inside else out.absolute().with_name(out.absolute().name + ".log.jsonl")
 

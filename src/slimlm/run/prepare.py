@@ -211,7 +211,7 @@ def _open_whole(config: RunConfig, dense: LazyModel, run: Run) -> DenseModel | N
         return None
     what, size = " and ".join(reasons), dense.whole_bytes
     check_whole(size, config.memory)
-    # A plan holds the activations of all samples in memory beside it.
+    # A plan holds the activations of all samples in memory, too.
     width = getattr(text_config(dense.model), "hidden_size", None) or 0
     held = config.samples * config.length * width * 4 if "a plan" in reasons else 0
     if config.memory is not None and size + held > config.memory:

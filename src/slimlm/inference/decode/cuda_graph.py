@@ -112,7 +112,7 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     """A CUDA graph of a call, on a GPU; elsewhere the call itself.
 
     Args:
-        call: gives a tensor of any shape; must do the same on the same memory every time.
+        call: gives a tensor `[...]`; must do the same on the same memory every time.
         device: where it computes.
 
     Returns:

@@ -71,7 +71,7 @@ class Position:
 class TorchDecoder:
     """A model with room for `length` positions of `batch` texts of equal length, one token of each at a time, with torch.
 
-    It holds the model's weights as they are now, and does not follow the model to another device or dtype. The model itself,
+    It holds the model's weights as they are now, and does not move with the model to another device or dtype. The model itself,
     whose forward computes prompts, is not kept alive.
 
     Args:

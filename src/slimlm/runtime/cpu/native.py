@@ -102,7 +102,7 @@ def _why_not(name: str, built: bool, left_out: str | None, runnable: list[str], 
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """The record that the build wrote beside the library; empty where there is none that can be read."""
+    """The record that the build wrote next to the library; empty where there is none that can be read."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -60,8 +60,8 @@ def load(
     outside the compressed layers for which another dtype was asked are copies.
 
     Kernels pack the layers again, one at a time. On the CPU the memory pages of their stored tensors are dropped, and with
-    `keep` the packed layers are written to the checkpoint's folder and mapped by the next `load`; on a GPU they are all that the GPU
-    holds, and the stored tensors stay views of the files, on the CPU.
+    `keep` the packed layers are written to the checkpoint's folder and mapped by the next `load`; a GPU holds only the packed
+    layers, and the stored tensors stay views of the files, on the CPU.
 
     Args:
         source: folder or hub name of a checkpoint.

@@ -146,7 +146,7 @@ class CompressedLayer:
     record: LayerRecord
     """The layer's record."""
     second_moment: Tensor
-    """`[in]`: the mean square of its inputs."""
+    """The mean square of its inputs, `[in]`."""
 
 
 def starting_streams(prepared: Prepared, run: Run) -> Streams:

@@ -36,7 +36,7 @@ class Variant:
     built: bool
     active: bool
     why_not: str | None
-    """why it is not in use; None: it is"""
+    """Why it is not in use; None: it is."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Status:
     """The state of the CPU kernels on this machine."""
 
     library: str
-    """the path where it is or would be"""
+    """The path of the library, which need not exist."""
     reason: str | None
-    """why no kernel can be used; None: one can"""
+    """Why no kernels can be used; None: they can."""
     active: str | None
-    """the name of the variant in use"""
+    """The name of the variant in use."""
     variants: tuple[Variant, ...]
     compiler: str | None
-    """the compiler and its version; None: they were not recorded"""
+    """The compiler and its version; None: they were not recorded."""
     flags: str | None
 
 

@@ -151,7 +151,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
             low, high = (low, middle) if budget_of(own, middle, objective) >= cheapest else (middle, high)
         raise RecipeError(
             f"`bits={budget.bits:g}` cannot be met: with everything counted (codes, scales, codebooks, masks, adapters) the "
-            f"options allow at least {high:.3f} bits per weight for this model, counted by {objective}; ask for at least that"
+            f"smallest budget for this model is {high:.3f} bits per weight, counted by {objective}; ask for at least that"
         )
 
 

@@ -89,7 +89,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
         with (
             mock.patch.object(checkpoint, "SHARD_BYTES", shard),
             # The tokenizer knows 256 tokens, the model 64.
-            mock.patch("slimlm.calibration.samples.calibration_windows", mock.Mock(return_value=windows)),
+            mock.patch("slimlm.calibration.samples.draw_samples", mock.Mock(return_value=windows)),
         ):
             slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
         for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -18,7 +18,7 @@ from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
 from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
-from slimlm.tuning.block_reconstruction import Matching
+from slimlm.tuning.block_reconstruction import ReconstructionOptions
 
 
 def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:
@@ -163,7 +163,7 @@ def test_an_option_that_makes_no_sense_is_refused_with_what_would(step: dict[str
         (["absmax"], ["[[steps]]"]),
         ([{"prune": "wanda"}, {"quantize": "absmax"}, {"prune": "magnitude"}], ["at most once", "wanda and magnitude"]),
         ([{"joint": "alternation"}, {"prune": "wanda"}], ["at most once", "alternation and wanda"]),
-        ([{"compensate": "svd"}, {"quantize": "absmax"}], ["first step is a repair"]),
+        ([{"compensate": "svd"}, {"quantize": "absmax"}], ["first step fits an adapter"]),
     ],
 )
 def test_a_list_of_steps_that_makes_no_sense_is_refused(steps: list[Any], words: list[str]) -> None:
@@ -241,7 +241,7 @@ def test_rules_and_the_other_keys_come_back_from_data_and_from_a_file(tmp_path: 
         sequential=True,
         block_reconstruction={"passes": 3, "inputs": "asymmetric"},
     )
-    assert first.sequential and first.block_reconstruction == Matching(3, inputs="asymmetric")
+    assert first.sequential and first.block_reconstruction == ReconstructionOptions(3, inputs="asymmetric")
     assert recipe_from_dict(first.to_dict(), source="again") == first
     assert open_recipe(written(tmp_path, to_toml(first))) == first
 
@@ -254,7 +254,7 @@ def test_a_shipped_recipe_written_to_a_file_says_the_same(tmp_path: Path, name: 
 def test_what_a_file_does_not_say_is_off() -> None:
     some = recipe({"quantize": "absmax"})
     assert (some.sequential, some.rules, some.block_reconstruction) == (False, (), None)
-    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == Matching()
+    assert recipe({"quantize": "absmax"}, block_reconstruction={}).block_reconstruction == ReconstructionOptions()
 
 
 def test_a_layer_is_refused_by_the_options_that_its_rules_give_it() -> None:
@@ -302,9 +302,9 @@ def test_a_pruner_that_moves_weights_is_refused_after_what_codes_them(first: dic
     coder = next(iter(first.values()))
     for between in ([], [{"compensate": "qera"}]):
         said = refusal(first, *between, {"prune": "sparsegpt"})
-        assert f"mine: sparsegpt moves the weights that {coder} has coded; put it before {coder}" in said
+        assert f"mine: sparsegpt changes weights that {coder} has quantized; put it before {coder}" in said
     if "joint" in first:
-        assert "alternation decides a layer anew, so sparsegpt before it" in refusal({"prune": "sparsegpt"}, first)
+        assert "alternation replaces what sparsegpt did before it" in refusal({"prune": "sparsegpt"}, first)
     else:
         assert [named.method for named in recipe({"prune": "sparsegpt"}, first).steps] == ["sparsegpt", coder]
     assert [named.method for named in recipe(first, {"prune": "wanda"}).steps] == [coder, "wanda"]
@@ -388,4 +388,4 @@ def test_a_rule_that_names_its_step_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("first", [{"quantize": "gptq"}, {"joint": "alternation"}, {"joint": "jsq"}])
 def test_a_joint_solver_after_what_it_would_undo_is_refused(first: dict[str, Any]) -> None:
-    assert "would be lost" in refusal(first, {"joint": "alternation", "pattern": ""})
+    assert "replaces what" in refusal(first, {"joint": "alternation", "pattern": ""})

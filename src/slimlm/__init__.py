@@ -5,7 +5,7 @@ import slimlm
 result = slimlm.compress("path-or-hub-name", "out", data="text.txt")
 model = slimlm.load("out")
 
-What is public is imported when it is first used, so that the command line's help need not wait for torch.
+Public names are imported when they are first used, so that the command line's help does not wait for torch.
 """
 
 from importlib import import_module
@@ -65,7 +65,7 @@ _HOMES = {
     "use_kernels": "slimlm.runtime.whole_model",
     "verify": "slimlm.verification.folder",
 }
-"""The modules that define what is imported when it is first used."""
+"""The modules that define the public names."""
 
 registration.register()
 

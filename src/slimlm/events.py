@@ -6,7 +6,7 @@
 
     slimlm.compress(model, out, progress=observer, notify=print)
 
-The command line's displays (slimlm.report.live) and the log beside the output (slimlm.run.log) are observers.
+The command line's displays (slimlm.report.live) and the log next to the output (slimlm.run.log) are observers.
 """
 
 import time
@@ -21,7 +21,7 @@ Notify = Callable[[str], None]
 
 
 def silent(message: str) -> None:
-    """Ignores the message."""
+    """Ignore the message."""
 
 
 Doing = Literal["read", "measure", "steps", "reconstruct", "propagate"]
@@ -72,15 +72,15 @@ class Event:
     total: int
     """How many blocks, samples or models the stage has."""
     doing: Doing | None = None
-    """While compressing, what begins to be done to block number `done` + 1."""
+    """The work that begins on block number `done` + 1, while compressing."""
     name: str = ""
     """The full name of that block."""
     layers: tuple[str, ...] = ()
-    """The layers that it is done to, by their names within the block."""
+    """The layers that are worked on, by their names within the block."""
     layer: LayerDone | None = None
     """A layer that has just been finished."""
     blocks: tuple[BlockDone, ...] = ()
-    """Blocks that have just been finished; at the start of compressing, those that an earlier run finished."""
+    """Blocks that have just been finished; when compressing begins, those that an earlier run finished."""
 
 
 Observer = Callable[[Event], None]
@@ -88,7 +88,7 @@ Observer = Callable[[Event], None]
 
 
 def quiet(event: Event) -> None:
-    """Ignores the event."""
+    """Ignore the event."""
 
 
 def both(first: Observer, second: Observer) -> Observer:
@@ -137,4 +137,4 @@ class BlockProgress:
 
 
 UNOBSERVED = BlockProgress(quiet, "", 0, 0)
-"""The progress of a block that nobody observes."""
+"""The progress of a block without an observer."""

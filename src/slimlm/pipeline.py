@@ -15,7 +15,7 @@ Inside `compress_block` each linear layer goes through the recipe's steps:
         layer = step(layer, stats)
     swap(block, name, CompressedLinear.from_parts(layer.parts(), bias))
 
-`slimlm.run.resume` says how a run is begun, stopped and resumed; `slimlm.storage.journal` what is kept meanwhile.
+`slimlm.run.resume` begins, stops and resumes runs; `slimlm.storage.journal` stores the finished blocks of a run meanwhile.
 """
 
 import dataclasses
@@ -51,12 +51,12 @@ _NAMED_LAYERS = 8
 
 @dataclass(frozen=True)
 class Result:
-    """What `compress` gives back."""
+    """The result of `compress`."""
 
     path: Path
     """The folder that was written."""
     record: Record
-    """What became of each layer, and the totals."""
+    """The figures of each compressed layer, and the totals."""
 
 
 def compress(
@@ -70,42 +70,43 @@ def compress(
 ) -> Result:
     """Compress a causal language model and write it to a folder.
 
-    Weights are read block by block. Every finished block is kept in a journal beside `out` until all is done: a run that was
-    stopped is resumed when this is called again with the same arguments; other arguments are refused. A log with the figures of
-    every layer grows beside `out`, too, and stays there (slimlm.run.log). Started as several processes (torchrun) it divides
-    the work among them; only the first writes and reports, and all return the record (see docs/scaling.md).
+    Weights are read block by block. Every finished block is stored in a journal next to `out` until the run is done: a run that
+    was stopped is resumed when this is called again with the same arguments; other arguments are refused. A log with the
+    figures of every layer is written next to `out`, too, and stays there (slimlm.run.log). Started as several processes
+    (torchrun) it divides the work among them; only the first writes and reports, and all return the record (docs/scaling.md).
 
     Args:
         model: A folder or a hub name.
         out: The folder to write, which must not hold anything.
-        restart: Drop what an unfinished run kept, and begin anew.
+        restart: Drop the journal of an unfinished run and start again.
         progress: An observer of the run's events.
         notify: A function that is given messages for the user.
         **options: The fields of `RunConfig`, with the same defaults:
             recipe: A shipped name ("best"), a .toml file or a Recipe.
-            bits: Average bits per weight that may be spent, everything counted; what each layer becomes is then planned.
+            bits: Average bits per weight that may be spent, everything counted; how each layer is stored is then planned.
             objective: What that budget counts: "size" or "speed".
-            embedding_bits: Of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: see the recipe.
+            embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
             data: The calibration text: a file, a folder, a hub data set, "stdlib" or "self".
             samples: The number of calibration samples (128).
             length: Tokens per sample (2048), at most the model's context.
-            seed: Which samples are drawn.
-            device: "auto", "cpu", "cuda" or "cuda:N"; one block at a time is there.
-            memory: Bytes that calibration activations may take before they stay on the disk; None: half of what is free.
+            seed: The seed by which samples are drawn.
+            device: "auto", "cpu", "cuda" or "cuda:N"; one block at a time is worked on there.
+            memory: Bytes that calibration activations may take before they stay on the disk; None: half of the free memory.
 
     Returns:
         The folder and the record of what was done.
 
     Raises:
-        SlimlmError: Something would not work; before the work begins wherever that can be known.
+        SlimlmError: The model, the recipe, the text or the machine does not suit the run; raised before the work begins
+            wherever that can be known.
     """
     config = RunConfig(model=str(model), out=Path(out), **options)
-    read_config(config.model)  # What is no model at all is known before anything is made.
+    read_config(config.model)  # A path that is no model is refused before any folder is made.
     with open_run(Path(out), restart=restart, progress=progress, notify=notify) as run:
         prepared = decide(prepare(config, run), run)
         if run.journal.blocks:
             run.notify(
-                f"resuming after block {len(run.journal.blocks)} of {len(prepared.blocks)}, kept in {run.journal.folder}"
+                f"resuming after block {len(run.journal.blocks)} of {len(prepared.blocks)}, stored in {run.journal.folder}"
             )
         with open_log(prepared, run) as log:
             run = dataclasses.replace(run, progress=both(run.progress, log))
@@ -126,11 +127,11 @@ def compress(
 
 
 def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
-    """Write the checkpoint of a journal whose blocks are all done, verify it, and only then move it to its place.
+    """Write the checkpoint of a journal whose blocks are all done, verify it, and then move it to its place.
 
     Args:
-        prepared: The original model and what was decided.
-        outputs: What the last block gives for the first batch of samples, `[samples, length, width]`.
+        prepared: The original model and the decisions of the run.
+        outputs: The last block's outputs for the first batch of samples, `[samples, length, width]`.
         run: The run.
     """
     assert prepared.config.out is not None
@@ -148,14 +149,14 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
 
 
 def _warn(record: Record, notify: Notify) -> None:
-    """Notify of what the user should know of a finished run."""
+    """Notify the user of pooled experts, an exploded perplexity and an exceeded budget."""
     pooled = [layer.name for layer in record.layers if POOLED in layer.notes]
     if pooled:
         more = f" and {len(pooled) - _NAMED_LAYERS} more, which slimlm.json names" if len(pooled) > _NAMED_LAYERS else ""
         notify(
             f"{len(pooled)} of the experts' layers were given fewer calibration tokens than they have inputs, and were "
-            f"compressed by what all experts of their block were given: {', '.join(pooled[:_NAMED_LAYERS])}{more}. More text "
-            "or `samples` lets them be measured by themselves"
+            f"compressed by the inputs of all experts of their block: {', '.join(pooled[:_NAMED_LAYERS])}{more}. With more "
+            "text or `samples` each is measured on its own inputs"
         )
     if (warning := explosion(record)) is not None:
         notify(warning)
@@ -170,7 +171,7 @@ def _warn(record: Record, notify: Notify) -> None:
 def plan(
     model: str | Path, *, progress: Observer = quiet, notify: Notify = silent, **options: Unpack[RunOptions]
 ) -> tuple[Plan, Recipe]:
-    """Choose what each layer becomes within a budget; the whole model is in memory meanwhile, in float32.
+    """Choose how each layer is stored within a budget; the whole model is in memory meanwhile, in float32.
 
     Args:
         model: A folder or a hub name.
@@ -182,7 +183,7 @@ def plan(
         The plan, and the recipe that carries it out.
 
     Raises:
-        SlimlmError: Something would not work, as for `compress`.
+        SlimlmError: As for `compress`.
     """
     config = RunConfig(model=str(model), **options)
     with TemporaryDirectory() as scratch:
@@ -200,25 +201,25 @@ def estimate(
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read (but for old .bin files, which are converted first, and models that have to be opened whole):
-    calibration is taken to have as many samples as are asked for. The rates behind the times are measured on this machine,
-    which takes some seconds.
+    No weight and no text is read (except for old .bin files, which are converted first, and models that have to be opened
+    whole): calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this
+    machine, which takes some seconds.
 
     Args:
         model: A folder or a hub name.
-        out: Where it would be written, so that its disk is looked at, and whether anything is there.
+        out: The folder that would be written: its disk is checked, and that nothing is there.
         notify: A function that is given messages for the user.
-        **options: As for `compress`; `data` is looked for, where it is a file or folder.
+        **options: As for `compress`; a file or folder in `data` must exist.
 
     Returns:
-        The estimate; what does not fit is in `Estimate.problems`.
+        The estimate; `Estimate.problems` says what does not fit.
 
     Raises:
         SlimlmError: The recipe does not suit the model, as for `compress`.
     """
     config = RunConfig(model=str(model), out=None if out is None else Path(out), **options)
     device = pick_device(config.device)
-    config.budget()  # A budget that makes no sense is refused.
+    config.budget()  # Raises where the budget makes no sense.
     with TemporaryDirectory() as scratch:
         needs = run_needs(config, open_lazy(config.model, Path(scratch), notify))
         folder = None if config.out is None else existing(config.out)

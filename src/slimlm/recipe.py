@@ -2,8 +2,8 @@
 
     name = "my-recipe"
     summary = "one line"
-    ignore = ["*.down_proj"]       # layers to leave as they are, by pattern on their full name (optional)
-    embedding_bits = 8             # of input embedding and output head, 4 to 8; 16, the default, leaves them as they are
+    ignore = ["*.down_proj"]       # layers that are not compressed, by pattern on their full name (optional)
+    embedding_bits = 8             # of input embedding and output head, 4 to 8; 16, the default: they are not compressed
 
     [[steps]]
     quantize = "slim_quant"        # verb = method; its options follow
@@ -13,16 +13,16 @@
     prune = "wanda"
     pattern = "2:4"
 
-    [[rules]]                      # other options for some layers (optional); a later rule wins
+    [[rules]]                      # other options for some layers (optional); the last rule that fits a layer applies
     layers = ["*.mlp.*"]
-    quantize = "slim_quant"        # of this step (optional; else of every step that has the option)
+    quantize = "slim_quant"        # the step that is meant (optional; else every step that has the option)
     bits = 3
 
     [block_reconstruction]         # gradient descent on each finished block (optional); see slimlm.tuning.block_reconstruction
     passes = 10
 
-Order is data: each step works on what the steps before it decided. `sequential = true` compresses the layers of a block in
-the order in which their inputs come about, each measured on what the compressed ones before it hand over.
+Order is data: each step works on the result of the steps before it. `sequential = true` compresses the layers of a block in the
+order in which their inputs are computed, each measured on the outputs of the compressed layers before it.
 """
 
 import dataclasses
@@ -43,18 +43,18 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.step import Step
-from slimlm.tuning.block_reconstruction import Matching
+from slimlm.tuning.block_reconstruction import ReconstructionOptions
 
 _KEYS = {"name", "summary", "ignore", "sequential", "embedding_bits", "steps", "rules", "block_reconstruction"}
 AS_STORED = 16
-"""`embedding_bits` that leave embedding and head in the 16 or 32 bits that the model stores them in."""
+"""`embedding_bits` with which embedding and head are not compressed: they stay in the 16 or 32 bits of the model's files."""
 
 
 def apply_steps(steps: tuple["NamedStep", ...], layer: Layer, stats: Stats) -> Layer:
-    """What the steps make of a layer; each is given the statistics that it needs, and no others.
+    """Apply steps to a layer in their order, each with the statistics that it needs and no others.
 
-    Its tensors are inference tensors, of which only copies may be part of a gradient: sweeps do many small operations, and
-    these cost a tenth less so.
+    The result's tensors are inference tensors, of which only copies may be part of a gradient: sweeps do many small operations,
+    and in inference mode these take a tenth less time.
     """
     with torch.inference_mode():
         for named in steps:
@@ -71,63 +71,74 @@ def check_embedding_bits(bits: object, where: str) -> int:
 
 @dataclass(frozen=True)
 class NamedStep:
-    """A step with the verb and name it was asked for by."""
+    """A step with its kind and its method's name, as a recipe gives them."""
 
     kind: str
+    """The kind of step: "quantize", "prune", "compensate" or "joint"."""
     method: str
+    """The method's name, which is its file's name."""
     step: Step
+    """The step with its options."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a recipe file would say it, every option spelled out."""
+        """The step as a recipe file gives it, with the values of all options."""
         return {self.kind: self.method, **dataclasses.asdict(self.step)}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Other options for the layers that match one of the patterns."""
+    """Other options for the layers whose names fit one of the patterns."""
 
     layers: tuple[str, ...]
+    """Patterns on the full names of layers."""
     options: tuple[tuple[str, Any], ...]
+    """Names and values of options, and the step that is meant (kind and method), where the rule names one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a recipe file would say it."""
+        """The rule as a recipe file gives it."""
         return {"layers": list(self.layers), **dict(self.options)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to every linear layer, in order."""
+    """What is done to every linear layer, in order."""
 
     name: str
+    """The recipe's name."""
     summary: str
+    """One line on what it does."""
     steps: tuple[NamedStep, ...]
+    """The steps, in the order in which they are applied."""
     ignore: tuple[str, ...] = ()
-    """patterns on the full names of layers that stay as they are"""
+    """Patterns on the full names of layers that are not compressed."""
     rules: tuple[Rule, ...] = ()
+    """Other options for some layers; the last rule that fits a layer applies."""
     sequential: bool = False
-    block_reconstruction: Matching | None = None
+    """Whether the layers of a block are compressed in the order in which their inputs are computed."""
+    block_reconstruction: ReconstructionOptions | None = None
+    """How finished blocks are reconstructed; None: they are not."""
     embedding_bits: int = AS_STORED
-    """of input embedding and output head, 4 to 8; 16: as they are stored"""
+    """Bits of input embedding and output head, 4 to 8; 16: they are not compressed."""
 
     @property
     def needs(self) -> Needs:
-        """The statistics its steps need together."""
+        """The statistics that its steps need together."""
         varied = [_overridden(named, rule, f"recipe {self.name}") for rule in self.rules for named in self.steps]
         return frozenset().union(*(named.step.needs for named in (*self.steps, *varied)))
 
     @property
     def needs_original(self) -> bool:
-        """Whether the original model's activations have to go along beside those of the compressed blocks."""
+        """Whether the original model's activations have to be computed as well as those of the compressed blocks."""
         targets = self.block_reconstruction is not None and self.block_reconstruction.inputs != "compressed"
         return targets or any(statistic.source.compares for statistic in self.needs)
 
     @property
     def needs_plan(self) -> bool:
-        """Whether a step leaves something to a plan."""
+        """Whether an option of a step is left to a plan ("auto")."""
         return any(named.step.needs_plan for named in self.steps)
 
     def steps_for(self, layer: str) -> tuple[NamedStep, ...]:
-        """The steps with what the rules say of this layer (by full name)."""
+        """The steps with the options that the rules give for a layer, by its full name."""
         steps = self.steps
         for rule in self.rules:
             if any(fnmatchcase(layer, pattern) for pattern in rule.layers):
@@ -135,7 +146,7 @@ class Recipe:
         return steps
 
     def ignores(self, layer: str) -> bool:
-        """Whether this layer (by full name) stays as it is."""
+        """Whether a layer, by its full name, is not compressed."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
 
     def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
@@ -169,7 +180,15 @@ def refusal_of(steps: tuple[NamedStep, ...], layer: str, shape: tuple[int, int])
 
 
 def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
-    """Check plain data and build the recipe; raises RecipeError saying which step and option is wrong."""
+    """Check plain data and build the recipe.
+
+    Args:
+        data: The recipe as a TOML file gives it.
+        source: The name of the file or recipe, for messages.
+
+    Raises:
+        RecipeError: Something is wrong; the message names the step and the option.
+    """
     unknown = set(data) - _KEYS
     if unknown:
         raise RecipeError(
@@ -184,7 +203,9 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
     named = tuple(_step(step, f"{source}, step {i}") for i, step in enumerate(steps, 1))
     _refuse_order(named, source)
     if named[0].kind == "compensate":
-        raise RecipeError(f"{source}: the first step is a repair, but nothing is damaged yet; quantize or prune before it")
+        raise RecipeError(
+            f"{source}: the first step fits an adapter to the compression error, and there is none yet; quantize or prune first"
+        )
     sequential = data.get("sequential", False)
     if not isinstance(sequential, bool):
         raise RecipeError(f"{source}: sequential = {sequential!r}; give true or false")
@@ -198,13 +219,13 @@ def recipe_from_dict(data: dict[str, Any], *, source: str) -> Recipe:
         )
     rules = tuple(_rule(rule, named, f"{source}, rule {i}") for i, rule in enumerate(own_rules, 1))
     where = f"{source}, block_reconstruction"
-    reconstruction = None if own_reconstruction is None else _options(Matching, own_reconstruction, where)
+    reconstruction = None if own_reconstruction is None else _options(ReconstructionOptions, own_reconstruction, where)
     name, summary = str(data.get("name", source)), str(data.get("summary", ""))
     return Recipe(name, summary, named, tuple(ignore), rules, sequential, reconstruction, embedding_bits)
 
 
 def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:
-    """Raise RecipeError where two steps would prune, or one would move weights that are coded already."""
+    """Raise RecipeError where two steps would prune, or one would change weights that are quantized already."""
     pruners = [named.method for named in steps if named.step.sparsity is not None]
     if len(pruners) > 1:
         raise RecipeError(f"{where}: a recipe prunes at most once; {' and '.join(pruners)} would each choose a mask")
@@ -212,11 +233,9 @@ def _refuse_order(steps: tuple[NamedStep, ...], where: str) -> None:
     for i, named in enumerate(steps):
         undone = [before.method for before in steps[:i] if before.kind != "prune" or before.step.moves_weights]
         if named.kind == "joint" and undone:
-            raise RecipeError(
-                f"{where}: {named.method} decides a layer anew, so {undone[0]} before it would be lost; take it out"
-            )
+            raise RecipeError(f"{where}: {named.method} replaces what {undone[0]} did before it; take {undone[0]} out")
         if coded and named.step.moves_weights:
-            raise RecipeError(f"{where}: {named.method} moves the weights that {coded} has coded; put it before {coded}")
+            raise RecipeError(f"{where}: {named.method} changes weights that {coded} has quantized; put it before {coded}")
         if named.kind in ("quantize", "joint"):
             coded = named.method
 
@@ -231,14 +250,14 @@ def _rule(data: dict[str, Any], steps: tuple[NamedStep, ...], where: str) -> Rul
         if option in registry.KINDS:
             if not any((named.kind, named.method) == (option, value) for named in steps):
                 own = ", ".join(f"{named.kind} = {named.method!r}" for named in steps)
-                raise RecipeError(f"{where}: no step says {option} = {value!r}; there are {own}")
+                raise RecipeError(f"{where}: no step has {option} = {value!r}; there are {own}")
         elif option not in fields:
             raise RecipeError(f"{where}: no step has the option {option!r}; there are {', '.join(sorted(fields))}")
     decided = (dataclasses.replace(named, step=named.step.resolved()) for named in steps)
     varied = tuple(_overridden(named, rule, where) for named in decided)
     if any(named.step.needs_plan for named in varied):
-        left = next(option for option, value in rule.options if value == "auto")
-        raise RecipeError(f'{where}: {left} = "auto" is for all layers; put it into the step, or give a number here')
+        planned = next(option for option, value in rule.options if value == "auto")
+        raise RecipeError(f'{where}: {planned} = "auto" is for all layers; put it into the step, or give a number here')
     _refuse_order(varied, where)
     return rule
 
@@ -302,7 +321,7 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Strings, numbers, truth values and lists of them are in TOML what they are in JSON."""
+    """A value in TOML: strings, numbers, truth values and lists of them are written as in JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -332,7 +351,7 @@ def open_recipe(name: str) -> Recipe:
         content, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes(), f"recipe {name}"
         own = name
     try:
-        # A file's folders are nobody's business, and would stand in every record.
+        # The file's folders are private and must not go into the record, so only its name is passed on.
         return recipe_from_dict({"name": own, **tomllib.loads(content.decode())}, source=source)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} is not TOML: {error}") from error

@@ -17,21 +17,24 @@ class LayerRecord:
     """One linear layer after compression."""
 
     name: str
+    """The layer's full name."""
     shape: tuple[int, int]
-    """(out, in)"""
+    """The weight's shape (out, in)."""
     parts: str
-    """in words, such as "2:4 of 4-bit (per-tensor) + rank 25 at 4 bits" """
+    """A description of the parts, such as "2:4 of 4-bit (per-tensor) + rank 25 at 4 bits"."""
     bits: int
-    """stored bits of all parts together: codes, masks, scales, adapters, padding to whole bytes"""
+    """Stored bits of all parts together: codes, masks, scales, adapters, padding to whole bytes."""
     sparsity: float
-    """share of weights that the mask drops from the base"""
+    """The share of weights that the mask drops from the base."""
     rank: int
+    """The rank of the adapter; 0: there is none."""
     error: float
-    """relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together"""
+    """The relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together."""
     notes: tuple[str, ...] = ()
-    """what the user should know of how it was decided"""
+    """What the user should know of how the layer was compressed."""
     reconstruction: tuple[float, float] | None = None
-    """Of its block: squared output error over squared output, on samples held back, before and after block reconstruction."""
+    """The squared output error of its block over its squared output, on samples held back, before and after block
+    reconstruction."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -51,18 +54,20 @@ class Compared:
     """Perplexity before and after, on the same tokens."""
 
     dense: float
+    """The perplexity of the original model."""
     compressed: float
+    """The perplexity of the compressed model."""
     tokens: int
-    """that were predicted"""
+    """The number of tokens that were predicted."""
 
     @property
     def exploded(self) -> bool:
-        """Whether so much was lost that something is likely to be wrong."""
+        """Whether the perplexity grew so much that something is likely to be wrong."""
         return not self.compressed <= _EXPLODED * self.dense
 
 
 _EXPLODED = 2.0
-"""By what factor a perplexity grows that is warned of: 0.69 nats a token."""
+"""The factor of growth in perplexity from which the user is warned: 0.69 nats per token."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +75,38 @@ class Record:
     """A finished compression."""
 
     model: str
+    """The name of the original model."""
     recipe: dict[str, Any]
+    """The recipe that was carried out, as `Recipe.to_dict` gives it."""
     calibration: dict[str, Any]
-    """source, samples, length, tokens, seed"""
+    """The calibration: data, samples, length, tokens, seed, and the number of samples that was asked for."""
     layers: tuple[LayerRecord, ...]
+    """The compressed layers of the blocks."""
     skipped: dict[str, str]
-    """weights that were not compressed, and why"""
+    """Weights that were not compressed, and why."""
     coverage: float
-    """compressed weights over all matrix weights in the blocks"""
+    """Compressed weights over all matrix weights in the blocks."""
     original_bytes: int
-    """the tensors of the original model, tied ones once"""
+    """The size of the original model's tensors, tied ones counted once."""
     stored_bytes: int
-    """the weight files on disk"""
+    """The size of the weight files on disk."""
     seconds: float
+    """The time that all runs took together."""
     peak_memory: int | None
-    """bytes; of the whole process, where the system tells"""
+    """Bytes that the whole process held at most; None where the system does not report it."""
     versions: dict[str, str]
+    """The versions of slimlm, Python and the packages that the result depends on."""
     embeddings: tuple[LayerRecord, ...] = ()
-    """input embedding and output head, where they are compressed; one where they are tied. Shapes are (tokens, width), errors
-    those of the weights themselves. No part of bits per weight and of coverage, which are about the blocks"""
+    """Input embedding and output head, where they are compressed; one where they are tied. Shapes are (tokens, width), errors
+    those of the weights themselves. Bits per weight and coverage are about the blocks and do not count them."""
     plan: dict[str, Any] | None = None
-    """where bits or ranks were planned: the options, what was measured and what was chosen"""
+    """Where bits or ranks were planned: the options, their measured losses, and which was chosen."""
     perplexity: Compared | None = None
-    """on a few of the calibration samples, as a check; None in records of before it was measured"""
+    """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all compressed layers."""
+        """Stored bits per weight of all compressed layers together."""
         weights = sum(r.shape[0] * r.shape[1] for r in self.layers)
         return sum(r.bits for r in self.layers) / weights
 
@@ -126,7 +136,7 @@ class Record:
 
 
 def explosion(record: Record) -> str | None:
-    """A warning in words where the perplexity exploded, with the layers whose outputs err most; None: it did not."""
+    """A warning where the perplexity exploded, with the layers of the largest output errors; None: it did not."""
     found = record.perplexity
     if found is None or not found.exploded:
         return None
@@ -135,13 +145,13 @@ def explosion(record: Record) -> str | None:
     return (
         f"the perplexity exploded: {found.dense:.4g} before, {found.compressed:.4g} after, on {found.tokens} tokens of the "
         f"calibration text. The layers with the largest relative output errors: {named}. Give them more bits with a rule, "
-        "or leave them out (ignore = [...] in the recipe), or calibrate on more text"
+        "or exclude them (ignore = [...] in the recipe), or calibrate on more text"
     )
 
 
 @profiled("record")
-def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
-    """Sum a decided layer up; `energy` `[in]` is the mean square of its inputs."""
+def record_of(layer: Layer, second_moment: Tensor) -> LayerRecord:
+    """The record of a layer that all steps were applied to; `second_moment` `[in]` is the mean square of its inputs."""
     parts = layer.parts()
     return LayerRecord(
         name=layer.name,
@@ -150,13 +160,19 @@ def record_of(layer: Layer, energy: Tensor) -> LayerRecord:
         bits=parts.storage_bits(),
         sparsity=0.0 if layer.mask is None else 1 - float(layer.mask.float().mean()),
         rank=parts.describe().added_rank,
-        error=relative_error(layer.original, layer.original - layer.error, energy),
+        error=relative_error(layer.original, layer.original - layer.error, second_moment),
         notes=layer.notes,
     )
 
 
-def relative_error(weight: Tensor, found: Tensor, energy: Tensor) -> float:
-    """||(W - W') D|| / ||W D|| for D = diag(energy)^(1/2); 0 where no input fires or the weight is zero."""
-    root = energy.to(weight).sqrt()
+def relative_error(weight: Tensor, found: Tensor, second_moment: Tensor) -> float:
+    """The relative output error ||(W - W') D|| / ||W D||, D = diag(second_moment)^(1/2); 0 where W D is zero.
+
+    Args:
+        weight: The original weight W, `[out, in]`.
+        found: The compressed weight W', `[out, in]`.
+        second_moment: The mean square of the layer's inputs, `[in]`.
+    """
+    root = second_moment.to(weight).sqrt()
     size = (weight * root).norm()
     return float(((weight - found) * root).norm() / size) if float(size) > 0 else 0.0

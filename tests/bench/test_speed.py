@@ -226,7 +226,7 @@ def test_a_dense_model_that_would_not_fit_is_left_out_and_a_note_says_so(
     assert {row["contender"] for row in result["generation"]} == {"slimlm"}
     assert {row["contender"] for row in result["layers"]} == {"slimlm", "torch float32", "torch bfloat16"}
     assert result["against"] is None
-    assert "no dense model beside it" in err.replace("\n", " ")
+    assert "no dense model is measured" in err.replace("\n", " ")
 
 
 def test_figures_and_a_picture_are_written_where_asked(

@@ -21,7 +21,7 @@ SHORT = ("--recipe", "absmax", "--samples", 2, "--length", 16)
 @pytest.mark.parametrize(
     ("verb", "words"),
     [
-        ("compress", ("allenai/c4:en", "as the recipe says", "half of what is free")),
+        ("compress", ("allenai/c4:en", "by the recipe", "half of the free memory")),
         ("eval", ("the model's context, at most 2048",)),
         ("bench", ("what torch uses", "1, 4 and 16", "CPU threads")),
     ],

@@ -244,13 +244,13 @@ def test_a_rank_without_a_heartbeat_is_taken_for_dead() -> None:
 
 def test_reasons_are_passed_on_and_a_stop_is_a_stop() -> None:
     with two_watches() as (first, second):
-        second.leave_reason("the model is damaged")
+        second.post_reason("the model is damaged")
         error = ended(first)
         assert isinstance(error, RanksError) and not error.reported_here
         assert str(error).startswith("rank 1 of 2 (on ") and str(error).endswith("): the model is damaged")
         second.check()
     with two_watches() as (first, second):
-        first.leave_reason("stopped", stopped=True)
+        first.post_reason("stopped", stopped=True)
         assert isinstance(ended(second), KeyboardInterrupt)
 
 
@@ -286,8 +286,8 @@ def test_an_error_on_a_rank_is_said_by_the_first(model: Path, text_file: Path, t
     asked["models"].append(str(save(random_model("llama-tied"), tmp_path / "another")))
     (first, said), (other, own) = run_ranks(2, tmp_path / "p", **asked)
     assert (first, other) == (2, 2)
-    assert "the ranks are not alike" in said and "model.model.safetensors was" in said
-    assert "the ranks are not alike" in own
+    assert "this rank's run differs from the first rank's" in said and "model.model.safetensors was" in said
+    assert "this rank's run differs from the first rank's" in own
 
 
 # On two machines

@@ -168,8 +168,8 @@ def bart() -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "bart": (bart, r"layers\.0\.encoder_attn\.k_proj saw no input"),
-    "mamba": (made("Mamba", MAMBA), r"layers\.0\.mixer\.dt_proj saw no input.*\*\.mixer\.dt_proj"),
+    "bart": (bart, r"layers\.0\.encoder_attn\.k_proj got no input"),
+    "mamba": (made("Mamba", MAMBA), r"layers\.0\.mixer\.dt_proj got no input.*\*\.mixer\.dt_proj"),
     "jetmoe": (made("JetMoe", JET), r"JetMoeForCausalLM are in no linear layer.*JetMoeParallelExperts"),
     "rwkv": (made("Rwkv", RWKV), r"RwkvForCausalLM fails where its blocks are read one at a time"),
     "gemma3n": (gemma3n, r"layers\.0 of Gemma3nForCausalLM is given activations \[4, "),

@@ -162,7 +162,7 @@ def test_a_parent_that_cannot_hold_a_folder(parent: str, bench: Bench) -> None:
 
 def test_a_file_where_the_journal_would_be(bench: Bench) -> None:
     bench.journal.write_text("mine")
-    bench.run().refused("an unfinished run cannot be kept in")
+    bench.run().refused("the journal of the run cannot be stored in")
     assert bench.journal.read_text() == "mine"
 
 

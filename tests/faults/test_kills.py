@@ -13,8 +13,8 @@ from tests.faults.harness import Moment, checkpoint_files, kept, same
 SLOW = pytest.mark.slow  # A plan takes several seconds.
 STAGES = {
     "the model is opened": ("matched", Moment(("slimlm.run.prepare:open_lazy",)), 0),
-    "samples are drawn": ("matched", Moment(("slimlm.calibration.samples:calibration_windows",), after=True), 0),
-    "the model writes text": ("own", Moment(("slimlm.calibration.samples:own_text",), after=True), 0),
+    "samples are drawn": ("matched", Moment(("slimlm.calibration.samples:draw_samples",), after=True), 0),
+    "the model writes text": ("own", Moment(("slimlm.calibration.samples:generate_samples",), after=True), 0),
     "the text is noted": ("own", Moment(("slimlm.storage.journal:Journal.note_tensor",), after=True), 0),
     "a plan is made": ("planned", Moment(("slimlm.run.prepare:plan_within_budget",), after=True), 0),
     "the plan is noted": ("planned", Moment(("slimlm.pipeline:decide",), after=True), 0),

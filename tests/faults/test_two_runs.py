@@ -55,5 +55,5 @@ def test_a_folder_that_is_no_journal_is_left_alone(bench: Bench) -> None:
     for name, text in mine.items():
         (bench.journal / name).write_text(text)
     for more in ([], ["--restart"]):
-        bench.run("matched", None, None, *more).refused("holds something else")
+        bench.run("matched", None, None, *more).refused("holds other files")
     assert {path.name: path.read_text() for path in bench.journal.iterdir()} == mine

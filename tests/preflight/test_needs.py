@@ -64,7 +64,7 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
 
 
 def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (("slimlm.run.prepare", "weights_identity"), ("slimlm.calibration.samples", "calibration_windows")):
+    for module, name in (("slimlm.run.prepare", "weights_identity"), ("slimlm.calibration.samples", "draw_samples")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
     monkeypatch.setattr(LazyModel, "_fill", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)

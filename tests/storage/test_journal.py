@@ -128,7 +128,7 @@ def test_a_restart_that_is_refused_drops_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("slimlm.pipeline.decide", stop)
         status, _, said = line(*typed, "--data", text_file, "--restart")
-    assert status == 130 and "nothing of it is kept; what was in" in " ".join(said.split())
+    assert status == 130 and "nothing of it is kept; the run that was in" in " ".join(said.split())
     assert kept_in(out.with_name("o.partial")) == left
     status, _, said = line(*typed, "--data", text_file)
     assert status == 0 and "resuming after block 1 of" in said

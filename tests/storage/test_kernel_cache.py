@@ -12,7 +12,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors import safe_open
 from torch import Tensor
 
-from slimlm.storage.kernel_cache import ALIGNMENT, CacheWriter, cache_path, kept_or_made, open_cache
+from slimlm.storage.kernel_cache import ALIGNMENT, CacheWriter, cache_path, load_or_pack, open_cache
 
 SIZES = {"model.layers.0.up": 1, "model.layers.0.down": 64, "model.layers.1.up": 4097, 'odd "name" é': 640, "none": 0}
 
@@ -41,7 +41,7 @@ def made(
     folder: Path, make: Callable[[str], Tensor] = blob, *, print_: str = "f1", layout: str = "fake-1"
 ) -> tuple[dict, Told]:
     told = Told()
-    return kept_or_made(folder, layout, print_, list(SIZES), make, sound, told), told
+    return load_or_pack(folder, layout, print_, list(SIZES), make, sound, told), told
 
 
 def same(found: dict[str, Tensor]) -> bool:
@@ -103,7 +103,7 @@ def test_a_stale_cache_is_named_and_made_anew(tmp_path: Path, change: dict[str, 
 
 def test_a_cache_of_other_layers_is_made_anew(tmp_path: Path) -> None:
     told = Told()
-    kept_or_made(tmp_path, "fake-1", "f1", list(SIZES)[:2], blob, sound, told)
+    load_or_pack(tmp_path, "fake-1", "f1", list(SIZES)[:2], blob, sound, told)
     found, said = made(tmp_path)
     assert same(found)
     assert told == [] and "lacks 3 of the layers" in said[0]
@@ -113,7 +113,7 @@ def test_a_cache_of_more_layers_serves_those_asked_for(tmp_path: Path) -> None:
     made(tmp_path)
     some = list(SIZES)[1:3]
     told = Told()
-    found = kept_or_made(tmp_path, "fake-1", "f1", some, never, sound, told)
+    found = load_or_pack(tmp_path, "fake-1", "f1", some, never, sound, told)
     assert list(found) == some and told == []
 
 
@@ -122,7 +122,7 @@ def test_layers_whose_bytes_are_not_sound_are_named_and_made_anew(tmp_path: Path
     damaged = list(SIZES)[2]
     told = Told()
     size = blob(damaged).numel()
-    found = kept_or_made(tmp_path, "fake-1", "f1", list(SIZES), blob, lambda packed: packed.numel() != size, told)
+    found = load_or_pack(tmp_path, "fake-1", "f1", list(SIZES), blob, lambda packed: packed.numel() != size, told)
     assert same(found)
     assert len(told) == 1 and f"holds 1 damaged layers, {damaged} among them" in told[0]
 
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once_and_done_without(tmp_pa
     (tmp_path / ".cache").write_text("in the way")
     found, told = made(tmp_path)
     assert same(found)
-    assert len(told) == 1 and "cannot be kept" in told[0] and "each load packs anew" in told[0]
+    assert len(told) == 1 and "cannot be stored" in told[0] and "each load packs again" in told[0]
 
 
 @pytest.mark.parametrize("at", ["fsync", "rename"])
@@ -221,7 +221,7 @@ def test_the_hub_s_tools_do_not_upload_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 7, 400])
 def test_the_header_has_room_for_any_number_of_layers(tmp_path: Path, count: int) -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(count)]
-    found = kept_or_made(
+    found = load_or_pack(
         tmp_path, "fake-1", "f1", names, lambda name: torch.full((65,), len(name), dtype=torch.uint8), sound, Told()
     )
     assert [int(found[name][-1]) for name in names] == [len(name) for name in names]

@@ -1,4 +1,4 @@
-"""Matching a block never makes it worse, keeps masks and grids, and touches nothing else."""
+"""ReconstructionOptions a block never makes it worse, keeps masks and grids, and touches nothing else."""
 
 import copy
 from dataclasses import replace
@@ -23,11 +23,11 @@ from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction
-from slimlm.tuning.block_reconstruction import Matched, Matching, match_block
+from slimlm.tuning.block_reconstruction import ReconstructionOptions, ReconstructionResult, tune_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
-QUICK = Matching(passes=2, rate=0.02, batch=4, codes="frozen")
+QUICK = ReconstructionOptions(passes=2, rate=0.02, batch=4, codes="frozen")
 LEVELS = torch.tensor([-1.0, -0.7, -0.5, -0.3, -0.1, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, -1.3, 1.5, -1.6, 0.1]).half()
 
 
@@ -88,8 +88,8 @@ class Case:
             parts = parts_for(kind, weight_of(linear).float())
             swap(self.block, name, CompressedLinear.from_parts(Parts(*parts), dict(linear.named_parameters()).get("bias")))
 
-    def match(self, options: Matching = QUICK) -> Matched:
-        return match_block(self.block, self.name, self.flow, self.targets, options, self.dtypes, CPU)
+    def match(self, options: ReconstructionOptions = QUICK) -> ReconstructionResult:
+        return tune_block(self.block, self.name, self.flow, self.targets, options, self.dtypes, CPU)
 
     def layers(self) -> dict[str, CompressedLinear]:
         return {name: m for name, m in self.block.named_modules() if isinstance(m, CompressedLinear)}
@@ -98,7 +98,7 @@ class Case:
         """The loss on the windows held back, computed another way: the whole block, then the rows."""
         outputs = torch.cat(list(run(BlockRun(self.block, self.name, self.flow, CPU)))).double()
         target = torch.cat(self.targets).double()
-        _, held = block_reconstruction._Windows(self.name, self.flow, self.targets, CPU).divided(share)
+        _, held = block_reconstruction._Samples(self.name, self.flow, self.targets, CPU).divided(share)
         starts = torch.tensor([0, *(len(t) for t in self.targets)]).cumsum(0)
         rows = torch.cat([starts[batch] + rows for batch, rows in held])
         return float((outputs - target)[rows].square().sum() / target[rows].square().sum())
@@ -125,7 +125,7 @@ def test_a_perturbed_block_comes_closer_and_the_loss_reported_is_that_of_the_blo
     # the loss is summed in float32 over another cut of the windows
     assert matched.before == pytest.approx(before, rel=1e-4)
     assert matched.after == pytest.approx(case.held_loss(QUICK.held_back), rel=1e-4)
-    assert matched.after < 0.98 * matched.before and matched.kept_pass > 0
+    assert matched.after < 0.98 * matched.before and matched.best_pass > 0
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.3, 0.99])
@@ -178,7 +178,7 @@ def test_frozen_codes_of_the_base_stay_and_ste_moves_some(kind: str) -> None:
 def test_norms_and_biases_move_and_are_kept_as_they_will_be_stored(family: str) -> None:
     case = Case(family, dtype=torch.bfloat16)
     vectors = {name: p.detach().clone() for name, p in case.block.named_parameters() if p.ndim == 1}
-    assert case.match().kept_pass > 0
+    assert case.match().best_pass > 0
     moved = {name: p.detach() for name, p in case.block.named_parameters() if p.ndim == 1}
     assert vectors.keys() == moved.keys()
     for name, value in moved.items():
@@ -218,7 +218,7 @@ def test_the_cut_of_a_batch_gives_the_rows_of_the_whole(family: str, monkeypatch
     monkeypatch.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", 4 * 16)
     case = Case(family, count=10)  # batches of 4, 4 and 2
     assert [len(h) for h in case.flow.hidden] == [4, 4, 2]
-    windows = block_reconstruction._Windows(
+    windows = block_reconstruction._Samples(
         case.name, case.flow, list(run(BlockRun(case.block, case.name, case.flow, CPU))), CPU
     )
     form = block_reconstruction._Form.of(case.block)
@@ -234,7 +234,7 @@ def test_a_block_without_damage_stays_untouched() -> None:
     layers = case.layers()
     matched = case.match(replace(QUICK, held_back=0.5))
     assert matched.after <= matched.before < 1e-10
-    assert matched.kept_pass > 0 or case.layers() == layers
+    assert matched.best_pass > 0 or case.layers() == layers
 
 
 class _BrokenError(RuntimeError):
@@ -244,7 +244,7 @@ class _BrokenError(RuntimeError):
 def test_an_exception_leaves_a_block_that_works_and_is_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
     before = case.held_loss(QUICK.held_back)
-    whole = block_reconstruction._Windows.error
+    whole = block_reconstruction._Samples.error
     calls = iter(range(1000))
 
     def failing(*args: object) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ def test_an_exception_leaves_a_block_that_works_and_is_no_worse(monkeypatch: pyt
             raise _BrokenError
         return whole(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(block_reconstruction._Windows, "error", failing)
+    monkeypatch.setattr(block_reconstruction._Samples, "error", failing)
     with pytest.raises(_BrokenError):
         case.match()
     assert len(case.layers()) == 7 and not any(p.grad_fn for p in case.block.parameters())
@@ -263,7 +263,7 @@ def test_targets_that_are_no_numbers_leave_the_block_as_it_was() -> None:
     case = Case()
     layers, state = case.layers(), {n: t.clone() for n, t in case.block.state_dict().items()}
     case.targets = [t * float("nan") for t in case.targets]
-    assert case.match().kept_pass == 0
+    assert case.match().best_pass == 0
     assert case.layers() == layers
     assert all(torch.equal(tensor, state[name]) for name, tensor in case.block.state_dict().items())
 
@@ -273,15 +273,15 @@ def test_layers_that_were_left_dense_stay_and_so_does_a_block_of_them() -> None:
     dense = nn.Linear(48, 88)
     swap(case.block, "mlp.up_proj", dense)
     before = copy.deepcopy(dense.state_dict())
-    assert case.match().kept_pass > 0
+    assert case.match().best_pass > 0
     assert case.block.get_submodule("mlp.up_proj") is dense
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
     untouched = random_model("llama")
     block = next(iter(blocks_of(untouched).values()))
     state = {n: t.clone() for n, t in block.state_dict().items()}
-    matched = match_block(block, case.name, case.flow, case.targets, QUICK, case.dtypes, CPU)
-    assert matched.kept_pass == 0 and matched.before == matched.after
+    matched = tune_block(block, case.name, case.flow, case.targets, QUICK, case.dtypes, CPU)
+    assert matched.best_pass == 0 and matched.before == matched.after
     assert all(torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
 
 
@@ -341,10 +341,10 @@ def test_the_nearest_level_is_found_in_any_order() -> None:
 )
 def test_senseless_options_are_refused_in_words(options: dict[str, object], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        Matching(**options)  # type: ignore[arg-type]
+        ReconstructionOptions(**options)  # type: ignore[arg-type]
 
 
 def test_a_single_window_is_refused_and_two_are_enough() -> None:
-    with pytest.raises(DataError, match="at least two calibration windows"):
+    with pytest.raises(DataError, match="at least two calibration samples"):
         Case(count=1).match()
     assert Case(count=2).match().after > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import slimlm
 import slimlm.verification.folder
-from slimlm.calibration.samples import Calibration, calibration_windows
+from slimlm.calibration.samples import Calibration, draw_samples
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.lazy import open_lazy
@@ -180,7 +180,7 @@ def test_no_more_than_a_block_is_made_at_a_time(packed: Path, monkeypatch: pytes
     real = slimlm.verification.folder.StoredModel.block
 
     def watched(self: Any, name: str, device: torch.device) -> torch.nn.Module:
-        held = [t for t in self.skeleton.state_dict().values() if t.untyped_storage().nbytes() > 8]
+        held = [t for t in self.meta_model.state_dict().values() if t.untyped_storage().nbytes() > 8]
         assert not held
         made.append(name)
         return real(self, name, device)
@@ -202,7 +202,7 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
     recorded = Record.from_dict(checkpoint.read_record(packed)).perplexity
     assert recorded is not None
     original = open_lazy(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
-    chosen = calibration_windows(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]))
+    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]))
     dense = perplexity(open_dense(str(packed.parent / "dense")).model, chosen)
     after = perplexity(slimlm.load(packed, kernels="reference", dtype=torch.float32), chosen)
     assert recorded.tokens == dense.tokens

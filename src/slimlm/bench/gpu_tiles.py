@@ -28,8 +28,8 @@ def tune_kernels(
 
     Args:
         source: the checkpoint's folder or hub name.
-        report: is called with the stage and how far it is.
-        notify: is called with what a user should know of the checkpoint.
+        report: a function that is called with the stage and its progress.
+        notify: a function that is given messages for the user.
         where: the GPU that is measured.
         timer: gives the seconds of a call.
 

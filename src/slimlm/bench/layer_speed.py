@@ -1,10 +1,10 @@
-"""How long products take, measured so that other programs on the machine disturb the comparison least.
+"""Timing of products, with the least disturbance by other programs on the machine.
 
 Contenders are timed one after another in random order, round after round, in one process; figures are the median and the 20th
 percentile over rounds. Each has so many copies of its weights that none is still in a cache when it is used again, as in a
 model, where other layers come between. With one thread the clock is the process's CPU time, which does not count other
 programs. With several threads it is the wall clock, which is meaningful on an idle machine only: rounds in which other programs
-took much of the processor are repeated, and their share is recorded beside the figures, as is the load average.
+took much of the processor are repeated, and their share is recorded with the figures, as is the load average.
 """
 
 import itertools
@@ -37,14 +37,15 @@ class Contender:
     """One way to multiply by a weight `[out, in]`."""
 
     name: str
+    """The name."""
     bytes: int
-    """of the weight, read by one product"""
+    """Bytes of the weight that one product reads."""
     calls: Callable[[Tensor], Sequence[Call]]
-    """from an input `[batch, in]` to the products by each copy of the weight"""
+    """A function from an input `[batch, in]` to the products by each copy of the weight."""
     products: int = 1
-    """in one call"""
+    """The number of products in one call."""
     output: Callable[[Any], Tensor] = torch.as_tensor
-    """from the result of a call to a tensor `[batch, out]`"""
+    """A function from the result of a call to a tensor `[batch, out]`."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Timing:
     """Seconds of one product."""
 
     seconds: float
-    """median over rounds"""
+    """The median over rounds."""
     fast: float
-    """20th percentile over rounds"""
+    """The 20th percentile over rounds."""
     rounds: int
+    """The number of rounds."""
 
     @classmethod
     def of(cls, taken: Sequence[float]) -> "Timing":
@@ -66,18 +68,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time measuring may take."""
+    """The time that measuring may take."""
 
     rounds: int = 9
+    """The number of rounds."""
     burst: float = 0.02
-    """seconds for which a contender is timed in one round, if its copies last that long"""
+    """Seconds for which a contender is timed in one round, if its copies last that long."""
     rotated: int = ROTATED
+    """Bytes of weights of a contender; see `ROTATED`."""
     pause: float = 0.005
-    """seconds before a contender is timed, in which waiting threads of the one before stop"""
+    """Seconds before a contender is timed, in which waiting threads of the previous one stop."""
     disturbed: float = 0.08
-    """share of the processor's time; with several threads, rounds in which other programs take more are repeated"""
+    """A share of the processor's time; with several threads, rounds in which other programs take more are repeated."""
     most_repeats: int = 3
-    """at most so many times the rounds are run to get quiet ones"""
+    """The most times that the rounds are run to get undisturbed ones."""
 
     def copies(self, bytes_: int) -> int:
         """The number of copies of a weight of this many bytes."""
@@ -94,7 +98,7 @@ class _Runner:
     calls: Sequence[Call]
     cycle: Iterator[Call] = field(init=False)
     burst: int = 1
-    """calls timed in one round; with the untimed one before them at most one pass over the copies"""
+    """The number of calls timed in one round; with the untimed one before them at most one pass over the copies."""
 
     def __post_init__(self) -> None:
         self.cycle = itertools.cycle(self.calls)
@@ -125,11 +129,11 @@ class Race:
     """The result of a comparison."""
 
     timings: dict[str, Timing]
-    """by the contenders' names"""
+    """The timings by the contenders' names."""
     elsewhere: float | None
-    """share of the processor's time that other programs took meanwhile; None where the system does not report it"""
+    """The share of the processor's time that other programs took meanwhile; None where the system does not report it."""
     load: float | None
-    """load average at the end"""
+    """The load average at the end."""
 
 
 def race(contenders: Sequence[Contender], x: Tensor, *, threads: int, effort: Effort, seed: int = 0) -> Race:

@@ -1,4 +1,4 @@
-"""How fast a compressed model runs on this machine: its layers, shape by shape, and the whole, beside a dense model.
+"""The speed of a compressed model on this machine, layer by layer and as a whole, compared with a dense model.
 
 Layers are timed as layer_speed.py describes, with the checkpoint's own layers of one kind as copies of a weight. A whole model
 is timed through `generate`: the prompt by its first token, further tokens by the time between them. Models are timed one after
@@ -36,22 +36,27 @@ _DTYPES = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
 _ROOM = 0.7
 """The share of the free memory that a dense model may take."""
 Report = Callable[[str, int, int], None]
-"""Called with a stage, the number of its items that are done, and their total."""
+"""A function that is called with a stage, the number of its items that are done, and their total."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how long."""
+    """What is measured, and how long."""
 
     kernels: Kernels = "auto"
+    """The kernels of compressed layers."""
     batches: tuple[int, ...] = (1, 4, 16)
+    """The numbers of texts at once."""
     threads: int = 1
+    """The number of CPU threads."""
     prompt_tokens: int = 128
-    """of each text"""
+    """The prompt tokens of each text."""
     new_tokens: int = 32
-    """of each text, after the first"""
+    """The new tokens of each text, after the first."""
     repeats: int = 3
+    """The number of texts that are generated."""
     effort: Effort = layer_speed.USUAL
+    """The time that measuring layers may take."""
 
 
 QUICK = Settings(prompt_tokens=16, new_tokens=4, repeats=1, effort=layer_speed.QUICK)
@@ -59,14 +64,14 @@ QUICK = Settings(prompt_tokens=16, new_tokens=4, repeats=1, effort=layer_speed.Q
 
 
 def model_speed(source: str, settings: Settings, *, against: str | None = None, report: Report | None = None) -> dict[str, Any]:
-    """Time the layers of a checkpoint and the whole model, beside a dense model.
+    """Time the layers of a checkpoint and the whole model, and those of a dense model.
 
     Args:
         source: the checkpoint's folder or hub name.
-        settings: what to measure, and how long.
-        against: folder or hub name of the dense model; None: random weights in the shapes of the compressed model. It is left
-            out, with a note, where it would not fit into memory.
-        report: is called with the stage and how far it is.
+        settings: what is measured, and how long.
+        against: folder or hub name of the dense model; None: random weights in the shapes of the compressed model. It is
+            skipped, with a note, where it would not fit into memory.
+        report: a function that is called with the stage and its progress.
 
     Returns:
         The figures, as plain data for JSON.
@@ -75,7 +80,7 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
         SlimlmError: the settings are out of range, or need more positions than the model's context has.
         ModelError: the dense model has other layers.
     """
-    report = report or _silent
+    report = report or _ignore
     if min(settings.batches, default=0) < 1 or min(settings.threads, settings.prompt_tokens, settings.new_tokens) < 1:
         raise SlimlmError("`batches`, `threads`, `prompt_tokens` and `new_tokens` must each be at least 1")
     with layer_speed.at_threads(settings.threads):
@@ -101,8 +106,8 @@ def model_speed(source: str, settings: Settings, *, against: str | None = None, 
     return result
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """Ignores the report."""
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Ignore the report."""
 
 
 def opened(source: str, kernels: Kernels) -> PreTrainedModel:
@@ -135,7 +140,9 @@ def _dense_model(source: str, against: str | None, model: nn.Module) -> tuple[Pr
     # float32, and once more half of it while bfloat16 is made.
     needed, free = int(4 * 1.5 * (layers + others)), total_and_free()[1]
     if free is not None and needed > _ROOM * free:
-        return None, [f"no dense model beside it: in float32 it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
+        return None, [
+            f"no dense model is measured: in float32 it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        ]
     if against is not None:
         found = open_dense(against).model
         _refuse_other_layers(against, found, model)
@@ -162,7 +169,7 @@ def _refuse_other_layers(against: str, dense: nn.Module, model: nn.Module) -> No
 
 @dataclass(frozen=True)
 class _Alike:
-    """Layers that differ in their values only."""
+    """Layers that differ only in their values."""
 
     names: list[str]
     layers: list[CompressedLinear]

@@ -1,4 +1,4 @@
-"""One model compressed in several ways, each measured beside the original."""
+"""A model compressed in several ways, each compared with the original."""
 
 import dataclasses
 import tempfile
@@ -26,27 +26,33 @@ class Trial:
     """One way to compress a model."""
 
     name: str
+    """The name in the table."""
     what: str
-    """what it does, for a reader who knows no recipes"""
+    """A description for readers who do not know the recipes."""
     recipe: str
+    """The recipe."""
     bits: float | None = None
-    """a budget in bits per weight; None: none"""
+    """The budget in bits per weight; None: there is none."""
     continues: bool = False
-    """whether the compressed model also continues the prompt"""
+    """Whether the compressed model also continues the prompt."""
     out: Path | None = None
-    """folder to keep it in; None: it is dropped"""
+    """The folder to write; None: a temporary one."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The text that a comparison uses: `data`'s calibration part to calibrate on, its evaluation part to measure on."""
+    """The text of a comparison: the calibration part of `data` to calibrate on, its evaluation part to measure on."""
 
     data: str
+    """The text."""
     samples: int
+    """The number of calibration samples."""
     length: int
-    """tokens per sample, in calibration and in measuring"""
+    """Tokens per sample, in calibration and evaluation."""
     measured_samples: int
+    """The number of samples that the perplexity is measured on."""
     prompt: str
+    """A text that some of the models continue."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +60,31 @@ class Row:
     """One model of a comparison."""
 
     name: str
+    """The name."""
     what: str
+    """The description."""
     bits_per_weight: float
+    """Stored bits per weight of the compressed layers."""
     bytes: int
+    """The size of the model."""
     perplexity: float
+    """The perplexity on the evaluation text."""
     seconds: float
-    """that the compression took; 0 for the original"""
+    """The time of the compression; 0 for the original."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the trials gave; the original is the first row."""
+    """The results of a comparison."""
 
     rows: tuple[Row, ...]
+    """A row per model; the original is the first."""
     tokens: int
-    """that were predicted"""
+    """The number of tokens that were predicted."""
     prompt: str
+    """The prompt."""
     continuations: dict[str, str]
-    """what some of the models wrote after the prompt, by row name"""
+    """Continuations of the prompt by some of the models, by row name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -79,16 +92,16 @@ class Comparison:
 
 
 def compare_recipes(source: str | Path, trials: Sequence[Trial], setting: Setting, *, progress: Observer = quiet) -> Comparison:
-    """Compress a model in several ways and measure each beside the original.
+    """Compress a model in several ways and compare each with the original.
 
     Args:
         source: Folder or hub name of the original.
         trials: The ways to compress it, in order.
         setting: The text.
-        progress: Told of every step; stages are those of `compress` after the trial's name.
+        progress: An observer of the events; stages are those of `compress` after the trial's name.
 
     Raises:
-        SlimlmError: What `compress` raises; before any work, CheckpointError where a folder to keep is taken.
+        SlimlmError: As for `compress`; before any work, CheckpointError where a folder to write holds files.
     """
     for trial in trials:
         if trial.out is not None:
@@ -138,7 +151,7 @@ def _row(name: str, what: str, opened: OpenModel, samples: Tensor, seconds: floa
 
 
 def _continuation(opened: OpenModel, prompt: str) -> str:
-    """What a model writes after the prompt, drawn from a fixed seed; the likeliest tokens alone would repeat themselves."""
+    """A continuation of the prompt, drawn with a fixed seed, because the likeliest tokens would repeat themselves."""
     tokenizer = opened.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([[*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])

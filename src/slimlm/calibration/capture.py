@@ -14,7 +14,7 @@ from slimlm.core.profiling import profiled
 from slimlm.distributed.group import ALONE, Group
 
 TOKENS_AT_ONCE = 8192
-"""Tokens of a batch, unless one sample has more."""
+"""The most tokens of a batch, unless one sample has more."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's positional and keyword arguments, the hidden states left out (None in their place)."""
@@ -22,34 +22,36 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class BlockInputs:
-    """The activations on their way through the blocks, and what each block is called with beside them."""
+    """The activations that the next block is run on, and the other arguments of every block."""
 
     hidden: Sequence[Tensor]
-    """one tensor `[samples, length, width]` per batch: the inputs of the next block, of this rank's samples"""
+    """One tensor `[samples, length, width]` per batch: the inputs of the next block, of this rank's samples."""
     arguments: dict[tuple[str, int], Arguments]
-    """by block name and number of samples in the batch"""
+    """The other arguments, by block name and number of samples in the batch."""
     group: Group = ALONE
-    """the ranks that have the other samples"""
+    """The ranks that have the other samples."""
 
 
 @dataclass(frozen=True)
 class BlockRun:
-    """A block, and what it is run on."""
+    """A block and its inputs."""
 
     block: nn.Module
+    """The block, on the device."""
     name: str
-    """the block's full name in the model"""
+    """The block's full name in the model."""
     inputs: BlockInputs
+    """The block's inputs."""
     device: torch.device
-    """where the block is"""
+    """Where the block is."""
 
     def of_first_batch(self) -> "BlockRun":
-        """The same block on its first batch alone, in this process alone."""
+        """The same block on its first batch only, in this process only."""
         return replace(self, inputs=BlockInputs(self.inputs.hidden[:1], self.inputs.arguments))
 
 
 class _StopHereError(Exception):
-    """Raised by a hook once all it waited for is in hand, so that the rest of the model need not run."""
+    """Raised by a hook that has captured everything, so that the rest of the model is not run."""
 
 
 def enter(model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None) -> BlockInputs:
@@ -59,14 +61,14 @@ def enter(model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, to
 
 
 def batches_of(samples: Tensor, tokens_at_once: int | None = None) -> tuple[Tensor, ...]:
-    """The samples `[count, length]` as they run together: so many tokens at once (None: as usual), or one sample."""
+    """The samples `[count, length]` in the batches that are run: of at most so many tokens (None: 8192), or of one sample."""
     return samples.split(max(1, (tokens_at_once or TOKENS_AT_ONCE) // samples.shape[1]))
 
 
 def shares_of(samples: Tensor, ranks: int) -> tuple[int, ...]:
-    """How many of the samples `[count, length]` each rank gets, consecutive ones.
+    """How many of the samples `[count, length]` each rank gets; a rank's samples are consecutive.
 
-    Whole batches where there are enough, because a batch runs to the same bits wherever it runs; else a batch is divided.
+    Ranks get whole batches where there are enough, because a batch gives the same bits on every rank; else a batch is divided.
     Raises DataError where there are more ranks than samples.
     """
     if len(samples) < ranks:
@@ -77,8 +79,8 @@ def shares_of(samples: Tensor, ranks: int) -> tuple[int, ...]:
     sizes = [len(batch) for batch in batches_of(samples)]
     if len(sizes) < ranks:
         sizes = [1] * len(samples)
-    ends = [rank * len(sizes) // ranks for rank in range(ranks + 1)]
-    return tuple(sum(sizes[begin:end]) for begin, end in pairwise(ends))
+    bounds = [rank * len(sizes) // ranks for rank in range(ranks + 1)]
+    return tuple(sum(sizes[begin:end]) for begin, end in pairwise(bounds))
 
 
 def first_inputs(
@@ -94,11 +96,22 @@ def first_inputs(
 def arguments_of(
     model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None
 ) -> dict[tuple[str, int], Arguments]:
-    """What each block is called with beside the hidden states, by block name and number of samples in the batch.
+    """The arguments of each block other than its hidden states.
 
-    The arguments are captured for each block by itself (masks and rotary tables may differ from block to block) in one
-    plain forward pass per batch size. That pass also checks that each block's output is the next one's input; raises
-    ModelError where a model does something in between.
+    They are captured separately for each block (masks and rotary embeddings may differ from block to block) in one plain
+    forward pass per batch size. That pass also checks that each block's output is the next one's input.
+
+    Args:
+        model: The model.
+        blocks: Its blocks by full name, in order.
+        samples: Token ids `[count, length]`.
+        tokens_at_once: Tokens of a batch; None: 8192.
+
+    Returns:
+        The arguments by block name and number of samples in the batch.
+
+    Raises:
+        ModelError: The model fails on plain text, or computes something between two blocks.
     """
     arguments: dict[tuple[str, int], Arguments] = {}
     for batch in {len(b): b for b in batches_of(samples, tokens_at_once)}.values():
@@ -118,12 +131,12 @@ def _arguments_of(model: nn.Module, blocks: dict[str, nn.Module], batch: Tensor)
             if hidden.ndim != 3 or hidden.shape[:2] != batch.shape:
                 raise ModelError(
                     f"{name} of {type(model).__name__} is given activations {list(hidden.shape)} for {list(batch.shape)} "
-                    "tokens; slimlm follows blocks that are given [samples, length, width]"
+                    "tokens; slimlm supports blocks that are given [samples, length, width]"
                 )
             if last and not torch.equal(last[0][1], hidden):
                 raise ModelError(
-                    f"{type(model).__name__} changes the activations between {last[0][0]} and {name}; slimlm goes from "
-                    "block to block and cannot follow that"
+                    f"{type(model).__name__} changes the activations between {last[0][0]} and {name}; slimlm passes them "
+                    "from block to block unchanged and cannot calibrate it"
                 )
             seen[name, len(batch)] = rest
 
@@ -180,13 +193,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Argum
         return args[0], ((None, *args[1:]), dict(kwargs))
     if not args and isinstance(kwargs.get("hidden_states"), Tensor):
         return kwargs["hidden_states"], ((), {**kwargs, "hidden_states": None})
-    raise ModelError("a block is not given its activations first or by the name hidden_states; slimlm cannot follow that")
+    raise ModelError("a block's first argument is not its activations, nor is one named hidden_states; slimlm cannot run it")
 
 
 def _hidden_of(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(hidden, Tensor):
-        raise ModelError(f"a block gives a {type(hidden).__name__} where activations were expected; slimlm cannot follow that")
+        raise ModelError(f"a block gives a {type(hidden).__name__} where activations were expected; slimlm cannot run it")
     return hidden
 
 
@@ -197,7 +210,7 @@ def run(block_run: BlockRun) -> Iterator[Tensor]:
 
 
 def run_through(block_run: BlockRun) -> Iterator[Tensor]:
-    """As `run`; a batch that is in memory is dropped from the inputs once it is through."""
+    """As `run`; a batch in memory is dropped from the inputs when its output is computed."""
     hidden = block_run.inputs.hidden
     if not isinstance(hidden, list):
         yield from run(block_run)
@@ -207,7 +220,7 @@ def run_through(block_run: BlockRun) -> Iterator[Tensor]:
 
 
 def layer_inputs(block_run: BlockRun, linears: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """For each batch the inputs of these layers, in the order of their calls; the block runs no further than it must."""
+    """For each batch the inputs of these layers, in the order of their calls; the block is run until all are captured."""
     for hidden in block_run.inputs.hidden:
         seen: dict[str, Tensor] = {}
 

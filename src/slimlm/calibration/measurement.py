@@ -1,7 +1,7 @@
 """Measure the statistics that the steps need, and nothing more.
 
-Which statistics there are is no matter here: the classes in `slimlm.core.statistics` say what they are made of, how a batch is
-added, and how the totals of ranks and of pooled experts are merged.
+The classes in `slimlm.core.statistics` define which tensors a statistic is computed from, how a batch is added, and how the
+totals of ranks and of pooled experts are merged; no statistic is named here.
 """
 
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ from slimlm.models.structure import weight_of
 from slimlm.runtime.memory import free_on_gpu
 
 POOLED = "measured on the inputs of all experts together, because it was given fewer tokens than it has inputs"
-"""The note of an expert that could not be measured by itself."""
-_SHARE_OF_CARD = 0.25
+"""The note of an expert that could not be measured on its own inputs."""
+_SHARE_OF_GPU = 0.25
 
 
 def measure(
@@ -32,16 +32,16 @@ def measure(
     """Statistics of the inputs of these linear layers of a block, by the layer's name within it.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one measurement. Every rank measures its samples, and
-    all get the statistics of all samples. A layer has no statistic that is made of what it has not (`Source`): one that is
-    routed other tokens than in the original model (an expert) none of original inputs, one whose output is not added to the
-    block's, or that is measured with others, none of output residuals. An expert that is given fewer tokens than it has
-    inputs gets the statistics of all experts of the block together, of the same layer, and a note of it.
+    all get the statistics of all samples. A statistic is None where its source (`Source`) does not exist for a layer: an expert
+    that is routed other tokens than in the original model has none of original inputs; a layer whose output is not added to the
+    block's output, or that is measured with others, has none of output residuals. An expert that is given fewer tokens than it
+    has inputs gets the statistics of the same layer of all experts of the block together, and a note of it.
 
     Args:
         block_run: The block and its inputs.
         linears: The layers to measure, by their names within the block.
         needs: The statistics to measure.
-        original: The block as it was, and its inputs in the original model; for statistics that compare with these.
+        original: The original block and its inputs in the original model; for statistics that compare with these.
 
     Raises:
         NumericsError: An input or output holds NaN or infinity.
@@ -56,7 +56,7 @@ def measure(
     if len(linears) == 1 and original is not None:
         ((layer, linear),) = linears.items()
         values |= _measured_residuals(block_run, layer, linear, of_residuals, original)
-    # One object for layers that share an input, as before, so that they share its cache.
+    # One object for layers that share an input, so that they share its cache.
     complete = {id(stats): replace(stats, values={**stats.values, **values}) for stats in found.values()}
     return {layer: complete[id(stats)] for layer, stats in found.items()}
 
@@ -64,7 +64,7 @@ def measure(
 def _measured_inputs(
     block_run: BlockRun, linears: dict[str, nn.Module], needs: Needs, original: BlockRun | None
 ) -> dict[str, Stats]:
-    """Of all statistics but those of output residuals."""
+    """The statistics that are measured at the layers' inputs: all but those of output residuals."""
     inputs, name = block_run.inputs, block_run.name
     totals: dict[str, LayerTotals] = {}
     owner: dict[str, str] = {}
@@ -93,8 +93,8 @@ def _measured_inputs(
     for layer in linears:
         if layer not in pooled and owner.get(layer) not in stats:
             raise ModelError(
-                f"{name}.{layer} saw no input during calibration: the model reads its weight in another way, or has no use for "
-                f'it on plain text. Leave it out of the recipe (ignore = ["*.{layer}"])'
+                f"{name}.{layer} got no input during calibration: the model uses its weight in another way, or does not use it "
+                f'on plain text. Exclude it from the recipe (ignore = ["*.{layer}"])'
             )
         found[layer] = pooled[layer] if layer in pooled else stats[owner[layer]]
     return found
@@ -124,13 +124,16 @@ class LayerTotals:
         self.statistics: list[Statistic] = [own() for own in in_order(needs)]
 
     def add(self, x: Tensor, original: Tensor | None, *, batch_tokens: int) -> None:
-        """Count a batch of inputs in: `[samples, length, in]`, or `[tokens, in]` as some models flatten it.
+        """Add a batch of inputs.
 
         Args:
-            x: The inputs.
+            x: The inputs, `[samples, length, in]`, or `[tokens, in]` as some models flatten them.
             original: The same layer's inputs in the original model, where they are needed.
-            batch_tokens: Tokens of the whole batch; inputs that are not all of them (an expert's) are no whole samples, and
-                cannot be paired, because the router may have picked others in the original model.
+            batch_tokens: Tokens of the whole batch; inputs of only some of them (an expert's) are not whole samples, and
+                cannot be paired, because the router may have picked other tokens in the original model.
+
+        Raises:
+            ModelError: A statistic needs whole samples, and these are not.
         """
         rows = x.flatten(0, -2)
         complete = len(rows) == batch_tokens
@@ -138,7 +141,7 @@ class LayerTotals:
         if whole and not complete:
             raise ModelError(
                 f"{self.name} is given {len(rows)} of {batch_tokens} tokens (an expert); a step of the recipe needs "
-                f'{whole[0]}, which takes whole samples. Leave such layers out (ignore = ["*.experts.*"]) or use another recipe'
+                f'{whole[0]}, which takes whole samples. Exclude such layers (ignore = ["*.experts.*"]) or use another recipe'
             )
         before = None if original is None else original.flatten(0, -2)
         paired = before is not None and before.shape == rows.shape and complete
@@ -146,18 +149,18 @@ class LayerTotals:
 
     @profiled("statistics")
     def include(self, batch: Batch) -> None:
-        """Count a batch in."""
+        """Add a batch to all statistics."""
         self.tokens += len(batch.inputs)
         for own in self.statistics:
             own.add(batch)
 
     def report(self) -> list[Any]:
-        """What other ranks need to know before totals are merged, as plain data: tokens, and each total's shape."""
+        """The data that other ranks need before totals are merged: tokens, and each total's availability and shape."""
         shapes = [None if own.total is None else list(own.total.shape) for own in self.statistics]
         return [self.tokens, [own.available for own in self.statistics], shapes]
 
     def merge_ranks(self, reports: list[list[Any]], group: Group, device: torch.device) -> None:
-        """Merge with the totals of the other ranks, of which these are the reports of all that have any."""
+        """Merge with the totals of the other ranks; `reports` are those of all ranks that have this layer's totals."""
         self.tokens = sum(tokens for tokens, _, _ in reports)
         for i, own in enumerate(self.statistics):
             if not all(available[i] for _, available, _ in reports):
@@ -171,7 +174,7 @@ class LayerTotals:
 
     @classmethod
     def together(cls, parts: "list[LayerTotals]") -> "LayerTotals":
-        """Over the tokens of all of these; inputs in the original model are not paired."""
+        """The totals over the tokens of all of these; inputs in the original model are not paired."""
         total = cls(parts[0].needs, parts[0].length, parts[0].name)
         for own in total.statistics:
             if own.source.compares:
@@ -183,7 +186,7 @@ class LayerTotals:
         return total
 
     def bytes(self) -> int:
-        """What the finished statistics will take, in float32."""
+        """Bytes of the finished statistics, in float32."""
         return sum(4 * own.total.numel() for own in self.statistics if own.total is not None)
 
     @profiled("statistics")
@@ -200,9 +203,9 @@ class LayerTotals:
 def _pooled(
     block: nn.Module, linears: dict[str, nn.Module], totals: dict[str, LayerTotals], all_tokens: int, place: torch.device
 ) -> dict[str, Stats]:
-    """Statistics for the layers of experts with fewer tokens (of `all_tokens`) than inputs: all experts' together.
+    """Statistics for the layers of experts with fewer tokens (of `all_tokens`) than inputs: those of all experts together.
 
-    totals: those of each layer, which layers that share an input share; none for a layer that was given nothing.
+    totals: By layer; layers that share an input share an object, and a layer without inputs has none.
     """
     kinds: dict[str, list[str]] = {}
     for layer in linears:
@@ -225,17 +228,17 @@ def _pooled(
 
 
 def _resting_place(totals: Iterable[LayerTotals], device: torch.device) -> torch.device:
-    """Where statistics lie until steps use them: on the device where all take at most a quarter of what is free there."""
-    fits = device.type == "cpu" or sum(own.bytes() for own in totals) <= _SHARE_OF_CARD * free_on_gpu(device)
+    """The device of statistics until steps use them: the block's, where they take at most a quarter of its free memory."""
+    fits = device.type == "cpu" or sum(own.bytes() for own in totals) <= _SHARE_OF_GPU * free_on_gpu(device)
     return device if fits else torch.device("cpu")
 
 
 def _of_all_ranks(
     owner: dict[str, str], totals: dict[str, LayerTotals], block_run: BlockRun, nothing: LayerTotals
 ) -> tuple[dict[str, str], dict[str, LayerTotals]]:
-    """Who shares a measurement with whom, and the totals, over all ranks; a rank may not have met every layer (an expert).
+    """The layer that each layer shares its measurement with, and the totals, over all ranks.
 
-    nothing: totals of no layer, for the needs and the length of a sample.
+    A rank may have no totals of a layer (an expert). nothing: Empty totals with the needs and the length of a sample.
     """
     group = block_run.inputs.group
     reports = group.all_gather([owner, {layer: each.report() for layer, each in totals.items()}])

@@ -1,4 +1,4 @@
-"""What a block's outputs lack of the original block's, for the statistics of a layer that are made of it."""
+"""Output residuals, the original block's outputs minus a block's own, for the statistics of a layer that use them."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,19 +9,20 @@ from slimlm.calibration.capture import BlockRun, run
 from slimlm.core.statistics.base import Batch
 
 _SAME = 1e-2
-"""Share of a change that may be lost where a layer's output is added as it is: the rounding of large sums."""
+"""The relative error that a change of a layer's output may have in the block's output: rounding of large sums."""
 
 
 def residual_batches(block_run: BlockRun, linear: nn.Module, original: BlockRun) -> Iterable[Batch] | None:
-    """For each batch the layer's inputs and what the block's outputs lack; the layer is still uncompressed.
-
-    None where the layer's output is not added to the block's output as it is (an inner layer, a norm after it, an expert),
-    which one batch tells: a small change of the layer's output must appear unchanged in the block's.
+    """For each batch the layer's inputs and the block's output residuals; the layer is still uncompressed.
 
     Args:
         block_run: The block and its inputs.
         linear: One of its layers.
-        original: The block as it was, and its inputs in the original model.
+        original: The original block and its inputs in the original model.
+
+    Returns:
+        The batches; None where the layer's output is not added unchanged to the block's output (an inner layer, a norm after
+        it, an expert). One batch shows that: a small change of the layer's output must appear unchanged in the block's.
     """
     if not block_run.inputs.group.broadcast(lambda: _adds_to_output(block_run.of_first_batch(), linear)):
         return None

@@ -1,4 +1,4 @@
-"""The calibration windows of a run: drawn from a text, or written by the model itself, and kept in the journal."""
+"""The calibration samples of a run: drawn from a text, or written by the model itself, and stored in the journal."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from slimlm.models.structure import context_length
 from slimlm.storage.journal import OWN_TEXT, TEXT, Journal
 
 _READ_AHEAD = 8
-"""Calibration windows are drawn from up to this many times the text they need."""
+"""Calibration samples are drawn from up to this many times the text they need."""
 
 
 @dataclass(frozen=True)
@@ -24,47 +24,63 @@ class Calibration:
     """Where the calibration text comes from and how much of it is used."""
 
     data: str = DEFAULT_DATA
-    """a .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", or "self" (the model's own text)"""
+    """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", or "self" (text that the model writes)."""
     samples: int = 128
+    """The number of samples."""
     length: int = 2048
-    """tokens per window; at most the model's context"""
+    """Tokens per sample, at most the model's context."""
     seed: int = 0
+    """The seed by which samples are drawn."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise DataError(
-                f"samples = {self.samples}, length = {self.length}: calibration needs at least one window of two tokens"
+                f"samples = {self.samples}, length = {self.length}: calibration needs at least one sample of two tokens"
             )
 
 
-def kept_windows(
+def calibration_samples(
     dense: LazyModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
 ) -> Tensor:
-    """The calibration windows `[count, length]`, kept in the journal.
+    """The calibration samples of a run, stored in the journal.
 
-    Text that the model wrote itself is taken from there; other text is read again, and must be the same.
+    Samples that the model wrote itself are read from the journal where it has them; a text is read again, and must be the same.
+
+    Args:
+        dense: The original model.
+        whole: The same model in memory; needed where it writes the samples itself and the journal has none.
+        wanted: The text and how much of it is used.
+        journal: The journal of the run.
+        progress: An observer of the events.
+
+    Returns:
+        Token ids `[count, length]`.
+
+    Raises:
+        DataError: The text cannot be read or is too short, or has tokens that the model does not have.
+        CheckpointError: The text is not the one that the run was begun on.
     """
     if wanted.data == "self":
-        kept = journal.noted_tensor(OWN_TEXT)
-        if kept is None:
+        stored = journal.noted_tensor(OWN_TEXT)
+        if stored is None:
             assert whole is not None
-            kept = own_text(whole, wanted, progress)
-            journal.note_tensor(OWN_TEXT, kept)
-        return kept
-    windows = calibration_windows(dense, wanted)
-    kept = journal.noted_tensor(TEXT)
-    if kept is None:
-        journal.note_tensor(TEXT, windows)
-    elif not torch.equal(kept, windows):
+            stored = generate_samples(whole, wanted, progress)
+            journal.note_tensor(OWN_TEXT, stored)
+        return stored
+    samples = draw_samples(dense, wanted)
+    stored = journal.noted_tensor(TEXT)
+    if stored is None:
+        journal.note_tensor(TEXT, samples)
+    elif not torch.equal(stored, samples):
         raise CheckpointError(
             f"the run in {journal.folder} was begun on other calibration text: {wanted.data} has changed since, or the "
-            "tokenizer has. Bring it back to go on, or give `restart=True` to begin anew"
+            "tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
         )
-    return windows
+    return samples
 
 
-def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tensor:
-    """Windows `[count, length]` that the model writes itself."""
+def generate_samples(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tensor:
+    """Samples `[count, length]` that the model writes itself."""
     start = None if dense.tokenizer is None else dense.tokenizer.bos_token_id
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     pieces = []
@@ -75,8 +91,8 @@ def own_text(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tens
 
 
 @profiled("read text")
-def calibration_windows(dense: LazyModel, wanted: Calibration) -> Tensor:
-    """Token windows `[count, length]` of a text to calibrate on; raises DataError for tokens that the model does not have."""
+def draw_samples(dense: LazyModel, wanted: Calibration) -> Tensor:
+    """Samples `[count, length]` drawn from a text; raises DataError for tokens that the model does not have."""
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
     length = min(wanted.length, context_length(dense.model) or wanted.length)

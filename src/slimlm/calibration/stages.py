@@ -1,4 +1,4 @@
-"""The linear layers of a block in the order in which their inputs come about."""
+"""The linear layers of a block in the order in which their inputs are computed."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from slimlm.calibration.capture import BlockRun, layer_inputs
 
 
 def stages_of(block_run: BlockRun, linears: dict[str, nn.Module]) -> list[list[str]]:
-    """The linear layers of a block in the order in which their inputs come about, those of one stage together.
+    """The linear layers of a block in the order in which their inputs are computed, grouped by stage.
 
-    A stage shares an input (q, k and v; gate and up), or holds the same layer of every expert. When the stages are
-    compressed one after another, each is measured on what the compressed ones before it hand over. Found by running one
-    batch of the first rank's; layers that it leaves out come last.
+    The layers of a stage share an input (q, k and v; gate and up), or are the same layer of every expert. When the stages are
+    compressed one after another, each is measured on the outputs of the compressed stages before it. The order is found by
+    running one batch of the first rank; layers that it does not reach come last.
 
     Args:
         block_run: The block and its inputs.

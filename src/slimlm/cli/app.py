@@ -114,7 +114,7 @@ def _run(arguments: list[str]) -> None:
     try:
         app(args=arguments)
     except SystemExit:
-        # What is still buffered would fail when Python ends, without a message of ours.
+        # An error in writing buffered output when Python ends would have no message of slimlm's.
         sys.stdout.flush()
         raise
 
@@ -129,6 +129,6 @@ def _end(message: str | None, *, debug: bool) -> None:
 
 
 def _silence_output() -> None:
-    """Let nothing more go to standard output: Python would try once more when it ends."""
+    """Discard further standard output, which Python would otherwise try to write again when it ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ def bench(
     folder: options.Folder,
     against: Annotated[
         str | None,
-        typer.Option(help="A dense model to measure beside it.", show_default="random weights in the same shapes"),
+        typer.Option(help="A dense model to compare with.", show_default="random weights in the same shapes"),
     ] = None,
     kernels: Annotated[Kernels, typer.Option(help="Kernels for compressed layers; auto prefers the fast ones.")] = "auto",
     batches: Annotated[
@@ -36,7 +36,7 @@ def bench(
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the figures to this .json file, and a plot beside it.", show_default="not written"),
+        typer.Option("--out", help="Write the figures to this .json file, and a plot next to it.", show_default="not written"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Coarse figures in little time.")] = False,
     tune: Annotated[
@@ -45,7 +45,7 @@ def bench(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how fast the layers and the whole model run here, beside dense ones and the bound of memory bandwidth."""
+    """Measure the speed of the layers and the whole model, compared with dense ones and the bound of memory bandwidth."""
     if tune:
         others = (against, batches, threads, prompt_tokens, new_tokens, save)
         if quick or kernels != "auto" or any(option is not None for option in others):

@@ -25,13 +25,13 @@ def compress(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     memory: options.Memory = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run kept and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start again.")] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Compress a model and write it packed; with --bits, plan first how each layer is stored.
 
-    A run that was stopped goes on from its last finished block when the same command is given again.
+    A run that was stopped resumes after its last finished block when the same command is given again.
     """
     limit = options.bytes_of(memory)
 

@@ -20,7 +20,7 @@ def say(text: str, *, style: str | None = None) -> None:
     output.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
 
-def say_aside(text: str) -> None:
+def say_on_stderr(text: str) -> None:
     """Print a line of text to standard error."""
     notes.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -29,7 +29,7 @@ def notifier(context: typer.Context) -> Callable[[str], None]:
     """A function that prints what the library tells the user, with the flags of the running verb."""
 
     def notify(text: str) -> None:
-        say_aside(f"note: {in_flags(text, context.command.params)}")
+        say_on_stderr(f"note: {in_flags(text, context.command.params)}")
 
     return notify
 

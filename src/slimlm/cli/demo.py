@@ -62,7 +62,7 @@ def _trials(out: Path | None, *, full: bool) -> tuple["Trial", ...]:
 
     absmax = Trial("absmax", "4 bits, each weight rounded by itself", "absmax")
     gptq = Trial("gptq", "4 bits, rounding errors compensated", "gptq")
-    slim = "4 bits, 2:4, repaired by low-rank adapters"
+    slim = "4 bits, 2:4, with low-rank adapters for the error"
     if not full:
         return absmax, gptq, Trial("slim", slim, "slim", continues=True, out=out)
     budgets = [Trial(f"{bits} bits", f"planned within {bits} bits per weight", "best", bits) for bits in _BUDGETS]
@@ -71,7 +71,7 @@ def _trials(out: Path | None, *, full: bool) -> tuple["Trial", ...]:
         gptq,
         *budgets,
         Trial("magnitude", "16 bits, 2:4, the smallest weights removed", "magnitude", continues=True),
-        Trial("wanda", "16 bits, 2:4, inputs taken into account", "wanda"),
+        Trial("wanda", "16 bits, 2:4, weighted by the inputs", "wanda"),
         Trial("slim", slim, "slim"),
         Trial("best", "4 bits, 2:4 and adapters solved together", "best", continues=True, out=out),
     )

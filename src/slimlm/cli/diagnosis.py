@@ -1,4 +1,4 @@
-"""What `slimlm doctor` finds: the machine and the installation, as far as slimlm depends on them, and advice."""
+"""The findings of `slimlm doctor` on the machine and the installation, and advice."""
 
 import dataclasses
 import os
@@ -28,29 +28,29 @@ _LITTLE_DISK = 5_000_000_000
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found. Sizes are in bytes; None where the system does not say."""
+    """The findings. Sizes are in bytes; None where the system does not report them."""
 
     versions: dict[str, str]
     platform: str
     processor: str
     features: tuple[str, ...]
     cores: int
-    """that this process may use"""
+    """Cores that this process may use."""
     threads: int
-    """that torch uses"""
+    """Threads that torch uses."""
     memory: int | None
     memory_free: int | None
     cache: str
-    """where models from the hub are kept"""
+    """The folder of models from the hub."""
     cache_free: int | None
     gpus: tuple[str, ...]
     no_gpu: str | None
-    """why none is used; None where one is seen"""
+    """Why no GPU is used; None where there is one."""
     kernels: native.Status
     gpu_kernels: str | None
-    """why compressed layers cannot run on slimlm's kernels on the first GPU; None where they can"""
+    """Why compressed layers cannot run on slimlm's kernels on the first GPU; None where they can."""
     advice: tuple[str, ...]
-    """what to do, in words; empty where nothing is missing"""
+    """Advice; empty where nothing is missing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -105,7 +105,7 @@ def table(found: Findings) -> Table:
 
 
 def _about_kernels(kernels: native.Status) -> list[str]:
-    """What to do where no kernel is in use, or a slower one than the processor could run."""
+    """Advice where no kernels are in use, or slower ones than the processor could run."""
     if kernels.reason is not None:
         return [f"slimlm has no CPU kernels; compressed layers run as dense matrices, which is slow. {_cure(kernels.reason)}"]
     assert kernels.active is not None
@@ -123,7 +123,7 @@ def _about_kernels(kernels: native.Status) -> list[str]:
 
 
 def _about_gpu(gpus: tuple[str, ...], reason: str | None) -> list[str]:
-    """What to do where there is a card and no kernels for it."""
+    """Advice where there is a GPU and no kernels for it."""
     return [f"slimlm has no kernels for {gpus[0]}, and compressed layers are dense there: {reason}"] if gpus and reason else []
 
 
@@ -160,7 +160,7 @@ def _no_gpu() -> str:
 
 
 def _free(folder: Path) -> int | None:
-    """Bytes free where the folder lies or would lie."""
+    """Bytes free on the disk of a folder, which need not exist."""
     there = next((f for f in (folder, *folder.absolute().parents) if f.exists()), None)
     try:
         return None if there is None else shutil.disk_usage(there).free

@@ -5,7 +5,7 @@ from slimlm.cli.console import output, print_json, say
 
 
 def doctor(as_json: options.Json = False) -> None:
-    """Show versions, processor, memory, GPU and kernels of this installation, and what to do where something is missing."""
+    """Show versions, processor, memory, GPU and kernels of this installation, with advice where something is missing."""
     from slimlm.cli import diagnosis
 
     found = diagnosis.examine()

@@ -21,7 +21,7 @@ def evaluate(
     context: typer.Context,
     model: options.AnyModel,
     text: Annotated[str, typer.Option(help=f"Text to measure on: {options.EVALUATION_TEXT}.")],
-    against: Annotated[str | None, typer.Option(help="A second model to measure beside it.", show_default="none")] = None,
+    against: Annotated[str | None, typer.Option(help="A second model to compare with.", show_default="none")] = None,
     length: options.MeasuredLength = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Stop reading the text after this many tokens.", show_default="all of it")

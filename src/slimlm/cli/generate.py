@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notifier, print_json, say_aside
+from slimlm.cli.console import notifier, print_json, say_on_stderr
 from slimlm.core.errors import SlimlmError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def generate(
     sys.stdout.flush()
     show_kernels(opened)
     for line in generation_lines(made):
-        say_aside(line)
+        say_on_stderr(line)
 
 
 def _prompt_tokens(opened: "OpenModel", prompt: str) -> list[int]:

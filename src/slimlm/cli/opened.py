@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimlm.cli.console import say_aside
+from slimlm.cli.console import say_on_stderr
 from slimlm.core.errors import DataError, KernelError
 from slimlm.data.documents import documents
 from slimlm.data.windows import token_stream, windows_of
@@ -17,7 +17,7 @@ from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.whole_model import describe, describe_backends
 
 MOST_LENGTH = 2048
-"""tokens per sample of a text, where none are asked for and the model's context is longer"""
+"""Tokens per sample of a text, where no length is given and the model's context is longer."""
 
 
 def refuse_cpu_kernels(kernels: Kernels, device: torch.device) -> None:
@@ -27,18 +27,18 @@ def refuse_cpu_kernels(kernels: Kernels, device: torch.device) -> None:
 
 
 def kernels_of(opened: OpenModel) -> str | None:
-    """The kernels that run an opened model, in words; None for a model that is not compressed."""
+    """A description of the kernels that run an opened model; None for a model that is not compressed."""
     return describe(opened.model)
 
 
 def show_kernels(opened: OpenModel) -> None:
     """Print which kernels run an opened model to standard error."""
     if (used := kernels_of(opened)) is not None:
-        say_aside(f"kernels: {used}")
+        say_on_stderr(f"kernels: {used}")
 
 
 def kernels_for(folder: Path) -> str:
-    """The kernels that would run the layers of a compressed folder on this machine's CPU, in words."""
+    """A description of the kernels that would run the layers of a compressed folder on this machine's CPU."""
     return describe_backends([entry.parts for entry in read_description(folder).layers.values()])
 
 
@@ -51,10 +51,18 @@ def text_samples(
     at_most: int | None,
     shrink: bool = False,
 ) -> Tensor:
-    """Samples `[count, length]` of a text to measure a model on; raises DataError where they are longer than its context.
+    """Samples `[count, length]` of a text to measure a model on.
 
-    length: tokens per sample; None: the context, at most 2048. at_most: tokens that are read. shrink: where no length is given,
-    a text shorter than a sample is one sample.
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text; see `slimlm.data.documents`.
+        length: Tokens per sample; None: the context, at most 2048.
+        context: Tokens of the model's context; None: it is not limited.
+        at_most: Tokens that are read of the text; None: all.
+        shrink: Whether a text shorter than a sample is one sample, where no length is given.
+
+    Raises:
+        DataError: Samples are longer than the model's context, or the text is too short.
     """
     limit = sys.maxsize if context is None else context
     if length is not None and length > limit:

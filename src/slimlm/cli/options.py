@@ -31,15 +31,15 @@ Bits = Annotated[
     float | None,
     typer.Option(
         help="Average bits per weight to spend, everything counted; each layer is then planned.",
-        show_default="no budget; all layers as the recipe says",
+        show_default="no budget; all layers by the recipe",
     ),
 ]
 BudgetObjective = Annotated[Objective, typer.Option(help="What a budget counts: stored bits (size) or run time (speed).")]
 EmbeddingBits = Annotated[
     int | None,
     typer.Option(
-        help="Bits of the token embedding and lm_head: 4 to 8, or 16 to leave them as stored.",
-        show_default="as the recipe says",
+        help="Bits of the token embedding and lm_head: 4 to 8, or 16 to keep them as stored.",
+        show_default="those of the recipe",
     ),
 ]
 Data = Annotated[
@@ -56,8 +56,8 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for calibration activations, such as 8GiB; more are kept on the disk. A plan that needs more is refused.",
-        show_default="half of what is free",
+        help="Memory for calibration activations, such as 8GiB; more stay on the disk. A plan that needs more is refused.",
+        show_default="half of the free memory",
     ),
 ]
 

@@ -18,7 +18,7 @@ _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
 class Parameter(Protocol):
-    """What is read here of typer's parameters."""
+    """The attributes of typer's parameters that are used here."""
 
     @property
     def name(self) -> str | None: ...
@@ -42,10 +42,10 @@ class Verb(TyperCommand):
 
 
 def in_flags(text: str, parameters: Sequence[Parameter]) -> str:
-    """A text of the library with the flags of a verb for the arguments that it names in backticks.
+    """A message of the library with the flags of a verb in place of the arguments that it names in backticks.
 
-    `samples` becomes --samples, `restart=True` --restart, `device="cpu"` --device cpu, and a positional `model` MODEL; what is
-    no parameter of the verb stays.
+    `samples` becomes --samples, `restart=True` --restart, `device="cpu"` --device cpu, and a positional `model` MODEL; names
+    that are not parameters of the verb do not change.
     """
     flags = {parameter.name: _flag(parameter) for parameter in parameters}
 
@@ -76,7 +76,7 @@ class _TerminatedError(KeyboardInterrupt):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into exit codes; what a run keeps, it has said by then."""
+    """Turns Ctrl-C and SIGTERM into exit codes, after the run has notified the user of what is kept."""
 
     def terminate(number: int, frame: object) -> None:
         raise _TerminatedError

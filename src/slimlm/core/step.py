@@ -54,6 +54,16 @@ class Step(Protocol):
         ...
 
     @property
+    def weight_copies(self) -> int:
+        """Float32 copies of a layer's weight that its call holds at most, for estimates of memory; a class variable will do."""
+        ...
+
+    @property
+    def covariance_copies(self) -> int:
+        """Float32 matrices `[in, in]` that its call holds at most where the recipe measures the covariance."""
+        ...
+
+    @property
     def needs_plan(self) -> bool:
         """Whether an option is left to a plan ("auto"); the step cannot be called before."""
         ...
@@ -92,6 +102,8 @@ class StepDefaults:
     """What a step without mask, adapter, rounds and options for a plan declares; `needs` and the call are left to it."""
 
     moves_weights: ClassVar[bool] = False
+    weight_copies: ClassVar[int] = 8
+    covariance_copies: ClassVar[int] = 8
 
     @property
     def sparsity(self) -> Pattern | None:

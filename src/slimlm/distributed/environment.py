@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, or anything that sets what it sets) says of this process; imports no torch."""
+"""This process's rank, from the environment that a launcher (torchrun, or a compatible one) sets; imports no torch."""
 
 import os
 
@@ -8,7 +8,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size() -> int:
-    """How many ranks the launcher started; 1 where there is no launcher."""
+    """The number of ranks that the launcher started; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in _NEEDED) else 1
 
 
@@ -18,7 +18,7 @@ def global_rank() -> int:
 
 
 def local_rank() -> int:
-    """Its number among the ranks on this machine."""
+    """This process's number among the ranks on this machine, counted from 0."""
     return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 

@@ -24,7 +24,7 @@ _ELEMENTS_AT_ONCE = 2**23
 _TIMEOUT = timedelta(days=30)
 """A rank may compute for hours before it answers. `Watch` finds out whether it is alive; a timeout does not."""
 _LONGEST_PAUSE = 0.02
-"""The longest pause, in seconds, between two checks whether something has arrived."""
+"""The longest pause, in seconds, between two checks whether an operation is complete."""
 
 
 class Group:
@@ -33,7 +33,7 @@ class Group:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    """how many ranks share this machine"""
+    """The number of ranks on this machine."""
 
     @property
     def first(self) -> bool:
@@ -41,15 +41,24 @@ class Group:
         return self.rank == 0
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first rank (plain data that JSON keeps), on every rank; others do not call it."""
+        """The result of `make` on the first rank, on every rank; other ranks do not call it. It is plain data for JSON."""
         return make()
 
     def broadcast_tensor(self, make: Callable[[], Tensor]) -> Tensor:
-        """As `broadcast`, for a tensor on the CPU."""
+        """As `broadcast`, for a tensor `[...]` on the CPU."""
         return make()
 
     def broadcast_from(self, owner: int, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Plain data and tensors of the rank `owner`, on every rank, there on the CPU; what other ranks pass is ignored."""
+        """Broadcast plain data and tensors of one rank.
+
+        Args:
+            owner: The rank whose data are sent; those of other ranks are ignored.
+            value: Plain data for JSON.
+            tensors: Tensors `[...]` by name.
+
+        Returns:
+            The owner's data and tensors, on the CPU on other ranks.
+        """
         return value, tensors
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -57,19 +66,19 @@ class Group:
         return [value]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, in their order; `tensor` may be changed."""
+        """The sum over the ranks, in their order, of a tensor `[...]`, which may be changed."""
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum of a tensor over the ranks; `tensor` may be changed."""
+        """The elementwise maximum over the ranks of a tensor `[...]`, which may be changed."""
         return tensor
 
     def send(self, to: int, tensors: Iterable[Tensor]) -> None:
-        """Send tensors to another rank, which must `receive` them; one of the two is the first."""
+        """Send tensors `[...]` to another rank, which must `receive` them; one of the two must be the first rank."""
         raise NotImplementedError("a single process sends nothing")
 
     def receive(self, source: int) -> Iterator[Tensor]:
-        """What another rank sends, one tensor at a time, on the CPU."""
+        """The tensors that another rank sends, one at a time, on the CPU."""
         raise NotImplementedError("a single process receives nothing")
 
 
@@ -86,7 +95,7 @@ class Ranks(Group):
         self.watch = watch
         with watch.explaining_failures():
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
-            # Two ranks in a group of their own, because a plain send cannot be asked whether it is done.
+            # Each pair of ranks is a group, because a plain send does not report whether it is complete.
             pairs = [dist.new_group([0, other], timeout=_TIMEOUT, backend="gloo") for other in range(1, self.size)]
         self._pairs = dict(enumerate(pairs, 1))
 
@@ -97,11 +106,11 @@ class Ranks(Group):
         return made if self.first else received
 
     def broadcast_tensor(self, make: Callable[[], Tensor]) -> Tensor:
-        """See `Group.broadcast_tensor`."""
+        """See `Group.broadcast_tensor`; the tensor is `[...]`."""
         return self.broadcast_from(0, None, {"": make()} if self.first else {})[1][""]
 
     def broadcast_from(self, owner: int, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """See `Group.broadcast_from`."""
+        """See `Group.broadcast_from`; tensors are `[...]`."""
         return self._broadcast(owner, value, tensors, None)
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -117,9 +126,9 @@ class Ranks(Group):
         return [_value_of(each[:length]) for each, length in zip(found, lengths, strict=True)]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See `Group.all_reduce_sum`."""
+        """See `Group.all_reduce_sum`; the tensor is `[...]`."""
         for piece in tensor.view(-1).split(_ELEMENTS_AT_ONCE):
-            # Each rank adds one stripe up and sends the sum to all.
+            # Each rank sums one stripe and sends the sum to all.
             stripe = -(-len(piece) // self.size)
             mine = piece.new_zeros(self.size * stripe)
             mine[: len(piece)] = piece
@@ -133,12 +142,12 @@ class Ranks(Group):
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """See `Group.all_reduce_max`."""
+        """See `Group.all_reduce_max`; the tensor is `[...]`."""
         self._wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
         return tensor
 
     def send(self, to: int, tensors: Iterable[Tensor]) -> None:
-        """See `Group.send`."""
+        """See `Group.send`; tensors are `[...]`."""
         pair = self._pairs[max(to, self.rank)]
         for tensor in tensors:
             self._broadcast(self.rank, True, {"": tensor}, pair)
@@ -154,13 +163,13 @@ class Ranks(Group):
             yield tensors[""]
 
     def disconnect(self) -> None:
-        """Leave torch.distributed."""
+        """Close the connections of torch.distributed."""
         dist.destroy_process_group()
 
     def _broadcast(
         self, owner: int, value: Any, tensors: dict[str, Tensor], among: dist.ProcessGroup | None
     ) -> tuple[Any, dict[str, Tensor]]:
-        """What `owner` passes, on every rank of a process group (None: all ranks)."""
+        """The data and tensors of the rank `owner`, on every rank of a process group (None: all ranks)."""
         mine = self.rank == owner
         layout: dict[str, Any] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         head = _bytes_of([value, layout]) if mine else torch.empty(0, dtype=torch.uint8)
@@ -193,7 +202,7 @@ class Ranks(Group):
 
 
 def assign(costs: dict[str, float], ranks: int) -> dict[str, int]:
-    """A rank for each job: the most expensive first, each to the rank with the least to do (the lowest of several)."""
+    """Assign jobs to ranks: in order of decreasing cost, each to the rank with the least total cost, the lowest of several."""
     loads = [0.0] * ranks
     found = {}
     for name, cost in sorted(costs.items(), key=lambda job: -job[1]):

@@ -1,4 +1,4 @@
-"""Join the ranks of a run where a launcher (torchrun, or anything that sets what it sets) started several processes."""
+"""Join the ranks of a run where a launcher (torchrun, or a compatible one) started several processes."""
 
 import os
 import signal
@@ -21,12 +21,12 @@ from slimlm.distributed.group import ALONE, Group, Ranks
 from slimlm.distributed.liveness import Watch
 
 _RUNS = count()
-"""Runs of this process so far: each has a prefix of its own in the launcher's store."""
+"""The number of runs of this process so far: each has a prefix of its own in the launcher's store."""
 
 
 @contextmanager
 def join_ranks() -> Iterator[Group]:
-    """The ranks of this run. An error on one of them ends all, each with RanksError where the error was another's.
+    """The ranks of this run. An error on one of them ends all; the others raise RanksError.
 
     A rank that dies without a message ends the others as soon as its connections break, or after `liveness.SILENCE` seconds.
     """
@@ -54,15 +54,15 @@ def join_ranks() -> Iterator[Group]:
         except KeyboardInterrupt:
             watch.check()
             if terminated.is_set():
-                # Launchers end the other ranks when one is gone.
+                # Launchers terminate the other ranks when one has ended.
                 watch.check_after_a_moment()
-            watch.leave_reason("stopped", stopped=True)
+            watch.post_reason("stopped", stopped=True)
             raise
         except SlimlmError as error:
-            watch.leave_reason(str(error))
+            watch.post_reason(str(error))
             raise
         except BaseException as error:
-            watch.leave_reason(f"{type(error).__name__}: {error}")
+            watch.post_reason(f"{type(error).__name__}: {error}")
             raise
         finally:
             watch.stop()
@@ -84,7 +84,7 @@ def _rendezvous() -> tuple[Store, int, int]:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[threading.Event]:
-    """Let SIGTERM end the work as Ctrl-C does; the event that is given is set by SIGTERM alone."""
+    """A context in which SIGTERM raises KeyboardInterrupt as Ctrl-C does; only SIGTERM sets the event."""
     terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield terminated

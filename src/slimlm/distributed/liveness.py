@@ -1,8 +1,8 @@
 """Heartbeats between the ranks, and the reason with which a run of many ranks ends.
 
-Each rank increments a counter of its own, twice a second, in the store that torch.distributed keeps for all. A rank whose
-counter does not change for `SILENCE` seconds is taken for dead, however long the others would have waited for it. A rank that
-ends with an error leaves its message in the store first, so that the others can report why they end.
+Each rank increments a counter of its own, twice a second, in the store that torch.distributed shares between them. A rank whose
+counter does not change for `SILENCE` seconds is assumed dead, however long the others would have waited for it. A rank that
+ends with an error first writes its message to the store, so that the others can report why they end.
 """
 
 import _thread
@@ -20,11 +20,11 @@ from torch.distributed.distributed_c10d import Store
 from slimlm.core.errors import RanksError
 
 SILENCE = 60.0
-"""Seconds without a heartbeat after which a rank is taken for dead."""
+"""Seconds without a heartbeat after which a rank is assumed dead."""
 _INTERVAL = 0.5
 """Seconds between two heartbeats."""
 _JOIN = timedelta(minutes=5)
-"""How long ranks wait for one another at the beginning."""
+"""The time that ranks wait for one another at the beginning."""
 _SEARCH = 4.0
 """Seconds to find out which rank is missing, once a connection has failed."""
 _NOTICE = 5.0
@@ -35,15 +35,22 @@ class Watch:
     """One rank's view of which ranks are alive. Its thread runs from `start` to `stop`."""
 
     def __init__(self, store: Store, rank: int, size: int, *, silence: float = SILENCE) -> None:
-        """`silence`: seconds without a heartbeat after which a rank is taken for dead."""
+        """Make the watch of one rank.
+
+        Args:
+            store: The store that all ranks share.
+            rank: This rank's number.
+            size: The number of ranks.
+            silence: Seconds without a heartbeat after which a rank is assumed dead.
+        """
         self.rank, self.size = rank, size
         self._store, self._silence = store, silence
         self._ended: RanksError | None = None
         self._stopped = False
-        """whether a rank was stopped by its user"""
+        """Whether the user stopped a rank."""
         self._hosts: list[str] = []
         self._seen: list[tuple[bytes, float]] = []
-        """each rank's counter, and when it last changed"""
+        """Each rank's counter, and the time when it last changed."""
         self._over, self._noticed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="slimlm-watch", daemon=True)
 
@@ -83,22 +90,22 @@ class Watch:
         while time.monotonic() < until:
             self.check()
             time.sleep(0.1)
-        missing = self._silent(_SEARCH - 2 * _INTERVAL)
+        missing = self._without_heartbeat(_SEARCH - 2 * _INTERVAL)
         if missing:
             self._ended = self._dead(missing)
         self.check()
 
     @contextmanager
     def explaining_failures(self) -> Iterator[None]:
-        """Raise, where a connection fails, the reason that the rank which ended has left."""
+        """A context in which a failing connection raises the reason that the rank which ended has posted."""
         try:
             yield
         except RuntimeError as error:
             self.check_after_a_moment()
             raise RanksError(f"the connection between the ranks failed: {error}", reported_here=self.rank == 0) from error
 
-    def leave_reason(self, message: str, *, stopped: bool = False) -> None:
-        """Leave the message with which this rank ends, unless another has ended before."""
+    def post_reason(self, message: str, *, stopped: bool = False) -> None:
+        """Post the message with which this rank ends, unless another rank has ended before."""
         reason = json.dumps({"rank": self.rank, "message": message, "stopped": stopped})
         try:
             self._store.compare_set("end", "", reason)
@@ -135,17 +142,17 @@ class Watch:
                     self._stopped = True
                 else:
                     self._ended = RanksError(f"{self._name(end['rank'])}: {end['message']}")
-            elif missing := self._silent(self._silence):
+            elif missing := self._without_heartbeat(self._silence):
                 self._ended = self._dead(missing)
             if self._ended is not None or self._stopped:
                 threading.Thread(target=self._interrupt, daemon=True).start()
 
     def _interrupt(self) -> None:
-        """Interrupt the main thread where it has not noticed the end by itself."""
+        """Interrupt the main thread where it has not noticed that the run has ended."""
         if not self._noticed.wait(_NOTICE) and not self._over.is_set():
             _thread.interrupt_main()
 
-    def _silent(self, seconds: float) -> list[int]:
+    def _without_heartbeat(self, seconds: float) -> list[int]:
         now = time.monotonic()
         return [rank for rank, (_, since) in enumerate(self._seen) if rank != self.rank and now - since > seconds]
 

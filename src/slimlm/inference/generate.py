@@ -1,7 +1,7 @@
-"""Text from a model: the prompt at once, then one token at a time, with the keys and values in a cache of fixed size.
+"""Text generation: prefill of the prompt, then one token at a time, with the keys and values in a cache of fixed size.
 
-Models that are built like Llama are decoded fast (decode/selection.py); all others, and those of which something is not known,
-by their own forward. Either way the greedy tokens are those of transformers' `generate`.
+Models that are built like Llama use the fast decoder (decode/selection.py); all others use their own forward. Either way the
+greedy tokens are those of transformers' `generate`.
 """
 
 import inspect
@@ -22,27 +22,28 @@ from slimlm.inference.decode.cuda_graph import CudaGraphDecoder
 from slimlm.models.structure import context_length
 
 NextLogits = Callable[[Tensor], Tensor]
-"""From one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
+"""A function from one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
 _UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The generated tokens, and how fast they came."""
+    """Generated tokens and their timing."""
 
     tokens: Tensor
-    """`[batch, new]` on the CPU, without the prompt; a text that ended before the others repeats its end token"""
+    """The tokens `[batch, new]` on the CPU, without the prompt; a text that ended before the others repeats its end token."""
     batch: int
+    """The number of texts."""
     prompt_tokens: int
-    """of each text"""
+    """The prompt tokens of each text."""
     prompt_seconds: float
-    """from the prompt to the first new token; on a GPU with the capture of the next ones, unless that was done before"""
+    """The time from the prompt to the first new token; on a GPU including a graph's capture, unless that was done before."""
     new_seconds: float
-    """from the first new token to the last"""
+    """The time from the first new token to the last."""
     stopped: Literal["end", "length", "context"]
-    """every text came to an end token; as many tokens as were asked for; the model's context is full"""
+    """Why it stopped: every text has ended, as many tokens as were asked for, or the model's context is full."""
     decode_path: str
-    """what made the tokens after the first, such as "fast decode with torch"; with the reason where it is not fast decode"""
+    """The decoder of the tokens after the first, such as "fast decode with torch"; otherwise with the reason."""
 
     @property
     def prompt_rate(self) -> float:
@@ -82,18 +83,21 @@ def generate(
 ) -> Generated:
     """Continue prompts of equal length: with the likeliest token each time, or one that is drawn at a temperature.
 
-    Generates until every text has come to a stop token, `max_new_tokens` are generated or the context is full. Before a model
-    that is built like Llama generates for the first time, its fast decoder is compared with its own forward on 8 tokens. On a
-    GPU the decoder's memory and captured graphs are kept for the model's next text of about this length.
+    Generation ends when every text has a stop token, `max_new_tokens` are generated or the context is full. Before a model that
+    is built like Llama generates for the first time, its fast decoder is compared with its own forward on 8 tokens. On a GPU
+    the decoder's memory and captured graphs are reused for the model's next text of about this length.
 
     Args:
         model: a causal language model, on the device of the prompts.
         prompt: token ids `[batch, prompt]`.
         max_new_tokens: at least 1.
-        temperature: 0: the likeliest token.
+        temperature: of the distribution that tokens are drawn from; 0: the likeliest token is used.
         seed: of the generator that tokens are drawn with.
-        stop_tokens: end a text; None: those of the model's generation config.
-        each: is called with every step's tokens, one of each text.
+        stop_tokens: tokens that end a text; None: those of the model's generation config.
+        each: a function that is called with every step's tokens, one of each text.
+
+    Returns:
+        The tokens and their timing.
 
     Raises:
         SlimlmError: options are out of range.
@@ -131,13 +135,13 @@ class _Texts:
 
     def __init__(self, batch: int, stops: Tensor, each: Callable[[list[int]], None] | None) -> None:
         self.columns: list[Tensor] = []
-        """`[batch]` each"""
+        """The tokens of each step, `[batch]`."""
         self.done = False
         self._stops, self._each = stops, each
         self._ended = torch.zeros(batch, dtype=torch.bool, device=stops.device)
 
     def add(self, chosen: "_Chosen") -> None:
-        """Append a step's tokens. What Python has to know of them is read from the device once."""
+        """Append a step's tokens; all values that Python needs are read from the device at once."""
         tokens = chosen.tokens
         if self.columns and len(self._stops) and len(tokens) > 1:
             tokens = torch.where(self._ended, self.columns[-1], tokens)
@@ -174,10 +178,10 @@ def room_for(model: PreTrainedModel, prompt_tokens: int) -> int:
 
 
 class TextStream:
-    """Text from tokens as they come: the pieces make up the whole text, and no character is split.
+    """Decodes tokens to text as they are generated: the pieces make up the whole text, and no character is split.
 
-    Tokens are decoded together with those of the piece before, on which a space at the edge may depend; tokens that end within
-    a character wait for the rest of it.
+    Tokens are decoded together with those of the previous piece, on which a space between them may depend; tokens that end
+    within a character are held back until the rest of it is there.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,7 +196,7 @@ class TextStream:
         return "" if text.endswith(_UNFINISHED) else self._take(text)
 
     def end(self) -> str:
-        """The text of what still waits, complete or not."""
+        """The text of tokens that are still held back, complete or not."""
         return self._take(self._decode(self.before + self.waiting)) if self.waiting else ""
 
     def _take(self, text: str) -> str:
@@ -207,9 +211,9 @@ class TextStream:
 def _prefill(
     model: PreTrainedModel, prompt: Tensor, count: int, reason: str | None
 ) -> tuple[Tensor, NextLogits, Callable[[], str]]:
-    """The logits `[batch, vocabulary]` after the prompt, a function that continues from there, and one that names the latter.
+    """The logits `[batch, vocabulary]` after the prompt, a function for further tokens, and one that names the decoder.
 
-    reason: why the model cannot be decoded fast; None: it can.
+    reason: Why fast decode cannot be used; None: it can.
     """
     length = prompt.shape[1] + count - 1
     if reason is None:
@@ -217,7 +221,7 @@ def _prefill(
         logits = decoder.prefill(prompt)
         if count > 1 and isinstance(decoder, CudaGraphDecoder):
             decoder.warm_up()
-        # The native decoder's path may change as it goes.
+        # The native decoder's path may change while it runs.
         return logits, decoder, lambda: decoder.path
     cache, kind = _cache(model, length)
     logits = _forward(model, prompt, cache)
@@ -226,7 +230,7 @@ def _prefill(
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
-    """A cache of fixed size where transformers has one for this model, else one that grows; and its name."""
+    """A cache of fixed size where transformers has one for this model, else a growing one; and its name."""
     if getattr(model.config, "alibi", False):
         # Falcon adds distances between the tokens so far to a mask over all positions of a static cache.
         return DynamicCache(config=model.config), "a growing cache, as its alibi does not fit a static one"
@@ -255,14 +259,14 @@ _CACHES = ("past_key_values", "cache_params")
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Tokens of which it is not known yet whether they are valid."""
+    """Chosen tokens, with a check that is not read from the device yet."""
 
     tokens: Tensor
-    """[batch]"""
+    """The tokens `[batch]`."""
     finite: Tensor
-    """whether the logits were finite that the tokens come from, bool without dimensions"""
+    """Whether the logits were finite, bool `[]`."""
     otherwise: str
-    """the error where they were not"""
+    """The error message where they were not."""
 
 
 def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[Tensor], _Chosen]:
@@ -275,7 +279,7 @@ def _chooser(temperature: float, seed: int, device: torch.device) -> Callable[[T
     def draw(logits: Tensor) -> _Chosen:
         shares = torch.softmax(logits.float() / temperature, dim=-1)
         finite = shares.isfinite().all()
-        # To draw from what is not finite is an error by itself, on a GPU one that cannot be recovered from.
+        # Drawing from values that are not finite is an error, on a GPU one that cannot be recovered from.
         tokens = torch.multinomial(torch.where(finite, shares, 1.0), 1, generator=generator)[:, 0]
         return _Chosen(tokens, finite, otherwise)
 

@@ -9,7 +9,7 @@ from slimlm.storage import checkpoint
 
 
 class CheckpointConfig(PreTrainedConfig):
-    """Stands in config.json for the model's own type; gives that type's config back."""
+    """The config of a checkpoint's model type; reading it returns a config of the model's original type."""
 
     model_type = checkpoint.MODEL_TYPE
 

@@ -40,7 +40,7 @@ class SlimlmConfig(QuantizationConfigMixin):
 class SlimlmQuantizer(HfQuantizer):
     """Puts empty compressed modules into the meta model, for transformers to load the packed tensors into.
 
-    Transformers ties parameters only; a head that is tied to a packed embedding is taken out of what it would tie.
+    Transformers can tie only parameters; a head that is tied to a packed embedding is excluded from its tying.
     """
 
     requires_calibration = True

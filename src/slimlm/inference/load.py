@@ -1,8 +1,8 @@
 """Open a checkpoint as a transformers model with `CompressedLinear` inside.
 
-`load` maps the weight files and makes every tensor of the model that needs no cast a view of them, so that memory holds
-what was read and can be dropped again, and nothing twice. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; what that
-holds in memory is up to transformers. See hf_quantizer.py.)
+`load` maps the weight files, and every tensor of the model that needs no cast is a view of them, so that memory holds no copies
+and only pages that were read, which the system can drop again. (`AutoModelForCausalLM.from_pretrained(folder)` works, too; its
+use of memory is up to transformers. See hf_quantizer.py.)
 """
 
 import warnings
@@ -34,7 +34,7 @@ from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description, parse_description
-from slimlm.storage.kernel_cache import kept_or_made
+from slimlm.storage.kernel_cache import load_or_pack
 from slimlm.storage.mapping import MappedFiles
 
 Release = Callable[[Iterable[Tensor]], int]
@@ -60,8 +60,8 @@ def load(
     outside the compressed layers for which another dtype was asked are copies.
 
     Kernels pack the layers again, one at a time. On the CPU the memory pages of their stored tensors are dropped, and with
-    `keep` the packed layers are written beside the checkpoint and mapped by the next `load`; on a GPU they are all that the GPU
-    holds, and the stored tensors stay views of the files, on the CPU.
+    `keep` the packed layers are written to the checkpoint's folder and mapped by the next `load`; a GPU holds only the packed
+    layers, and the stored tensors stay views of the files, on the CPU.
 
     Args:
         source: folder or hub name of a checkpoint.
@@ -74,8 +74,9 @@ def load(
             layer that they take, the reference for others. For float32 activations on a GPU, for which its kernels unpack
             weights at every product, "auto" is the reference, too, where dense matrices take up to half of the free memory
             there. `slimlm.use_kernels` selects again later.
-        keep: whether to write layers that the CPU kernels packed beside the checkpoint.
-        notify: is called with what a user should know, such as which layers no kernel takes, and why; by default a warning.
+        keep: whether to write layers that the CPU kernels packed to the checkpoint's folder.
+        notify: a function that is given messages for the user, such as which layers no kernel takes, and why; by default they
+            are warnings.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or newer than this version. The files' sizes and headers are
@@ -144,7 +145,7 @@ def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEn
     """Remove a layer's or embedding's tensors from those stored and return them.
 
     Args:
-        stored: all tensors by full name.
+        stored: all tensors `[...]` by full name.
         layer: the module's full name.
         described: dtype and shape of its tensors by name.
 
@@ -156,8 +157,8 @@ def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEn
         tensor = stored.pop(f"{layer}.{name}", None)
         if tensor is None or TensorEntry.of(tensor) != wanted:
             kind = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            told = f"{dtype_name(wanted.dtype)} {list(wanted.shape)}"
-            raise CheckpointError(f"{layer}.{name} should be {told}, but {kind} is stored; the checkpoint is damaged")
+            expected = f"{dtype_name(wanted.dtype)} {list(wanted.shape)}"
+            raise CheckpointError(f"{layer}.{name} should be {expected}, but {kind} is stored; the checkpoint is damaged")
         found[name] = tensor
     return found
 
@@ -267,10 +268,10 @@ def _pack(
         return packed
 
     if keep:
-        blobs = kept_or_made(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
+        blobs = load_or_pack(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
     else:
         blobs = {name: make(name) for name in on_cpu}
-    # Once more for all: pages that two layers share stayed until now.
+    # Again for all: pages that two layers share were not dropped above.
     release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
     for name in on_cpu:
         layers[name].adopt(blobs[name])

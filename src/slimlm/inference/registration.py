@@ -1,7 +1,8 @@
 """Makes transformers open slimlm's checkpoints after `import slimlm`, without importing transformers for it.
 
-transformers takes seconds to import, and much that imports slimlm (the command line's help, say) never opens a model. So
-config and quantizer are registered when transformers' own tables of them are imported, or at once where they already are.
+transformers takes seconds to import, and programs that import slimlm (the command line's help, for example) may never open a
+model. Config and quantizer therefore are registered when transformers' own tables of them are imported, or at once where they
+already are.
 """
 
 import importlib
@@ -15,7 +16,7 @@ _AFTER = {
     "transformers.models.auto.configuration_auto": "slimlm.inference.hf_config",
     "transformers.quantizers.auto": "slimlm.inference.hf_quantizer",
 }
-"""Modules of transformers, and ours that are to be imported after them."""
+"""Modules of transformers, and modules of slimlm that are imported after them."""
 
 
 def register() -> None:
@@ -27,7 +28,7 @@ def register() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers' tables where they lie, and has ours imported after them."""
+    """Finds transformers' modules, and imports slimlm's after them."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _AFTER:
@@ -39,7 +40,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module as its own loader does, which it puts back, and then imports another."""
+    """Loads a module with its own loader, which it restores, and then imports another module."""
 
     def __init__(self, own: Loader, then: str) -> None:
         self.own, self.then = own, then

@@ -1,1 +1,1 @@
-"""Budgets: which pattern, how many bits, groups and what rank each layer gets."""
+"""Budgets: a plan chooses each layer's bits, group size, pattern and rank."""

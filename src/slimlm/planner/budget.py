@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option per group, least total loss within a budget.
+"""The multiple-choice knapsack: one option per group, with the least total loss within a budget.
 
 Choosing per layer from measured losses by dynamic programming is HIGGS's allocation (Malinovskii et al., arXiv 2411.17525,
 section 5), here over measured losses instead of its linear model.
@@ -9,14 +9,22 @@ import math
 import torch
 
 _UNITS_PER_GROUP = 256
+"""Units of cost per group of layers in the dynamic program."""
 
 
 def choose_options(losses: list[list[float]], costs: list[list[float]], budget: float) -> list[int] | None:
-    """For each group the number of its option, so that the losses' sum is least and the costs' within the budget.
+    """Choose an option for each group, with the least sum of losses at a sum of costs within the budget.
 
-    losses and costs: per group and option. Costs are rounded up to units of 1/256 of a group's share of what the budget
-    leaves above the cheapest choice, so the budget is kept exactly and the optimum missed by little. An option of infinite
-    loss is never chosen. None where even the cheapest options cost more than the budget.
+    Costs are rounded up to units of 1/256 of a group's share of the budget beyond the cheapest choice, so the budget is never
+    exceeded and the result is close to the optimum. An option of infinite loss is never chosen.
+
+    Args:
+        losses: Losses by group and option.
+        costs: Costs by group and option.
+        budget: The largest sum of costs.
+
+    Returns:
+        The number of each group's option; None where even the cheapest options cost more than the budget.
     """
     usable = [
         [cost if math.isfinite(loss) else math.inf for loss, cost in zip(own_losses, own_costs, strict=True)]
@@ -47,5 +55,5 @@ def choose_options(losses: list[list[float]], costs: list[list[float]], budget: 
 
 
 def _steps(cost: float, unit: float) -> int:
-    """Units that a cost above the cheapest takes, more than any budget for an option that cannot be taken."""
+    """A cost above the cheapest in units, rounded up; more than any budget for an option that is not allowed."""
     return 2**62 if math.isinf(cost) else math.ceil(cost / unit)

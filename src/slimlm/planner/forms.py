@@ -1,4 +1,4 @@
-"""What steps make of a layer: found by applying them to a small random one, so that no method has to say it twice."""
+"""How steps store a layer: found by applying them to a small random layer, so that no method has to declare it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,23 +20,26 @@ from slimlm.recipe import NamedStep, apply_steps
 Steps = tuple[NamedStep, ...]
 
 _SMALL = 32
+"""The least side of the random layer."""
 _TRIED_RANK = 0.25
-"""In place of the recipe's own, which may be none at all for so small a layer."""
+"""The rank in place of the recipe's own, which may be 0 for so small a layer."""
 _TOKENS_PER_INPUT = 4
+"""Random tokens for each input of a random layer."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is stored, whatever its shape."""
+    """How a layer of any shape is stored."""
 
     parts: PartEntries
+    """The entries of its parts."""
     rank: float
-    """of adapters, as a share of the smaller side"""
+    """The rank of adapters, as a share of the smaller side."""
     codebook_bits: int = 0
-    """of a codebook that may be kept or not, and that the parts lack"""
+    """The bits of a codebook that a step may fit or not, and that `parts` do not have."""
 
     def bits(self, shape: tuple[int, int]) -> int:
-        """Stored bits of a layer `(out, in)`; where a codebook may be kept or not, with it."""
+        """Stored bits of a layer of shape (out, in); a codebook that may be fitted is counted."""
         return self.parts.with_rank(rank_of(self.rank, shape)).stored_bits(shape) + self.codebook_bits
 
 
@@ -56,12 +59,12 @@ def _fits_adapter(step: Step) -> bool:
 
 
 def brief(steps: Steps) -> Steps:
-    """The steps with few rounds, where they go in rounds."""
+    """The steps as they are for a trial: iterative ones with few rounds."""
     return tuple(_with_step(named, named.step.brief()) for named in steps)
 
 
 def resolved(steps: Steps) -> Steps:
-    """The steps with the values whose cost a plan may spend where they leave something to one."""
+    """The steps with the default, whose cost a plan may spend, in place of "auto"."""
     return tuple(_with_step(named, named.step.resolved()) for named in steps)
 
 
@@ -70,7 +73,7 @@ def _with_step(named: NamedStep, step: Step) -> NamedStep:
 
 
 def _spared(entries: PartEntries) -> int:
-    """Bits of the codebook that a base of integers would have where one pays."""
+    """Bits of the codebook that a base of integer codes would have where one pays."""
     layout = entries.base.kernel_layout()
     if not isinstance(layout, MatrixLayout) or layout.elements != "integers" or layout.bits > LARGEST_CODEBOOK_BITS:
         return 0
@@ -89,7 +92,7 @@ def needs_of(steps: Steps) -> Needs:
 
 
 def fitting(shape: tuple[int, int], steps: Steps) -> tuple[int, int]:
-    """This shape with as many more inputs as the steps' pattern wants."""
+    """This shape with its inputs rounded up to a multiple that the steps' pattern divides."""
     out, width = shape
     for named in steps:
         if (sparsity := named.step.sparsity) is not None and sparsity.of:
@@ -100,10 +103,17 @@ def fitting(shape: tuple[int, int], steps: Steps) -> tuple[int, int]:
 def drawn_layer(
     shape: tuple[int, int], needs: Needs, *, dtype: torch.dtype, length: int, device: torch.device | None = None
 ) -> tuple[Layer, Stats]:
-    """A random layer `(out, in)` on the device, and the statistics of random inputs.
+    """A random layer, and the statistics of random inputs.
 
-    The inputs are mixed of directions whose energy falls off, as those of a real layer do, so that solvers take about as
-    many rounds. length: tokens per sample, of statistics that are made of whole samples.
+    The inputs are mixtures of directions of decreasing variance, like those of a real layer, so that iterative solvers take
+    about as many rounds.
+
+    Args:
+        shape: The shape (out, in) of the layer.
+        needs: The statistics to compute.
+        dtype: The dtype in which the weight is stored.
+        length: Tokens per sample, for statistics of whole samples.
+        device: Where the weight is; None: the CPU.
     """
     out, width = shape
     generator = torch.Generator().manual_seed(0)
@@ -115,8 +125,8 @@ def drawn_layer(
     if any(statistic.source is Source.SAMPLES for statistic in needs):
         tokens = -(-tokens // length) * length
     weight = draw(out, width) * width**-0.5
-    energies = torch.arange(1, width + 1) ** -0.5
-    x = (draw(tokens, width) * energies) @ (draw(width, width) * width**-0.5) + 0.02 * draw(tokens, width)
+    deviations = torch.arange(1, width + 1) ** -0.5
+    x = (draw(tokens, width) * deviations) @ (draw(width, width) * width**-0.5) + 0.02 * draw(tokens, width)
     z = x + 0.1 * x.square().mean().sqrt() * draw(tokens, width)
     batch = Batch(x, length, original_inputs=z, output_residuals=(z - x) @ weight.T)
     values: dict[type[Statistic], Tensor | None] = {}

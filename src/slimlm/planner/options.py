@@ -1,4 +1,4 @@
-"""What a plan may choose from and spend: options that a step offers, and what they store and cost to run."""
+"""The options and the budget of a plan: options that a step offers, their stored bits, and their cost at run time."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from slimlm.recipe import NamedStep, Recipe, refusal_of
 _PROMPT, _GENERATED = 512, 128
 """Tokens of the workload that `speed` counts: a prompt and what is generated, one sequence at a time."""
 _OPERATIONS_PER_BYTE = 100
-"""Operations a machine does in the time in which it moves a byte; until kernels are measured, one figure for all."""
+"""Operations that a machine does in the time in which it moves a byte: one figure for all machines."""
 _FLOAT = torch.float16
-"""What a layer is stored in where an option leaves it unrounded."""
+"""The dtype of layers that an option does not quantize."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,30 @@ class Option:
     """One way to store a layer: the recipe's steps, one of them with other values of its options."""
 
     steps: Steps
-    """for the layer"""
+    """The steps for the layer."""
     overrides: tuple[tuple[str, Any], ...]
-    """what a rule of a recipe says for it"""
+    """The content of a recipe's rule for it."""
     number: int = 0
-    """of the step that is varied"""
+    """The number of the step that is varied."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: all options of the step that is varied, and what is special to this one in words."""
-        return {**dataclasses.asdict(self.steps[self.number].step), "words": str(self)}
+        """Plain data for JSON: all options of the step that is varied, and a description of those that vary."""
+        return {**dataclasses.asdict(self.steps[self.number].step), "description": str(self)}
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot be stored so, or None."""
         return refusal_of(self.steps, "the layer", shape)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits of codes, scales, mask and adapter, padding and a table of levels included; scales at 16 bits.
+        """Bits of codes, scales, mask, adapter, padding and codebook; scales count 16 bits.
 
-        The table's few bits are saved where an even grid serves as well; more are stored where some scale is too small for
-        float16, and all of the layer's take 32 bits.
+        A codebook's few bits are saved where an even grid is as good; more are stored where some scale is too small for
+        float16, so that all scales of the layer take 32 bits.
         """
         return form_of(self.steps, _FLOAT).bits(shape)
 
     def operations(self, shape: tuple[int, int]) -> int:
-        """Multiplications and additions per token; what n:m drops is not multiplied."""
+        """Multiplications and additions per token; weights that an n:m pattern drops are not counted."""
         out, width = shape
         share = 1.0
         for pattern in (named.step.sparsity for named in self.steps):
@@ -59,7 +59,7 @@ class Option:
         return int(2 * out * width * share) + 2 * rank_of(share_of(self.steps), shape) * (out + width)
 
     def cost(self, shape: tuple[int, int], objective: Objective) -> float:
-        """Stored bits, or for speed the bits that could be moved in the time of one prompt and its continuation.
+        """Stored bits ("size"), or the bits that could be moved in the time of one prompt and its continuation ("speed").
 
         While generating, every token moves all stored bits; for the prompt they are moved once, and the operations count.
         """
@@ -75,24 +75,26 @@ class Option:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may choose from and spend."""
+    """The options of a plan, and the cost that it may spend."""
 
     options: tuple[Option, ...]
+    """The options for every layer."""
     bits: float
-    """asked for, or those of `reference`; per weight"""
+    """Bits per weight: those asked for, or those of `reference`."""
     objective: Objective
+    """The unit of cost."""
     reference: Option | None = None
-    """its cost in all layers is the budget; None: the cost of plain dense layers of `bits`"""
+    """The option whose cost in all layers is the budget; None: the budget is the cost of dense layers of `bits`."""
 
     def cost(self, shapes: list[tuple[int, int]]) -> float:
-        """What may be spent on layers of these shapes."""
+        """The cost that may be spent on layers of these shapes."""
         if self.reference is None:
             return budget_of(shapes, self.bits, self.objective)
         return sum(self.reference.cost(shape, self.objective) for shape in shapes)
 
 
 def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) -> float:
-    """The cost that may be spent: what plain dense layers of `bits` per weight would cost."""
+    """The cost that may be spent: that of dense layers of `bits` per weight."""
     total = 0.0
     for shape in shapes:
         out, width = shape
@@ -105,36 +107,36 @@ def budget_of(shapes: list[tuple[int, int]], bits: float, objective: Objective) 
 
 
 def options_of(recipe: Recipe, bits: float | None, objective: Objective) -> tuple[Option, ...]:
-    """What the recipe's one step that offers options lets a plan choose from.
+    """The options that the one step of a recipe that has any offers to a plan.
 
     Args:
-        recipe: One of its steps must offer options, and only one; the others stay as they are.
-        bits: The budget per weight; None: only what the step leaves to a plan ("auto").
-        objective: What the budget counts.
+        recipe: A recipe of which exactly one step offers options; the other steps do not vary.
+        bits: The budget per weight; None: only options for values that are "auto" in the step.
+        objective: The unit of the budget.
 
     Raises:
-        RecipeError: No step offers options, or several do, or rules say already what layers become.
+        RecipeError: No step offers options, or several do, or the recipe has rules.
     """
     offered = {i: found for i, named in enumerate(recipe.steps) if (found := named.step.options(bits, objective))}
     steps = ", ".join(dict.fromkeys(f"{named.kind} {named.method}" for named in recipe.steps))
     if not offered:
         raise RecipeError(
-            f"recipe {recipe.name} cannot be planned: none of its steps ({steps}) offers a plan anything to choose from; the "
-            f"methods that do are {', '.join(methods_with_options())}"
+            f"recipe {recipe.name} cannot be planned: none of its steps ({steps}) offers options to a plan; the methods that "
+            f"do are {', '.join(methods_with_options())}"
         )
     if len(offered) > 1:
         raise RecipeError(
             f"recipe {recipe.name} cannot be planned: a plan varies one step, and several of its steps ({steps}) offer "
-            "options; leave one of them"
+            "options; remove all but one of them"
         )
     if recipe.rules:
-        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules say already what layers become; take them out")
+        raise RecipeError(f"recipe {recipe.name} cannot be planned: its rules already fix how layers are stored; remove them")
     ((number, found),) = offered.items()
     return options_from(recipe, number, found)
 
 
 def options_from(recipe: Recipe, number: int, offered: tuple[Step, ...]) -> tuple[Option, ...]:
-    """The options that the step of this number becomes one of; a rule names the step where there are others beside it."""
+    """Options that replace the step of this number by one of those offered; rules name the step where there are several."""
     named = recipe.steps[number]
     values = [dataclasses.asdict(step) for step in offered]
     base = dataclasses.asdict(named.step)
@@ -152,6 +154,6 @@ def options_from(recipe: Recipe, number: int, offered: tuple[Step, ...]) -> tupl
 
 
 def methods_with_options() -> list[str]:
-    """The names of the methods that offer a plan options."""
+    """The names of the methods that offer options to a plan."""
     found = [(name, registry.find(kind, name)()) for kind in registry.KINDS for name in registry.names(kind)]
     return [name for name, step in found if step.options(4.0, "size")]

@@ -1,11 +1,10 @@
-"""Choose for every layer what it becomes, under one budget, from measured losses.
+"""Choose how every layer is stored, under one budget, from measured losses.
 
-For each group of layers that share an input (q, k and v; gate and up: fused kernels want them alike) and each option, the
-group alone is compressed on the original model's activations and the model's output compared with the original's on
-windows that the statistics did not see: KL divergence per token. A knapsack picks the options of least summed loss. Because
-losses do not quite add up, the choice is then put into the model as a whole and must beat the best single option for all
-layers on further windows; otherwise that one is taken ("Allocation must be gated": where single-layer losses are large
-their sum misleads).
+For each group of layers that share an input (q, k and v; gate and up: fused kernels need them alike) and each option, the group
+alone is compressed on the original model's activations, and the model's output is compared with the original's on samples that
+the statistics do not include: KL divergence per token. A knapsack picks the options of least summed loss. Because losses do not
+quite add up, the choice is then applied to the whole model and must beat the best single option for all layers on further
+samples; otherwise that one is used (where single-layer losses are large their sum misleads).
 """
 
 import math
@@ -32,51 +31,60 @@ from slimlm.planner.options import Budget, Option, budget_of, options_of
 from slimlm.recipe import Recipe, Rule, apply_steps
 
 _LOGITS_AT_ONCE = 2**26
+"""The most logits that are held of the original model."""
 _JUDGED_TOKENS = 4096
-_LEAST_WINDOWS = 3
+"""The most tokens that losses are measured on."""
+_LEAST_SAMPLES = 3
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
+"""The range of budgets, in bits per weight."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one group of layers became and what else was measured."""
+    """The choice for one group of layers, and the measured losses."""
 
     layers: tuple[str, ...]
+    """The layers of the group, by full name."""
     shapes: tuple[tuple[int, int], ...]
+    """The shapes (out, in) of these layers."""
     losses: tuple[float, ...]
-    """KL per token in nats, of each option applied to this group alone"""
+    """KL divergence per token, in nats, of each option applied to this group alone."""
     chosen: int
-    """number of the option"""
+    """The number of the option."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The outcome."""
+    """The result of planning: an option for each group of layers."""
 
     objective: Objective
+    """The unit of the budget."""
     asked_bits: float
+    """The budget in bits per weight."""
     options: tuple[Option, ...]
+    """The options for every group."""
     choices: tuple[Choice, ...]
+    """The choice for each group of layers."""
     planned_loss: float
-    """KL per token with the knapsack's choice in all layers at once, on windows kept for this"""
+    """KL divergence per token with the knapsack's choice in all layers at once, on samples that are used for this only."""
     uniform_loss: float
-    """the same with the best single option"""
+    """The same with the best single option in all layers."""
     uniform: int | None
-    """number of the best single option within the budget, where there is one"""
+    """The number of the best single option within the budget; None: there is none."""
     fallback: bool
-    """whether the single option was taken because the choice did not pay"""
+    """Whether the single option was used because the knapsack's choice was worse."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the chosen options, everything counted."""
+        """Stored bits per weight of the chosen options, everything counted."""
         stored = sum(self.options[c.chosen].stored_bits(shape) for c in self.choices for shape in c.shapes)
         return stored / sum(out * width for c in self.choices for out, width in c.shapes)
 
     def recipe(self, base: Recipe) -> Recipe:
-        """The base recipe with a rule for every group."""
+        """The recipe that carries out the plan: the base recipe with a rule for every group."""
         rules = tuple(Rule(c.layers, self.options[c.chosen].overrides) for c in self.choices)
         name = f"{base.name} at {self.asked_bits:g} bits ({self.objective})"
-        summary = f"what a plan chose for every layer: {self.bits_per_weight:.3f} bits per weight"
+        summary = f"every layer as a plan chose: {self.bits_per_weight:.3f} bits per weight"
         return replace(base, name=name, summary=summary, steps=resolved(base.steps), rules=rules)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,32 +116,32 @@ class Plan:
 
 
 def _finite(loss: float) -> float | None:
-    """JSON has no infinity: an option that a layer cannot take, or no single option within the budget."""
+    """None for infinity, which JSON lacks: an option that a layer cannot take, or no single option within the budget."""
     return loss if math.isfinite(loss) else None
 
 
 def asked_budget(recipe: Recipe, bits: float, objective: Objective) -> Budget:
-    """The budget of so many bits per weight for a recipe with a step that offers options."""
+    """The budget of `bits` per weight for a recipe with a step that offers options."""
     if not _LEAST_BITS <= bits <= _MOST_BITS:
         raise RecipeError(f"`bits={bits:g}`: give an average from {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight")
     return Budget(options_of(recipe, bits, objective), bits, objective)
 
 
 def auto_budget(recipe: Recipe, shapes: list[tuple[int, int]], objective: Objective) -> Budget:
-    """For what a step leaves to a plan ("auto"): within the cost of its default everywhere."""
+    """The budget for a step with "auto" options: the cost of their defaults in all layers."""
     reference = Option(resolved(recipe.steps), ())
     bits = sum(reference.stored_bits(shape) for shape in shapes) / sum(out * width for out, width in shapes)
     return Budget(options_of(recipe, None, objective), bits, objective, reference)
 
 
 def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
-    """Raise RecipeError where even the cheapest options cost more; says the smallest budget that can be met."""
+    """Raise RecipeError where even the cheapest options cost more; the message names the smallest budget that can be met."""
     objective = budget.objective
     cheapest = 0.0
     for name, shape in shapes.items():
         fitting = [option for option in budget.options if option.refuses(shape) is None]
         if not fitting:
-            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; leave it out (ignore = [...])")
+            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; exclude it (ignore = [...])")
         cheapest += min(option.cost(shape, objective) for option in fitting)
     own = list(shapes.values())
     if cheapest > budget.cost(own):
@@ -142,17 +150,16 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
             middle = (low + high) / 2
             low, high = (low, middle) if budget_of(own, middle, objective) >= cheapest else (middle, high)
         raise RecipeError(
-            f"`bits={budget.bits:g}` cannot be met: with everything counted (codes, scales, tables, masks, adapters) the "
-            f"smallest that the options for it allow for this model is {high:.3f} bits per weight, counted by {objective}; "
-            "ask for at least that"
+            f"`bits={budget.bits:g}` cannot be met: with everything counted (codes, scales, codebooks, masks, adapters) the "
+            f"smallest budget for this model is {high:.3f} bits per weight, counted by {objective}; ask for at least that"
         )
 
 
-def refuse_few_windows(count: int) -> None:
-    """Raise DataError where there are too few calibration windows to plan on."""
-    if count < _LEAST_WINDOWS:
+def refuse_few_samples(count: int) -> None:
+    """Raise DataError where there are too few calibration samples for a plan."""
+    if count < _LEAST_SAMPLES:
         raise DataError(
-            f"a plan needs at least {_LEAST_WINDOWS} calibration windows, for statistics and two checks; there are {count}"
+            f"a plan needs at least {_LEAST_SAMPLES} calibration samples, for statistics and two checks; there are {count}"
         )
 
 
@@ -166,12 +173,26 @@ def make_plan(
     device: torch.device,
     progress: Observer,
 ) -> Plan:
-    """Measure every option for every group, choose, and check the choice; the model comes out as it went in.
+    """Measure every option for every group, choose, and check the choice; the model is the same afterwards.
 
-    samples `[count, length]`: the calibration samples. Some (at most an eighth, at least one, about 4096 tokens) serve to
-    measure losses and as many others to check the choice; the rest serve for statistics.
+    Args:
+        model: The original model, in float32 on the CPU.
+        blocks: Its blocks by full name.
+        recipe: The recipe that is varied.
+        samples: The calibration samples, `[count, length]`. Some (at most an eighth, at least one, about 4096 tokens) are used
+            to measure losses and as many others to check the choice; the rest are used for statistics.
+        budget: The options, and the cost that may be spent.
+        device: Where blocks are run to measure statistics.
+        progress: An observer of the events.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DataError: There are too few samples.
+        NumericsError: No choice within the budget gives finite outputs, or the original model's are not finite.
     """
-    refuse_few_windows(len(samples))
+    refuse_few_samples(len(samples))
     options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
     held = max(1, min(len(samples) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // samples.shape[1]))
@@ -194,8 +215,8 @@ def make_plan(
     chosen = choose_options(losses, costs, room)
     if chosen is None:
         raise NumericsError(
-            "no choice within the budget leaves the model's outputs finite for every layer; ask for more bits, or see what "
-            "recipe absmax does to it"
+            "no choice within the budget gives finite outputs of the model for every layer; ask for more bits, or try the "
+            "recipe absmax"
         )
     whole = [sum(own[i] for own in costs) for i in range(len(options))]
     fitting = [i for i in range(len(options)) if whole[i] <= room and all(own[i] < float("inf") for own in losses)]
@@ -250,15 +271,15 @@ class _Trial:
     model: nn.Module
     blocks: dict[str, nn.Module]
     samples: Tensor
-    """`[count, length]`, for the statistics"""
+    """The samples for the statistics, `[count, length]`."""
     device: torch.device
     needs: Needs
 
     def walk(self, ignores: Callable[[str], bool]) -> Iterator[tuple[list[list[str]], dict[str, Stats]]]:
         """For each block its layers by stages and the statistics of their inputs in the original model, by full name.
 
-        The model is on the CPU while the caller has its turn; what the caller changes of a block's weights does not reach the
-        inputs of the next.
+        The model is on the CPU whenever this yields; changes that the caller makes to a block's weights do not affect the
+        inputs of the next block.
         """
         inputs = enter(self.model, self.blocks, self.samples)
         for name, block in self.blocks.items():
@@ -272,7 +293,7 @@ class _Trial:
             yield [[f"{name}.{n}" for n in stage] for stage in stages], {f"{name}.{n}": s for n, s in stats.items()}
 
     def loss(self, group: _Group, option: Option, stats: dict[str, Stats], divergence: "_Divergence") -> float:
-        """With the option in this group alone; infinite where one of its layers cannot take it."""
+        """The loss with the option in this group alone; infinite where one of its layers cannot take it."""
         if any(option.refuses(shape) is not None for shape in group.shapes):
             return float("inf")
         with _restored(self.model, list(group.layers)):
@@ -280,14 +301,14 @@ class _Trial:
             return divergence.of(self.model)
 
     def loss_of_all(self, picked: dict[str, Option], check: "_Divergence") -> float:
-        """With every layer's option in the model at once; the statistics are measured again, a block at a time."""
+        """The loss with every layer's option in the model at once; the statistics are measured again, block by block."""
         with _restored(self.model, list(picked)):
             for _, stats in self.walk(lambda name: name not in picked):
                 self._compress({name: picked[name] for name in stats}, stats)
             return check.of(self.model)
 
     def _compress(self, picked: dict[str, Option], stats: dict[str, Stats]) -> None:
-        """Put what the options make of these layers in their place, as dense weights."""
+        """Replace the weights of these layers by the dense matrices of their compressed parts."""
         for name, option in picked.items():
             linear = self.model.get_submodule(name)
             try:
@@ -300,7 +321,7 @@ class _Trial:
 
 @contextmanager
 def _restored(model: nn.Module, layers: list[str]) -> Iterator[None]:
-    """Afterwards these layers have the weights that they had before."""
+    """A context after which these layers have the weights that they had before it."""
     before = {name: weight_of(model.get_submodule(name)).clone() for name in layers}
     try:
         yield
@@ -310,10 +331,10 @@ def _restored(model: nn.Module, layers: list[str]) -> Iterator[None]:
 
 
 class _Divergence:
-    """KL(original || changed) of the next-token distributions, per token in nats, on some windows."""
+    """KL(original || changed) of the next-token distributions, per token in nats, on some samples."""
 
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        self.windows = windows
+    def __init__(self, model: nn.Module, samples: Tensor) -> None:
+        self.samples = samples
         self.expected = [logits.log_softmax(dim=-1) for logits in self._logits(model)]
         if any(bool(logs.isnan().any()) for logs in self.expected):
             raise NumericsError(
@@ -321,18 +342,18 @@ class _Divergence:
             )
 
     def _logits(self, model: nn.Module) -> Iterator[Tensor]:
-        for batch in self.windows.split(max(1, _JUDGED_TOKENS // self.windows.shape[1])):
-            # Given away outside of no_grad, which would else hold for whoever asks for the next batch.
+        for batch in self.samples.split(max(1, _JUDGED_TOKENS // self.samples.shape[1])):
+            # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
                 logits = model(batch, use_cache=False).logits.float()
             yield logits
 
     def of(self, model: nn.Module) -> float:
-        """Of the model as it is now; infinite where its outputs are not numbers."""
+        """The divergence of the model as it is now; infinite where its outputs are not finite."""
         total = 0.0
         for expected, logits in zip(self.expected, self._logits(model), strict=True):
             found = logits.log_softmax(dim=-1)
-            # A token that the original rules out (a masked, padded vocabulary) adds nothing.
+            # A token of probability 0 in the original (a masked, padded vocabulary) adds nothing.
             terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - found))
             total += float(terms.double().sum())
-        return max(0.0, total / self.windows.numel()) if math.isfinite(total) else math.inf
+        return max(0.0, total / self.samples.numel()) if math.isfinite(total) else math.inf

@@ -1,4 +1,4 @@
-"""Whether what a run needs is there: refused where it surely is not, warned of where it is tight."""
+"""Checks of memory, disk and folders before a run: too little is refused, and the user is warned of little."""
 
 import shutil
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
 from slimlm.data.documents import documents
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds, folder_bytes
-from slimlm.runtime.memory import in_words, total_and_free
+from slimlm.runtime.memory import format_bytes, total_and_free
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import journal_folder
 
 _TIGHT = 0.9
-"""Share of what is free from which on a need is warned of."""
+"""The share of the free memory or disk from which the user is warned."""
 
 
 def existing(out: Path) -> Path:
-    """The folder that is there already, of those in which `out` will be."""
+    """The nearest folder above `out` that exists already."""
     folder = out.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -32,104 +32,114 @@ def free_on_disk(folder: Path) -> int:
 
 
 def check_memory(memory: Memory, allowed: int | None) -> str | None:
-    """A warning where memory is tight; raises DoesNotFitError where even the least is more than there is.
+    """A warning where memory is tight.
 
-    allowed: the argument `memory`, by which one who knows of more (swap) can say so.
+    Args:
+        memory: The memory that the run needs, and the machine's.
+        allowed: The argument `memory`, in bytes; a larger value than the machine's memory counts (swap).
+
+    Raises:
+        DoesNotFitError: The machine has less than the run holds at least.
     """
     if memory.total is None:
         return None
-    there = max(memory.total, allowed or 0)
+    available = max(memory.total, allowed or 0)
     needed = memory.least
-    if needed > there:
+    if needed > available:
         raise DoesNotFitError(
-            f"the memory does not suffice: one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(needed)}, and there are {in_words(there)}. {_smaller(memory)}; or use a machine with more. If "
-            "there is more than slimlm sees (swap), say so with `memory`"
+            f"the memory does not suffice: one block in float32, with the data that the recipe needs for it, takes at least "
+            f"{format_bytes(needed)}, and there are {format_bytes(available)}. {_smaller(memory)}; or use a machine with more. "
+            "If there is more than slimlm sees (swap), give its size as `memory`"
         )
     if memory.free is not None and memory.peak - memory.process > _TIGHT * memory.free:
         return (
-            f"memory is tight: about {in_words(memory.peak)} at the fullest moment, of which "
-            f"{in_words(memory.process)} are in use already, and {in_words(memory.free)} are free. {_lighter(memory)}"
+            f"memory is tight: about {format_bytes(memory.peak)} at most, of which "
+            f"{format_bytes(memory.process)} are in use already, and {format_bytes(memory.free)} are free. {_lighter(memory)}"
         )
     return None
 
 
 def _smaller(memory: Memory) -> str:
-    """Which recipe needs less where even the least is too much."""
+    """Advice which recipe needs less memory."""
     if 2 * memory.covariances > memory.least:
         return (
-            f"{in_words(memory.covariances)} of it are covariances, which are summed for all inputs of a stage together (of a "
-            "mixture, for every expert): take a recipe without them (slim, absmax); fewer `samples` do not help"
+            f"{format_bytes(memory.covariances)} of it are covariances, summed for all inputs of a stage together (of "
+            "a mixture, for every expert): use a recipe without them (slim, absmax); fewer `samples` do not help"
         )
     return (
-        "A recipe that does not follow the original model holds the block once (gptq), one without covariances needs less "
-        "still (slim, absmax)"
+        "A recipe that does not compare with the original model holds the block once (gptq), one without covariances needs "
+        "still less (slim, absmax)"
     )
 
 
 def _lighter(memory: Memory) -> str:
-    """What takes less, by what takes the most."""
+    """Advice what to change, by what takes the most memory."""
     if not memory.on_disk and 2 * memory.activations >= memory.peak - memory.process:
         return "Fewer `samples`, or a smaller `memory` (activations go to the disk then), take less"
     if 2 * memory.covariances >= memory.block >= max(memory.begin, memory.end):
         return "Most of it are covariances: a recipe without them (slim, absmax) takes less, fewer `samples` do not"
     return (
-        "Fewer `samples`, a smaller `memory` (activations go to the disk then), a recipe that does not follow the original "
-        "model (gptq) or one without covariances (slim, absmax) take less"
+        "Fewer `samples`, a smaller `memory` (activations go to the disk then), a recipe that does not compare with the "
+        "original model (gptq) or one without covariances (slim, absmax) take less"
     )
 
 
 def check_device(run: RunNeeds, device: torch.device) -> str | None:
-    """Raise DoesNotFitError where a block and what goes with it is more than the whole memory of the GPU."""
+    """Raise DoesNotFitError where a block and the data that the recipe needs for it exceed the whole memory of the GPU."""
     if device.type != "cuda":
         return None
     _, total = torch.cuda.mem_get_info(device)
     if run.least_on_device > total:
         raise DoesNotFitError(
-            f"{device} has {in_words(total)}, and one block in float32, with what the recipe keeps beside it, takes at least "
-            f"{in_words(run.least_on_device)}; use `device` cpu, a recipe that does not follow the original model (gptq), or "
-            "one without covariances (slim, absmax)"
+            f"{device} has {format_bytes(total)}, and one block in float32, with the data that the recipe needs, takes at "
+            f"least {format_bytes(run.least_on_device)}; use `device` cpu, a recipe that does not compare with the original "
+            "model (gptq), or one without covariances (slim, absmax)"
         )
     return None
 
 
 def check_disk(run: RunNeeds, out: Path, journal: Path) -> str | None:
-    """A warning where the disk is nearly full with it; raises DoesNotFitError where it surely does not suffice.
+    """A warning where the run nearly fills the disk.
 
-    journal: its folder; what an unfinished run has in it already counts.
+    Args:
+        run: The needs of the run.
+        out: The output folder.
+        journal: The journal's folder; files of an unfinished run in it count as free.
+
+    Raises:
+        DoesNotFitError: The disk does not suffice.
     """
     free = free_on_disk(existing(out)) + folder_bytes(journal)
     needed = run.disk_bytes
     if needed > free:
         raise DoesNotFitError(
-            f"the disk does not suffice: writing {out} takes {in_words(needed)} at the fullest moment "
-            f"({in_words(run.stored_bytes)} for the output; finished blocks and {in_words(run.activations_bytes)} of "
-            f"activations in the journal beside it), and {in_words(free)} are free. Give an `out` on another disk, or fewer "
-            "`samples`"
+            f"the disk does not suffice: writing {out} takes {format_bytes(needed)} at most "
+            f"({format_bytes(run.stored_bytes)} for the output; finished blocks and {format_bytes(run.activations_bytes)} of "
+            f"activations in the journal), and {format_bytes(free)} are free. Give an `out` on another disk, or fewer `samples`"
         )
     if needed > _TIGHT * free:
-        return f"the disk will be nearly full: {in_words(needed)} at the fullest moment, of {in_words(free)} that are free"
+        return f"the disk will be nearly full: {format_bytes(needed)} at most, of {format_bytes(free)} that are free"
     return None
 
 
 def check_whole(size: int, allowed: int | None) -> str | None:
-    """Raise DoesNotFitError where the whole model in float32 is more than all memory of the machine."""
+    """Raise DoesNotFitError where the whole model in float32, of `size` bytes, exceeds all memory of the machine."""
     total, _ = total_and_free()
     if total is not None and size > max(total, allowed or 0):
         raise DoesNotFitError(
-            f"a plan or text of the model's own needs the whole model in memory, {in_words(size)} in float32, and there are "
-            f"{in_words(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
+            f"a plan or text of the model's own needs the whole model in memory, {format_bytes(size)} in float32, and there "
+            f"are {format_bytes(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
         )
     return None
 
 
 def check_place(out: Path) -> None:
-    """Raise CheckpointError where something stands in the way of writing to `out`; nothing is made."""
+    """Raise CheckpointError where `out` cannot be written because something is there; nothing is created."""
     checkpoint.refuse_taken(out)
 
 
 def check_text(data: str) -> None:
-    """Raise DataError where a file or folder that is to give the text is not there; nothing is read, no hub asked."""
+    """Raise DataError where the file or folder of the text does not exist; nothing is read or downloaded."""
     if data != "self":
         documents(data, "calibration")
 
@@ -137,7 +147,7 @@ def check_text(data: str) -> None:
 def problems_of(
     run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
 ) -> tuple[str, ...]:
-    """What the checks before a run would refuse or warn of, in words."""
+    """The messages of everything that the checks before a run would refuse or warn of."""
     checks: list[Callable[[], str | None]] = [
         lambda: check_device(run, device),
         lambda: check_memory(memory_of(run, allowed), allowed),

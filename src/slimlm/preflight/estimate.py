@@ -1,6 +1,6 @@
-"""The estimate: everything that is known of a run before it, as plain data.
+"""The estimate of a run's needs, as plain data.
 
-What is stored is exact but for what only the weights tell (a codebook that does not pay, scales too small for float16).
+Stored sizes are exact except where they depend on the weights (a codebook that does not pay, scales too small for float16).
 Memory and time are estimates; docs/estimates.md compares them with real runs.
 """
 
@@ -19,30 +19,33 @@ from slimlm.preflight.times import seconds_of
 from slimlm.runtime.memory import resident, total_and_free
 
 _LARGEST_TRIAL = 512
+"""The largest side of the random layers that steps are timed on."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """The memory of a run and of the machine, in bytes."""
 
     process: int
-    """what the process holds already"""
+    """The memory that the process holds already."""
     begin: int
-    """beside that, while the first inputs are computed"""
+    """The memory that is held, in addition, while the first inputs are computed."""
     block: int
-    """while a block is worked on"""
+    """The memory that is held, in addition, while a block is worked on."""
     end: int
-    """while embedding and head are rounded"""
+    """The memory that is held, in addition, while embedding and head are rounded."""
     activations: int
-    """held all the time, where they stay in memory"""
+    """The memory of activations, which are held all the time unless they are on the disk."""
     on_disk: bool
-    """whether they are on the disk instead"""
+    """Whether activations are on the disk."""
     least: int
-    """what is surely held at one time, of the process not even what it holds already"""
+    """A lower bound of the memory that is held at one time, without `process`."""
     total: int | None
+    """The memory of the machine; None where it is not known."""
     free: int | None
+    """The free memory of the machine; None where it is not known."""
     covariances: int = 0
-    """of `least`, what the statistics (mostly covariances) of inputs that are measured together take"""
+    """The part of `least` that statistics (mostly covariances) of inputs that are measured together take."""
 
     @property
     def peak(self) -> int:
@@ -52,39 +55,50 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need."""
+    """The needs of a run."""
 
     model: str
+    """The model's name."""
     recipe: str
+    """The recipe's name."""
     summary: str
+    """The recipe's summary."""
     blocks: int
+    """The number of blocks."""
     layers: dict[str, tuple[int, int]]
-    """that are compressed, by full name: shape (out, in)"""
+    """The shapes (out, in) of the layers that are compressed, by full name."""
     layer_bits: dict[str, int]
+    """The stored bits of these layers, by full name."""
     skipped: dict[str, str]
-    """what is not compressed, and why"""
+    """The layers that are not compressed, and why."""
     bits_per_weight: float
+    """The stored bits per weight of the compressed layers together."""
     planned: bool
-    """whether what layers become is yet to be planned, within the bits asked for"""
+    """Whether a plan is yet to choose how layers are stored, within the bits asked for."""
     original_bytes: int
+    """The size of the original model's tensors."""
     stored_bytes: int
+    """The size of the compressed model's tensors."""
     tokens: int
+    """The number of calibration tokens."""
     tokens_needed: int | None
-    """for the covariance of the widest layer, where the recipe asks for one"""
+    """The tokens that the covariance of the widest layer needs; None where the recipe needs no covariance."""
     memory: Memory
+    """The memory of the run and of the machine."""
     whole_bytes: int | None
-    """of the whole model in float32, where a plan has to open it"""
+    """Bytes of the whole model in float32, where a plan has to open it."""
     disk: int
-    """bytes of output and journal at the fullest moment"""
+    """The most bytes that output and journal take at one time."""
     disk_free: int | None
+    """Bytes free on the disk of the output; None where no output was named."""
     seconds: dict[str, float] | None
-    """by stage; None where nothing was measured"""
+    """Seconds by stage; None where nothing was measured."""
     problems: tuple[str, ...]
-    """for which `compress` would refuse, and what is tight, in words"""
+    """Messages: the reasons for which `compress` would refuse, and warnings of little memory or disk."""
 
     @property
     def total_seconds(self) -> float | None:
-        """Of all stages."""
+        """The time of all stages together."""
         return None if self.seconds is None else sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,9 +109,12 @@ class Estimate:
 
 
 def memory_of(run: RunNeeds, allowed: int | None, *, processes: int = 1) -> Memory:
-    """What the run holds; `allowed`: bytes that activations may take (None: half of what is free).
+    """The memory of a run.
 
-    processes: how many on this machine are to share its memory.
+    Args:
+        run: The needs of the run.
+        allowed: Bytes that activations may take; None: half of the free memory.
+        processes: The number of processes that share this machine's memory.
     """
     total, free = (None if size is None else size // processes for size in total_and_free())
     limit = allowed if allowed is not None else None if free is None else free // 2
@@ -124,7 +141,16 @@ def estimate_of(
     seconds: dict[str, float] | None,
     problems: tuple[str, ...],
 ) -> Estimate:
-    """Put together what is known. name: the model's, as it is shown. seconds: see `timed`."""
+    """The estimate of a run.
+
+    Args:
+        run: The needs of the run.
+        name: The model's name.
+        memory: See `memory_of`.
+        disk_free: Bytes free on the disk of the output.
+        seconds: See `timed`.
+        problems: See `slimlm.preflight.checks.problems_of`.
+    """
     needed = run.widest_needed
     return Estimate(
         model=name,
@@ -150,7 +176,14 @@ def estimate_of(
 
 
 def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> dict[str, float]:
-    """Seconds of each stage, from rates measured here within seconds. folder: on the disk that will be written to."""
+    """Seconds of each stage of a run, from rates that are measured here within seconds.
+
+    Args:
+        run: The needs of the run.
+        folder: A folder on the disk that will be written to; None: that of temporary files.
+        device: The device of the run.
+        clock: A clock in seconds.
+    """
     rates: Rates = measured_rates(folder, device, clock)
     costs: dict[Steps, StepCost] = {}
     largest: dict[Steps, int] = {}

@@ -1,6 +1,6 @@
-"""What a run will need: the shapes of what it will work on, what it will store, and what that takes of memory and disk.
+"""The needs of a run: the shapes of its layers, the size of its output, and the memory and disk that it takes.
 
-All of it follows from the meta model: no weight is read.
+All of it is computed from the meta model: no weight is read.
 """
 
 from collections.abc import Callable
@@ -24,39 +24,40 @@ from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
 
 _FEW_TOKENS = 8
+"""Tokens of the sample with which the order of layers is found."""
 _KEPT_BY_ALLOCATOR = 160 * 2**20
-"""Of small tensors that are freed the allocator keeps about as much again, up to about this."""
-_LAYER_COPIES = {"joint": 14, "quantize": 8, "prune": 6, "compensate": 8}
-"""Float32 copies of a layer's weight that a step of a kind holds at its fullest."""
+"""The most bytes, about, that the allocator keeps of small tensors that were freed."""
 
 
 @dataclass(frozen=True)
 class RunNeeds:
-    """What a run is to do, and what that takes."""
+    """The work of a run, and the memory and disk that it takes."""
 
     dense: LazyModel
+    """The original model."""
     blocks: dict[str, nn.Module]
-    """the model's blocks, by full name"""
+    """The model's blocks, by full name."""
     recipe: Recipe
+    """The recipe."""
     embeddings: Embeddings
-    """what becomes of embedding and head"""
+    """How embedding and head are compressed."""
     skipped: dict[str, str]
-    """what is not compressed, and why"""
+    """The layers that are not compressed, and why."""
     sample_count: int
-    """calibration samples"""
+    """The number of calibration samples."""
     length: int
-    """tokens per sample"""
+    """Tokens per sample."""
     bits: float | None = None
-    """a budget per weight, where what layers become is yet to be planned"""
+    """The budget in bits per weight, where a plan is yet to choose how layers are stored."""
 
     @property
     def tokens(self) -> int:
-        """Of all calibration samples."""
+        """The tokens of all calibration samples."""
         return self.sample_count * self.length
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens of a batch."""
+        """The tokens of a batch."""
         return batches_of(torch.empty(self.sample_count, self.length, device="meta"))[0].numel()
 
     @cached_property
@@ -78,12 +79,12 @@ class RunNeeds:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all layers to be compressed."""
+        """Stored bits per weight of all layers to be compressed."""
         return sum(self.layer_bits.values()) / sum(out * width for out, width in self.shapes.values())
 
     @cached_property
     def blocks_bytes(self) -> int:
-        """Of the finished blocks."""
+        """Bytes of the finished blocks."""
         layers = {f"{name}.weight" for name in self.shapes}
         others = sum(
             tensor.numel() * self.dense.dtypes[name].itemsize
@@ -94,14 +95,14 @@ class RunNeeds:
 
     @cached_property
     def embeddings_bytes(self) -> int:
-        """Of embedding and head where they are compressed."""
+        """Bytes of embedding and head where they are compressed."""
         entry = UniformEntry(self.embeddings.bits, GROUP_SIZE)
         shapes = [self.dense.weights[f"{name}.weight"].shape for name in self.embeddings.stored_names]
         return sum(entry.stored_bits((shape[0], shape[1])) for shape in shapes) // 8
 
     @cached_property
     def stored_bytes(self) -> int:
-        """Of all tensors of the output; the files' headers add about a hundred bytes for each."""
+        """Bytes of all tensors of the output; the files' headers add about a hundred bytes for each."""
         replaced = {f"{name}.weight" for name in self.embeddings.names}
         outside = [name for name in self.dense.outside(self.blocks) if name not in replaced]
         kept = {self.dense.weights[name].data_ptr(): name for name in outside}
@@ -110,10 +111,10 @@ class RunNeeds:
 
     @cached_property
     def stages(self) -> list[list[str]]:
-        """The layers of one block (names within it) by the inputs they share, in the order in which these come about.
+        """The layers of one block (names within it) by the inputs they share, in the order in which these are computed.
 
-        Found by running the first block that has any, empty, on a few tokens. Raises ModelError where the model cannot be
-        followed.
+        Found by running the first block that has any, with placeholder weights, on a few tokens. Raises ModelError where the
+        model's blocks cannot be run one at a time.
         """
         name, linears = self._first
         first = {name: self.blocks[name]}
@@ -131,7 +132,7 @@ class RunNeeds:
 
     @cached_property
     def inputs(self) -> list[list[Sizes]]:
-        """For each stage the sizes of its distinct inputs: layers of one name in several experts have one each."""
+        """For each stage the sizes of its distinct inputs; layers of one name in several experts have an input each."""
         first, _ = self._first
         found = []
         for stage in self.stages:
@@ -142,50 +143,50 @@ class RunNeeds:
 
     @property
     def measured_together(self) -> list[type[Statistic]]:
-        """The statistics that are summed at the same time; those of output residuals come after, one layer's at a time."""
+        """The statistics that are summed at the same time; those of output residuals follow, one layer at a time."""
         return [own for own in self.recipe.needs if own.source is not Source.OUTPUT_RESIDUALS]
 
     @property
     def widest_needed(self) -> int | None:
-        """Inputs of the widest layer, where the recipe asks for its covariance."""
+        """The number of inputs of the widest layer; None where the recipe needs no covariance."""
         return max(width for _, width in self.shapes.values()) if Covariance in self.recipe.needs else None
 
     @property
     def planned(self) -> bool:
-        """Whether what layers become is yet to be planned."""
+        """Whether a plan is yet to choose how layers are stored."""
         return self.bits is not None or self.recipe.needs_plan
 
     # Memory, in bytes
 
     @cached_property
     def block_bytes(self) -> int:
-        """Of the largest block in float32."""
+        """Bytes of the largest block in float32."""
         return max(4 * sum(tensor.numel() for tensor in block.state_dict().values()) for block in self.blocks.values())
 
     @property
     def copies(self) -> int:
-        """Of the block: two where the original goes along."""
+        """The number of blocks that are held: two where the original block is run as well."""
         return 2 if self.recipe.needs_original or self.recipe.block_reconstruction is not None else 1
 
     @cached_property
     def width(self) -> int:
-        """Features per token between blocks."""
+        """The number of features per token between blocks."""
         own = getattr(text_config(self.dense.model), "hidden_size", None)
         return int(own) if own else max(width for _, width in self.shapes.values())
 
     @property
     def streams(self) -> int:
-        """Activations that go from block to block."""
+        """The number of streams of activations: two where the original model's are computed as well."""
         return 1 + self.recipe.needs_original
 
     @property
     def held_bytes(self) -> int:
-        """Of all activations that are held, as they are in memory."""
+        """Bytes of all activations that are held, in memory."""
         return self.tokens * self.width * 4 * (self.streams + (self.recipe.block_reconstruction is not None))
 
     @cached_property
     def batch_bytes(self) -> int:
-        """Of what a block computes of a batch and still needs at its fullest, and of what the allocator keeps of it."""
+        """Bytes of a block's intermediate results for a batch, and those that the allocator keeps of them."""
         block = next(iter(self.blocks.values()))
         outputs = sum(weight_of(linear).shape[0] for linear in linears_of(block).values())
         live = 2 * 4 * outputs * self.tokens_at_once
@@ -193,42 +194,42 @@ class RunNeeds:
 
     @property
     def measuring_bytes(self) -> int:
-        """Of statistics while they are summed: the totals, and as much again for a batch's own."""
+        """Bytes of statistics while they are summed: the totals, and as much again for those of a batch."""
         return 2 * self.totals_bytes
 
     def _measured_bytes(self, count: Callable[[type[Statistic], Sizes], int]) -> int:
-        """Of the inputs that are measured together: of a mixture, every expert's."""
+        """Bytes for all inputs that are measured together (of a mixture, those of every expert)."""
         stages = [sum(count(own, sizes) for sizes in stage for own in self.measured_together) for stage in self.inputs]
         return max(stages, default=0) if self.recipe.sequential else sum(stages)
 
     @property
     def totals_bytes(self) -> int:
-        """Of the statistics that are summed together, as they count themselves."""
+        """Bytes of the totals of statistics that are summed together."""
         return self._measured_bytes(lambda statistic, sizes: statistic.total_bytes(sizes))
 
     @property
     def results_bytes(self) -> int:
-        """Of these statistics when they are finished."""
+        """Bytes of these statistics when they are finished."""
         return self._measured_bytes(lambda statistic, sizes: statistic.result_bytes(sizes))
 
     @property
     def statistics_bytes(self) -> int:
-        """Of totals and finished statistics, which are made while the totals are there."""
+        """Bytes of totals and finished statistics, which are held together while the latter are computed."""
         return self.totals_bytes + self.results_bytes
 
     @property
     def solving_bytes(self) -> int:
-        """Of the finished statistics and of what the steps hold for one layer."""
+        """Bytes of the finished statistics and of the steps' intermediate results for one layer."""
         held = self.results_bytes
-        kinds = {named.kind for named in self.recipe.steps}
+        steps = [named.step for named in self.recipe.steps]
         widest = max((width for _, width in self.shapes.values()), default=0)
-        squares = (56 if "joint" in kinds else 32) * widest**2 if Covariance in self.recipe.needs else 0
+        squares = max(step.covariance_copies for step in steps) * widest**2 if Covariance in self.recipe.needs else 0
         largest = max((out * width for out, width in self.shapes.values()), default=0)
-        return held + squares + 4 * max(_LAYER_COPIES[kind] for kind in kinds) * largest
+        return held + 4 * squares + 4 * max(step.weight_copies for step in steps) * largest
 
     @property
     def reconstruction_bytes(self) -> int:
-        """Of a block that is reconstructed: values, gradients, two moments, the rounded weights; and its steps' activations."""
+        """Bytes of block reconstruction: values, gradients, two moments, the rounded weights, and a step's activations."""
         if self.recipe.block_reconstruction is None:
             return 0
         steps = min(self.tokens, self.recipe.block_reconstruction.batch * self.length)
@@ -236,47 +237,47 @@ class RunNeeds:
 
     @property
     def working_bytes(self) -> int:
-        """Of a block, its original where that goes along, and the fullest moment of the work on it."""
+        """Bytes of a block, its original where that is run as well, and the most that the work on it takes."""
         most = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes, self.reconstruction_bytes)
         return self.copies * self.block_bytes + most
 
     @property
     def beginning_bytes(self) -> int:
-        """While the first inputs are computed: what is outside the blocks, one block, a batch."""
+        """Bytes while the first inputs are computed: the modules outside the blocks, one block, a batch."""
         outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.outer_tensors(self.blocks).values()}
         return sum(outside.values()) + self.block_bytes + self.batch_bytes
 
     @property
     def ending_bytes(self) -> int:
-        """While embedding and head are rounded: as they are stored, their codes, and these packed."""
+        """Bytes while embedding and head are rounded: the original matrices, their codes, and the packed codes."""
         weights = {w.data_ptr(): w for w in (self.dense.weights[f"{name}.weight"] for name in self.embeddings.names)}
         return sum(w.numel() * (w.element_size() + 1) for w in weights.values()) + self.embeddings_bytes
 
     @property
     def least_bytes(self) -> int:
-        """What is held at one time whatever else is done: a block, its original, the covariances that are measured together."""
+        """A lower bound of the bytes held at one time: a block, its original, the statistics that are measured together."""
         return self.copies * self.block_bytes + self.statistics_bytes
 
     @property
     def least_on_device(self) -> int:
-        """Of that, what surely lies on the device; finished statistics go to main memory where they would fill it."""
+        """The part of it that is on the device in any case; finished statistics go to main memory where they would fill it."""
         return self.copies * self.block_bytes + self.totals_bytes
 
     # Disk, in bytes
 
     @property
     def activations_bytes(self) -> int:
-        """Of one generation of activations in the journal; the next is written before it goes."""
+        """Bytes of one block's inputs in the journal; the next block's are written before these are removed."""
         return self.tokens * self.width * 4 * self.streams
 
     @property
     def disk_bytes(self) -> int:
-        """Of output and journal at the fullest moment: while the last block is kept, or while all is written a second time."""
+        """The most bytes of output and journal: while the last block is stored, or while the checkpoint is written."""
         spilled = 0 if self.recipe.block_reconstruction is None else self.tokens * self.width * 4
         block = self.blocks_bytes + 2 * self.activations_bytes + spilled
         return max(block, self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes)
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of the files in a folder; 0 where there is none."""
+    """Bytes of the files in a folder; 0 where there is no folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

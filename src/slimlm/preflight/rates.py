@@ -1,4 +1,4 @@
-"""How fast this machine is at what a run does, measured within seconds: products, passes over memory, writing, the steps."""
+"""The speed of this machine at the operations of a run, measured within seconds: products, memory, writing, the steps."""
 
 import time
 from collections.abc import Callable
@@ -16,31 +16,35 @@ from slimlm.storage.streams import sha256_of, write_tensors
 Clock = Callable[[], float]
 
 _PRODUCT = (2048, 512, 1024)
+"""Tokens, inputs and outputs of the measured product."""
 _PASSED = 2**22
+"""Elements of the vector that is read and written."""
 _WRITTEN = 2**25
+"""Bytes of the file that is written."""
 _ENOUGH = 0.15
-"""Seconds that a measurement lasts at least."""
+"""The least seconds that a measurement lasts."""
 _SIDES = (64, 128, 256, 512)
+"""Sides of the square layers that steps are tried on."""
 _WORTH = 3.0
-"""Seconds that a trial of the steps may take; a larger one that promises to take more is left out."""
+"""Seconds that a trial of the steps may take; larger layers that are expected to take more are skipped."""
 _FULL = 128
-"""Side of the layer on which steps are tried in full; on smaller ones they take fewer rounds than on those that matter."""
+"""Side of the layer on which steps are tried with all their rounds; on smaller layers they take fewer than on real ones."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured."""
+    """Measured rates."""
 
     products: float
-    """operations per second of float32 matrix products"""
+    """Operations per second of float32 matrix products."""
     passes: float
-    """bytes per second, read and written, of element by element work"""
+    """Bytes per second, read and written, of elementwise operations."""
     written: float
-    """bytes per second to the disk, synced, with the checksum"""
+    """Bytes per second to the disk, synced, with the checksum."""
 
 
 def measured_rates(folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> Rates:
-    """Measure, on the device and on the disk that holds `folder` (None: that of temporary files)."""
+    """Measure the rates of the device and of the disk that holds `folder` (None: that of temporary files)."""
     tokens, width, out = _PRODUCT
     x, weight = torch.randn(tokens, width, device=device), torch.randn(out, width, device=device)
     products = 2 * tokens * width * out / _seconds(lambda: x @ weight.T, device, clock)
@@ -56,7 +60,7 @@ def measured_rates(folder: Path | None, device: torch.device, clock: Clock = tim
 
 
 def _seconds(work: Callable[[], object], device: torch.device, clock: Clock) -> float:
-    """Of one call, on average, the first left out."""
+    """Mean seconds of one call; the first call is not counted."""
     work()
     _wait(device)
     began, count = clock(), 0
@@ -75,15 +79,19 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of the steps on a layer: whatever its size, per input, per weight, and per weight and input."""
+    """Seconds of the steps on a layer: the coefficients of a polynomial in the layer's size."""
 
     per_layer: float
+    """Seconds that do not depend on the size."""
     per_input: float
+    """Seconds per input."""
     per_weight: float
+    """Seconds per weight."""
     per_weight_and_input: float
+    """Seconds per weight and input."""
 
     def seconds(self, shape: tuple[int, int]) -> float:
-        """On a layer `(out, in)`."""
+        """Seconds of the steps on a layer of shape (out, in)."""
         out, width = shape
         linear = self.per_layer + self.per_input * width
         return linear + (self.per_weight + self.per_weight_and_input * width) * out * width
@@ -92,14 +100,21 @@ class StepCost:
 def measured_steps(
     steps: Steps, largest: int, *, length: int, device: torch.device, clock: Clock = time.perf_counter
 ) -> StepCost:
-    """Measure the steps on square random layers of a few sizes, up to `largest`, and fit what they cost.
+    """Measure the steps on square random layers of a few sizes and fit their cost.
 
-    Solvers that go in rounds are tried in full on one small layer only; the other trials take fewer, and the ratio of the
-    two on that one carries over. length: tokens per sample.
+    Iterative solvers run all their rounds on one small layer only; the other trials take fewer rounds, and are scaled by the
+    ratio of the two on that layer.
+
+    Args:
+        steps: The steps.
+        largest: The largest side of a layer.
+        length: Tokens per sample.
+        device: The device of the run.
+        clock: A clock in seconds.
     """
     short, trial = brief(steps), _Trial(length, device, clock)
     sides = sorted({min(side, largest) for side in _SIDES})
-    trial.seconds(short, sides[0])  # what comes with the first call of anything is not counted
+    trial.seconds(short, sides[0])  # the first call initializes libraries, and is not counted
     found: list[tuple[int, float]] = []
     for side in sides:
         if found and found[-1][1] * (side / found[-1][0]) ** 2 > _WORTH:
@@ -117,7 +132,7 @@ class _Trial:
     clock: Clock
 
     def seconds(self, steps: Steps, side: int) -> float:
-        """Of the steps on a square layer."""
+        """Seconds of the steps on a square layer."""
         shape = fitting((side, side), steps)
         layer, stats = drawn_layer(shape, needs_of(steps), dtype=torch.float32, length=self.length, device=self.device)
         _wait(self.device)
@@ -128,7 +143,7 @@ class _Trial:
 
 
 def fitted_cost(found: list[tuple[int, float]]) -> StepCost:
-    """The cost, nothing of it negative, of least squared relative error on square layers: (side, seconds) each."""
+    """The cost, without negative coefficients, that fits (side, seconds) of square layers at least squared relative error."""
     rows = torch.tensor([[1, side, side**2, side**3] for side, _ in found], dtype=torch.float64)
     seconds = torch.tensor([max(spent, 1e-9) for _, spent in found], dtype=torch.float64)
     best, least = torch.zeros(4, dtype=torch.float64), float("inf")

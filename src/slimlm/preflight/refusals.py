@@ -1,4 +1,4 @@
-"""What is refused of a model, a recipe and a text before any work; most of it needs shapes alone."""
+"""Checks whether a model, a recipe and a text suit each other, before any work; most of them need only shapes."""
 
 import fnmatch
 
@@ -22,14 +22,25 @@ def compressible(blocks: dict[str, nn.Module], recipe: Recipe) -> dict[str, tupl
 
 
 def without_embeddings(skipped: dict[str, str], embeddings: Embeddings) -> dict[str, str]:
-    """What is not compressed, where some of embedding and head is."""
+    """The layers that are not compressed, without an embedding or head that is."""
     return {name: reason for name, reason in skipped.items() if name != embeddings.head} | embeddings.skipped
 
 
 def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe, *, planning: bool = False) -> dict[str, str]:
-    """Check every layer against the recipe, by its shape; gives the layers that are not compressed, and why.
+    """Check every layer against the recipe, by its shape.
 
-    When a plan will choose pattern and rank, the recipe's own are not asked whether they fit.
+    Args:
+        dense: The original model.
+        blocks: Its blocks by full name.
+        recipe: The recipe.
+        planning: Whether a plan will choose pattern and rank, so that the recipe's own need not fit.
+
+    Returns:
+        The layers that are not compressed, and why.
+
+    Raises:
+        RecipeError: A pattern of the recipe fits no layer, or no layer would be compressed.
+        ModelError: A layer cannot take the recipe, or the model has too few layers that slimlm knows.
     """
     model = dense.model
     skipped = {
@@ -41,12 +52,12 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.ignore:
         if not fnmatch.filter(known, pattern):
-            raise RecipeError(f"ignore = {pattern!r} matches no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"ignore = {pattern!r} fits no layer of the model; its layers are named like {known[0]}")
     for rule in recipe.rules:
         if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
-            raise RecipeError(f"a rule's {unmatched[0]!r} matches no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"a rule's {unmatched[0]!r} fits no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.ignores, known)):
-        raise RecipeError(f"ignore = {list(recipe.ignore)} leaves no layer to compress")
+        raise RecipeError(f"ignore = {list(recipe.ignore)} excludes every layer; there is nothing to compress")
     refuse_experts([name for name in known if not recipe.ignores(name)], dense.experts, recipe)
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
@@ -56,7 +67,7 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
                 continue
             out, width = weight_of(linear).shape
             if not planning and (reason := recipe.refuses(full, (out, width))):
-                raise ModelError(f'{reason}; or leave the layer out of the recipe (ignore = ["*.{name}"])')
+                raise ModelError(f'{reason}; or exclude the layer from the recipe (ignore = ["*.{name}"])')
         skipped |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
     return skipped
 
@@ -80,13 +91,13 @@ def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
 
 
 def refuse_experts(layers: list[str], experts: list[str], recipe: Recipe) -> None:
-    """Raise ModelError where a step needs whole samples and a layer to compress is an expert's, which is given some tokens."""
+    """Raise ModelError where a step needs whole samples and a layer is an expert's, which is given only some tokens."""
     inside = tuple(f"{name}." for name in experts)
     needing = [named.method for named in recipe.steps if any(own.source is Source.SAMPLES for own in named.step.needs)]
     if needing and (own := [n for n in layers if n.startswith(inside)]):
         raise ModelError(
-            f"{own[0]} is an expert's, which is given some of the tokens; {' and '.join(needing)} of the recipe needs whole "
-            'samples. Leave such layers out (ignore = ["*.experts.*"]) or use another recipe'
+            f"{own[0]} is an expert's, which is given only some of the tokens; {' and '.join(needing)} of the recipe needs "
+            'whole samples. Exclude such layers (ignore = ["*.experts.*"]) or use another recipe'
         )
 
 
@@ -96,6 +107,6 @@ def warn_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, notify: 
     if tokens < tokens_needed(width):
         notify(
             f"calibration has {tokens} tokens, but the covariance of the widest layer ({name}, {width} inputs) needs "
-            f"{tokens_needed(width)}: for layers with too few, what is measured between two inputs is shrunk and the original "
-            "model's outputs are not followed. Give more text or `samples` for a better result"
+            f"{tokens_needed(width)}: for layers with too few, covariances are shrunk towards their diagonal, and calibration "
+            "is not asymmetric. Give more text or `samples` for a better result"
         )

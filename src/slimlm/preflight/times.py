@@ -1,4 +1,4 @@
-"""How long a run will take, stage by stage: its operations at the rates of this machine."""
+"""The time of a run, stage by stage: its operations at the rates of this machine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,27 +9,30 @@ from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 
 _TOKENIZED = 100_000
-"""Tokens per second of a fast tokenizer, text read included; about eight times as many are read as are used."""
+"""Tokens per second of a fast tokenizer, including reading the text."""
 _READ_AHEAD = 8
+"""Tokens that are read for each token that is used."""
 _UNPACKING = 12
-"""Passes over a layer's float32 weight that a packed one takes to become dense."""
+"""The cost of unpacking a layer, in passes over its float32 weight."""
 _ELEMENTS = 6
-"""Passes over the outputs of a block's layers by what is between them: norms, activations, sums, positions."""
+"""The cost of a block's elementwise operations (norms, activations, sums, positions), in passes over its layers' outputs."""
 _TUNING = 60
-"""Passes over a block's weights in one step of block reconstruction: rounding both ways, Adam."""
+"""The cost of one step of block reconstruction (rounding forward and backward, Adam), in passes over the block's weights."""
 _BEFORE = (0.35, 0.5)
-"""Share of a block that runs before a stage's inputs are there: on average over several stages; where there is only one."""
+"""The share of a block that runs until a stage's inputs are computed: on average over several stages; of a single one."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What running one block takes, in seconds per token; with packed layers a batch takes `unpacking` besides."""
+    """The time of running one block."""
 
     per_token: float
+    """Seconds per token."""
     unpacking: float
+    """Additional seconds per batch where the layers are packed."""
 
     def seconds(self, tokens: float, batches: float = 0.0) -> float:
-        """For so many tokens, in so many batches where the layers are packed."""
+        """Seconds for so many tokens, in so many batches where the layers are packed."""
         return self.per_token * tokens + self.unpacking * batches
 
 
@@ -44,7 +47,7 @@ def forward_of(run: RunNeeds, rates: Rates) -> Forward:
 
 
 def _active(run: RunNeeds) -> float:
-    """Share of the block's weights that a token meets: of experts only those that it is routed to."""
+    """The share of the block's weights that are used for a token: of experts only those that it is routed to."""
     config = run.dense.model.config
     counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     experts, each = next((count for count in counts if count), None), getattr(config, "num_experts_per_tok", None)
@@ -56,7 +59,7 @@ def _active(run: RunNeeds) -> float:
 
 
 Cost = Callable[[str], StepCost]
-"""Of the steps for a layer, by its full name."""
+"""The cost of the steps for a layer, by its full name."""
 
 
 def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
@@ -83,14 +86,14 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
 
 
 def _sums(run: RunNeeds, rates: Rates) -> float:
-    """Of one block: the products that make its statistics."""
+    """Seconds of one block's statistics."""
     measured = [sizes for stage in run.inputs for sizes in stage]
     operations = sum(statistic.operations(sizes) for statistic in run.measured_together for sizes in measured)
     return operations * run.tokens / rates.products
 
 
 def _reconstruction(run: RunNeeds, forward: Forward, rates: Rates) -> float:
-    """Of one block: forward and backward on each sample, and the weights rounded anew in every step."""
+    """Seconds of one block's reconstruction: forward and backward on each sample, and the rounding in every step."""
     options = run.recipe.block_reconstruction
     assert options is not None
     steps = options.passes * run.sample_count / options.batch

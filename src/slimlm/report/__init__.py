@@ -1,1 +1,1 @@
-"""Tables, a live display and a plot: plain data in, text out. With `cli` the only room that uses rich."""
+"""Tables, a live display and a plot: plain data in, text out. Only `report` and `cli` use rich."""

@@ -1,4 +1,4 @@
-"""What `slimlm demo` shows: several compressed models beside the original."""
+"""The table of `slimlm demo`: several compressed models compared with the original."""
 
 from typing import TYPE_CHECKING
 

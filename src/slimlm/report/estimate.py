@@ -1,4 +1,4 @@
-"""What `slimlm plan` shows before a run: the estimate as a table."""
+"""The table of `slimlm plan`: the estimate of a run."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from rich.table import Table
 from slimlm.preflight.estimate import Estimate, Memory
 from slimlm.report.live import duration
 from slimlm.report.tables import pairs_table, size
-from slimlm.runtime.memory import in_words
+from slimlm.runtime.memory import format_bytes
 
 _NAMED = 6
 
@@ -25,7 +25,7 @@ def estimate_table(found: Estimate) -> Table:
         ("calibration", _tokens(found)),
         ("memory", _memory(found.memory)),
         *_whole(found),
-        ("disk", f"{in_words(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
+        ("disk", f"{format_bytes(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
         *_times(found),
     ]
     return pairs_table(rows)
@@ -33,8 +33,8 @@ def estimate_table(found: Estimate) -> Table:
 
 def _shapes(found: Estimate) -> str:
     counted = Counter(found.layers.values()).most_common()
-    words = [f"{count} of {out} x {width}" for (out, width), count in counted[:_NAMED]]
-    return ", ".join(words) + (" and others" if len(counted) > _NAMED else "")
+    named = [f"{count} of {out} x {width}" for (out, width), count in counted[:_NAMED]]
+    return ", ".join(named) + (" and others" if len(counted) > _NAMED else "")
 
 
 def _skipped(skipped: dict[str, str]) -> list[str]:
@@ -62,32 +62,36 @@ def _tokens(found: Estimate) -> str:
 
 def _memory(memory: Memory) -> str:
     where = "kept on the disk" if memory.on_disk else "kept in memory"
-    there = "" if memory.free is None or memory.total is None else f"; {in_words(memory.free)} of {in_words(memory.total)} free"
+    there = (
+        ""
+        if memory.free is None or memory.total is None
+        else f"; {format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+    )
     return (
-        f"about {in_words(memory.peak)} at most (the program {in_words(memory.process)}, the current block "
-        f"{in_words(memory.block)}, activations {in_words(memory.activations)}, {where}){there}"
+        f"about {format_bytes(memory.peak)} at most (the program {format_bytes(memory.process)}, the current block "
+        f"{format_bytes(memory.block)}, activations {format_bytes(memory.activations)}, {where}){there}"
     )
 
 
 def _whole(found: Estimate) -> list[tuple[str, str]]:
     if found.whole_bytes is None:
         return []
-    return [("", f"and while planning the whole model in float32: {in_words(found.whole_bytes)}")]
+    return [("", f"and while planning the whole model in float32: {format_bytes(found.whole_bytes)}")]
 
 
 def _free(free: int | None) -> str:
-    return "" if free is None else f"; {in_words(free)} free"
+    return "" if free is None else f"; {format_bytes(free)} free"
 
 
 def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.seconds is None or found.total_seconds is None:
         return []
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
-    beside = ", without the planning" if found.planned else ""
+    planning = ", without the planning" if found.planned else ""
     return [
         (
             "time",
-            f"about {duration(found.total_seconds)} at rates measured on this machine{beside}"
+            f"about {duration(found.total_seconds)} at rates measured on this machine{planning}"
             + (f" ({parts})" if parts else ""),
         )
     ]

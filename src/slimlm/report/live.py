@@ -1,6 +1,6 @@
 """The progress of a run, on standard error: one live display on a terminal, a line per block elsewhere.
 
-Both are observers (slimlm.events) that take what they show from `Progress`; neither knows what makes the events.
+Both are observers (slimlm.events) that compute their state from events with `Progress`.
 """
 
 import sys
@@ -29,7 +29,7 @@ _DOING: dict[Doing, str] = {
     "propagate": "compute the block's outputs",
 }
 _LINE_EVERY = 10.0
-"""for stages other than compression, which has a line per block"""
+"""Seconds between two lines of a stage other than compression, which has a line per block."""
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Progress:
     name: str = ""
     layers: tuple[str, ...] = ()
     last: LayerRecord | None = None
-    """the layer finished last"""
+    """The layer that was finished last."""
     began: float = 0.0
-    """when the stage began, by the clock"""
+    """The time when the stage began, by the clock."""
     finished: list[BlockDone] = field(default_factory=list)
     _done_before: int = 0
-    """units of the stage that were done when this run began it"""
+    """Units of the stage that were done when this run began it."""
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """What a terminal shows, kept up to date: the stage with a bar, the current block, errors and times."""
+    """A live display for terminals: the stage with a bar, the current block, errors and times."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.progress = Progress(clock)
@@ -116,8 +116,8 @@ class Display:
             ProgressBar(total=max(1, progress.total), completed=progress.done, width=40),
             Text(f"{progress.done} of {progress.total} {unit}".rstrip()),
         )
-        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
-        rows = [("time", f"{duration(progress.elapsed)}{left}")]
+        remaining = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+        rows = [("time", f"{duration(progress.elapsed)}{remaining}")]
         if progress.doing is not None:
             layers = f": {', '.join(progress.layers)}" if progress.layers else ""
             rows.insert(0, (f"block {progress.done + 1}", progress.name))
@@ -128,8 +128,8 @@ class Display:
         if errors:
             rows.insert(-1, ("error", ", ".join(errors)))
         grid = Table.grid(padding=(0, 2))
-        for name, words in rows:
-            grid.add_row(Text(name, style="dim"), Text(words, overflow="ellipsis", no_wrap=True))
+        for name, text in rows:
+            grid.add_row(Text(name, style="dim"), Text(text, overflow="ellipsis", no_wrap=True))
         return Group(bar, grid)
 
 

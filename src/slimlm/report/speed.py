@@ -19,7 +19,7 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
         kind = (row["shape"], row["parts"])
         first = (f"{row['shape'][0]} x {row['shape'][1]}", str(row["layers"]), row["parts"]) if kind != before else ("", "", "")
         before = kind
-        way = f"slimlm ({row['kernels']})" if row["contender"] == "slimlm" else row["contender"]
+        contender = f"slimlm ({row['kernels']})" if row["contender"] == "slimlm" else row["contender"]
         figures = (
             f"{row['seconds'] * 1e6:.1f}",
             f"{row['ratio']:.2f}",
@@ -27,7 +27,7 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
             f"{row['bytes_per_second'] / 1e9:.1f}",
             f"{row['of_bandwidth']:.0%}",
         )
-        rows.append((*first, way, str(row["batch"]), *figures))
+        rows.append((*first, contender, str(row["batch"]), *figures))
     columns = ("out x in", "layers", "parts", "implementation", "batch", "us", "x float32", "MB", "GB/s", "of bandwidth")
     clock = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}, {result['clock']}"
     title = f"time of one product; {clock}; read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s"
@@ -67,7 +67,8 @@ def speed_notes(result: dict[str, Any]) -> list[str]:
 def speed_picture(result: dict[str, Any], path: Path) -> str | None:
     """Plot tokens per second by batch, of new and of prompt tokens, into a file.
 
-    Returns: None, or why there is no picture.
+    Returns:
+        None, or why there is no picture.
     """
     try:
         import matplotlib
@@ -77,15 +78,15 @@ def speed_picture(result: dict[str, Any], path: Path) -> str | None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=110)
-    for panel, key, words in zip(panels, ("new", "prompt"), ("new tokens", "prompt tokens"), strict=True):
-        for way in dict.fromkeys(row["contender"] for row in result["generation"]):
-            own = [row for row in result["generation"] if row["contender"] == way]
+    for panel, key in zip(panels, ("new", "prompt"), strict=True):
+        for contender in dict.fromkeys(row["contender"] for row in result["generation"]):
+            own = [row for row in result["generation"] if row["contender"] == contender]
             batches, rates = [row["batch"] for row in own], [row[f"{key}_tokens_per_second"] for row in own]
-            panel.plot(batches, rates, marker="o", label=way, color=_COLOURS.get(way))
+            panel.plot(batches, rates, marker="o", label=contender, color=_COLOURS.get(contender))
             if key == "new":
                 bounds = [row["new_tokens_per_second_bound"] for row in own]
-                panel.plot(batches, bounds, linestyle=":", linewidth=1, color=_COLOURS.get(way))
-        _axes(panel, sorted({row["batch"] for row in result["generation"]}), words)
+                panel.plot(batches, bounds, linestyle=":", linewidth=1, color=_COLOURS.get(contender))
+        _axes(panel, sorted({row["batch"] for row in result["generation"]}), f"{key} tokens")
     panels[0].set_title("dotted: bound by memory bandwidth", fontsize=9)
     panels[1].legend()
     figure.suptitle(f"{Path(result['model']).name}, {result['threads']} threads, {result['machine']['processor']}")
@@ -95,24 +96,24 @@ def speed_picture(result: dict[str, Any], path: Path) -> str | None:
     return None
 
 
-def _axes(panel: Any, batches: Sequence[int], words: str) -> None:
+def _axes(panel: Any, batches: Sequence[int], unit: str) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(batches, [str(batch) for batch in batches])
     panel.set_xlabel("batch")
-    panel.set_ylabel(f"{words} per second, all texts")
+    panel.set_ylabel(f"{unit} per second, all texts")
     panel.grid(which="both", alpha=0.2)
 
 
 def tiles_table(result: dict[str, Any]) -> Table:
-    """A row per kind of layer and class of batches: the fastest tile, and its time beside the previous tile's."""
+    """A row per kind of layer and class of batches: the fastest tile, and its time compared with the previous tile's."""
     rows = []
     for row in result["rows"]:
         tile = row["after"]
-        words = f"{tile['rows']} x {tile['tokens']}, {tile['warps']} warps, {tile['stages']} stages, {tile['waves']} waves"
+        size = f"{tile['rows']} x {tile['tokens']}, {tile['warps']} warps, {tile['stages']} stages, {tile['waves']} waves"
         before, after = row["seconds_before"], row["seconds_after"]
         figures = f"{before * 1e6:.1f}", f"{after * 1e6:.1f}", f"{before / after:.2f}"
-        rows.append((row["kind"], words, str(row["batch"]), *figures))
+        rows.append((row["kind"], size, str(row["batch"]), *figures))
     return plain_table(
         f"tiles on {result['gpu']}, {result['dtype']}", ("layers", "tile", "batch", "us before", "us", "ratio"), rows, left=2
     )

@@ -7,13 +7,13 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    # What is shown is not made here, and importing it would take seconds.
+    # Importing these modules would take seconds.
     from slimlm.inference.generate import Generated
     from slimlm.record import Record
     from slimlm.verification.folder import Verified
 
 _NAMED = 5
-"""Names that a row lists before it counts the others."""
+"""The most names that a row lists before it counts the others."""
 
 
 def size(bytes_: float) -> str:
@@ -75,7 +75,8 @@ def options_table(plan: dict[str, Any]) -> Table:
         losses = [group["losses"][i] for group in groups]
         loss = None if None in losses else sum(losses)
         mark = "best single option within the budget" if i == plan["uniform"] else ""
-        rows.append((option["words"], f"{bits:.3f}", _loss(loss), str(sum(group["chosen"] == i for group in groups)), mark))
+        chosen = sum(group["chosen"] == i for group in groups)
+        rows.append((option["description"], f"{bits:.3f}", _loss(loss), str(chosen), mark))
     columns = ("option", "bits/weight", "sum of losses", "groups given it", "")
     return plain_table(
         "each group of layers compressed alone (loss: KL divergence per token to the original, in nats)", columns, rows
@@ -89,19 +90,19 @@ def choices_table(plan: dict[str, Any]) -> Table:
         first, *others = group["layers"]
         i = group["chosen"]
         name = ", ".join([first, *(other.rpartition(".")[2] for other in others)])
-        rows.append((name, plan["options"][i]["words"], f"{group['bits'][i]:.3f}", _loss(group["losses"][i])))
+        rows.append((name, plan["options"][i]["description"], f"{group['bits'][i]:.3f}", _loss(group["losses"][i])))
     return plain_table(None, ("layers", "chosen", "bits/weight", "loss"), rows, left=2)
 
 
 def plan_summary(plan: dict[str, Any]) -> str:
-    """The outcome of a plan in a sentence or two."""
+    """The result of a plan in a sentence or two."""
     text = (
         f"{plan['bits_per_weight']:.3f} bits per weight of {plan['asked_bits']:.3f} asked for (counted by "
         f"{plan['objective']}); loss {_loss(plan['planned_loss'])} with all layers so compressed"
     )
     if plan["uniform"] is None:
         return text + ". No single option for all layers is within the budget."
-    single = f"{plan['options'][plan['uniform']]['words']} in all layers: {_loss(plan['uniform_loss'])}"
+    single = f"{plan['options'][plan['uniform']]['description']} in all layers: {_loss(plan['uniform_loss'])}"
     if plan["fallback"]:
         return text + f", but {single}. The mixture is no better, so the single option was chosen."
     return text + f"; {single}."
@@ -124,7 +125,9 @@ def _loss(value: float | None) -> str:
 def summary_table(record: "Record", kernels: str) -> Table:
     """The totals of a compression.
 
-    kernels: which kernels would run its layers on this machine, in words.
+    Args:
+        record: The record.
+        kernels: A description of the kernels that would run its layers on this machine.
     """
     errors = sorted(r.error for r in record.layers)
     worst = max(record.layers, key=lambda r: r.error)
@@ -164,7 +167,7 @@ def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
 
 
 def verified_table(found: "Verified") -> Table:
-    """What was found in a checkpoint's folder, and whether it is sound."""
+    """The findings on a checkpoint's folder, and whether it is sound."""
     dense = "".join(f", {name}" for name in _first(found.skipped))
     rows = [
         ("folder", found.folder),
@@ -178,8 +181,8 @@ def verified_table(found: "Verified") -> Table:
         rows.append(("perplexity", f"{change}, as the run recorded it"))
     if (measured := found.measured) is not None:
         rows.append(("perplexity", f"{measured['value']:.4f} on {measured['tokens']} tokens of the text"))
-    rows += [("note", words) for words in found.notes]
-    rows += [("problem", words) for words in found.problems]
+    rows += [("note", text) for text in found.notes]
+    rows += [("problem", text) for text in found.problems]
     return pairs_table([*rows, ("verdict", "sound" if found.sound else f"not sound: {len(found.problems)} problems")])
 
 

@@ -1,7 +1,7 @@
-"""From a journal of finished blocks to a checkpoint: embedding and head, the files, and what is checked once they are written.
+"""From a journal of finished blocks to a checkpoint: embedding and head, the files, and the check of what was written.
 
-Nothing of it holds the whole model: tensors go from mapped files to the shards one at a time, and the check runs the blocks as
-they read back, one after another.
+The whole model is never in memory: tensors go from mapped files to the shards one at a time, and the check runs the blocks that
+are read back, one after another.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ from slimlm.verification.folder import verify
 from slimlm.verification.stored_model import StoredModel
 
 _TOLERANCE = 1e-4
-"""By how much of their size the last block's outputs, and the logits, may differ between the model in memory and the one read
-back."""
+"""The relative difference that the last block's outputs, and the logits, may have between the model in memory and the one that
+is read back."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Contents:
     embedding_records: tuple[LayerRecord, ...]
     """The records of embedding and head, where they are compressed."""
     sources: tuple[Callable[[Iterable[Tensor]], Any], ...]
-    """What drops the pages of the tensors that are views of each file."""
+    """For each set of files the function that drops the pages of tensors that are views of them."""
 
     def release(self, tensors: Iterable[Tensor]) -> None:
-        """Drop the pages of those of these tensors that are views of a file."""
+        """Drop the memory pages of those of these tensors, of any shape `[...]`, that are views of a file."""
         views = list(tensors)
         for release in self.sources:
             release(views)
@@ -85,23 +85,23 @@ def contents_of(prepared: Prepared, journal: Journal) -> Contents:
     """All that the checkpoint will hold: the journal's blocks, embedding and head, and the original's other tensors."""
     dense, embeddings = prepared.dense, prepared.embeddings
     packed = _packed_embeddings(dense, embeddings)
-    held = _in_temporary_file(packed.tensors, journal.folder / f"embeddings{TEMPORARY}")
+    spilled = _in_temporary_file(packed.tensors, journal.folder / f"embeddings{TEMPORARY}")
     finished = journal.tensors()
     replaced = tuple(f"{name}." for name in embeddings.names)
     cast: dict[int, Tensor] = {}
     tensors = {}
     for name in dense.outside(prepared.blocks):
         if not name.startswith(replaced):
-            # Tied tensors are one before a cast and must be one after it.
+            # Tied tensors are cast once, so that they are still tied after the cast.
             tensors[name] = cast.setdefault(dense.weights[name].data_ptr(), dense.stored(name).contiguous())
     layers = {name: LayerEntry.parse(entry) for block in journal.blocks for name, entry in block.layers.items()}
     outside = packed.description
     return Contents(
-        tensors={**tensors, **held.tensors, **finished.tensors},
+        tensors={**tensors, **spilled.tensors, **finished.tensors},
         description=Description({**layers, **outside.layers}, outside.embeddings, tuple(dense.experts)),
         layer_records=tuple(LayerRecord.from_dict(row) for block in journal.blocks for row in block.records),
         embedding_records=packed.records,
-        sources=(dense.release, held.release, finished.release),
+        sources=(dense.release, spilled.release, finished.release),
     )
 
 
@@ -134,7 +134,7 @@ def _packed_embeddings(dense: LazyModel, embeddings: Embeddings) -> PackedEmbedd
 
 
 def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, CompressedEmbedding]) -> Description:
-    """The entries of these modules in the config; that of a tied layer says whose tensors it multiplies by."""
+    """The entries of these modules in the config; that of a tied layer names the embedding whose tensors it uses."""
     owners = {id(module): name for name, module in embeddings.items()}
     entries = {}
     for name, module in layers.items():
@@ -144,7 +144,17 @@ def _described(layers: dict[str, CompressedLinear], embeddings: dict[str, Compre
 
 
 def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> tuple[Record, checkpoint.Files]:
-    """Write weights, config, tokenizer and record; gives the record, and the sizes and checksums of the weights."""
+    """Write weights, config, tokenizer and record.
+
+    Args:
+        folder: The folder to write.
+        contents: The tensors and their description.
+        prepared: The original model and the decisions of the run.
+        run: The run.
+
+    Returns:
+        The record, and the sizes and checksums of the weight files.
+    """
     files = _write(folder, prepared.dense, contents)
     inside = sum(p.numel() for block in prepared.blocks.values() for p in block.parameters() if p.ndim > 1)
     record = Record(
@@ -175,7 +185,7 @@ def _write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Fil
         except Exception as error:
             if type(error) is not Exception:
                 raise
-            # What the tokenizers library raises where the disk refuses.
+            # The tokenizers library raises a plain Exception where the disk refuses.
             raise OSError(f"the tokenizer cannot be written: {error}") from error
     if (dense.folder / "generation_config.json").is_file():
         shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
@@ -195,13 +205,13 @@ def peak_memory() -> int | None:
 def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared) -> Compared:
     """Verify that the folder is sound, opens as a user would open it, and gives the logits of the model in memory.
 
-    Logits are those of a few calibration samples, which go through the blocks that are read back one after another, and through
-    the dense ones, for the perplexity before and after.
+    Logits are computed for a few calibration samples, with the blocks that are read back one after another, and with the dense
+    ones for the perplexity of the original.
 
     Args:
         folder: The checkpoint.
-        contents: What was written.
-        outputs: What the last block in memory gives for the first batch of samples, `[samples, length, width]`.
+        contents: The tensors that were written, and their description.
+        outputs: The last block's outputs in memory for the first batch of samples, `[samples, length, width]`.
         prepared: The original model, the samples and the device.
 
     Returns:
@@ -222,7 +232,7 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     in_memory = StoredModel(dense.model, contents.tensors, contents.release, own.layers, own.embeddings)
     original = StoredModel(dense.model, dense.weights, dense.release)
     few = few_of(prepared.activations.own(prepared.samples)[: len(outputs)], vocabulary_size(dense.model))
-    # The blocks were compressed on what the original embedding gives them.
+    # The blocks were compressed on the outputs of the original embedding.
     first = _first_inputs(original, prepared.blocks, few, device) if own.embeddings else None
     read_back = reloaded.outputs(few, device, first=first)
     given = outputs[: len(few), : few.shape[1]]
@@ -250,7 +260,7 @@ def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:
 
 
 def _first_inputs(stored: StoredModel, blocks: Iterable[str], ids: Tensor, device: torch.device) -> Tensor:
-    """What the first block of a model is given for tokens `[samples, length]`."""
+    """The inputs of a model's first block for tokens `[samples, length]`."""
     model = stored.assembled(device)
     modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in blocks}
     return next(first_inputs(model, modules, ids))
@@ -263,10 +273,10 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _refuse_different(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise CheckpointError where what was read back, first in each pair, is too far from what it should be."""
+    """Raise CheckpointError where values that were read back, first in each pair, differ too much from the expected ones."""
     difference = size = 0.0
     for found, expected in pairs:
-        # NaN is no less than anything, and must not be lost in a maximum.
+        # `max` would drop a NaN, which compares as false with everything.
         off = float((found - expected).abs().max())
         difference = off if math.isnan(off) else max(difference, off)
         size = max(size, float(expected.abs().max()))

@@ -1,8 +1,8 @@
 """The work on one block: measure its inputs, apply the recipe's steps to its layers, reconstruct it, pass its outputs on.
 
-Each block is measured on the outputs of the compressed ones before it. Where a step needs a statistic that compares with the
-original model, or block reconstruction does, the original block and its own inputs go along. A block is read when its turn
-comes, and committed to the journal, with the inputs of the next, when it is done; a journal that holds blocks is resumed.
+Each block is measured on the outputs of the compressed ones before it. Where a step or block reconstruction compares with the
+original model, the original block is run on its own inputs as well. A block is read from the model's files when its turn comes,
+and committed to the journal, with the inputs of the next one, when it is done; a journal that holds blocks is resumed.
 
 Several ranks (slimlm.distributed) do this together: each runs its own samples through the block, the statistics are those of
 all samples, the layers of a stage are assigned to ranks, and each is broadcast when it is done. Only the first rank
@@ -49,7 +49,7 @@ from slimlm.run.prepare import Prepared
 from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import BlockContent, Journal
-from slimlm.tuning.block_reconstruction import match_block
+from slimlm.tuning.block_reconstruction import tune_block
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
 """The names of the two streams of activations in the journal: outputs of compressed blocks, and of the original ones."""
@@ -57,13 +57,14 @@ _COMPRESSED, _ORIGINAL = "compressed", "original"
 
 @dataclass(frozen=True)
 class Streams:
-    """The activations of this rank with which a block begins, and what every block is called with beside them."""
+    """This rank's inputs of a block, and the other arguments of every block."""
 
     held: dict[str, Sequence[Tensor]]
     """By stream, one tensor `[samples, length, width]` per batch."""
     arguments: dict[tuple[str, int], Arguments]
     """By block name and number of samples in the batch."""
     group: Group
+    """The ranks of the run."""
 
     @property
     def compressed(self) -> BlockInputs:
@@ -72,7 +73,7 @@ class Streams:
 
     @property
     def original(self) -> BlockInputs:
-        """The original model's activations: those held, or, before the first block, the only ones there are."""
+        """The original model's activations; before the first block they are those of the compressed model."""
         if _ORIGINAL in self.held:
             return BlockInputs(self.held[_ORIGINAL], self.arguments, self.group)
         inputs = self.held[_COMPRESSED]
@@ -140,23 +141,23 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What came of a layer."""
+    """The result of a layer's compression."""
 
     record: LayerRecord
     """The layer's record."""
     second_moment: Tensor
-    """`[in]`: the mean square of its inputs."""
+    """The mean square of its inputs, `[in]`."""
 
 
 def starting_streams(prepared: Prepared, run: Run) -> Streams:
-    """The activations with which to begin or to go on: of the first block, or those that the journal holds."""
+    """The inputs of the first block that remains: computed for the first block of all, else read from the journal."""
     dense, blocks, activations = prepared.dense, prepared.blocks, prepared.activations
     own = activations.own(prepared.samples)
     with dense.outer_tensors_filled(blocks):
         with dense.blocks_filled_in_turn(blocks):
             arguments = arguments_of(dense.model, blocks, own)
             if prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first:
-                # It will reconstruct blocks on all samples, in batches as large as those of a single process.
+                # The first rank reconstructs blocks on all samples, in batches as large as those of a single process.
                 arguments |= arguments_of(dense.model, blocks, prepared.samples)
         if run.journal.inputs is None:
             first = first_inputs(dense.model, blocks, own)
@@ -217,16 +218,29 @@ def _compress_stage(task: BlockTask, linears: dict[str, nn.Module]) -> list[Comp
 
 
 def _cost_of(linear: nn.Module, recipe: Recipe) -> float:
-    """About how long a layer takes, in no unit: for assigning layers to ranks.
+    """A relative estimate of the time that a layer takes, for assigning layers to ranks.
 
-    Steps that know the covariance pass over it for every output; others work on products of low rank.
+    Steps that use the covariance pass over it for every output; others work on products of low rank.
     """
     out, width = weight_of(linear).shape
     return float(out) * width * (width if Covariance in recipe.needs else min(out, width))
 
 
 def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) -> tuple[CompressedLinear, LayerDone]:
-    """Apply the recipe's steps to one layer, by its name within the block; gives what takes its place, and its event."""
+    """Apply the recipe's steps to one layer.
+
+    Args:
+        task: The layer's block.
+        name: The layer's name within the block.
+        linear: The layer.
+        stats: The statistics of its inputs.
+
+    Returns:
+        The packed layer, and the event to report.
+
+    Raises:
+        NumericsError: A step met values that are not finite; the message names the layer.
+    """
     began, full = time.monotonic(), f"{task.name}.{name}"
     layer = Layer.of(full, weight_of(linear), task.dtypes[f"{full}.weight"])
     if stats.note is not None:
@@ -242,7 +256,7 @@ def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) 
 def _broadcast_layer(
     group: Group, owner: int, made: tuple[CompressedLinear, LayerDone] | None, linear: nn.Module
 ) -> tuple[CompressedLinear, LayerDone]:
-    """The layer that the rank `owner` has made in place of `linear`, on every rank."""
+    """The packed layer that the rank `owner` has made for `linear`, on every rank."""
     if group.size == 1:
         assert made is not None, "a single process makes every layer"
         return made
@@ -259,7 +273,7 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
 
 
 def _compressed(entry: LayerEntry, packed: dict[str, Tensor], bias: Tensor | None, device: torch.device) -> CompressedLinear:
-    """A layer of what `CompressedLinear.describe` says and its packed tensors."""
+    """A layer made of the entry that `CompressedLinear.describe` gives and its packed tensors."""
     return CompressedLinear(entry.shape, entry.parts, packed, bias).to(device)
 
 
@@ -281,14 +295,14 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
     losses = None
     if group.first:
         inputs = BlockInputs(hidden, student.arguments)
-        found = match_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
+        found = tune_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
         losses = found.before, found.after
     losses = _broadcast_block(task, losses)
     return [_rerecorded(task, layer, losses) for layer in layers]
 
 
 def _broadcast_block(task: BlockTask, losses: tuple[float, float] | None) -> tuple[float, float]:
-    """Put the first rank's block in the place of this rank's; gives its losses before and after reconstruction."""
+    """Replace this rank's block by the first rank's; gives its losses before and after reconstruction."""
     block, group = task.block, task.inputs.group
     if group.size == 1:
         assert losses is not None, "a single process reconstructs every block"
@@ -305,7 +319,7 @@ def _broadcast_block(task: BlockTask, losses: tuple[float, float] | None) -> tup
 
 
 def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, float]) -> CompressedLayer:
-    """A layer's record after block reconstruction has changed what is stored."""
+    """A layer with the record of the values that block reconstruction has changed."""
     assert task.original_block is not None
     name = layer.record.name.removeprefix(f"{task.name}.")
     module = task.block.get_submodule(name)
@@ -335,7 +349,7 @@ def stored_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Json]]]:
     """A finished block's tensors as they are stored, on the CPU, and its layers' entries in the config; by full name.
 
-    What was not compressed is cast back to its stored dtype, bit for bit.
+    Tensors that were not compressed are cast back to their stored dtype, bit for bit.
     """
     layers = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
     packed = {f"{n}.{tensor}" for n, module in layers.items() for tensor in module.packed_names}

@@ -1,4 +1,4 @@
-"""What a run is asked to do: the options of `compress`, `plan` and `estimate`, in one object."""
+"""The configuration of a run: the options of `compress`, `plan` and `estimate`, in one object."""
 
 import dataclasses
 import platform
@@ -24,7 +24,7 @@ from slimlm.storage.identity import files_identity
 
 
 class RunOptions(TypedDict, total=False):
-    """The options of a run; `RunConfig` says what they mean and what they are when left out."""
+    """The options of a run; `RunConfig` documents them and their defaults."""
 
     recipe: str | Recipe
     bits: float | None
@@ -40,7 +40,7 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What a run is asked to do.
+    """The configuration of a run.
 
     Raises:
         RecipeError: The recipe is unknown or makes no sense.
@@ -52,13 +52,13 @@ class RunConfig:
     out: Path | None = None
     """The folder to write; None: nothing is written."""
     recipe: str | Recipe = DEFAULT_RECIPE
-    """What is done to every layer: a shipped recipe's name, a .toml file or a Recipe."""
+    """The recipe: a shipped name, a .toml file or a Recipe."""
     bits: float | None = None
-    """Average bits per weight that may be spent, everything counted; what each layer becomes is then planned."""
+    """Average bits per weight that may be spent, everything counted; how each layer is stored is then planned."""
     objective: Objective = "size"
-    """What a budget counts: stored bits ("size"), or bytes and operations ("speed")."""
+    """The unit of a budget: stored bits ("size"), or bytes and operations ("speed")."""
     embedding_bits: int | None = None
-    """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: what the recipe says."""
+    """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's."""
     data: str | None = None
     """The calibration text: a file, a folder, a hub data set, "stdlib" or "self"; None: the default data set."""
     samples: int = 128
@@ -66,11 +66,11 @@ class RunConfig:
     length: int = 2048
     """Tokens per sample, at most the model's context."""
     seed: int = 0
-    """Which samples are drawn."""
+    """The seed by which samples are drawn."""
     device: str = "auto"
-    """Where one block at a time is worked on: "auto", "cpu", "cuda" or "cuda:N"."""
+    """The device that one block at a time is worked on: "auto", "cpu", "cuda" or "cuda:N"."""
     memory: int | None = None
-    """Bytes that calibration activations may take before they stay on the disk; None: half of what is free."""
+    """Bytes that calibration activations may take before they stay on the disk; None: half of the free memory."""
 
     def __post_init__(self) -> None:
         check_seed(self.calibration.seed)
@@ -78,7 +78,7 @@ class RunConfig:
 
     @cached_property
     def opened_recipe(self) -> Recipe:
-        """The recipe, with other bits for embedding and head where they are asked for."""
+        """The recipe, with the bits of embedding and head that `embedding_bits` gives."""
         recipe = open_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
         if self.embedding_bits is None:
             return recipe
@@ -91,7 +91,7 @@ class RunConfig:
 
     @property
     def planned(self) -> bool:
-        """Whether what layers become has to be planned."""
+        """Whether a plan chooses how layers are stored."""
         return self.bits is not None or self.opened_recipe.needs_plan
 
     @property
@@ -107,16 +107,16 @@ class RunConfig:
         if recipe.needs_plan:
             options_of(recipe, None, self.objective)
         elif self.objective != "size":
-            raise RecipeError(f"`objective` {self.objective} says what a budget counts, and there is none; give `bits`")
+            raise RecipeError(f"`objective` {self.objective} is the unit of a budget, and there is no budget; give `bits`")
         return None
 
     def identity(self, files: list[Path], config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """What the result depends on, but for weights and calibration text, which the journal compares when they are read.
+        """The data that the result depends on, except weights and calibration text, which are compared when they are read.
 
         Args:
             files: The model's weight files.
             config: The model's configuration.
-            device: Where the run computes.
+            device: The device of the run.
         """
         return {
             "model": files_identity(files),
@@ -130,7 +130,7 @@ class RunConfig:
 
 
 def name_of(source: str) -> str:
-    """A source's name without the folders above it, which are private; a hub name as it is."""
+    """The last name of a path, because folders above it are private; a hub name unchanged."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 
@@ -140,12 +140,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """The versions that a record and a log name."""
+    """The versions that a record and a log contain."""
     return {**versions("slimlm", "torch", "transformers", "safetensors"), "python": platform.python_version()}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to compute on; "auto" is cuda where there is one, else the CPU. Several ranks take a GPU each.
+    """The device of a name; "auto" is cuda where there is one, else the CPU. Several ranks take a GPU each.
 
     Raises:
         SlimlmError: The name is no device, or the device is not there.

@@ -1,8 +1,8 @@
-"""Input embedding and output head in few bits: most of what lies outside the blocks.
+"""Input embedding and output head in few bits: most of the weights outside the blocks.
 
-Each weight goes to the nearest code of an even grid, with one scale for 32 consecutive weights of a row, the largest of which
-goes on the largest code. That takes no calibration and, at 8 bits, costs next to nothing. A head that is tied to the embedding
-stays so, and is stored once. Position tables and projections beside the embedding are not compressed.
+Each weight is rounded to the nearest code of an even grid, with one scale for 32 consecutive weights of a row that maps the
+largest of them to the largest code. That needs no calibration and, at 8 bits, loses almost nothing. A head that is tied to the
+embedding stays tied, and is stored once. Position embeddings and projections next to the embedding are not compressed.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
 _WEIGHTS_AT_ONCE = 2**22
-"""Weights that are worked on at a time: a vocabulary's matrix is the largest of a model, and one copy of it is enough."""
+"""Weights that are widened to float32 at a time: the embedding is the largest matrix of a model."""
 
 
 def compress_embeddings(model: PreTrainedModel, embeddings: Embeddings) -> list[LayerRecord]:
-    """Put packed modules in the place of embedding and head; gives a record for each matrix, one where they are tied."""
+    """Replace embedding and head by packed modules; gives a record for each matrix, one where they are tied."""
     records = []
     embedding: CompressedEmbedding | None = None
     if embeddings.embedding is not None:
@@ -51,9 +51,9 @@ def compress_embeddings(model: PreTrainedModel, embeddings: Embeddings) -> list[
 
 
 def _round(name: str, weight: Tensor, bits: int) -> tuple[Uniform, LayerRecord]:
-    """A matrix `[tokens, width]` on the grid, and its record; the error is that of the weights themselves.
+    """A matrix `[tokens, width]` rounded to the grid, and its record; the error is that of the weights themselves.
 
-    The weight may be of 16 bits: it is widened a piece at a time.
+    A weight in 16 bits is widened piece by piece.
     """
     rows, width = weight.shape
     pieces = weight.split(max(1, _WEIGHTS_AT_ONCE // width))

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines beside the output, a line per layer, written when blocks are finished.
+"""The log of a run: JSON lines in a file next to the output, a line per layer, written when blocks are finished.
 
     OUT.log.jsonl             inside OUT, as slimlm.log.jsonl, where OUT is a folder already as the run begins
 
@@ -10,10 +10,11 @@
     {"event": "end", ...}     bits_per_weight, stored_bytes, seconds of all runs together, peak_memory
     {"event": "stopped", ...} in place of `end`: why (the class of the error, without its message)
 
-Lines are only ever added, so the log outlives kills, is continued when a run is resumed, and stays when all is done; a run that
-begins anew adds its own `run` with `after` 0. A new log that holds no block yet is removed where its run fails. A block's lines
-are written when it is in the journal. Where a run was killed between the two, the next one adds them, with `seconds` null. The
-half line that a kill may leave is cut off. Names of folders are private: of models, texts and recipes the last name is logged.
+Lines are only ever appended, so the log survives a killed process, is continued when a run is resumed, and stays when the run
+is done; a restarted run appends its own `run` with `after` 0. A new log without any block is removed where its run fails. A
+block's lines are written after it is in the journal. Where a run was killed between the two, the next one appends them, with
+`seconds` null. An incomplete last line of a killed run is cut off. Folder names are private: of models, texts and recipes only
+the last name is logged.
 """
 
 import json
@@ -34,7 +35,7 @@ from slimlm.storage.journal import INSIDE_LOG, journal_folder
 
 
 def log_path(out: Path) -> Path:
-    """Where the log of a run that writes `out` is: where its journal is, beside `out` or inside."""
+    """The path of the log of a run that writes `out`: next to its journal, which is next to `out` or inside it."""
     inside = journal_folder(out).parent == out.absolute()
     return out.absolute() / INSIDE_LOG if inside else out.absolute().with_name(out.absolute().name + ".log.jsonl")
 
@@ -49,7 +50,7 @@ class RunLog:
     """The layers of the current block that are done, by full name."""
 
     def __call__(self, event: Event) -> None:
-        """Log the layers and blocks that an event says are finished."""
+        """Log the finished layers and blocks of an event."""
         if self.path is None:
             return
         if event.layer is not None:
@@ -77,7 +78,7 @@ class RunLog:
         yield {"event": "block", "block": block.number, "name": block.name, "error": block.error, "seconds": seconds}
 
     def add(self, *lines: dict[str, Any]) -> None:
-        """Append these lines, and wait until they are on the disk."""
+        """Append lines and sync them to the disk."""
         if self.path is None:
             return
         with self.path.open("ab") as file:
@@ -86,7 +87,7 @@ class RunLog:
             os.fsync(file.fileno())
 
     def end(self, record: Record) -> None:
-        """Append the last line of a run that came to its end."""
+        """Append the last line of a run that is complete."""
         self.add(
             {
                 "event": "end",
@@ -112,13 +113,13 @@ def _figures(record: LayerRecord) -> dict[str, Any]:
 
 
 def blocks_of(path: Path) -> set[int]:
-    """The numbers of the blocks that the log holds of its last run, and of those that it goes on from."""
+    """The numbers of the blocks in the log: those of its last run and of the runs that it resumed."""
     found: set[int] = set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
-            # Somebody has edited the file: what it says besides still counts.
+            # The file was edited; its other lines are still used.
             continue
         if isinstance(entry, dict) and entry.get("event") == "run" and entry.get("after") == 0:
             found.clear()
@@ -129,9 +130,9 @@ def blocks_of(path: Path) -> set[int]:
 
 @contextmanager
 def open_log(prepared: Prepared, run: Run) -> Iterator[RunLog]:
-    """The log of a run, begun with its header (see the head of this file); it says why where the run stops.
+    """The log of a run, begun with its header (see the head of this file); where the run stops, the reason is logged.
 
-    Only the first of several ranks writes one. Raises OSError where the disk refuses.
+    Only the first of several ranks writes a log. Raises OSError where the disk refuses.
     """
     if prepared.config.out is None or not run.group.first:
         yield RunLog(None)
@@ -144,7 +145,7 @@ def open_log(prepared: Prepared, run: Run) -> Iterator[RunLog]:
     try:
         yield log
     except BaseException as error:
-        # On a full disk the run's own error is the one to be reported.
+        # On a full disk the run's own error must be the one that is reported.
         with suppress(OSError):
             if new and not blocks_of(path):
                 path.unlink()
@@ -169,7 +170,7 @@ def _header(prepared: Prepared, run: Run) -> dict[str, Any]:
 
 
 def _cut_half_line(path: Path) -> None:
-    """Shorten the file to its last whole line."""
+    """Cut the file off after its last complete line."""
     if not path.is_file():
         return
     with path.open("r+b") as file:

@@ -1,6 +1,6 @@
 """Before the first block: open the model, check everything that can be checked, and draw the calibration samples.
 
-What the journal holds is not made again: weights' checksums, samples that the model wrote itself, and the plan.
+The checksums of weights, samples that the model wrote itself, and the plan are read from the journal where it has them.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlm.calibration.capture import shares_of
-from slimlm.calibration.samples import kept_windows
+from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.distributed.group import Group
@@ -23,7 +23,7 @@ from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.planner.options import Budget
-from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_windows
+from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
@@ -32,7 +32,7 @@ from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, name_of, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
-from slimlm.runtime.memory import in_words
+from slimlm.runtime.memory import format_bytes
 from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
@@ -40,35 +40,35 @@ from slimlm.storage.identity import differences, weights_identity
 from slimlm.storage.journal import OWN_TEXT, PLAN, Journal
 
 _FILES_BESIDE = 32
-"""Files that a run may have open beside mapped ones: libraries' and its own for a moment."""
+"""Files that a run may have open besides mapped ones: those of libraries, and its own for a moment."""
 _ALIKE = ("model", "config", "recipe", "budget", "device", "versions")
 """Keys of a run's identity in which its ranks must agree."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, opened and checked, and all that the work on its blocks needs."""
+    """A model, opened and checked, and everything that the work on its blocks needs."""
 
     config: RunConfig
-    """What was asked for."""
+    """The configuration of the run."""
     dense: LazyModel
     """The model; its weights are read when they are needed."""
     blocks: dict[str, nn.Module]
     """The blocks by full name, in order, without values."""
     recipe: Recipe
-    """The recipe to carry out; of a plan, the one that it chose, once it is decided."""
+    """The recipe to carry out; where there is a plan, the one that it chose."""
     embeddings: Embeddings
-    """What becomes of embedding and head."""
+    """How embedding and head are compressed."""
     skipped: dict[str, str]
     """Layers that are not compressed, and why."""
     samples: Tensor
     """The calibration samples of all ranks, token ids `[count, length]`."""
     device: torch.device
-    """Where blocks are worked on."""
+    """The device that blocks are worked on."""
     activations: ActivationTransport
-    """Where this rank holds its activations."""
+    """This rank's activations, and their exchange with the journal and the other ranks."""
     budget: Budget | None = None
-    """What a plan may spend; None where nothing is planned."""
+    """The budget of a plan; None where nothing is planned."""
     whole: DenseModel | None = None
     """The model in memory, where a plan is still to be made."""
     plan: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class Prepared:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What a record says of the calibration text."""
+        """The calibration as a record describes it."""
         wanted = self.config.calibration
         count, length = self.samples.shape
         counts = {"asked": wanted.samples, "samples": count, "length": length, "tokens": self.samples.numel()}
@@ -87,7 +87,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     """Open the model, check everything that can be checked, and draw the calibration samples.
 
     Raises:
-        SlimlmError: The model, the recipe, the text or this machine does not suit the run, or the journal holds another.
+        SlimlmError: The model, the recipe, the text or this machine does not suit the run, or the journal is another run's.
     """
     device, budget = pick_device(config.device), config.budget()
     recipe = config.opened_recipe
@@ -110,9 +110,11 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     if budget is not None:
         refuse_budget(shapes, budget)
     whole = _open_whole(config, dense, run)
-    samples = run.group.broadcast_tensor(lambda: kept_windows(dense, whole, config.calibration, run.journal, run.progress))
+    samples = run.group.broadcast_tensor(
+        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)
+    )
     shares = shares_of(samples, run.group.size)
-    _refuse_few_samples(len(samples), recipe, planned=budget is not None)
+    _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
     needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits)
@@ -134,7 +136,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
 
 
 def decide(prepared: Prepared, run: Run) -> Prepared:
-    """The same with the recipe that a plan chose, where there is a budget; a plan that the journal holds is not made again."""
+    """The same with the recipe that a plan chose, where there is a budget; a plan in the journal is not made again."""
     if prepared.budget is None:
         return dataclasses.replace(prepared, whole=None)
     if PLAN not in run.journal.notes:
@@ -150,7 +152,7 @@ def decide(prepared: Prepared, run: Run) -> Prepared:
 
 
 def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
-    """The plan for what was prepared with a budget."""
+    """The plan of a prepared run that has a budget."""
     assert prepared.budget is not None and prepared.whole is not None
     model = prepared.whole.model
     return make_plan(
@@ -165,7 +167,7 @@ def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
 
 
 def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
-    """What the run will need, without reading a weight or a text: it is taken to have as many samples as are asked for."""
+    """The needs of a run, without reading a weight or a text: as many samples are assumed as are asked for."""
     recipe, blocks = config.opened_recipe, blocks_of(dense.model)
     embeddings = planned_embeddings(dense, recipe)
     skipped = without_embeddings(refuse_early(dense, blocks, recipe, planning=config.planned), embeddings)
@@ -174,7 +176,7 @@ def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
 
 
 def planned_embeddings(dense: LazyModel, recipe: Recipe) -> Embeddings:
-    """What becomes of embedding and head."""
+    """How a recipe compresses embedding and head."""
     return embeddings_of(dense.model, None if recipe.embedding_bits == AS_STORED else recipe.embedding_bits)
 
 
@@ -182,62 +184,62 @@ def match_run(identity: dict[str, Any], run: Run) -> None:
     """Compare a run's identity with that of the journal, and those of the ranks with one another.
 
     Raises:
-        CheckpointError: The journal holds another run, or a rank has another model or version than the first.
+        CheckpointError: The journal is another run's, or a rank has another model or version than the first.
     """
     identity = json.loads(json.dumps(identity))
     if run.group.first:
         run.journal.match_identity(identity)
     first = run.group.broadcast(lambda: identity)
     if others := [words for key in _ALIKE for words in differences(first[key], identity[key], key)]:
-        raise CheckpointError(f"the ranks are not alike; what the first has, and this one: {'; '.join(others[:5])}")
+        raise CheckpointError(f"this rank's run differs from the first rank's: {'; '.join(others[:5])}")
 
 
 def _most_files(dense: LazyModel, files: int, blocks: int) -> int:
-    """How many more files are open at once at the end of a run: the journal's, the original's again, and the new shards."""
+    """The number of files that are opened at the end of a run: the journal's, the original's again, and the new shards."""
     return blocks + files + dense.bytes // checkpoint.SHARD_BYTES + _FILES_BESIDE
 
 
 def _open_whole(config: RunConfig, dense: LazyModel, run: Run) -> DenseModel | None:
-    """The model in float32, where something that the journal does not hold needs it whole; on the first rank only.
+    """The model in float32, where a plan or text of its own has to be made with it; on the first rank only.
 
     Raises:
-        DoesNotFitError: That is more than all memory.
-        ModelError: That is more than the memory that may be used.
+        DoesNotFitError: The model takes more than all memory.
+        ModelError: The model takes more than the memory that may be used.
     """
     reasons = _needs_whole(config, run.journal) if run.group.first else []
     if not reasons:
         return None
     what, size = " and ".join(reasons), dense.whole_bytes
     check_whole(size, config.memory)
-    # A plan holds the activations of all samples in memory beside it.
+    # A plan holds the activations of all samples in memory, too.
     width = getattr(text_config(dense.model), "hidden_size", None) or 0
     held = config.samples * config.length * width * 4 if "a plan" in reasons else 0
     if config.memory is not None and size + held > config.memory:
         raise ModelError(
-            f"for {what} the whole model has to be in memory, {in_words(size + held)} with activations, more than the `memory` "
-            f"of {in_words(config.memory)}; give more, or a recipe without a plan and calibration text from a file"
+            f"for {what} the whole model has to be in memory, {format_bytes(size + held)} with activations, more than the "
+            f"`memory` of {format_bytes(config.memory)}; give more, or a recipe without a plan and calibration text from a file"
         )
-    run.notify(f"for {what} the whole model is in memory meanwhile: {in_words(size)} in float32")
+    run.notify(f"for {what} the whole model is in memory meanwhile: {format_bytes(size)} in float32")
     return open_dense(config.model)
 
 
 def _needs_whole(config: RunConfig, journal: Journal) -> list[str]:
-    """For what the whole model has to be in memory, in words."""
+    """The purposes for which the whole model has to be in memory."""
     reasons = ["a plan"] if config.planned and PLAN not in journal.notes else []
     own_text = config.calibration.data == "self" and OWN_TEXT not in journal.notes
     return [*reasons, "text of its own"] if own_text else reasons
 
 
-def _refuse_few_samples(count: int, recipe: Recipe, *, planned: bool) -> None:
+def _check_sample_count(count: int, recipe: Recipe, *, planned: bool) -> None:
     """Raise DataError where there are too few calibration samples for a plan or for block reconstruction."""
     if planned:
-        refuse_few_windows(count)
+        refuse_few_samples(count)
     if recipe.block_reconstruction is not None and count < 2:
         raise DataError("block reconstruction holds samples back and needs at least 2; there is 1. Give more text or `samples`")
 
 
 def _memory_of_rank(needs: RunNeeds, config: RunConfig, group: Group, shares: tuple[int, ...]) -> Memory:
-    """What this process holds: of several ranks each has its samples, and the first reconstructs blocks on all of them."""
+    """The memory of this process: each rank holds its samples, and the first reconstructs blocks on all of them."""
     own = shares[group.rank]
     if group.size > 1 and group.first and needs.recipe.block_reconstruction is not None:
         own += needs.sample_count
@@ -245,7 +247,7 @@ def _memory_of_rank(needs: RunNeeds, config: RunConfig, group: Group, shares: tu
 
 
 def _refuse_unfit(needs: RunNeeds, memory: Memory, config: RunConfig, run: Run, device: torch.device) -> None:
-    """Raise DoesNotFitError where memory or disk surely do not suffice; notifies where they are tight."""
+    """Raise DoesNotFitError where memory or disk certainly do not suffice; notify the user where they are tight."""
     check_device(needs, device)
     warnings = [check_memory(memory, config.memory)]
     if config.out is not None and run.group.first:
@@ -255,10 +257,10 @@ def _refuse_unfit(needs: RunNeeds, memory: Memory, config: RunConfig, run: Run, 
 
 
 def _store_of(memory: Memory, config: RunConfig, run: Run) -> ActivationStore:
-    """Where activations are held: in memory, where they fit there; they are written after every block in any case."""
+    """The store of activations: in memory where they fit; they are written to the journal after every block in any case."""
     if config.out is not None and memory.on_disk:
         why = "`memory` allows" if config.memory is not None else "half of the free memory"
         limit = config.memory if config.memory is not None else (memory.free or 0) // 2
-        size = in_words(memory.activations)
-        run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {in_words(limit)}")
+        size = format_bytes(memory.activations)
+        run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {format_bytes(limit)}")
     return ActivationStore(run.journal.folder, in_memory=config.out is None or not memory.on_disk)

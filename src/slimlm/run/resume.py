@@ -1,4 +1,4 @@
-"""How a run is begun, stopped and resumed: its journal and its ranks, and what is said where it ends early."""
+"""How a run is begun, stopped and resumed: its journal, its ranks, and the messages where it ends early."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +18,16 @@ from slimlm.storage.journal import Content, Journal, open_journal
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a run is given."""
+    """The journal, ranks and reporting functions of a run, which every stage uses."""
 
     journal: Journal
-    """What is finished; on ranks other than the first a copy of what it held at the beginning."""
+    """The journal; on ranks other than the first a copy of its content when the run began."""
     group: Group = ALONE
     """The ranks that share the run."""
     progress: Observer = quiet
-    """Where events go."""
+    """An observer of the run's events."""
     notify: Notify = silent
-    """Where messages for the user go."""
+    """A function that is given messages for the user."""
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def open_run(out: Path, *, restart: bool, progress: Observer, notify: Notify) ->
 
     Args:
         out: The output folder.
-        restart: Drop what the journal holds, once the new run has begun.
-        progress: Where events go.
-        notify: Where messages for the user go.
+        restart: Drop the journal of an unfinished run, once the new run has begun.
+        progress: An observer of the run's events.
+        notify: A function that is given messages for the user.
 
     Raises:
         CheckpointError: Something is in the way of `out`, or the journal is damaged, locked or cannot be written.
@@ -51,9 +51,9 @@ def open_run(out: Path, *, restart: bool, progress: Observer, notify: Notify) ->
             checkpoint.refuse_occupied(out, restart=restart)
         else:
             progress, notify = quiet, silent
-        with _journal_of(out, group, restart=restart) as journal, saying_what_is_kept(journal, notify):
+        with _journal_of(out, group, restart=restart) as journal, explaining_stops(journal, notify):
             if group.first:
-                # Once more under the lock: the process that held it may have finished meanwhile.
+                # Checked again under the lock: the process that held it may have finished meanwhile.
                 checkpoint.refuse_occupied(out, restart=restart)
             yield Run(journal, group, progress, notify)
 
@@ -71,12 +71,12 @@ def _journal_of(out: Path, group: Group, *, restart: bool) -> Iterator[Journal]:
 
 
 @contextmanager
-def saying_what_is_kept(journal: Journal, notify: Notify) -> Iterator[None]:
-    """Say what is kept and how to resume it where a run is stopped, or memory or the disk runs out."""
+def explaining_stops(journal: Journal, notify: Notify) -> Iterator[None]:
+    """Explain what is kept and how to resume where a run is stopped, or memory or the disk runs out."""
 
     def kept() -> str:
         if journal.restarting:
-            return f"nothing of it is kept; what was in {journal.folder} before `restart` still is"
+            return f"nothing of it is kept; the run that was in {journal.folder} before `restart` is still there"
         if not journal.holds_work:
             return "no block was finished, and nothing is kept"
         return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same call resumes from there"
@@ -101,6 +101,6 @@ def saying_what_is_kept(journal: Journal, notify: Notify) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Torch and Python have no class for it where the CPU's memory ran out and where a thread finds no room for its stack."""
+    """Whether memory ran out; torch and Python raise plain RuntimeErrors for the CPU's memory and for a thread's stack."""
     messages = ("allocate memory", "can't start new thread")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)

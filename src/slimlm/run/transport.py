@@ -1,7 +1,7 @@
-"""The activations of a run: each rank holds those of its own samples, and the first one's journal keeps them all.
+"""The activations of a run: each rank holds those of its own samples, and the first rank's journal stores all of them.
 
-So the file of activations is whole, and any number of ranks can resume with it. The activations of a process that works alone
-take the same way, without sending anything.
+The file of activations therefore is complete, and any number of ranks can resume with it. A single process uses the same code
+and sends nothing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,23 +24,23 @@ class ActivationTransport:
     journal: Journal
     """The journal of the run; on ranks other than the first a copy."""
     store: ActivationStore
-    """Where this rank holds its activations."""
+    """The store of this rank's activations."""
     group: Group
     """The ranks of the run."""
     shares: tuple[int, ...]
-    """Samples of each rank, consecutive ones."""
+    """The number of samples of each rank; a rank's samples are consecutive."""
 
     @property
     def own_count(self) -> int:
-        """Samples of this rank."""
+        """The number of this rank's samples."""
         return self.shares[self.group.rank]
 
     def own(self, samples: Tensor) -> Tensor:
-        """Those of all samples `[count, length]` that are this rank's."""
+        """This rank's part of all samples `[count, length]`."""
         return samples.split(self.shares)[self.group.rank]
 
     def begin(self, streams: Mapping[str, Iterable[Tensor]]) -> dict[str, Sequence[Tensor]]:
-        """Store the activations with which the first block begins; see `commit`."""
+        """Store the inputs of the first block, in batches `[samples, length, width]`; see `commit`."""
         streams, sent = self._sent(streams)
         if sent is not None:
             return sent
@@ -49,12 +49,12 @@ class ActivationTransport:
         return own
 
     def commit(self, block: BlockContent, streams: Mapping[str, Iterable[Tensor]]) -> dict[str, Sequence[Tensor]]:
-        """Store a finished block, and the activations with which the next begins.
+        """Store a finished block and the inputs of the next one.
 
-        The block's file is written first, then that of the activations, and only then does the journal name them.
+        The block's file is written first, then that of the activations; then both are named in the journal.
 
         Args:
-            block: What is stored of the block.
+            block: The block's tensors and records.
             streams: This rank's activations by name, in batches `[samples, length, width]`, computed while they are written.
 
         Returns:
@@ -72,7 +72,7 @@ class ActivationTransport:
         return own
 
     def resume(self, batch: int) -> dict[str, Sequence[Tensor]]:
-        """This rank's activations with which to go on, `batch` samples at a time, in memory or from a file."""
+        """This rank's inputs of the next block, `batch` samples at a time, in memory or from a file."""
         path = self.journal.inputs
         assert path is not None
         names = self.group.broadcast(lambda: list(map_file(path).tensors))
@@ -83,11 +83,20 @@ class ActivationTransport:
         return self.store.load(path, batch, self._share(0))
 
     def hold(self, name: str, batches: Iterable[Tensor]) -> Sequence[Tensor]:
-        """Hold this rank's activations until they are dropped."""
+        """Hold this rank's activations, in batches `[samples, length, width]`, until they are dropped."""
         return self.store.hold(name, batches, self.own_count)
 
     def gather(self, name: str, batches: Sequence[Tensor], batch: int) -> Sequence[Tensor]:
-        """The activations of all ranks on the first one, `batch` samples at a time; none on the others."""
+        """Gather the activations of all ranks on the first one.
+
+        Args:
+            name: A name for the activations.
+            batches: This rank's activations, `[samples, length, width]` per batch.
+            batch: Samples in each batch of the result.
+
+        Returns:
+            All activations on the first rank, none on the others.
+        """
         if self.group.size == 1:
             return batches
         if not self.group.first:
@@ -103,9 +112,9 @@ class ActivationTransport:
     def _sent(
         self, streams: Mapping[str, Iterable[Tensor]]
     ) -> tuple[Mapping[str, Iterable[Tensor]], dict[str, Sequence[Tensor]] | None]:
-        """The activations to be written, and those that this rank has sent to the first instead.
+        """The activations to be written, and those that this rank has sent to the first rank instead.
 
-        Of several ranks each computes all of its activations before it waits for another.
+        Each of several ranks computes all of its activations before it waits for another.
         """
         if self.group.size == 1:
             return streams, None
@@ -131,7 +140,7 @@ class ActivationTransport:
 
 
 def _rebatched(pieces: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """The same samples, so many in each batch but the last."""
+    """The same samples in batches of `batch`; the last may be smaller."""
     rest: Tensor | None = None
     for piece in pieces:
         rest = piece if rest is None or not len(rest) else torch.cat([rest, piece])

@@ -1,1 +1,1 @@
-"""A compressed weight at work: `CompressedLinear` and the backends that multiply with it."""
+"""Running compressed weights: `CompressedLinear` and the backends that multiply by it."""

@@ -1,7 +1,7 @@
-"""Dense layers whose weights stay in the 16 bits that they are stored in, among float32 activations.
+"""Dense layers whose weights stay in the 16 bits that they are stored in, with float32 activations.
 
-What is outside the compressed layers (embeddings, lm_head, layers that a recipe ignores) is mostly stored in bfloat16 or
-float16. Widened to float32 it takes twice the memory; in 16 bits torch multiplies it slowly at few rows and rounds every
+Layers that are not compressed (embeddings, lm_head, layers that a recipe ignores) are mostly stored in bfloat16 or float16.
+Widened to float32 they take twice the memory; in 16 bits torch multiplies by them slowly at few rows and rounds every
 activation. Here weights stay as they are stored and activations are float32: an embedding widens the rows that it looks up, a
 linear layer multiplies few rows by the CPU kernels, and for many rows it widens a slice of its weight at a time.
 """
@@ -20,9 +20,9 @@ from slimlm.runtime.linear import PackedLayer, Shared
 
 NARROW = (torch.bfloat16, torch.float16)
 _FEW = 32
-"""Rows up to which the kernels are faster than widening the weight for a product by torch."""
+"""The most rows of activations at which the kernels are faster than widening the weight for a product by torch."""
 _SLICE = 2**22
-"""Weights that are widened at a time."""
+"""The number of weights that are widened at a time."""
 
 
 class DenseLinear(Shared, nn.Linear):
@@ -49,7 +49,7 @@ class DenseLinear(Shared, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         few = x.numel() <= _FEW * self.in_features
-        # A weight that is trained is not the one that was packed.
+        # The kernels use a packed copy, which training would not change.
         if few and not self.weight.requires_grad and (selection := self.selection()).backend.name == "cpu":
             return selection.backend.matmul(x, self.prepare())
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -88,8 +88,8 @@ class WideEmbedding(nn.Embedding):
 def widen_activations(model: nn.Module) -> None:
     """Make a model compute in float32 without widening its embeddings and linear layers; other parameters are cast.
 
-    Only plain `nn.Embedding` and `nn.Linear` stay in 16 bits, as above; packed tensors stay as they are. Tied parameters stay
-    tied, so one that another kind of module shares is cast, too.
+    Only plain `nn.Embedding` and `nn.Linear` stay in 16 bits; packed tensors do not change. Tied parameters stay tied, so one
+    that another kind of module shares is cast.
     """
     kinds = (nn.Embedding, nn.Linear)
     modules = dict(model.named_modules())

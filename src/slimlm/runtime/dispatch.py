@@ -14,11 +14,12 @@ from slimlm.runtime.kernel_names import Kernels
 
 @dataclass(frozen=True)
 class Selection:
-    """A backend for one layer."""
+    """The backend selected for one layer."""
 
     backend: Backend
+    """The backend."""
     refused: str | None
-    """why a faster backend does not multiply by the layer; None: this one is the fastest, or the one that was asked for"""
+    """Why a faster backend does not take the layer; None: this one is the fastest, or the one that was asked for."""
 
 
 def uses_cpu_kernels(kernels: Kernels) -> bool:
@@ -40,10 +41,10 @@ def reference_because(reason: str) -> Selection:
 
 
 def select_backend(stored: Stored, kernels: Kernels) -> Selection:
-    """The backend that multiplies by a layer.
+    """Select the backend of a layer.
 
     Args:
-        stored: the layer's parts and the device on which it multiplies.
+        stored: the layer's parts and the device of its products.
         kernels: the arithmetic that was asked for.
 
     Raises:

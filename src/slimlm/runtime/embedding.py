@@ -1,4 +1,4 @@
-"""`nn.Embedding` goes in, `CompressedEmbedding` comes out; of a head that is tied to it, `TiedLinear`."""
+"""`CompressedEmbedding` replaces `nn.Embedding`, and `TiedLinear` a head that is tied to it."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ from slimlm.runtime.linear import CompressedLinear, Shared, keep_dtypes
 
 
 class CompressedEmbedding(nn.Module):
-    """An embedding whose matrix stays packed: of the tokens asked for, and of no others, the rows are decoded.
+    """An embedding whose matrix stays packed; only the rows of the tokens that are looked up are decoded.
 
-    Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it changes
-    `activations` only, the dtype of what it gives. Raises CheckpointError for parts of which no row can be decoded by itself.
+    Its buffers are the packed tensors, exactly as stored in a checkpoint; moving the module moves them, casting it changes only
+    `activations`, the dtype of its output. Raises CheckpointError for parts whose rows cannot be decoded separately.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class CompressedEmbedding(nn.Module):
         self.entries, self.layout = entries, layout
         self.activations = activations
         self.factor = factor
-        """by which what was looked up is multiplied, in the dtype of the activations (Gemma's embed_scale)"""
+        """The factor of the rows that are looked up, in the dtype of the activations (Gemma's embed_scale)."""
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
         self.packed_names = tuple(packed)
@@ -56,7 +56,7 @@ class CompressedEmbedding(nn.Module):
         return cls(entry.shape, entry.parts, entry.empty_tensors(), activations, factor=entry.factor)
 
     def describe(self) -> EmbeddingEntry:
-        """What a checkpoint's config says of this embedding."""
+        """The entry of this embedding in a checkpoint's config."""
         return EmbeddingEntry(
             shape=(self.num_embeddings, self.embedding_dim),
             factor=self.factor,
@@ -69,11 +69,11 @@ class CompressedEmbedding(nn.Module):
         return {name: getattr(self, name) for name in self.packed_names}
 
     def parts(self) -> Parts:
-        """The matrix `[tokens, width]` as the one part that it is, unpacked."""
+        """The matrix `[tokens, width]` as a part, unpacked."""
         return self.entries.from_stored(self.packed(), (self.num_embeddings, self.embedding_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows `[..., width]` of these tokens."""
+        """The rows `[..., width]` of tokens `[...]`."""
         bits, chosen, packed = self.layout.bits, ids.flatten(), self.packed()
         stored = packed["weight"].view(self.num_embeddings, -1).index_select(0, chosen)
         codes = stored if bits == 8 else bitstream.unpack(stored, bits, self.embedding_dim)
@@ -91,15 +91,15 @@ class CompressedEmbedding(nn.Module):
         before = self.packed()
         super()._apply(fn, recurse)
         keep_dtypes(self, before)
-        # There is no floating-point weight whose dtype a cast would change, so one is made up.
+        # No weight has a floating-point dtype that a cast would change, so an empty tensor shows the new dtype.
         self.activations = fn(torch.empty(0, dtype=self.activations)).dtype
         return self
 
 
 class TiedLinear(Shared, CompressedLinear):
-    """A linear layer whose weight is the matrix of a packed embedding, which holds and stores it: here is the bias at most.
+    """A linear layer whose weight is the matrix of a packed embedding; its own tensor is the bias, if there is one.
 
-    Other tensors in the embedding, and another place, are this layer's, too.
+    When the embedding's tensors are replaced or moved, this layer uses the new ones.
     """
 
     def __init__(self, embedding: CompressedEmbedding, bias: Tensor | None) -> None:
@@ -109,12 +109,12 @@ class TiedLinear(Shared, CompressedLinear):
 
     @property
     def embedding(self) -> CompressedEmbedding:
-        """Whose matrix it is."""
+        """The embedding that holds the matrix."""
         return self._owner[0]
 
     @property
     def weight(self) -> Tensor:
-        """The embedding's packed elements, under the name that every linear layer has them."""
+        """The embedding's packed elements, under the name that they have in every linear layer."""
         return self.packed()["weight"]
 
     def packed(self) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class TiedLinear(Shared, CompressedLinear):
 
 
 def rows_layout(entries: PartEntries) -> MatrixLayout | Refusal:
-    """The layout of parts of which a row can be decoded by itself, or why none can."""
+    """The layout of parts whose rows can be decoded separately, or why they cannot."""
     layout = entries.base.kernel_layout()
     if entries.added or not isinstance(layout, MatrixLayout) or layout.elements != "integers" or layout.mask is not None:
         return Refusal(f"it is one part of integer codes without a mask, not {entries.summary()}")
@@ -142,7 +142,7 @@ def rows_layout(entries: PartEntries) -> MatrixLayout | Refusal:
 
 
 def _refuse_other_sizes(shape: tuple[int, int], entries: PartEntries, packed: dict[str, Tensor]) -> None:
-    """Raise CheckpointError where stored tensors are not as large as a matrix of this shape asks for."""
+    """Raise CheckpointError where stored tensors do not have the sizes of a matrix of this shape."""
     expected = entries.expected(shape)
     for name, tensor in packed.items():
         if name not in expected or not expected[name].fits(tuple(tensor.shape)):

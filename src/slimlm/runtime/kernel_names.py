@@ -1,9 +1,9 @@
-"""The names by which users ask for kernels; apart from the code that runs them, so that naming them imports no torch."""
+"""The names of kernels that users give, in a module of their own that does not import torch."""
 
 from typing import Literal
 
 Kernels = Literal["auto", "precise", "fast", "gpu", "reference"]
-"""Which arithmetic multiplies compressed layers.
+"""The kernels of compressed layers:
 
 - "precise": CPU kernels, activations rounded to 16-bit integers;
 - "fast": CPU kernels, activations rounded to 8-bit integers;

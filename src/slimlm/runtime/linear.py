@@ -1,4 +1,4 @@
-"""`nn.Linear` goes in, `CompressedLinear` comes out."""
+"""`CompressedLinear`, which replaces `nn.Linear`, and what it shares with other layers that have a backend."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ class PackedLayer(nn.Module):
     in_features: int
     out_features: int
     kernels: Kernels = "reference"
-    """the arithmetic that was asked for"""
+    """The kernels that were asked for."""
     _selection: Selection | None = None
     _prepared: Any = None
     _blob: Tensor | None = None
-    """the stored tensors as the CPU kernels packed them, once they did"""
+    """The stored tensors as packed by the CPU kernels; None: they are not packed yet."""
     preparations: int = 0
-    """how often the layer was prepared; a graph that was captured under another number reads memory that was freed"""
+    """The number of times that the layer was prepared; a graph captured at another number would read freed memory."""
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
         raise NotImplementedError
 
     def use_kernels(self, kernels: Kernels) -> Selection:
-        """Select the backend anew and return the selection.
+        """Select the backend again and return the selection.
 
         Raises:
             KernelError: kernels that were asked for by name do not take this layer.
@@ -44,7 +44,7 @@ class PackedLayer(nn.Module):
         return selection
 
     def use_reference(self, reason: str) -> None:
-        """Let the reference multiply, for a reason that is reported to the user, until the next selection."""
+        """Use the reference until the next selection, for a reason that is reported to the user."""
         self._selection, self._prepared = reference_because(reason), None
 
     def selection(self) -> Selection:
@@ -61,7 +61,7 @@ class PackedLayer(nn.Module):
         return self._prepared
 
     def prepared(self) -> Any:
-        """What the backend repacked; None: nothing yet."""
+        """The layer as its backend packed it; None: it is not packed yet."""
         return self._prepared
 
     def adopt(self, blob: Tensor) -> None:
@@ -81,7 +81,7 @@ class PackedLayer(nn.Module):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy repacks for itself: what is prepared holds addresses."""
+        """The state without packed data, which hold addresses: a copy packs again."""
         return {**self.__dict__, "_selection": None, "_prepared": None, "_blob": None}
 
 
@@ -106,7 +106,7 @@ class CompressedLinear(PackedLayer):
     @profiled("packing")
     def from_parts(cls, parts: Parts, bias: Tensor | None) -> "CompressedLinear":
         """A layer of these parts; the bias `[out]` is kept as it is."""
-        # A module's buffers may come to be part of a gradient; what steps made may not (see `slimlm.recipe.apply_steps`).
+        # A module's buffers may be part of a gradient, inference tensors may not (see `slimlm.recipe.apply_steps`).
         packed = {name: t.clone() if t.is_inference() else t for name, t in parts.tensors().items()}
         return cls(parts.shape, parts.describe(), packed, bias)
 
@@ -117,7 +117,7 @@ class CompressedLinear(PackedLayer):
         return cls(entry.shape, entry.parts, entry.empty_tensors(), bias)
 
     def describe(self) -> LayerEntry:
-        """What a checkpoint's config says of this layer."""
+        """The entry of this layer in a checkpoint's config."""
         return LayerEntry(
             shape=(self.out_features, self.in_features),
             bias=self.bias is not None,
@@ -139,12 +139,12 @@ class CompressedLinear(PackedLayer):
         return Stored(shape, self.entries, self.packed(), self.bias, self._blob, self._compute_device)
 
     def offload(self, tensors: dict[str, Tensor]) -> None:
-        """Keep the stored tensors on the CPU, while the layer goes on multiplying where it is, as it is prepared.
+        """Move the stored tensors to the CPU, while products still run on this device with the packed layer.
 
-        So a GPU holds the kernels' layout alone. Saving reads the tensors from the CPU; a move to another device ends this.
+        A GPU then holds only the kernels' layout. Saving reads the tensors from the CPU; a move to another device ends this.
 
         Args:
-            tensors: copies of the stored tensors on the CPU, by name.
+            tensors: copies of the stored tensors `[...]` on the CPU, by name.
         """
         self._compute_device = self.stored().device
         for name in self.packed_names:
@@ -169,7 +169,7 @@ class CompressedLinear(PackedLayer):
         self.forget()
         if self._compute_device is not None:
             if fn(torch.empty(0, dtype=torch.uint8, device=self._compute_device)).device == self._compute_device:
-                # A cast, or a move to where it is: the stored tensors stay on the CPU.
+                # A cast, or a move to the same device: the stored tensors stay on the CPU.
                 for name, tensor in before.items():
                     setattr(self, name, tensor)
                 self._selection = selection
@@ -180,20 +180,20 @@ class CompressedLinear(PackedLayer):
             now.device == old.device and now.data_ptr() == old.data_ptr()
             for now, old in zip(self.packed().values(), before.values(), strict=True)
         ):
-            # A cast, or a move to where it is: the kernels' bytes still stand for the stored tensors; the bias may be another.
+            # A cast, or a move to the same device: the packed bytes are still valid; the bias may have changed.
             self._selection, self._blob = selection, blob
         return self
 
 
 class Shared(PackedLayer):
-    """A layer whose stored tensors belong to another module, too, which may move, cast, replace or write to them.
+    """A layer that shares its stored tensors with another module, which may move, cast, replace or write to them.
 
-    The layer is not notified of that, so it checks at every use whether they are still those that its backend was selected
-    and prepared for. (A compiled graph does not check.)
+    The layer is not notified of that, so it checks at every use whether they are still the tensors for which its backend was
+    selected and prepared. (A compiled graph does not check.)
     """
 
     _made_of: "tuple[Source, ...]" = ()
-    """the tensors that the selection and the packed bytes are of"""
+    """The tensors that the selection and the packed bytes were made from."""
 
     def sources(self) -> Sequence[Tensor]:
         """The tensors that are packed for kernels."""
@@ -221,7 +221,7 @@ class Shared(PackedLayer):
         super().adopt(blob)
 
     def _check_sources(self) -> None:
-        """Drop what was made of tensors that have changed since."""
+        """Drop the selection and packed data where the tensors have changed since."""
         if torch.compiler.is_compiling():
             return
         now = self.sources()
@@ -231,7 +231,7 @@ class Shared(PackedLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
-        # The bias may have changed; what became of the stored tensors is checked at the next use.
+        # The bias may have changed; the stored tensors are checked at the next use.
         self._prepared = None
         return self
 
@@ -241,25 +241,26 @@ class Shared(PackedLayer):
 
 @dataclass(frozen=True)
 class Source:
-    """The state of a tensor when something was made of it, to find out later whether it has changed."""
+    """The state of a tensor, to find out later whether it has changed."""
 
     tensor: ref[Tensor]
     dtype: torch.dtype
     device: torch.device
     address: int
     writes: int
+    """The number of times that it was written to."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Source":
-        """The state of a tensor, of any shape, now."""
+        """The state of a tensor `[...]` now."""
         return cls(ref(tensor), tensor.dtype, tensor.device, tensor.data_ptr(), _writes(tensor))
 
     def is_still(self, now: Tensor) -> bool:
-        """Whether a tensor, of any shape, is the same one, unchanged in values, dtype and place."""
+        """Whether a tensor `[...]` is the same one, unchanged in values, dtype and memory."""
         return self.stands_for(now) and self.dtype == now.dtype
 
     def stands_for(self, now: Tensor) -> bool:
-        """Whether a tensor, of any shape, is the same one, not written to and at most cast to a wider dtype."""
+        """Whether a tensor `[...]` is the same one, not written to and at most cast to a wider dtype."""
         if self.tensor() is not now or self.device != now.device or self.writes != _writes(now):
             return False
         if self.dtype == now.dtype:
@@ -268,12 +269,12 @@ class Source:
 
 
 def _writes(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors that were made in inference mode do not count that."""
+    """The number of times that a tensor was written to; tensors made in inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def keep_dtypes(module: nn.Module, before: dict[str, Tensor]) -> None:
-    """Undo what a cast did to a module's packed tensors, which were these: they follow a move only."""
+    """Undo a cast of a module's packed tensors but not a move; `before` are these tensors `[...]` before, by name."""
     for name, old in before.items():
         new = getattr(module, name)
         if new.dtype != old.dtype:

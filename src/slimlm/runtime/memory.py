@@ -1,4 +1,4 @@
-"""How much memory there is for this process, of the machine and of a GPU."""
+"""The memory of the machine, of this process and of a GPU."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def total_and_free() -> tuple[int | None, int | None]:
     return total, free
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes with a unit, such as "1.5 GiB"."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
@@ -47,7 +47,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def free_on_gpu(device: torch.device) -> int:
-    """Bytes that a GPU has free, among them those that torch has reserved and nothing uses; 0: the device is no GPU."""
+    """Free bytes of a GPU, including those that torch has reserved and does not use; 0: the device is no GPU."""
     if device.type != "cuda":
         return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

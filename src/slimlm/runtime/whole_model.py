@@ -23,7 +23,7 @@ from slimlm.runtime.memory import free_on_gpu
 
 @runtime_checkable
 class _LanguageModel(Protocol):
-    """What transformers' models have in common, as far as it is needed here."""
+    """The part of the interface of transformers' models that is used here."""
 
     def get_input_embeddings(self) -> nn.Module: ...
 
@@ -34,9 +34,9 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """Select the backend of all layers of a model anew.
+    """Select the backends of all layers of a model again.
 
-    What was packed or mapped for one precision of the CPU kernels serves the other, too.
+    Layers that were packed for one precision of the CPU kernels are not packed again for the other.
 
     Args:
         model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.

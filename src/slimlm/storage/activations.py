@@ -1,7 +1,7 @@
-"""Activations on their way from block to block: in memory, or in files that give a batch at a time.
+"""Activations between blocks: in memory, or in files that are read a batch at a time.
 
-Activations are `[samples, length, width]` per batch. Those with which the next block begins are always written to a file, so
-that a run can be resumed; whether they stay in memory beside it is decided once per run.
+Activations are `[samples, length, width]` per batch. The inputs of the next block are always written to a file, so that a run
+can be resumed; whether they stay in memory as well is decided once per run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,14 @@ class FileBatches(Sequence[Tensor]):
     """Activations in a file, a batch `[samples, length, width]` at a time: each access reads a copy."""
 
     def __init__(self, file: MappedFile, name: str, batch: int, share: slice) -> None:
-        """`batch`: samples per batch. `share`: the samples of the file that count."""
+        """Make batches of a file's tensor.
+
+        Args:
+            file: The file.
+            name: The tensor's name.
+            batch: Samples per batch.
+            share: The samples of the file that are used.
+        """
         self._file = file
         self._batches = file.tensors[name][share].split(batch)
 
@@ -42,15 +49,15 @@ class FileBatches(Sequence[Tensor]):
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """Where a process holds activations."""
+    """The activations of a process, in memory or in files."""
 
     folder: Path
     """The folder of the files; the journal's, on the first rank."""
     in_memory: bool
-    """Whether activations stay in memory beside their file."""
+    """Whether activations stay in memory in addition to their file."""
 
     def hold(self, name: str, batches: Iterable[Tensor], count: int) -> Sequence[Tensor]:
-        """Hold `count` samples until they are dropped: in memory, or in a file without a name."""
+        """Hold `count` samples, `[samples, length, width]` per batch, in memory or in an unlinked file."""
         if self.in_memory:
             return list(batches)
         source = iter(batches)
@@ -62,13 +69,16 @@ class ActivationStore:
     def write(
         self, path: Path, own: Mapping[str, Iterable[Tensor]], shares: tuple[int, ...], others: Callable[[], Iterable[Tensor]]
     ) -> tuple[str, dict[str, Sequence[Tensor]]]:
-        """Write the activations of all ranks to one file; gives its SHA-256, and this rank's activations to go on with.
+        """Write the activations of all ranks to one file.
 
         Args:
-            path: The file; it appears when it is whole.
-            own: This rank's activations by name, in batches; each is written as soon as it is computed.
-            shares: Samples of each rank; this one's come first.
+            path: The file; it appears when it is complete.
+            own: This rank's activations by name, `[samples, length, width]` per batch; each is written when it is computed.
+            shares: The number of samples of each rank; this rank's come first.
             others: Called after each of `own`; gives the activations of that name that the other ranks send, in their order.
+
+        Returns:
+            The file's SHA-256, and this rank's activations, in memory or from the file.
         """
         sources = {name: iter(stream) for name, stream in own.items()}
         first = next(sources[next(iter(sources))])

@@ -7,12 +7,12 @@
                           and of each tensor
     tokenizer files       as the tokenizer writes them
 
-`docs/checkpoint-format.md` describes the fields and the order of bits. Two guards make transformers refuse the folder in
-words where slimlm is not imported, instead of filling layers with random numbers: `model_type` is a sentence that it
+`docs/checkpoint-format.md` describes the fields and the order of bits. Two guards make transformers refuse the folder with a
+message where slimlm is not imported, instead of filling layers with random numbers: `model_type` is a sentence that it
 does not know, and every compressed layer stores a one-dimensional tensor under the name `weight`, which fits no dense
 layer.
 
-A folder is written beside its final place and renamed at the end, so a run that dies leaves no half checkpoint.
+A folder is written under another name and renamed at the end, so a run that is killed leaves no incomplete checkpoint.
 """
 
 import errno
@@ -55,21 +55,23 @@ SHARD_BYTES = 4 * 10**9
 INDEX = "model.safetensors.index.json"
 
 Files = dict[str, dict[str, Any]]
-"""of each shard by its name: "bytes", "sha256", and "tensors", the SHA-256 of each tensor's bytes"""
+"""For each shard, by its name: "bytes", "sha256", and "tensors", the SHA-256 of each tensor's bytes."""
 
 
 def refuse_occupied(out: Path, *, restart: bool = False) -> None:
-    """Raise CheckpointError where `refuse_taken` does, or where the disk refuses; the folder for `out` is made."""
+    """Raise CheckpointError where `refuse_taken` does, or where the disk refuses; the parent folder of `out` is created."""
     refuse_taken(out, restart=restart)
     with _writable(out) as where, tempfile.TemporaryFile(dir=where):
-        # Without a name, so that a process that is killed here leaves nothing.
+        # The file has no name, so that a process that is killed here leaves nothing.
         pass
 
 
 def refuse_taken(out: Path, *, restart: bool = False) -> None:
-    """Raise CheckpointError where something stands in the way of writing to `out`; an unfinished run's own files do not.
+    """Raise CheckpointError where `out` is no folder or holds files; files of an unfinished run are allowed.
 
-    restart: that run is to be dropped, so what it has moved to `out` already, perhaps all of a checkpoint, is in the way.
+    Args:
+        out: The output folder.
+        restart: Whether the unfinished run is dropped, so that files that it has moved to `out` are refused, too.
     """
     if not out.absolute().name:
         raise CheckpointError(
@@ -93,16 +95,16 @@ def refuse_strangers(out: Path, known: set[str]) -> None:
 
 
 def _partial_for(out: Path) -> Path:
-    """A new folder on the way to `out`."""
+    """A new folder that is to be renamed to `out`."""
     with _writable(out) as where:
         return Path(tempfile.mkdtemp(prefix=f".{out.absolute().name}.partial-", dir=where))
 
 
 @contextmanager
 def _writable(out: Path) -> Iterator[Path]:
-    """Where `out` is written first: inside it where it exists (it may be a mount point or a link), else beside it.
+    """The folder that `out` is written in first: `out` itself where it exists (a mount point or a link), else its parent.
 
-    Raises CheckpointError where that, or what is done with it meanwhile, meets a disk that refuses.
+    Raises CheckpointError where the disk refuses that, or work in the context.
     """
     where = out.absolute()
     try:
@@ -115,15 +117,20 @@ def _writable(out: Path) -> Iterator[Path]:
 
 
 Moving = Callable[[list[str]], None]
-"""Told the names of files before they are moved to the output folder, together or one by one."""
+"""A function that is given the names of files before they are moved to the output folder, together or one by one."""
 
 
 @contextmanager
 def written_beside(out: Path, partial: Path | None = None, moving: Moving | None = None) -> Iterator[Path]:
-    """A new folder that becomes `out` when the block ends well, and is removed when it does not.
+    """A new folder that is moved to `out` when the context ends without an error, and removed when it does not.
 
-    partial: where that folder is meanwhile, on the same disk; what is there is removed. Raises CheckpointError where the disk
-    refuses; a finished folder that cannot be moved is kept and named.
+    Args:
+        out: The output folder.
+        partial: The path of that folder meanwhile, on the same disk; files that are there are removed.
+        moving: A function that is given the names of the files before they are moved.
+
+    Raises:
+        CheckpointError: The disk refuses. A complete folder that cannot be moved is kept, and the message names it.
     """
     partial = _partial_for(out) if partial is None else _emptied(partial)
     try:
@@ -138,7 +145,7 @@ def written_beside(out: Path, partial: Path | None = None, moving: Moving | None
         raise
     try:
         files = sorted(partial.iterdir(), key=lambda path: path.name == RECORD)
-        # Somebody else may have filled it meanwhile.
+        # Another process may have written there meanwhile.
         refuse_strangers(out, moved_already(out))
         if moving is not None:
             moving([path.name for path in files])
@@ -174,7 +181,7 @@ def _emptied(folder: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Bring every file to the disk, so that a renamed folder is never one of empty files."""
+    """Sync every file to the disk, so that a renamed folder never holds empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -183,7 +190,7 @@ def _sync(folder: Path) -> None:
 
 
 def _give_usual_permissions(folder: Path) -> None:
-    """What the user's umask gives new files; mkdtemp and some writers make private ones."""
+    """Set the permissions that the user's umask gives new files; mkdtemp and some writers make private ones."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):
@@ -195,22 +202,27 @@ def write_weights(
 ) -> Files:
     """Write the shards; of tensors that share memory (tied ones) the first is stored.
 
-    Gives sizes and checksums of what was written.
-    release: told of each tensor once it is written, so that one that is a view of a file need not stay in memory.
+    Args:
+        folder: The checkpoint's folder.
+        tensors: The tensors, of any shape `[...]`, by full name.
+        release: Called with each tensor once it is written, to drop the memory pages of one that is a view of a file.
+
+    Returns:
+        Sizes and checksums of the files.
     """
     first: dict[int, str] = {}
-    kept = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
-    split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD_BYTES)
+    stored = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD_BYTES)
 
     def one_by_one(names: list[str], sums: dict[str, str]) -> Iterator[Tensor]:
         for name in names:
-            yield kept[name]
-            sums[name] = tensor_sum(kept[name])
-            release([kept[name]])
+            yield stored[name]
+            sums[name] = tensor_sum(stored[name])
+            release([stored[name]])
 
     files: Files = {}
     for file, names in sorted(split.filename_to_tensors.items()):
-        about = described({name: kept[name] for name in names})
+        about = described({name: stored[name] for name in names})
         order, sums = in_file_order(about), dict[str, str]()
         metadata = {"format": "pt", "slimlm_format": str(FORMAT)}
         whole = write_stream(folder / file, {name: about[name] for name in order}, one_by_one(order, sums), metadata)
@@ -222,7 +234,7 @@ def write_weights(
 
 
 def write_config(folder: Path, config: dict[str, Any], description: Description) -> None:
-    """Write config.json: the model's own, with the compressed layers and embeddings described, and experts named."""
+    """Write config.json: the model's own config with the description of compressed layers and embeddings added."""
     about = {"quant_method": METHOD, "format": FORMAT, **description.to_json()}
     stored = {
         **config,
@@ -235,7 +247,7 @@ def write_config(folder: Path, config: dict[str, Any], description: Description)
 
 @profiled("saving")
 def write_record(folder: Path, record: dict[str, Any], files: Files | None = None) -> None:
-    """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are taken from the files there."""
+    """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are computed from the files."""
     if files is None:
         files = {path.name: _summed(path) for path in sorted(folder.glob("*.safetensors"))}
     beside = {path.name: sha256_of(path) for path in _beside(folder)}
@@ -244,14 +256,14 @@ def write_record(folder: Path, record: dict[str, Any], files: Files | None = Non
 
 
 def _beside(folder: Path) -> list[Path]:
-    """The files beside the weights and the record: config, tokenizer, defaults for writing text."""
+    """The files other than weights and record: config, tokenizer, generation config."""
     return [
         path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors" and path.name != RECORD
     ]
 
 
 def changed_beside(folder: Path) -> tuple[list[str], list[str]] | None:
-    """Names of recorded files beside the weights that were changed, and of those that are gone; None: none are recorded."""
+    """Names of recorded files other than weights that were changed, and of those that are missing; None: none are recorded."""
     recorded = read_record(folder).get("beside")
     if not isinstance(recorded, dict):
         return None
@@ -292,7 +304,7 @@ def check_format(found: object, where: object) -> None:
         raise CheckpointError(f"{where} names no format version (found {found!r}); the checkpoint is damaged")
     if found < FORMAT:
         raise CheckpointError(
-            f"{where} has checkpoint format {found}, of a slimlm that was never released; this slimlm reads format {FORMAT}. "
+            f"{where} has checkpoint format {found}, of an unreleased version of slimlm; this slimlm reads format {FORMAT}. "
             "Compress the model again"
         )
     if found > FORMAT:
@@ -302,9 +314,9 @@ def check_format(found: object, where: object) -> None:
 
 
 def check_files(folder: Path) -> list[Path]:
-    """The shards, each found to have its recorded size and a sound header; raises CheckpointError.
+    """The paths of the shards, each checked for its recorded size and a valid header; raises CheckpointError.
 
-    Reads the headers only, so it costs milliseconds whatever the size; `verify_files` reads everything.
+    Only headers are read, which takes milliseconds whatever the size; `verify_files` reads everything.
     """
     shards = []
     for name, expected in recorded_files(folder).items():
@@ -336,7 +348,7 @@ def verify_files(folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """One value for the names and recorded checksums of all shards: other weights have another."""
+    """A checksum of the names and recorded checksums of all shards, which identifies the weights."""
     sums = sorted((name, str(about["sha256"])) for name, about in recorded_files(folder).items())
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What config.json says of packed layers and embeddings: read once, checked against itself before anything is made of it."""
+"""The description of packed layers and embeddings in config.json: parsed once, and checked before it is used."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +16,11 @@ class Description:
     """The compressed layers and embeddings of a checkpoint, by full name."""
 
     layers: Mapping[str, LayerEntry]
+    """The entries of layers."""
     embeddings: Mapping[str, EmbeddingEntry] = field(default_factory=dict)
+    """The entries of embeddings."""
     experts: tuple[str, ...] = ()
-    """modules whose experts are stored one by one, where the model's class has them in one tensor"""
+    """The modules whose experts are stored one by one, where the model's class has them in one tensor."""
 
     def to_json(self) -> dict[str, Json]:
         """The inverse of `parse_description`, for a `quantization_config`."""
@@ -39,9 +41,14 @@ class Description:
 
 
 def parse_description(about: Mapping[str, object], where: object) -> Description:
-    """Read a `quantization_config`. Raises CheckpointError where it does not describe layers and embeddings that can be.
+    """Parse a `quantization_config`.
 
-    where: the checkpoint, for messages.
+    Args:
+        about: The `quantization_config`.
+        where: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: It is malformed, or describes layers or embeddings that cannot exist.
     """
     embeddings = _parsed(about.get("embeddings", {}), "embeddings", EmbeddingEntry.parse, where)
     layers = _parsed(about.get("layers"), "layers", LayerEntry.parse, where)
@@ -63,7 +70,7 @@ def _parsed(entries: object, kind: str, parse: Callable[[object], T], where: obj
     for name, data in entries.items():
         try:
             if not name or "" in name.split("."):
-                raise CheckpointError("this is no name of a module")
+                raise CheckpointError("this is not a module's name")
             found[name] = parse(data)
             found[name].check()
         except CheckpointError as error:
@@ -76,7 +83,7 @@ def _check_tie(name: str, layer: LayerEntry, embeddings: Mapping[str, EmbeddingE
     if owner is None:
         raise _unsound(name, f"it is tied to {layer.tied_to!r}, which is no embedding here", where)
     if (layer.shape, layer.parts, layer.tensors) != (owner.shape, owner.parts, owner.tensors):
-        raise _unsound(name, f"it is tied to {layer.tied_to}, and described otherwise", where)
+        raise _unsound(name, f"it is tied to {layer.tied_to}, but has another description", where)
 
 
 def _unsound(name: str, reason: object, where: object) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""The limit of open files: every mapped file counts as one that the system allows a process to have open (`ulimit -n`)."""
+"""The limit of open files (`ulimit -n`), which also counts mapped files."""
 
 import contextlib
 import sys
@@ -8,13 +8,13 @@ from slimlm.core.errors import CheckpointError
 
 
 def make_room(files: int) -> None:
-    """Let this process open more files: its soft limit is raised where it is too low. Windows has no such limit.
+    """Raise this process's soft limit of open files where it is too low. Windows has no such limit.
 
     Args:
-        files: how many more.
+        files: The number of files to be opened in addition.
 
     Raises:
-        CheckpointError: the hard limit is too low.
+        CheckpointError: The hard limit is too low.
     """
     if sys.platform == "win32":
         return

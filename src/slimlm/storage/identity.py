@@ -1,4 +1,4 @@
-"""What tells one run, or one set of weights, from another: plain data that can be stored, compared and explained."""
+"""The identity of a run or of weights: plain data that can be stored and compared, with messages about differences."""
 
 import hashlib
 import json
@@ -14,9 +14,11 @@ from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import sha256_of
 
 OUTSIDE = "the rest"
-"""The name under which the checksum of all weights outside the blocks is kept."""
+"""The name of the checksum of all weights outside the blocks."""
 _SAMPLE = 4096
+"""Bytes of each tensor that are read to identify a file."""
 _LONGEST_VALUE = 60
+"""Characters of a value in a message."""
 
 
 def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
@@ -37,10 +39,10 @@ def _short(value: Any) -> str:
 
 
 def files_identity(files: Iterable[Path]) -> dict[str, str]:
-    """What tells weight files from others, by name: size, and SHA-256 of the header and of each tensor's first 4 KiB.
+    """The identity of weight files, by name: the size, and the SHA-256 of the header and of each tensor's first 4 KiB.
 
-    Other files (.bin) are read whole. So a gigabyte of safetensors costs milliseconds; two models that differ nowhere in
-    what is read, and in size neither, are taken for the same.
+    Other files (.bin) are read completely. A gigabyte of safetensors takes milliseconds; models that are equal in the bytes
+    that are read, and in size, are taken for the same.
     """
     found = {}
     for path in files:
@@ -63,10 +65,10 @@ def _sampled(path: Path) -> str:
 def weights_identity(
     weights: Mapping[str, Tensor], blocks: Iterable[str], release: Callable[[Iterable[Tensor]], Any]
 ) -> dict[str, str]:
-    """Read every weight from end to end; gives a checksum of each block's, and one of all others as `OUTSIDE`.
+    """Read all weights completely; gives a checksum of each block's weights, and one of all others as `OUTSIDE`.
 
     Args:
-        weights: Every tensor of the model, by full name.
+        weights: Every tensor of the model, of any shape `[...]`, by full name.
         blocks: The full names of the blocks.
         release: Drops the pages of tensors that have been read.
 

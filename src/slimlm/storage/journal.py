@@ -1,20 +1,20 @@
-"""The journal of a run: what is finished, stored beside the output until all is, so that no more than a block is ever lost.
+"""The journal of a run: its finished blocks, stored next to the output until the run is done, so that at most a block is lost.
 
     OUT.partial/              inside OUT, as slimlm.partial, where OUT is a folder already
-      journal.json            what the run is (its identity), notes, finished blocks, records of their layers, checksums
+      journal.json            the run's identity, notes, finished blocks, records of their layers, checksums
       block-0003.safetensors  the packed tensors of a finished block, under the names that they will have in the checkpoint
-      inputs-0003.safetensors the activations with which the next block begins; the file before is removed
+      inputs-0003.safetensors the inputs of the next block; the previous file is removed
       ...                     one small file per note that holds tensors (the calibration samples)
       slimlm.aside/           the journal that a restarted run found, until it has begun (slimlm.storage.set_aside)
 
-A commit writes the block's files, each beside its name, synced and renamed, and then journal.json in the same way, with their
-SHA-256 in it. A run that is killed at any moment therefore finds the journal as the last commit left it; files that it does
-not name are leftovers. journal.json holds a checksum of itself.
+A commit writes the block's files, each under a temporary name, synced and renamed, and then journal.json in the same way, with
+their SHA-256 in it. After a kill at any moment the journal is therefore in the state of the last commit; files that it does not
+name are leftovers. journal.json holds a checksum of itself.
 
-Two runs are the same when their identities are: plain data in which the run says what its result depends on. Weights are
-compared whole as well: see `Journal.match_weights`.
+Two runs are the same when their identities are equal: plain data that the result depends on. All weights are compared as well:
+see `Journal.match_weights`.
 
-Of several ranks (slimlm.distributed) the first keeps the journal; see slimlm.run.transport for the activations of the others.
+Of several ranks (slimlm.distributed) the first writes the journal; see slimlm.run.transport for the activations of the others.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ from slimlm.storage.streams import NEW, check_sum, is_plain_name, sync_folder, w
 
 FORMAT = 2
 INSIDE = "slimlm.partial"
-"""The journal's name where the output folder is there already."""
+"""The journal's name where the output folder exists already."""
 INSIDE_LOG = "slimlm.log.jsonl"
-"""The log's name there; see slimlm.run.log."""
+"""The log's name in that folder; see slimlm.run.log."""
 PLAN, OWN_TEXT, TEXT = "plan", "own_text", "text"
 """Notes: the plan; the calibration samples, written by the model itself or drawn from a text."""
 WEIGHTS = "weights"
 """The note that holds a checksum of every block's weights."""
 MOVING = "moving"
-"""The note that names the files that are on their way to the output folder."""
+"""The note that names the files that are being moved to the output folder."""
 _JOURNAL = "journal.json"
 _LOCK = "slimlm.lock"
-"""Made before anything else and removed after all else: a folder that lacks it is no journal, and is left alone."""
+"""The lock file. It is created first and removed last: a folder without it is no journal, and is not touched."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class BlockContent:
-    """What is stored of a block that is done."""
+    """The data of a finished block that are stored."""
 
     name: str
     """The block's full name."""
@@ -78,7 +78,7 @@ class BlockContent:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block that is done."""
+    """A finished block in the journal."""
 
     name: str
     """The block's full name."""
@@ -99,16 +99,16 @@ class FinishedBlock:
 
 @dataclass(frozen=True)
 class Content:
-    """What journal.json says."""
+    """The content of journal.json."""
 
     identity: dict[str, Any] | None = None
-    """What the run is; None where none was begun."""
+    """The run's identity; None where no run was begun."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Plain data by name; of a note that holds a tensor, the fields of its `StoredFile`."""
     blocks: tuple[FinishedBlock, ...] = ()
     """The finished blocks, in the model's order."""
     inputs: StoredFile | None = None
-    """The file of the activations with which the next block begins."""
+    """The file of the next block's inputs."""
     seconds: float = 0.0
     """The time that the finished blocks took, in all runs together."""
 
@@ -135,7 +135,7 @@ class Content:
 
     @property
     def holds_work(self) -> bool:
-        """Whether there is anything that takes time to make again."""
+        """Whether there is anything that takes long to compute again."""
         return bool(self.blocks) or bool({PLAN, OWN_TEXT} & self.notes.keys())
 
     @property
@@ -147,10 +147,16 @@ class Content:
 
 
 class Journal:
-    """What a run has finished; `open_journal` opens the one of an output folder."""
+    """The journal of a run; `open_journal` opens the one of an output folder."""
 
     def __init__(self, folder: Path, content: Content | None = None, *, restarting: bool = False) -> None:
-        """`content`: what the folder's journal.json says. `restarting`: the journal of the run before is set aside there."""
+        """Make a journal of a folder that exists.
+
+        Args:
+            folder: The journal's folder.
+            content: The content of its journal.json; None: there is none.
+            restarting: Whether the journal of an earlier run is set aside in the folder.
+        """
         self.folder = folder
         self._content = Content() if content is None else content
         self._restarting = restarting
@@ -159,7 +165,7 @@ class Journal:
 
     @property
     def content(self) -> Content:
-        """What journal.json says."""
+        """The content of journal.json."""
         return self._content
 
     @property
@@ -174,41 +180,41 @@ class Journal:
 
     @property
     def inputs(self) -> Path | None:
-        """The file of the activations with which the next block begins; None before the first is computed."""
+        """The file of the next block's inputs; None before the first block's are computed."""
         return None if self._content.inputs is None else self.folder / self._content.inputs.file
 
     @property
     def restarting(self) -> bool:
-        """Whether the journal of the run before is still there, set aside; see `begin`."""
+        """Whether the journal of an earlier run is still set aside in the folder; see `begin`."""
         return self._restarting
 
     @property
     def holds_work(self) -> bool:
-        """Whether it holds anything that takes time to make again and outlives a failure."""
+        """Whether it holds anything that takes long to compute again and remains after a failure."""
         return not self._restarting and self._content.holds_work
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the run has taken by now, in all processes that worked on it; lost work is not counted."""
+        """Seconds that the run has taken so far, in all processes that worked on it; lost work is not counted."""
         return self._seconds_before + time.monotonic() - self._opened
 
     def begin(self) -> None:
-        """Drop the run that `restart` replaces: nothing stands in the way of the first block any more."""
+        """Drop the journal that `restart` replaces, once all checks before the first block have passed."""
         if self._restarting:
             set_aside.drop(self.folder)
             self._restarting = False
 
-    # What the run is
+    # The run's identity
 
     def match_identity(self, identity: dict[str, Any]) -> None:
-        """Begin a new journal with this identity, or compare it with that of the run which the journal holds.
+        """Begin a new journal with this identity, or compare it with the identity in the journal.
 
         Raises:
-            CheckpointError: The journal holds another run; the message says what differs.
+            CheckpointError: The journal is another run's; the message says what differs.
         """
         identity = json.loads(json.dumps(identity))
         if self._content.identity is None:
-            # Written with the first note: a run that is refused before leaves nothing.
+            # It is written with the first note, so that a run that is refused before leaves nothing.
             self._content = replace(self._content, identity=identity)
             return
         changed = list(differences(self._content.identity, identity))
@@ -217,13 +223,13 @@ class Journal:
             raise CheckpointError(
                 f"{self.folder} holds another run, with {len(self.blocks)} finished blocks; what differs: "
                 f"{'; '.join(changed[:5])}{more}. Repeat that run's call to resume it, give another output folder, "
-                "or pass `restart` to drop it and begin anew"
+                "or pass `restart` to drop it and start again"
             )
 
     def match_weights(self, checksums: dict[str, str]) -> None:
-        """Note the checksums of all weights, by block, or compare them with those of the run which the journal holds.
+        """Store the checksums of all weights, by block, or compare them with those in the journal.
 
-        The identity is compared before any tensor is read whole; this finds what it does not see.
+        The identity covers only samples of the weights; this finds changes anywhere in them.
 
         Raises:
             CheckpointError: Weights have changed; the message names the blocks.
@@ -235,23 +241,23 @@ class Journal:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise CheckpointError(
                 f"the run in {self.folder} was begun on other weights: {', '.join(changed[:3])}{more} changed since. Bring the "
-                "model's files back to resume it, or pass `restart` to begin anew"
+                "model's files back to resume it, or pass `restart` to start again"
             )
 
-    # What it keeps
+    # Its content
 
     def note(self, key: str, value: Any) -> None:
         """Store plain data."""
         self._write(replace(self._content, notes={**self.notes, key: value}))
 
     def note_tensor(self, key: str, tensor: Tensor) -> None:
-        """Store a tensor."""
+        """Store a tensor of any shape `[...]`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{key}.safetensors"
         self.note(key, asdict(StoredFile(name, write_tensors(self.folder / name, {key: tensor}))))
 
     def noted_tensor(self, key: str) -> Tensor | None:
-        """A tensor that was stored; None where there is none."""
+        """A tensor that was stored with `note_tensor`; None where there is none."""
         noted = self.notes.get(key)
         if noted is None:
             return None
@@ -260,25 +266,25 @@ class Journal:
         return map_file(self.folder / stored.file).tensors[key].clone()
 
     def write_block(self, block: BlockContent) -> FinishedBlock:
-        """Write the tensors of the next block; the journal does not name their file before `commit`."""
+        """Write the tensors of the next block to a file, which the journal names only after `commit`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"block-{len(self.blocks) + 1:04d}.safetensors"
         checksum = write_tensors(self.folder / file, block.tensors)
         return FinishedBlock(block.name, file, checksum, block.layers, block.records)
 
     def inputs_path(self, blocks: int) -> Path:
-        """Where the activations are written with which the block after so many begins."""
+        """The path of the file of the inputs of the block after so many."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"inputs-{blocks:04d}.safetensors"
 
     def commit_inputs(self, inputs: StoredFile) -> None:
-        """Name the file of the activations with which the first block begins."""
+        """Name the file of the first block's inputs."""
         self._write(replace(self._content, inputs=inputs))
 
     def commit(self, block: FinishedBlock, inputs: StoredFile) -> None:
-        """Name a finished block and the activations with which the next begins, and then drop those before.
+        """Name a finished block and the file of the next block's inputs, and then drop the previous inputs.
 
-        Both files are whole and on the disk. Raises OSError where the disk refuses; the journal is then as before.
+        Both files must be complete and on the disk. Raises OSError where the disk refuses; the journal is then as before.
         """
         former = self.inputs
         self._write(replace(self._content, blocks=(*self.blocks, block), inputs=inputs, seconds=self.elapsed))
@@ -305,7 +311,7 @@ class Journal:
             raise _damaged(self.folder, str(error)) from error
 
     def _write(self, content: Content) -> None:
-        """Put this into journal.json, and only then here."""
+        """Write journal.json, and change this object's content after that."""
         self.folder.mkdir(parents=True, exist_ok=True)
         plain = content.to_dict()
         data = {"format": FORMAT, "sha256": _checksum(plain), "content": plain}
@@ -316,7 +322,7 @@ class Journal:
     # Its folder
 
     def tidy(self) -> None:
-        """Remove what a killed run left and the journal does not name."""
+        """Remove leftovers of a killed run: files that the journal does not name."""
         if self._content.identity is None:
             _empty(self.folder)
         named = {stored.file for stored in self._content.files}
@@ -326,25 +332,25 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Drop everything; what cannot be removed stays, and is no journal any more."""
+        """Remove the journal; files that cannot be removed stay, but are no journal any more."""
         with suppress(OSError):
             _empty(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def journal_folder(out: Path) -> Path:
-    """Where the journal of a run that writes `out` is: beside it, or inside where it is there already."""
+    """The folder of the journal of a run that writes `out`: next to it, or inside it where it exists already."""
     beside = out.absolute().parent / f"{out.absolute().name}.partial"
     return out.absolute() / INSIDE if out.is_dir() and not beside.is_dir() else beside
 
 
 @contextmanager
 def open_journal(out: Path, *, restart: bool = False) -> Iterator[Journal]:
-    """The journal of the run that writes `out`, locked meanwhile; one that holds no work is removed at the end.
+    """The journal of the run that writes `out`, locked in this context; a journal without work is removed at the end.
 
     Args:
         out: The output folder.
-        restart: Set aside what is there; `Journal.begin` drops it, and it is put back where the run ends or is killed before.
+        restart: Set aside a journal that is there; `Journal.begin` drops it, and it is restored where the run ends before.
 
     Raises:
         CheckpointError: Another process writes the same output, the journal is damaged, or the disk refuses.
@@ -365,7 +371,7 @@ def open_journal(out: Path, *, restart: bool = False) -> Iterator[Journal]:
         finally:
             if journal.restarting:
                 with suppress(OSError):
-                    # The next run does what the disk refuses now.
+                    # Where the disk refuses now, the next run restores it.
                     set_aside.recover(folder, _JOURNAL, _LOCK)
             elif not journal.holds_work:
                 journal.remove()
@@ -374,12 +380,12 @@ def open_journal(out: Path, *, restart: bool = False) -> Iterator[Journal]:
 
 
 def _locked(folder: Path, out: Path) -> FileLock:
-    """The lock of a journal's folder, which is made where it is not there."""
+    """The lock of a journal's folder, which is created where it does not exist."""
     try:
         there = folder.is_dir()
         _make(folder)
         if there and any(folder.iterdir()) and not _is_journal(folder):
-            raise CheckpointError(f"{folder} is where an unfinished run is kept, but holds something else; move it away")
+            raise CheckpointError(f"{folder} is the folder of an unfinished run, but holds other files; move it away")
         lock = FileLock(folder / _LOCK, timeout=0)
         lock.acquire()
     except Timeout as error:
@@ -392,7 +398,7 @@ def _locked(folder: Path, out: Path) -> FileLock:
 
 
 def _read(folder: Path) -> Content:
-    """What an earlier run left; raises CheckpointError where it is damaged."""
+    """The content of an earlier run's journal.json; raises CheckpointError where it is damaged."""
     path = folder / _JOURNAL
     if not path.is_file():
         return Content()
@@ -401,7 +407,7 @@ def _read(folder: Path) -> Content:
         if data["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {data['format']!r}; this slimlm resumes runs of format {FORMAT}. Resume it with the "
-                "slimlm that began it, or pass `restart` to begin anew"
+                "slimlm that began it, or pass `restart` to start again"
             )
         if _checksum(data["content"]) != data["sha256"]:
             raise _damaged(folder, f"{path.name} is not what was written (its checksum differs)")
@@ -412,22 +418,22 @@ def _read(folder: Path) -> Content:
 
 def _damaged(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the unfinished run in {folder} is damaged: {reason}. It cannot be resumed; pass `restart` to drop it and begin anew"
+        f"the unfinished run in {folder} is damaged: {reason}. It cannot be resumed; pass `restart` to drop it and start again"
     )
 
 
 def _cannot_store(folder: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"an unfinished run cannot be kept in {folder}: {error.strerror or error}")
+    return CheckpointError(f"the journal of the run cannot be stored in {folder}: {error.strerror or error}")
 
 
 def _make(folder: Path) -> None:
-    """Make a folder whose name outlives a loss of power."""
+    """Create a folder and sync its name to the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     sync_folder(folder.parent)
 
 
 def _empty(folder: Path) -> None:
-    """Drop a journal: what says what it holds first, so that one that is dropped in part only is empty, not damaged."""
+    """Remove a journal's files, journal.json first, so that one that is removed only in part is empty, not damaged."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name != _JOURNAL):
         if path.name in set_aside.FOLDERS:
             continue
@@ -438,12 +444,12 @@ def _empty(folder: Path) -> None:
 
 
 def _is_journal(folder: Path) -> bool:
-    """Whether a folder was made by `open_journal`: nothing else is dropped or written over."""
+    """Whether a folder was created by `open_journal`; no other folder is removed or overwritten."""
     return (folder / _LOCK).exists()
 
 
 def moved_already(out: Path) -> set[str]:
-    """Names in the folder `out` that belong to an unfinished run: journal, log, and what it was killed while moving there."""
+    """Names in the folder `out` that belong to an unfinished run: its journal, its log, and files that it was moving there."""
     path = journal_folder(out) / _JOURNAL
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))["content"]["notes"]

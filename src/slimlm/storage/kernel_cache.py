@@ -1,10 +1,10 @@
-"""Layers as a kernel backend packs them, kept beside their checkpoint, so that they are packed once.
+"""A cache of layers as a kernel backend packs them, in the checkpoint's folder, so that they are packed once.
 
     OUT/.cache/huggingface/slimlm/kernels-LAYOUT.safetensors
 
 holds one uint8 tensor per layer, each beginning at a multiple of 64 bytes of the file, and as metadata the layout and the
 fingerprint of the checkpoint that it was made from. The hub's tools never upload the folder `.cache/huggingface`, and no
-pattern `*.safetensors` in the checkpoint's own folder matches a file in there, so the cache is neither uploaded nor counted. It
+pattern `*.safetensors` in the checkpoint's own folder fits a file in there, so the cache is neither uploaded nor counted. It
 may be deleted at any time.
 
 The file is written layer by layer under another name and renamed when it is complete, so a file of this name is complete. A
@@ -31,12 +31,12 @@ from slimlm.storage.mapping import MappedFile, map_file
 ALIGNMENT = 64
 _VERSION = "1"
 _PADDING = "#"
-"""Begins the names of the tensors that fill the gaps; no layer's name begins so."""
+"""The first character of the names of padding tensors; no layer's name begins with it."""
 _ABANDONED = 3600.0
-"""Seconds after which an incomplete file that is not written to is removed: its process was killed."""
+"""Seconds without a write after which an incomplete file is removed, because its process was killed."""
 
 
-class _CannotKeepError(Exception):
+class _CannotWriteError(Exception):
     """The cache cannot be written; the message is the reason."""
 
 
@@ -51,16 +51,16 @@ def cache_path(folder: Path, layout: str) -> Path:
     return folder / ".cache" / "huggingface" / "slimlm" / f"kernels-{layout}.safetensors"
 
 
-def kept_or_made(
+def load_or_pack(
     folder: Path,
     layout: str,
     fingerprint: str,
     names: Sequence[str],
     make: Callable[[str], Tensor],
-    whole: Callable[[Tensor], bool],
+    is_valid: Callable[[Tensor], bool],
     notify: Notify,
 ) -> dict[str, Tensor]:
-    """The packed layers of a checkpoint, as views of the cache, which is written first where there is none that fits.
+    """Load the packed layers of a checkpoint from the cache; where there is none that fits, pack them and write it.
 
     Args:
         folder: the checkpoint.
@@ -68,23 +68,25 @@ def kept_or_made(
         fingerprint: identifies the checkpoint's contents.
         names: the layers.
         make: packs the layer of a name, gives uint8 `[bytes]`; called in the order of `names`, one result is held at a time.
-        whole: whether a layer's packed bytes are valid.
+        is_valid: whether a layer's packed bytes are valid.
         notify: receives a message where a cache does not fit, or cannot be written; then all packed layers are held in memory.
 
     Returns:
         uint8 `[bytes]` by the layer's name.
     """
-    kept = open_cache(folder, layout, fingerprint, names, whole, notify)
-    if kept is not None:
-        return kept
+    cached = open_cache(folder, layout, fingerprint, names, is_valid, notify)
+    if cached is not None:
+        return cached
     try:
         with CacheWriter(folder, layout, fingerprint, names) as writer:
             for name in names:
                 writer.add(name, make(name))
             return writer.finish()
-    except _CannotKeepError as error:
+    except _CannotWriteError as error:
         path = cache_path(folder, layout)
-        notify(f"packed layers cannot be kept in {path} ({error}), so they take memory of their own and each load packs anew")
+        notify(
+            f"packed layers cannot be stored in {path} ({error}), so they take memory of their own and each load packs again"
+        )
     return {name: make(name) for name in names}
 
 
@@ -93,15 +95,15 @@ def open_cache(
     layout: str,
     fingerprint: str,
     names: Sequence[str],
-    whole: Callable[[Tensor], bool],
+    is_valid: Callable[[Tensor], bool],
     notify: Notify,
 ) -> dict[str, Tensor] | None:
     """The packed layers as views of the cache, which may hold more layers than are asked for.
 
-    The arguments are those of `kept_or_made`.
+    The arguments are those of `load_or_pack`.
 
     Returns:
-        uint8 `[bytes]` by the layer's name; None where there is no cache, or none that fits, of which `tell` receives a
+        uint8 `[bytes]` by the layer's name; None where there is no cache, or none that fits, of which `notify` receives a
         message.
     """
     path = cache_path(folder, layout)
@@ -109,17 +111,17 @@ def open_cache(
         return None
     try:
         found = map_file(path)
-        wrong = _misfit(found, layout, fingerprint, names, whole)
+        wrong = _misfit(found, layout, fingerprint, names, is_valid)
     except (CheckpointError, OSError) as error:
         wrong = f"is damaged: {error}"
     if wrong is None:
         return {name: found.tensors[name] for name in names}
-    notify(f"the packed layers in {path} are made anew: the file {wrong}")
+    notify(f"the packed layers in {path} are packed again: the file {wrong}")
     return None
 
 
 def _misfit(
-    found: MappedFile, layout: str, fingerprint: str, names: Sequence[str], whole: Callable[[Tensor], bool]
+    found: MappedFile, layout: str, fingerprint: str, names: Sequence[str], is_valid: Callable[[Tensor], bool]
 ) -> str | None:
     """Why a cache does not fit, or None where it does."""
     about = found.metadata
@@ -132,7 +134,7 @@ def _misfit(
         return f"lacks {len(missing)} of the layers, {min(missing)} among them"
     if any(t.dtype != torch.uint8 or t.ndim != 1 or t.data_ptr() % ALIGNMENT for t in layers.values() if t.numel()):
         return "holds tensors that are no packed layers"
-    if damaged := [name for name in names if not whole(layers[name])]:
+    if damaged := [name for name in names if not is_valid(layers[name])]:
         return f"holds {len(damaged)} damaged layers, {damaged[0]} among them"
     return None
 
@@ -156,7 +158,7 @@ class CacheWriter:
         self._metadata = {"slimlm_kernels": _VERSION, "layout": layout, "fingerprint": fingerprint}
         self._names = frozenset(names)
         self._entries: dict[str, tuple[int, int]] = {}
-        """begin and end of each tensor in the data, padding included"""
+        """The begin and end of each tensor in the data, padding included."""
         self._room = _header_room(self._metadata, self._names)
         self._partial = self._path.with_name(f".{self._path.name}.partial-{secrets.token_hex(4)}")
         try:
@@ -165,7 +167,7 @@ class CacheWriter:
             self._file = self._partial.open("xb")
             self._file.seek(self._room)
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -175,7 +177,7 @@ class CacheWriter:
             self._file.close()
         except OSError as refused:  # the last buffer did not fit on the disk
             if error is None:
-                raise _CannotKeepError(refused.strerror or str(refused)) from refused
+                raise _CannotWriteError(refused.strerror or str(refused)) from refused
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -189,7 +191,7 @@ class CacheWriter:
             self._file.write(blob.numpy().data)
             self._file.write(bytes(padding))
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
         self._entries[name] = begin, begin + blob.numel()
         if padding:
             self._entries[f"{_PADDING}{len(self._entries)}"] = begin + blob.numel(), begin + blob.numel() + padding
@@ -208,7 +210,7 @@ class CacheWriter:
             self._partial.replace(self._path)
             _sync_folder(self._path.parent)
         except OSError as error:
-            raise _CannotKeepError(error.strerror or str(error)) from error
+            raise _CannotWriteError(error.strerror or str(error)) from error
         return layers
 
 
@@ -229,7 +231,7 @@ def _header_room(metadata: dict[str, str], names: frozenset[str]) -> int:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove incomplete files that a killed process left beside `path`."""
+    """Remove incomplete files of killed processes in the folder of `path`."""
     for partial in path.parent.glob(f".{path.name}.partial-*"):
         if time.time() - partial.stat().st_mtime > _ABANDONED:
             partial.unlink(missing_ok=True)

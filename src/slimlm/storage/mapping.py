@@ -1,8 +1,8 @@
-"""Safetensors files mapped into memory: tensors that are views of the file, and give their pages back.
+"""Safetensors files mapped into memory: tensors that are views of the file, whose memory pages can be dropped.
 
-A view costs address space; its pages are read when something reads the tensor, and the system may drop them again. The
-mapping is private: writing to a tensor changes this process's copy of the page and never the file. A mapped file must
-not be changed or cut short in place; replacing it by renaming another over it is fine.
+A view takes address space; its pages are read when the tensor is read, and the system may drop them again. The mapping is
+private: writing to a tensor changes this process's copy of the page and never the file. A mapped file must not be changed or
+truncated in place; replacing it by renaming another file is allowed.
 """
 
 import json
@@ -22,7 +22,7 @@ from slimlm.core.errors import CheckpointError, UnknownDtypeError
 from slimlm.storage.streams import KINDS
 
 TEMPORARY = ".spilled"
-"""What the name of a file ends in that is mapped and loses its name at once; a run that is killed may leave one."""
+"""The suffix of files that are mapped and then unlinked at once; a killed run may leave one."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,26 @@ class MappedFile:
     """The tensors of one safetensors file, none of them read yet."""
 
     tensors: dict[str, Tensor]
-    """by name, in the order of the file; each has a storage of its own, which keeps the mapping alive"""
+    """The tensors by name, in the order of the file; each has a storage of its own, which keeps the mapping alive."""
     metadata: dict[str, str]
+    """The metadata in the header."""
     memory: mmap.mmap = field(repr=False)
+    """The mapping."""
     start: int
-    """address of the first byte of the file"""
+    """The address of the first byte of the file."""
     header: bytes = field(repr=False)
-    """all that lies before the tensors, which follow it without gaps"""
+    """The bytes before the tensors, which follow without gaps."""
     unread: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    """tensors of dtypes that slimlm does not read, where these were asked to be passed over: the dtype, and the bytes"""
+    """Tensors of dtypes that slimlm does not read, where these are not refused: the dtype, and the bytes."""
 
     def release(self, tensors: Iterable[Tensor]) -> int:
-        """Drop the pages that hold nothing but these tensors; gives the bytes dropped, 0 where the system cannot.
+        """Drop the memory pages that hold only these tensors, of any shape `[...]`.
 
-        Reading a tensor later reads its pages from the file again. Tensors that are not views of this file are passed
-        over. What was written to a view since it was mapped is lost, so this is for tensors that nobody writes to.
+        Reading a tensor later reads its pages from the file again. Tensors that are not views of this file are ignored. Values
+        that were written to a view since it was mapped are lost, so this is for tensors that are only read.
+
+        Returns:
+            The bytes that were dropped; 0 where the system cannot do that.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return 0
@@ -81,7 +86,7 @@ class MappedFiles:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; of one that several files hold, the last."""
+        """All tensors by name; of a name in several files the last."""
         return {name: tensor for file in self.files.values() for name, tensor in file.tensors.items()}
 
     @cached_property
@@ -90,15 +95,21 @@ class MappedFiles:
         return {name: entry for file in self.files.values() for name, entry in file.unread.items()}
 
     def release(self, tensors: Iterable[Tensor]) -> int:
-        """Drop the pages of those of these tensors that are views of the files; see `MappedFile.release`."""
+        """Drop the pages of those of these tensors `[...]` that are views of the files; see `MappedFile.release`."""
         views = list(tensors)
         return sum(file.release(views) for file in self.files.values())
 
 
 def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
-    """Map a safetensors file; raises CheckpointError where it is none, or is cut short, and OSError where it cannot be read.
+    """Map a safetensors file.
 
-    pass_over: tensors of dtypes that slimlm does not read are kept apart instead of being refused.
+    Args:
+        path: The file.
+        pass_over: Put tensors of dtypes that slimlm does not read into `unread` instead of refusing the file.
+
+    Raises:
+        CheckpointError: It is no safetensors file, or is truncated, or has tensors of dtypes that slimlm does not read.
+        OSError: It cannot be read.
     """
     about, metadata, data = _header(path)
     with path.open("rb") as file:
@@ -115,14 +126,14 @@ def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
 
 
 def map_and_unlink(path: Path) -> MappedFile:
-    """Map a file and remove its name: the mapping alone keeps the data."""
+    """Map a file and remove its name, so that the data exist as long as the mapping."""
     file = map_file(path)
     path.unlink()
     return file
 
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
-    """What a file says of each tensor, its metadata, and where its data begin, in bytes."""
+    """The entries of a file's tensors, its metadata, and the offset of its data in bytes."""
     try:
         # Checks that the tensors lie inside the file, fill it, and do not overlap.
         with safe_open(path, "pt"):
@@ -130,7 +141,7 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     except RuntimeError as error:
-        # So torch says that there are no more files or no more addresses to be had.
+        # Torch raises this where no more files can be opened or no more addresses are free.
         raise OSError(str(error)) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -141,7 +152,7 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]
 
 
 def unknown_dtype(dtype: str) -> str:
-    """What a refusal says of a tensor of this dtype, after its name."""
+    """The message about a tensor of a dtype that slimlm does not read, without the tensor's name."""
     eight = dtype.startswith(("F8", "torch.float8"))
     advice = "; weights in float8 have to be dequantized to bf16 (with their scales) first" if eight else ""
     return f"has the dtype {dtype}; slimlm reads {', '.join(KINDS)}{advice}"
@@ -161,7 +172,7 @@ def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data:
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that touch or overlap as one, so that a page shared by two neighbours counts as wholly theirs."""
+    """Spans with those that touch or overlap joined, so that a page shared by two neighbours can be dropped."""
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if joined and begin <= joined[-1][1]:

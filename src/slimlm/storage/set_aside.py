@@ -1,11 +1,11 @@
-"""The journal that a restarted run found, set aside within its folder until the new run has begun: a refusal gives it back.
+"""The journal of an unfinished run, set aside by a restarted run until that has begun; a refusal restores it.
 
-    slimlm.aside/    the files that were there; whole as soon as journal.json is in it, which is moved last
-    slimlm.back/     the same on their way back
-    slimlm.dropped/  the same on their way out
+    slimlm.aside/    the files of the journal; complete once journal.json is in it, which is moved last
+    slimlm.back/     the same files while they are restored
+    slimlm.dropped/  the same files while they are removed
 
 Each step ends with the renaming of one file or folder, so a kill at any moment leaves one of these states, and `recover`
-continues from it: what was dropped is removed, all else is put back.
+continues from it: dropped files are removed, all others are restored.
 """
 
 import shutil
@@ -18,7 +18,11 @@ FOLDERS = frozenset({ASIDE, _BACK, _DROPPED})
 
 
 def set_aside(folder: Path, last: str, stays: str) -> bool:
-    """Move all but `stays` aside, the file `last` at the end; gives whether there was such a file, else nothing is done."""
+    """Set all files but `stays` aside, the file `last` at the end.
+
+    Returns:
+        Whether there was a file `last`; without it nothing is moved.
+    """
     if not (folder / last).is_file():
         return False
     (folder / ASIDE).mkdir()
@@ -27,7 +31,7 @@ def set_aside(folder: Path, last: str, stays: str) -> bool:
 
 
 def recover(folder: Path, last: str, stays: str) -> None:
-    """Put back what is aside, in place of what is there; remove what was dropped."""
+    """Restore files that are set aside, in place of those in the folder; remove files that were dropped."""
     if (folder / _DROPPED).is_dir():
         shutil.rmtree(folder / _DROPPED)
     aside, back = folder / ASIDE, folder / _BACK
@@ -41,7 +45,7 @@ def recover(folder: Path, last: str, stays: str) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Remove what is aside."""
+    """Remove the files that are set aside."""
     _renamed(folder / ASIDE, folder / _DROPPED)
     shutil.rmtree(folder / _DROPPED)
 
@@ -53,7 +57,7 @@ def _move_all(source: Path, target: Path, last: str, but: set[str]) -> None:
 
 
 def _renamed(path: Path, target: Path) -> None:
-    """Rename, and bring that to the disk before anything else."""
+    """Rename a file or folder and sync that to the disk."""
     path.rename(target)
     sync_folder(target.parent)
 

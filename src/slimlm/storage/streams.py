@@ -1,7 +1,6 @@
-"""Safetensors files written a tensor at a time: what is written need not be in memory together.
+"""Safetensors files written a tensor at a time, so that all tensors need not be in memory together.
 
-A file appears under its name when it is whole and on the disk, and not before: it is written beside that name, synced and
-renamed.
+A file appears under its name only when it is complete and on the disk: it is written under another name, synced and renamed.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""dtype and shape of tensors by name"""
+"""The dtype and shape of tensors by name."""
 
 KINDS = {
     "F64": torch.float64,
@@ -33,27 +32,36 @@ KINDS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors' names of the dtypes that slimlm reads and writes"""
+"""The dtypes that slimlm reads and writes, by their names in safetensors files."""
 _NAMES = {dtype: name for name, dtype in KINDS.items()}
 NEW = ".new"
-"""What the name of a file that is not whole yet ends in."""
+"""The suffix of files that are not complete yet."""
 
 
 def described(tensors: dict[str, Tensor]) -> Described:
-    """The layout of these tensors, as `write_stream` takes it."""
+    """The dtypes and shapes `[...]` of tensors, as `write_stream` takes them."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def in_file_order(about: Described) -> list[str]:
-    """The names, wide dtypes first, so that every tensor lies at a multiple of the size of its elements."""
+    """The names, wide dtypes first, so that every tensor begins at a multiple of the size of its elements."""
     return sorted(about, key=lambda name: (-about[name][0].itemsize, name))
 
 
 def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write a safetensors file of tensors that come one after another; gives its SHA-256.
+    """Write a safetensors file of tensors that are given one after another.
 
-    about: in the order in which the tensors come. pieces: the tensors, each whole or as consecutive slices of it. Raises
-    OSError where the disk refuses, which leaves no file and an earlier one of that name untouched.
+    Args:
+        path: The file.
+        about: The dtypes and shapes, in the order in which the tensors are given.
+        pieces: The tensors `[...]`, each complete or as consecutive slices along its first dimension.
+        metadata: Metadata for the header.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        OSError: The disk refuses; an earlier file of that name is not changed.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -76,7 +84,7 @@ def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadat
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors that are in memory; gives the file's SHA-256."""
+    """Write tensors of any shape `[...]` that are in memory; gives the file's SHA-256."""
     about = described(tensors)
     order = in_file_order(about)
     return write_stream(path, {name: about[name] for name in order}, (tensors[name] for name in order))
@@ -84,7 +92,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of what is at `path` once it is whole and synced; else nothing is left of it."""
+    """A file to write, which replaces the one at `path` once it is complete and synced; after an error it is removed."""
     new = path.with_name(path.name + NEW)
     try:
         with new.open("wb") as file:
@@ -99,7 +107,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder outlive a loss of power, where the system can do that."""
+    """Sync a folder's names to the disk, where the system can open folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -114,7 +122,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def tensor_sum(tensor: Tensor, whole: Any = None) -> str:
-    """SHA-256 of a tensor's bytes as they are stored; they are added to `whole`, a checksum of their file, too."""
+    """The SHA-256 of the bytes of a tensor `[...]`; they are added to `whole`, a checksum of their file, too."""
     raw = _bytes_of(tensor)
     if whole is not None:
         whole.update(raw)
@@ -122,7 +130,7 @@ def tensor_sum(tensor: Tensor, whole: Any = None) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether this names a file in a folder, and not one elsewhere: no path, no drive, nothing that ends a C string."""
+    """Whether this is the name of a file in a folder, without a path, a drive or a null byte."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 

@@ -1,1 +1,1 @@
-"""Gradient descent on what compression left continuous."""
+"""Gradient descent on the continuous values of compressed blocks: scales, codebooks, adapters, norms."""

@@ -1,16 +1,16 @@
-"""Block matching: tune a compressed block until its outputs come close to given ones.
+"""Block reconstruction: tune a compressed block by gradient descent towards given outputs.
 
-    loss = sum ||block(x) - y||^2 / sum ||y||^2        x, y [windows, length, width]
+    loss = sum ||block(x) - y||^2 / sum ||y||^2        x, y [samples, length, width]
 
-Adam (arXiv 1412.6980) on what compression left continuous: scales, levels, adapters, 16-bit weights, norm weights and
-biases. Masks stay. Codes of adapters, and those of the base where asked, move through latent codes: rounded on the way
+Adam (arXiv 1412.6980) tunes the continuous values: scales, codebooks, adapters, 16-bit weights, norm weights and biases. Masks
+are fixed. Codes of adapters, and those of the base where asked, move through latent codes: rounded on the way
 forward, the gradient passed on unchanged (straight-through estimator, arXiv 1308.3432).
 
-After each pass the block is put in the form in which it is stored and measured on windows that are held back. The best
-form is kept, the untouched block among them: what is measured is what is stored, and it is never worse than before.
+After each pass the block is rounded to its stored form and measured on samples that are held back. The best form is used; the
+untuned block is one of the candidates, so the loss on these samples never grows.
 
-Source: TM of 3BASiL (arXiv 2603.01376) matches a block's outputs by Adam on surviving weights, adapters and norms. It
-has no codes, one rate for all tensors, and keeps the last iterate. Here a rate is relative to its tensor's size, because
+Source: TM of 3BASiL (arXiv 2603.01376) tunes a block's outputs by Adam on surviving weights, adapters and norms. It
+has no codes, one rate for all tensors, and uses the last iterate. Here a rate is relative to its tensor's size, because
 scales, factors and norms differ by orders of magnitude.
 """
 
@@ -33,99 +33,113 @@ _SEED = 0
 _DIVERGED = 10.0
 """Tuning stops where the held-back loss is this many times what it was at first."""
 
-Step = tuple[int, Tensor]
-"""A batch of the flow and the rows (int64) of it that are used."""
+_Rows = tuple[int, Tensor]
+"""The number of a batch of the inputs, and the rows of it that are used, int64 `[rows]`."""
 
 
 @dataclass(frozen=True)
-class Matching:
-    """How blocks are matched."""
+class ReconstructionOptions:
+    """How blocks are reconstructed."""
 
     passes: int = 4
-    """over the windows that are not held back"""
+    """Passes over the samples that are not held back."""
     rate: float = 0.02
-    """Adam's first step for a tensor, as a share of the tensor's root mean square; it falls to zero as a cosine"""
+    """Adam's first step for a tensor, as a share of the tensor's root mean square; it falls to zero as a cosine."""
     codes: Literal["frozen", "ste"] = "ste"
-    """the base's codes: as they are, or moved through latent codes"""
+    """Whether the base's codes are "frozen", or tuned through latent codes ("ste")."""
     held_back: float = 0.125
-    """share of the windows, but at least one, on which iterates are compared"""
+    """The share of the samples, at least one, on which iterates are compared."""
     inputs: Literal["compressed", "dense", "asymmetric"] = "asymmetric"
-    """For the caller. "compressed": inputs from the compressed blocks before, targets from the dense block on the same;
+    """Which inputs and targets the run passes in. "compressed": inputs from the compressed blocks before, targets from the
+    dense block on the same;
     "dense": both from the dense model; "asymmetric": inputs from the compressed blocks, targets from the dense model."""
     batch: int = 2
-    """windows per step, at most as many as one batch of the flow holds"""
+    """Samples per step, at most as many as one batch of the inputs holds."""
 
     def __post_init__(self) -> None:
         if self.passes < 1:
-            raise RecipeError(f"passes = {self.passes}: block matching needs at least one pass over the windows")
+            raise RecipeError(f"passes = {self.passes}: block reconstruction needs at least one pass over the samples")
         if not 0 < self.rate < 1:
             raise RecipeError(f"rate = {self.rate}: give the first step as a share of a tensor's size, between 0 and 1")
         if self.codes not in ("frozen", "ste"):
             raise RecipeError(f'codes = {self.codes!r}: give "frozen", or "ste" to move the codes of the base')
         if not 0 < self.held_back < 1:
-            raise RecipeError(f"held_back = {self.held_back}: give a share of the windows, between 0 and 1")
+            raise RecipeError(f"held_back = {self.held_back}: give a share of the samples, between 0 and 1")
         if self.inputs not in ("compressed", "dense", "asymmetric"):
             raise RecipeError(f'inputs = {self.inputs!r}: give "compressed", "dense" or "asymmetric"')
         if self.batch < 1:
-            raise RecipeError(f"batch = {self.batch}: a step needs at least one window")
+            raise RecipeError(f"batch = {self.batch}: a step needs at least one sample")
 
 
 @dataclass(frozen=True)
-class Matched:
-    """What came of it: squared error over squared targets, on the windows held back, in the stored form."""
+class ReconstructionResult:
+    """The outcome of a block's reconstruction; losses are those of the stored form on the samples held back."""
 
     before: float
+    """Squared error over squared targets before."""
     after: float
-    kept_pass: int
-    """the pass after which the block was best; 0 is the untouched block"""
+    """Squared error over squared targets after."""
+    best_pass: int
+    """The pass after which the loss was least; 0: the block was left as it was."""
 
 
-def match_block(
+def tune_block(
     block: nn.Module,
     name: str,
-    flow: BlockInputs,
+    inputs: BlockInputs,
     targets: Sequence[Tensor],
-    options: Matching,
+    options: ReconstructionOptions,
     dtypes: dict[str, torch.dtype],
     device: torch.device,
-) -> Matched:
-    """Tune a block in place, on its inputs in `flow`, towards `targets`: `[windows, length, width]` per batch of the flow.
+) -> ReconstructionResult:
+    """Tune a block's compressed layers, norms and biases in place; layers that are not compressed do not change.
 
-    name: the block's in the model. dtypes: what each tensor of the model is stored in, by full name. device: where the
-    block is. A block that holds no compressed layer stays as it is, and so does a layer that is not compressed.
-    Raises DataError where there is only one window.
+    Args:
+        block: The block, on the device, in float32.
+        name: The block's full name in the model.
+        inputs: The block's inputs, `[samples, length, width]` per batch.
+        targets: The outputs to come close to, of the same shapes.
+        options: How it is reconstructed.
+        dtypes: What each tensor of the model is stored in, by full name.
+        device: Where the block is.
+
+    Returns:
+        The losses before and after, which are equal where the block holds no compressed layer.
+
+    Raises:
+        DataError: There is only one sample.
     """
-    windows = _Windows(name, flow, targets, device)
-    train, held = windows.divided(options.held_back)
+    samples = _Samples(name, inputs, targets, device)
+    train, held = samples.divided(options.held_back)
     best = _Form.of(block)
-    before = after = windows.loss(block, best, held)
+    before = after = samples.loss(block, best, held)
     if not best.layers:
-        return Matched(before, before, 0)
-    kept_pass = 0
+        return ReconstructionResult(before, before, 0)
+    best_pass = 0
     tuned = _Tuned(best, moving=options.codes == "ste")
     descent = _Descent(tuned, options, train)
     try:
         for done in range(1, options.passes + 1):
-            descent.run_pass(block, windows)
+            descent.run_pass(block, samples)
             form = tuned.stored(name, dtypes)
-            loss = windows.loss(block, form, held)
+            loss = samples.loss(block, form, held)
             if loss < after:
-                best, after, kept_pass = form, loss, done
+                best, after, best_pass = form, loss, done
             if not loss < _DIVERGED * before:
                 break
     finally:
         best.install(block)
-    return Matched(before, after, kept_pass)
+    return ReconstructionResult(before, after, best_pass)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What matching may change of a block."""
+    """The modules and vectors of a block that reconstruction may change."""
 
     layers: dict[str, nn.Module]
-    """the compressed layers, by name in the block"""
+    """The compressed layers, by their names within the block."""
     vectors: dict[str, Tensor]
-    """float `[n]`: norm weights and biases outside linear layers, by name in the block"""
+    """Norm weights and biases outside linear layers, float `[n]`, by their names within the block."""
 
     @classmethod
     def of(cls, block: nn.Module) -> "_Form":
@@ -149,22 +163,22 @@ class _Form:
                 block.get_parameter(name).copy_(vector)
 
 
-class _Windows:
-    """Inputs and targets of one block, and what it makes of them."""
+class _Samples:
+    """Inputs and targets of one block, and the error of its outputs on them."""
 
-    def __init__(self, name: str, flow: BlockInputs, targets: Sequence[Tensor], device: torch.device) -> None:
-        assert [h.shape for h in flow.hidden] == [t.shape for t in targets], "targets do not fit the flow"
+    def __init__(self, name: str, inputs: BlockInputs, targets: Sequence[Tensor], device: torch.device) -> None:
+        assert [h.shape for h in inputs.hidden] == [t.shape for t in targets], "targets do not fit the inputs"
         self.name = name
-        self.flow = flow
+        self.inputs = inputs
         self.targets = targets
         self.device = device
 
-    def divided(self, share: float) -> tuple[list[Step], list[Step]]:
-        """The windows to train on and those held back, by batch of the flow; the same for every block."""
-        sizes = [len(hidden) for hidden in self.flow.hidden]
+    def divided(self, share: float) -> tuple[list[_Rows], list[_Rows]]:
+        """The samples to train on and those held back, by batch of the inputs; the same for every block."""
+        sizes = [len(hidden) for hidden in self.inputs.hidden]
         total = sum(sizes)
         if total < 2:
-            raise DataError("block matching needs at least two calibration windows, one of them held back; there is one")
+            raise DataError("block reconstruction needs at least two calibration samples, one of them held back; there is one")
         count = min(max(1, round(share * total)), total - 1)
         held = torch.zeros(total, dtype=torch.bool)
         held[torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))[:count]] = True
@@ -172,30 +186,30 @@ class _Windows:
         train = [(batch, (~mask).nonzero()[:, 0]) for batch, mask in masks if not mask.all()]
         return train, [(batch, mask.nonzero()[:, 0]) for batch, mask in masks if mask.any()]
 
-    def error(self, block: nn.Module, form: _Form, step: Step) -> tuple[Tensor, Tensor]:
-        """Squared error and squared targets, summed over the step's windows, of the block with the form's vectors."""
+    def error(self, block: nn.Module, form: _Form, step: _Rows) -> tuple[Tensor, Tensor]:
+        """Squared error and squared targets, summed over the step's samples, of the block with the form's vectors."""
         batch, rows = step
-        hidden, target = self.flow.hidden[batch], self.targets[batch][rows].to(self.device)
-        args, kwargs = _rows_of(self.flow.arguments[self.name, len(hidden)], len(hidden), rows, self.device)
+        hidden, target = self.inputs.hidden[batch], self.targets[batch][rows].to(self.device)
+        args, kwargs = _rows_of(self.inputs.arguments[self.name, len(hidden)], len(hidden), rows, self.device)
         hidden = hidden[rows].to(self.device)
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
         output = functional_call(block, form.vectors, args, kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return (output - target).square().sum(), target.square().sum()
 
-    def loss(self, block: nn.Module, form: _Form, steps: list[Step]) -> float:
+    def loss(self, block: nn.Module, form: _Form, steps: list[_Rows]) -> float:
         """Squared error over squared targets of the block in this form."""
         form.put_layers(block)
         with torch.no_grad():
             sums = torch.tensor([[float(s) for s in self.error(block, form, step)] for step in steps], dtype=torch.float64)
-        error, energy = sums.sum(dim=0).tolist()
-        return error / energy if energy else error
+        error, size = sums.sum(dim=0).tolist()
+        return error / size if size else error
 
 
 def _rows_of(value: Any, count: int, rows: Tensor, device: torch.device) -> Any:
-    """A block's arguments for some windows of a batch of `count`, on the device.
+    """A block's arguments for some samples of a batch of `count`, on the device.
 
-    A tensor with the batch's size in front (masks, positions) is cut; one without serves all windows.
+    A tensor with the batch's size in front (masks, positions) is indexed; one without serves all samples.
     """
     if isinstance(value, Tensor):
         return (value[rows] if value.ndim > 1 and len(value) == count else value).to(device)
@@ -209,7 +223,7 @@ def _rows_of(value: Any, count: int, rows: Tensor, device: torch.device) -> Any:
 class _Descent:
     """Adam with a rate per tensor, over shuffled steps."""
 
-    def __init__(self, tuned: "_Tuned", options: Matching, train: list[Step]) -> None:
+    def __init__(self, tuned: "_Tuned", options: ReconstructionOptions, train: list[_Rows]) -> None:
         self.tuned = tuned
         self.batch = options.batch
         self.train = train
@@ -220,7 +234,7 @@ class _Descent:
         self.adam = torch.optim.Adam(groups, eps=1e-15, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda done: (1 + math.cos(math.pi * done / total)) / 2)
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[_Rows]:
         steps = []
         for batch, rows in self.train:
             shuffled = rows[torch.randperm(len(rows), generator=self.generator)]
@@ -228,16 +242,16 @@ class _Descent:
         for i in torch.randperm(len(steps), generator=self.generator).tolist():
             yield steps[i]
 
-    def run_pass(self, block: nn.Module, windows: _Windows) -> None:
-        """One pass over the windows; ends early where the loss is no number."""
+    def run_pass(self, block: nn.Module, samples: _Samples) -> None:
+        """One pass over the samples; it stops early where the loss is not finite."""
         form = self.tuned.form
         form.put_layers(block)
         for step in self._steps():
             with torch.enable_grad():
-                error, energy = windows.error(block, form, step)
+                error, size = samples.error(block, form, step)
                 if not error.isfinite():
                     return
-                gradients = torch.autograd.grad(error / energy, self.tuned.parameters, materialize_grads=True)
+                gradients = torch.autograd.grad(error / size, self.tuned.parameters, materialize_grads=True)
             for parameter, gradient in zip(self.tuned.parameters, gradients, strict=True):
                 parameter.grad = gradient
             self.adam.step()
@@ -245,7 +259,7 @@ class _Descent:
 
 
 def _size(tensor: Tensor) -> float:
-    """Root mean square of what is not zero; 0 for a tensor of zeros, which therefore stays."""
+    """Root mean square of the elements that are not zero; 0 for a tensor of zeros, which is then not tuned."""
     return float(tensor.detach().square().sum() / max(1, int(tensor.count_nonzero()))) ** 0.5
 
 
@@ -263,7 +277,7 @@ class _Tuned:
         self.parameters = inner + list(vectors.values())
 
     def stored(self, block_name: str, dtypes: dict[str, torch.dtype]) -> _Form:
-        """All rounded to what is stored."""
+        """The block's form with every value rounded as it is stored."""
         layers: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
             bias = None if layer.bias is None else _rounded(layer.bias, dtypes[f"{block_name}.{name}.bias"])
@@ -277,7 +291,7 @@ def _rounded(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _TunedLinear(nn.Module):
-    """Stands in a compressed layer's place while it is tuned."""
+    """A compressed layer with trainable parts, in its place while it is tuned."""
 
     def __init__(self, layer: CompressedLinear, moving: bool) -> None:
         super().__init__()

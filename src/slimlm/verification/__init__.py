@@ -1,1 +1,1 @@
-"""A finished folder checked from end to end."""
+"""Verification of a finished checkpoint."""

@@ -1,9 +1,9 @@
-"""Is a checkpoint what it says it is? From its folder alone, a tensor and a block at a time.
+"""Verify a checkpoint from its folder alone, one tensor and one block at a time.
 
 Every shard, every tensor and the config is compared with its recorded SHA-256, the index with the shards, every packed layer
 with its description (masks, scales, padding), every tensor and linear layer with the model's class, and the record with all of
-these; the tokenizer is opened; and then the model runs, block by block, on a few tokens or on a text. What must match the model
-in memory while it is compressed is compared in slimlm.run.assemble.
+these; the tokenizer is opened; and then the model is run, block by block, on a few tokens or on a text. The comparison with the
+model in memory, while it is compressed, is in slimlm.run.assemble.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ from slimlm.verification.stored_model import StoredModel
 
 _CPU = torch.device("cpu")
 _TOKENS = 8
-"""on which a model runs where no text is given"""
+"""The number of tokens that a model is run on where no text is given."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in a checkpoint's folder."""
+    """The findings on a checkpoint's folder."""
 
     folder: str
     """The folder that was checked."""
     problems: tuple[str, ...]
-    """What is wrong, in words that name the tensor or layer; where there is nothing the checkpoint is sound."""
+    """Messages about what is wrong, each naming the tensor or layer; without any the checkpoint is sound."""
     notes: tuple[str, ...]
-    """What could not be checked, and warnings."""
+    """Warnings, and checks that were not possible."""
     shards: int
     """The number of weight files."""
     tensors: int
@@ -56,7 +56,7 @@ class Verified:
     bytes: int
     """The size of the weight files."""
     checksums: str
-    """What checksums are recorded of: "tensors", or "shards" alone in folders of older versions."""
+    """Whether checksums of "tensors" are recorded, or only of "shards", as in folders of older versions."""
     compressed: int
     """The number of linear layers that are packed."""
     skipped: tuple[str, ...]
@@ -66,7 +66,7 @@ class Verified:
     recorded: dict[str, Any] | None
     """The perplexity before and after that the run recorded."""
     measured: dict[str, Any] | None
-    """The perplexity on the windows given."""
+    """The perplexity on the samples given."""
 
     @property
     def sound(self) -> bool:
@@ -86,19 +86,21 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A folder whose config and index of files make sense."""
+    """A folder whose config and record could be read."""
 
     folder: Path
     record: dict[str, Any]
-    """slimlm.json"""
+    """The content of slimlm.json."""
     about: Description
-    """the `quantization_config`"""
+    """The description in the `quantization_config`."""
     recorded: checkpoint.Files
+    """The recorded sizes and checksums."""
     files: MappedFiles
+    """The weight files."""
 
     @classmethod
     def of(cls, folder: Path) -> "_Opened":
-        """Open a folder; raises CheckpointError where it is no checkpoint, or so damaged that it cannot be read."""
+        """Open a folder; raises CheckpointError where it is no checkpoint, or too damaged to be read."""
         record = checkpoint.read_record(folder)
         refuse_other(str(folder))
         about, recorded = read_description(folder), checkpoint.recorded_files(folder)
@@ -122,19 +124,19 @@ class _Opened:
         return StoredModel(meta, self.files.tensors, self.files.release, self.about.layers, self.about.embeddings)
 
 
-def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
-    """Check everything that can be known of a checkpoint from its folder; see the top of this file.
+def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
+    """Check a checkpoint from its folder: checksums, packed layers, the record, and that the model runs.
 
     Args:
         folder: The checkpoint.
-        windows: Token ids `[count, length]` to measure the perplexity on; None: the model runs on a few tokens.
-        device: Where blocks run.
+        samples: Token ids `[count, length]` to measure the perplexity on; None: the model is run on a few tokens.
+        device: The device that blocks are run on.
 
     Returns:
-        What was found; what is wrong is in `problems`.
+        The findings; `problems` says what is wrong.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, or so damaged that there is nothing to go through.
+        CheckpointError: The folder is no checkpoint, or too damaged to be read.
     """
     opened = _Opened.of(Path(folder))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
@@ -155,7 +157,7 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
         notes.append("the folder was written by an older slimlm: it records checksums of its shards, none of single tensors")
     measured = None
     if not problems:
-        found = _run(opened.stored_model(), windows, device)
+        found = _run(opened.stored_model(), samples, device)
         problems += [found] if isinstance(found, str) else []
         measured = found if isinstance(found, Perplexity) else None
     compared = None if record is None or record.perplexity is None else dataclasses.asdict(record.perplexity)
@@ -176,9 +178,9 @@ def verify(folder: str | Path, windows: Tensor | None = None, *, device: torch.d
 
 
 def _beside(folder: Path) -> tuple[list[str], list[str]]:
-    """Problems and notes on config, tokenizer and what else lies beside the weights.
+    """Problems and notes about the files other than weights: config, tokenizer and others.
 
-    What a model computes depends on its config; the user may edit the rest.
+    A changed config is a problem, because the model's outputs depend on it; the user may edit the others.
     """
     found = checkpoint.changed_beside(folder)
     if found is None:
@@ -190,7 +192,7 @@ def _beside(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _unopened(folder: Path) -> Iterator[str]:
-    """What transformers cannot open of the tokenizer and of the defaults for writing text."""
+    """Problems where transformers cannot open the tokenizer or the generation config."""
     try:
         open_tokenizer(str(folder))
     except ModelError as error:
@@ -203,7 +205,7 @@ def _unopened(folder: Path) -> Iterator[str]:
 
 
 def _checksums(opened: _Opened) -> Iterator[str]:
-    """Shards and tensors that are not what was written. A shard is its header and its tensors without gaps: it is read once."""
+    """Shards and tensors whose checksum differs. A shard is a header and tensors without gaps, so it is read only once."""
     files = opened.files.files
     for name, file in files.items():
         whole = hashlib.sha256(file.header)
@@ -243,7 +245,7 @@ def _index(opened: _Opened) -> Iterator[str]:
 
 
 def _packed(opened: _Opened) -> Iterator[str]:
-    """What is wrong with single tensors: of packed layers, and NaN or infinity in the others."""
+    """Problems of single tensors: invalid ones of packed layers, and NaN or infinity in the others."""
     rest, release = dict(opened.files.tensors), opened.files.release
     for name, entry in opened.about.own().items():
         try:
@@ -251,8 +253,8 @@ def _packed(opened: _Opened) -> Iterator[str]:
         except CheckpointError as error:
             yield str(error)
             continue
-        for words in entry.parts.check(own, entry.shape):
-            yield f"{name}: {words}"
+        for problem in entry.parts.check(own, entry.shape):
+            yield f"{name}: {problem}"
         release(own.values())
     for name, tensor in rest.items():
         yield from not_finite(name, tensor)
@@ -263,7 +265,7 @@ def _record_of(record: dict[str, Any]) -> tuple[Record | None, list[str]]:
     try:
         return Record.from_dict(record), []
     except CheckpointError as error:
-        return None, [f"what slimlm.json says of layers is not compared: {error}"]
+        return None, [f"the figures of layers in slimlm.json are not compared: {error}"]
 
 
 def _unlike_record(record: Record, about: Description, skipped: tuple[str, ...]) -> Iterator[str]:
@@ -289,7 +291,7 @@ def _unlike_record(record: Record, about: Description, skipped: tuple[str, ...])
 
 
 def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
-    """The dense model with placeholders, whose tables are computed, and whose experts in these modules are taken apart."""
+    """The dense model with placeholder weights and computed buffers, with the experts of these modules taken apart."""
     config = empty.config
     given = {}
     for name, tensor in empty.state_dict().items():
@@ -304,14 +306,14 @@ def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedMod
     return model.eval().requires_grad_(False)
 
 
-def _run(model: StoredModel, windows: Tensor | None, device: torch.device) -> Perplexity | str | None:
-    """The perplexity on windows, or, without any, None where a few tokens give finite logits; else a problem in words."""
+def _run(model: StoredModel, samples: Tensor | None, device: torch.device) -> Perplexity | str | None:
+    """The perplexity on samples, or, without any, None where a few tokens give finite logits; else a problem."""
     try:
         assembled = model.assembled(device)
-        if windows is not None:
-            return perplexity(assembled, windows)
+        if samples is not None:
+            return perplexity(assembled, samples)
         with torch.no_grad():
-            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.skeleton), use_cache=False).logits
+            logits = assembled(torch.arange(_TOKENS)[None] % vocabulary_size(model.meta_model), use_cache=False).logits
     except NumericsError as error:
         return str(error)
     return None if bool(logits.isfinite().all()) else "the model's logits hold NaN or infinity"

@@ -1,7 +1,7 @@
-"""A model that runs from its stored tensors, of which one block at a time is made: a dense one's, or a checkpoint's.
+"""A model that runs from its stored tensors, a dense model's or a checkpoint's, with one block at a time in memory.
 
-What is outside the blocks keeps the 16 bits that it is stored in (slimlm.runtime.dense), so that it takes no memory beside the
-mapped files either.
+Modules outside the blocks stay in the 16 bits that they are stored in (slimlm.runtime.dense), so that they take no memory in
+addition to the mapped files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,26 +24,27 @@ from slimlm.runtime.linear import CompressedLinear
 
 _CPU = torch.device("cpu")
 _Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-"""From a block's arguments to its output."""
+"""A function from a block's arguments to its output."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A skeleton, and the tensors that belong into it."""
+    """A meta model, and the tensors that belong into it."""
 
-    skeleton: PreTrainedModel
-    """its parameters have shapes and no values (see slimlm.models.lazy)"""
+    meta_model: PreTrainedModel
+    """The model; its parameters have shapes and no values (see slimlm.models.lazy)."""
     tensors: dict[str, Tensor]
-    """as stored, by full name; of tied tensors one is enough"""
+    """The stored tensors, by full name; of tied tensors one is enough."""
     release: Callable[[Iterable[Tensor]], Any]
-    """drops the pages of those of these tensors that are views of a file"""
+    """A function that drops the memory pages of those of its tensors that are views of a file."""
     layers: Mapping[str, LayerEntry] = field(default_factory=dict)
-    """what a checkpoint's config says of compressed layers, by name"""
+    """The entries of compressed layers, by full name."""
     embeddings: Mapping[str, EmbeddingEntry] = field(default_factory=dict)
+    """The entries of compressed embeddings, by full name."""
 
     def block(self, name: str, device: torch.device) -> nn.Module:
         """A block in float32, on the device."""
-        block = meta_copy(self.skeleton.get_submodule(name))
+        block = meta_copy(self.meta_model.get_submodule(name))
         self._put_compressed(block, name)
         self._put_others(block, name)
         for module in block.modules():
@@ -58,9 +59,11 @@ class StoredModel:
         return sent_to(output, _CPU)
 
     def assembled(self, device: torch.device = _CPU, *, first: Tensor | None = None) -> PreTrainedModel:
-        """A model that makes each block, on the device, when its turn comes, and computes in float32.
+        """A model that makes each block, on the device, when it is run, and computes in float32.
 
-        first: in place of what the first block would be given `[windows, length, width]`.
+        Args:
+            device: The device that blocks are run on.
+            first: Inputs of the first block, `[samples, length, width]`, in place of the embedding's outputs.
         """
 
         def run_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,16 +71,22 @@ class StoredModel:
                 return self._run(name, device, (first, *args[1:]), kwargs)
             return self._run(name, device, args, {**kwargs, "hidden_states": first})
 
-        names = list(blocks_of(self.skeleton))
+        names = list(blocks_of(self.meta_model))
         forwards: dict[str, _Forward] = {name: partial(self._run, name, device) for name in names}
         if first is not None:
             forwards[names[0]] = partial(run_first, names[0])
         return self._around(forwards)
 
     def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
-        """What the last block gives for tokens `[windows, length]`; no logits are made. `first` as for `assembled`."""
+        """The last block's outputs; logits are not computed.
+
+        Args:
+            ids: Token ids `[samples, length]`.
+            device: The device that blocks are run on.
+            first: See `assembled`.
+        """
         model = self.assembled(device, first=first)
-        last = list(blocks_of(self.skeleton))[-1]
+        last = list(blocks_of(self.meta_model))[-1]
         caught: list[Any] = []
         handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
         try:
@@ -88,34 +97,40 @@ class StoredModel:
         return caught[0]
 
     def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
-        """Logits `[windows, positions, vocabulary]` of each piece of these windows, from what the last block gives for them.
+        """The logits from the last block's outputs; the modules after the blocks compute in float32.
 
-        The blocks are not run; what follows them is computed in float32.
+        Args:
+            output: The last block's outputs.
+            ids: Token ids `[samples, length]`.
+            pieces: Samples and positions of each piece.
+
+        Yields:
+            The logits `[samples, positions, vocabulary]` of each piece.
         """
         hidden = output[0] if isinstance(output, tuple) else output
         given: list[Any] = []
-        model = self._around(dict.fromkeys(blocks_of(self.skeleton), lambda *_: given[-1]))
+        model = self._around(dict.fromkeys(blocks_of(self.meta_model), lambda *_: given[-1]))
         for piece in pieces:
             given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
-            # Given away outside of no_grad, which would else hold for whoever asks for the next piece.
+            # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
                 logits = model(ids[piece], use_cache=False).logits
             yield logits
 
     def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
-        model = meta_copy(self.skeleton)
+        model = meta_copy(self.meta_model)
         assert isinstance(model, PreTrainedModel)
         for name, forward in forwards.items():
-            swap(model, name, _InPlace(self.skeleton.get_submodule(name), forward))
+            swap(model, name, _Replacement(self.meta_model.get_submodule(name), forward))
         self._put_compressed(model, "")
         self._put_others(model, "")
         widen_activations(model)
         return model
 
     def _put_compressed(self, module: nn.Module, prefix: str) -> None:
-        """Put compressed layers and embeddings where the module, which is called `prefix` in the model, has others."""
+        """Replace layers and embeddings of a module, whose name in the model is `prefix`, by compressed ones."""
         inside = f"{prefix}." if prefix else ""
-        blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.skeleton))
+        blocks = () if prefix else tuple(f"{name}." for name in blocks_of(self.meta_model))
         owners: dict[str, CompressedEmbedding] = {}
         for full, entry in self.embeddings.items():
             if full.startswith(inside) and not full.startswith(blocks):
@@ -158,8 +173,8 @@ class StoredModel:
         return self.tensors[full]
 
 
-class _InPlace(nn.Module):
-    """Stands where a block was. What a decoder asks of its blocks beside running them, the skeleton's block answers."""
+class _Replacement(nn.Module):
+    """A block's replacement that runs a function; other attributes that a model reads are those of the meta model's block."""
 
     def __init__(self, shown: nn.Module, run: _Forward) -> None:
         super().__init__()

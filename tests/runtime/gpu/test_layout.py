@@ -36,7 +36,7 @@ def stored(*parts: Part) -> Stored:
         ((pruned(codes(SHAPE, 16)),), "groups of 16 inputs; the GPU kernels take multiples of 32 there"),
         ((codes(SHAPE, 12),), "groups of 12 inputs; the GPU kernels take multiples of 8 there"),
         ((codes(SHAPE, 8), codes(SHAPE, 8)), "the GPU kernels add a low-rank part to a base, not a uniform part"),
-        ((codes(SHAPE, 8), adapter("rows", *SHAPE), adapter("rows", *SHAPE)), "it has 2 parts beside its base"),
+        ((codes(SHAPE, 8), adapter("rows", *SHAPE), adapter("rows", *SHAPE)), "it has 2 parts besides its base"),
         (
             (Pruned(table(SHAPE, 8), torch.ones(SHAPE, dtype=torch.bool), "0.5"),),
             "a codebook under the mask 0.5 of each row; the GPU kernels take codebooks under 2:4 or no mask",

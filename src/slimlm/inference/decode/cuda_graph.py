@@ -38,16 +38,16 @@ class CudaGraphDecoder(TorchDecoder):
             super().__init__(model, batch=batch, length=length)
             device = self.keys.device
             self.here = torch.zeros(1, dtype=torch.long, device=device)
-            """[1], the position"""
+            """The position, `[1]`."""
             self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
             self.numbers = torch.arange(length, device=device)
-            """[length], of all positions"""
+            """The numbers of all positions, `[length]`."""
             self.slots = (torch.zeros_like(self.keys[0, :, 0]), torch.zeros_like(self.keys[0, :, 0]))
-            """where a position's keys and values are made, [batch x key heads, head_dim]"""
+            """A position's keys and values, `[batch x key heads, head_dim]` each."""
         self.replays: dict[int, Callable[[], Tensor]] = {}
-        """by number of positions that attention goes over"""
+        """The graphs, by the number of positions that attention goes over."""
         self.captured_from: ModelSnapshot | None = None
-        """the model, once it computed a prompt"""
+        """The state of the model when it computed the first prompt."""
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Compute prompts `[batch, tokens]` by the model's own forward; gives the logits `[batch, vocabulary]` after them."""
@@ -112,7 +112,7 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     """A CUDA graph of a call, on a GPU; elsewhere the call itself.
 
     Args:
-        call: gives a tensor of any shape; must do the same on the same memory every time.
+        call: gives a tensor `[...]`; must do the same on the same memory every time.
         device: where it computes.
 
     Returns:

@@ -106,7 +106,7 @@ class NativeDecoder:
         dim: int = attention.head_dim
         key_heads = keys.out_features // dim
         self.path = "fast decode in the CPU kernels, all blocks in one call"
-        """what makes the tokens, for people"""
+        """A description of the decoder for users."""
         self.embed, self.batch, self.length, self.position = embedding_of(model), batch, length, 0
         self.width, self.vocabulary = queries.in_features, head.out_features
         backend = head.selection().backend
@@ -114,9 +114,9 @@ class NativeDecoder:
         self._precision = PRECISIONS[backend.precision]
         cache_dtype = torch.float16 if backend.precision == "fast" else torch.float32
         self.keys = torch.zeros(len(layers), batch * key_heads, length, dim, dtype=cache_dtype)
-        """[blocks, batch x key heads, length, head_dim]"""
+        """The keys, `[blocks, batch x key heads, length, head_dim]`."""
         self.values = torch.zeros_like(self.keys)
-        """as the keys"""
+        """The values, of the same shape."""
         # The library knows addresses only; this list keeps alive what lies there.
         self._alive: list[object] = []
         self._blocks = self._structures_of(llama.layers, layers)

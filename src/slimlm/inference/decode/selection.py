@@ -100,7 +100,7 @@ def positions_to_allocate(model: PreTrainedModel, length: int) -> int:
 class _Kept:
     decoder: CudaGraphDecoder
     selections: list[ref[Selection]]
-    """of the layers; a layer drops its selection when it moves or its kernels change, and then this is dropped, too"""
+    """The layers' selections; a layer drops its selection when it moves or its kernels change, and then this is invalid."""
 
 
 class DecoderCache:

@@ -16,9 +16,9 @@ class ModelSnapshot:
 
     tensors: tuple[Source, ...]
     vectors: Tensor | None
-    """the values of norms and biases, of which decoders hold copies: writing to `.data` leaves no other trace"""
+    """The values of norms and biases, of which decoders hold copies; writing to `.data` is not visible otherwise."""
     preparations: tuple[int, ...]
-    """of each packed layer; 0: nothing is prepared"""
+    """The number of preparations of each packed layer; 0: it is not prepared."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelSnapshot":

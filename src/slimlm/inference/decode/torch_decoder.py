@@ -43,9 +43,9 @@ class Rotary:
     """The rotary embedding: a vector x is rotated as x cos + partner(x) signed_sin."""
 
     cos: Tensor
-    """`[positions, head_dim]`"""
+    """The cosines, `[positions, head_dim]`."""
     signed_sin: Tensor
-    """`[positions, head_dim]`, negative in the first half"""
+    """The sines, `[positions, head_dim]`, negated in the first half."""
 
     def scaled(self, factor: float) -> "Rotary":
         """A rotation that also multiplies by a factor."""
@@ -57,21 +57,21 @@ class Position:
     """What one step of all blocks needs to know of its position."""
 
     key_slots: Sequence[Tensor]
-    """of each block, where the position's keys go, `[batch x key heads, head_dim]`"""
+    """The memory of the position's keys, `[batch x key heads, head_dim]` for each block."""
     value_slots: Sequence[Tensor]
-    """as above"""
+    """The memory of the position's values, of the same shapes."""
     query_rotary: Rotary
-    """of this position, times the attention's scale"""
+    """The rotary embedding of queries at this position, times the attention's scale."""
     key_rotary: Rotary
-    """of this position"""
+    """The rotary embedding of keys at this position."""
     attend: Callable[[int, Tensor], Tensor]
-    """the attention of a block's queries `[heads, group, head_dim]`, called once its slots are filled"""
+    """The attention of a block's queries `[heads, group, head_dim]`, called when its slots are filled."""
 
 
 class TorchDecoder:
     """A model with room for `length` positions of `batch` texts of equal length, one token of each at a time, with torch.
 
-    It holds the model's weights as they are now, and does not follow the model to another device or dtype. The model itself,
+    It holds the model's weights as they are now, and does not move with the model to another device or dtype. The model itself,
     whose forward computes prompts, is not kept alive.
 
     Args:
@@ -81,7 +81,7 @@ class TorchDecoder:
     """
 
     path = "fast decode with torch"
-    """what makes the tokens, for people"""
+    """A description of the decoder for users."""
 
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
         decoder = model.model
@@ -100,17 +100,17 @@ class TorchDecoder:
         device = device_of(model)
         shape = (len(blocks), batch * self.key_heads, length, self.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
-        """[blocks, batch x key heads, length, head_dim]"""
+        """The keys, `[blocks, batch x key heads, length, head_dim]`."""
         self.values = torch.zeros(shape, dtype=self.dtype, device=device)
-        """as the keys"""
+        """The values, of the same shape."""
         cos, sin = decoder.rotary_emb(self.keys, torch.arange(length, device=device)[None])
         half = self.head_dim // 2
         self.key_rotary = Rotary(cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1))
-        """of all positions"""
+        """The rotary embedding of keys at all positions."""
         self.query_rotary = self.key_rotary.scaled(attention.scaling)
-        """of all positions, times the attention's scale"""
+        """The rotary embedding of queries at all positions, times the attention's scale."""
         self.partner = torch.arange(self.head_dim, device=device).roll(half)
-        """[head_dim], the partner of each coordinate in the rotation"""
+        """The partner of each coordinate in the rotation, `[head_dim]`."""
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Compute prompts `[batch, tokens]` by the model's own forward; gives the logits `[batch, vocabulary]` after them."""

@@ -39,7 +39,7 @@ rounds    largest number of sweeps; they stop when one gains less than `toleranc
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class Alternation(StepDefaults):
     base: Literal["sweep", "project"] = "sweep"
     norm: Literal["full", "diagonal"] = "full"
     damp: float = 0.01
+    weight_copies: ClassVar[int] = 14
+    covariance_copies: ClassVar[int] = 14
 
     def __post_init__(self) -> None:
         if self.bits != 16:

@@ -55,6 +55,8 @@ class Jsq(StepDefaults):
     alpha: float = 0.5
     clip: float = 0.01
     needs: ClassVar[Needs] = frozenset({MeanSquare, PeakAbs, MeanSample})
+    weight_copies: ClassVar[int] = 14
+    covariance_copies: ClassVar[int] = 14
 
     def __post_init__(self) -> None:
         grid.check_bits(self.bits)

@@ -21,6 +21,7 @@ class Magnitude(StepDefaults):
 
     pattern: str | float = "2:4"
     needs: ClassVar[Needs] = frozenset()
+    weight_copies: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         _ = self.sparsity  # refuses what is no pattern

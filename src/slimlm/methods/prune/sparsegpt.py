@@ -31,6 +31,7 @@ class SparseGpt(StepDefaults):
     """of the inputs in the sweep: by falling second moment, or as they come"""
     damp: float = 0.01
     needs: ClassVar[Needs] = frozenset({Covariance})
+    weight_copies: ClassVar[int] = 6
     moves_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

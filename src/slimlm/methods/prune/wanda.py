@@ -27,6 +27,7 @@ class Wanda(StepDefaults):
     pattern: str | float = "2:4"
     score: Literal["working", "original"] = "working"
     needs: ClassVar[Needs] = frozenset({MeanSquare})
+    weight_copies: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         _ = self.sparsity  # refuses what is no pattern

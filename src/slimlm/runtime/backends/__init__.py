@@ -15,14 +15,17 @@ class Stored:
     """A layer's parts as a checkpoint stores them; kernels pack them without making a dense matrix of them."""
 
     shape: tuple[int, int]
-    """out, in"""
+    """The shape (out, in)."""
     entries: PartEntries
+    """The entries of the parts."""
     tensors: dict[str, Tensor]
+    """The stored tensors by name."""
     bias: Tensor | None
+    """The bias `[out]`."""
     blob: Tensor | None = None
-    """these parts as the CPU kernels packed them earlier, uint8 `[bytes]`; None: they did not"""
+    """The parts as packed by the CPU kernels, uint8 `[bytes]`; None: they are not packed."""
     compute_device: torch.device | None = None
-    """where the layer multiplies; None: where its tensors are"""
+    """The device of the layer's products; None: that of its tensors."""
 
     @cached_property
     def device(self) -> torch.device:

@@ -78,7 +78,7 @@ class Cpu:
 
 
 def unfit(entries: PartEntries) -> str | None:
-    """Why the layout does not hold parts that are so described, in words; None: it does."""
+    """Why the layout cannot hold parts with these entries; None: it can."""
     base = entries.base.kernel_layout()
     if isinstance(base, ProductLayout):
         return "its base is of low rank; the kernels want a matrix there"
@@ -112,7 +112,7 @@ def _lacks_zero(stored: Stored) -> str | None:
         return None
     if _two_of_four(base, stored.shape[1]) or (tensors_of("base", stored.tensors)["codebook"] == 0).any():
         return None
-    return f"its codebook has no zero for what its mask ({base.mask}) leaves out"
+    return f"its codebook has no zero for the elements that its mask ({base.mask}) drops"
 
 
 def _two_of_four(layout: MatrixLayout, width: int) -> bool:

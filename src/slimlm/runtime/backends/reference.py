@@ -1,6 +1,6 @@
 """The reference: add up the dense parts once, then multiply.
 
-It takes every part and is as fast as the dense layer; it needs the dense layer's memory beside the packed tensors.
+It takes every part and is as fast as the dense layer; it needs the dense layer's memory in addition to the packed tensors.
 """
 
 from dataclasses import dataclass

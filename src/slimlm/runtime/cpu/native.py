@@ -36,7 +36,7 @@ class Variant:
     built: bool
     active: bool
     why_not: str | None
-    """why it is not in use; None: it is"""
+    """Why it is not in use; None: it is."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Status:
     """The state of the CPU kernels on this machine."""
 
     library: str
-    """the path where it is or would be"""
+    """The path of the library, which need not exist."""
     reason: str | None
-    """why no kernel can be used; None: one can"""
+    """Why no kernels can be used; None: they can."""
     active: str | None
-    """the name of the variant in use"""
+    """The name of the variant in use."""
     variants: tuple[Variant, ...]
     compiler: str | None
-    """the compiler and its version; None: they were not recorded"""
+    """The compiler and its version; None: they were not recorded."""
     flags: str | None
 
 
@@ -102,7 +102,7 @@ def _why_not(name: str, built: bool, left_out: str | None, runnable: list[str], 
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """The record that the build wrote beside the library; empty where there is none that can be read."""
+    """The record that the build wrote next to the library; empty where there is none that can be read."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -165,10 +165,10 @@ class GpuLayer:
 
 
 def unfit(entries: PartEntries, shape: tuple[int, int]) -> str | None:
-    """Why the layout does not hold a layer `[out, in]` of parts that are so described, in words; None: it does."""
+    """Why the layout does not hold a layer `[out, in]` of parts with these entries; None: it does."""
     base, added = entries.base.kernel_layout(), entries.added
     if len(added) > 1:
-        return f"it has {len(added)} parts beside its base; the GPU kernels take one low-rank part"
+        return f"it has {len(added)} parts besides its base; the GPU kernels take one low-rank part"
     adapter = added[0].kernel_layout() if added else None
     for layout in (base, adapter):
         if isinstance(layout, Refusal):

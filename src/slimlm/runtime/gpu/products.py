@@ -149,7 +149,7 @@ class SecondFactor(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a launch reads beside the activations."""
+    """The tensors that a launch reads in addition to the activations."""
 
     packed: Packed
     bias: Tensor | None

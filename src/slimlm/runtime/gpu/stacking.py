@@ -18,25 +18,25 @@ class Stack:
     """Layers that share their input as one weight, each with its own adapter."""
 
     base: Packed
-    """all rows below each other, padding included"""
+    """The rows of all layers below each other, padding included."""
     right: Packed | Values | None
-    """the adapters' first factors, likewise"""
+    """The adapters' first factors, stacked in the same way."""
     tail: Tail | None
-    """the second factors below each other; it has as many ranks as the largest adapter, and its `group` means nothing"""
+    """The second factors below each other; it has as many ranks as the largest adapter, and its `group` is not used."""
     members: Tensor
     """int32 `[rows / 64, 8]`, of the layer to which these 64 rows belong: where its codebook begins, and its ranks in t; how
     many blocks of 64 ranks it has; its first row, and its first group of rows in the tail's scales; where the tail's codebook
     begins; rows of such a group; 0"""
     right_members: Tensor | None
-    """the same for the first factors, of which only codebooks differ"""
+    """The same for the first factors, of which only codebooks differ."""
     counters: Tensor
     """int32 zeros, one for each tile of the largest launch"""
     step: int
     """128, or 64 where some layer has an odd number of 64 rows: no tile may have rows of two layers"""
     layers: tuple[GpuLayer, ...]
-    """the layers as views of the above"""
+    """The layers as views of the stacked tensors."""
     rows: tuple[slice, ...]
-    """where in the base's rows each layer's are, padding left out"""
+    """Each layer's rows in the base, without padding."""
 
 
 def refuses(layers: Sequence[GpuLayer]) -> str | None:

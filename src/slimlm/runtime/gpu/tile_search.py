@@ -1,9 +1,9 @@
 """Measure which tiles are fastest for a model's layers on this machine's GPU.
 
 For each kind of layer (tiles.Kind) and class of batches products are timed one after another: first with the tile in use,
-then, coordinate by coordinate (rows, tokens, warps, stages, waves), with the values beside the best so far. The layers of one
+then, coordinate by coordinate (rows, tokens, warps, stages, waves), with the values next to the best so far. The layers of one
 kind are multiplied in turn, so that a large model's weights come from memory and not from a cache. Last, the product with the
-packed weight is timed beside unpacking it and cuBLAS, for one class of batches after another, which gives `fused_up_to`.
+packed weight is timed against unpacking it and cuBLAS, for one class of batches after another, which gives `fused_up_to`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

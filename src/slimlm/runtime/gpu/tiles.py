@@ -257,7 +257,7 @@ def drop_measured_tile(packed: Packed, batch: int, device: torch.device, dtype: 
 
 
 def forget_tables() -> None:
-    """Read the measured tables anew at the next product."""
+    """Read the measured tables again at the next product."""
     _TABLES.clear()
 
 

@@ -229,7 +229,7 @@ OWN: dict[str, tuple[str, Data]] = {
         {},
     ),
     "tables": (SHORT + 'bits = 3\ngroup_size = "per-channel"\npattern = ""\ncodebook = "fitted"\n', {}),
-    "half-share": (SHORT + "pattern = 0.5\nbits = 5\ngroup = 64\nadapter_group_size = 32\n", {}),
+    "half-share": (SHORT + "pattern = 0.5\nbits = 5\ngroup_size = 64\nadapter_group_size = 32\n", {}),
     "four-of-eight": ('[[steps]]\nprune = "sparsegpt"\npattern = "4:8"\n[[steps]]\nquantize = "gptq"\nbits = 3\n', {}),
     "one-of-four": ('[[steps]]\nprune = "wanda"\npattern = "1:4"\n[[steps]]\nquantize = "absmax"\nbits = 8\n', {}),
     "input-order": (
@@ -237,12 +237,12 @@ OWN: dict[str, tuple[str, Data]] = {
         {},
     ),
     "svd": (
-        '[[steps]]\nquantize = "slim_quant"\nbits = 3\ngroup = 32\nweigh = "energy"\n'
+        '[[steps]]\nquantize = "slim_quant"\nbits = 3\ngroup_size = 32\nweigh = "energy"\n'
         '[[steps]]\ncompensate = "svd"\nrank = 0.2\nbits = 8\nrefit = false\n',
         {},
     ),
     "slim-quant-o": (
-        '[[steps]]\nquantize = "slim_quant_o"\n[[steps]]\ncompensate = "qera"\nbits = 4\ngroup = 32\n',
+        '[[steps]]\nquantize = "slim_quant_o"\n[[steps]]\ncompensate = "qera"\nbits = 4\ngroup_size = 32\n',
         {},
     ),
     "groups": ('[[steps]]\nquantize = "absmax"\nbits = 6\ngroup_size = "per-channel"\n', {}),
@@ -250,7 +250,7 @@ OWN: dict[str, tuple[str, Data]] = {
     "pruned-only": ('[[steps]]\nprune = "magnitude"\n', {}),
     "rules": (
         'ignore = ["*.0.*.down_proj"]\n[[steps]]\nquantize = "gptq"\n[[rules]]\nlayers = ["*.mlp.*"]\nbits = 3\n'
-        '[[rules]]\nlayers = ["*.1.*"]\ngroup = 32\n',
+        '[[rules]]\nlayers = ["*.1.*"]\ngroup_size = 32\n',
         {},
     ),
 }

@@ -1,12 +1,12 @@
 """READ FIRST. The whole run: configuration -> the loop over blocks -> assemble -> verify.
 
     config = RunConfig(...)                       slimlm.run.config      what is asked for
-    prepared = prepare(config, run)               slimlm.run.prepare     the model opened, everything checked, samples drawn
+    prepared = decide(prepare(config, run), run)  slimlm.run.prepare     model opened, all checked, samples drawn, plan made
     for block in remaining_blocks(...):           slimlm.run.block       read from the files, one at a time
         compress_block(...)                                              measure inputs, apply the steps, swap the layers
         reconstruct_block(...)                                           where the recipe asks for it
         commit_block(...)                                                outputs are the next block's inputs; all in the journal
-    assemble(...), verify_written(...)            slimlm.run.assemble    write the checkpoint, read it back, compare
+    finish(...)                                   slimlm.run.assemble    write the checkpoint, read it back, compare
 
 Inside `compress_block` each linear layer goes through the recipe's steps:
 

@@ -147,3 +147,9 @@ def test_a_weight_that_is_no_number_is_refused_with_its_count(bad: float) -> Non
     weight[3, 4] = weight[5, 6] = bad
     with pytest.raises(NumericsError, match=r"fc1 holds 2 .* of 96"):
         Layer.of("fc1", weight)
+
+
+def test_a_base_that_cannot_leave_elements_out_is_refused_under_a_mask() -> None:
+    pruned = Layer.of("fc1", draw(8, 12)).with_mask(mask(), "2:4")
+    with pytest.raises(RecipeError, match="a low_rank part cannot be stored under a mask; drop the prune step"):
+        pruned.with_base(adapter()).parts()

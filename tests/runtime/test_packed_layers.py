@@ -18,6 +18,7 @@ from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
+from slimlm.core.profiling import Call, profiling
 from slimlm.inference.decode.grouped import grouped_call
 from slimlm.runtime.dense import DenseLinear, WideEmbedding, widen_activations
 from slimlm.runtime.kernel_names import Kernels
@@ -301,3 +302,23 @@ def test_a_dense_head_whose_weight_is_an_embedding_s_follows_it() -> None:
             change()
             torch.testing.assert_close(head(x), product(), rtol=1e-5, atol=1e-5)  # float32 sums
             assert head.prepare().blob is not blob
+
+
+class Sections:
+    """Notes the sections that begin."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def begin(self, call: Call) -> None:
+        self.begun.append(call.section)
+
+    def end(self) -> None: ...
+
+
+def test_a_layer_is_profiled_as_unpacked_once() -> None:
+    made, sections = layer("reference"), Sections()
+    with profiling(sections):
+        for _ in range(2):
+            made(draw(2, WIDTH))
+    assert sections.begun.count("unpacking") == 1

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from slimlm.core.errors import NumericsError, RecipeError
 from slimlm.core.parts.base import Part
-from slimlm.core.parts.elementwise import Elementwise
 from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
-from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.pruned import pruned
 
 
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
@@ -58,7 +57,7 @@ class Layer:
     """bool `[out, in]`; True stays"""
     pattern: str = ""
     """of the mask: "2:4", or the share of each row that was dropped, as text"""
-    base: Elementwise | None = None
+    base: Part | None = None
     """codes or values without their mask; None: not decided yet"""
     outliers: Part | None = None
     adapter: Part | None = None
@@ -142,7 +141,7 @@ class Layer:
         """The layer with this weight `[out, in]`, zero where pruned, as the reference of the base until something codes it."""
         return replace(self, updated_weight=weight, base=None)
 
-    def with_base(self, base: Elementwise) -> "Layer":
+    def with_base(self, base: Part) -> "Layer":
         """The layer with this base, in place of an earlier one."""
         return replace(self, base=base, updated_weight=None)
 
@@ -159,7 +158,11 @@ class Layer:
         return replace(self, notes=(*self.notes, *texts))
 
     def parts(self) -> Parts:
-        """The decided parts. A base that nothing has coded is stored in the weight's dtype."""
+        """The decided parts. A base that nothing has coded is stored in the weight's dtype.
+
+        Raises:
+            RecipeError: there is a mask, and the base is of a kind that cannot be stored under one.
+        """
         base = self.base if self.base is not None else Plain(self.masked_reference.to(self.dtype))
-        first: Part = base if self.mask is None else Pruned(base, self.mask, self.pattern)
+        first: Part = base if self.mask is None else pruned(base, self.mask, self.pattern)
         return Parts(first, adapter=self.adapter, outliers=self.outliers)

@@ -77,6 +77,7 @@ class Streams:
         if _ORIGINAL in self.held:
             return BlockInputs(self.held[_ORIGINAL], self.arguments, self.group)
         inputs = self.held[_COMPRESSED]
+        # A list of its own: passing on empties each stream's.
         return BlockInputs(list(inputs) if isinstance(inputs, list) else inputs, self.arguments, self.group)
 
 

@@ -74,7 +74,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.calibration.seed)
-        assert self.opened_recipe
+        _ = self.opened_recipe  # raises RecipeError where it cannot be opened
 
     @cached_property
     def opened_recipe(self) -> Recipe:

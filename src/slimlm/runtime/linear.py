@@ -51,6 +51,7 @@ class PackedLayer(nn.Module):
         """The selected backend."""
         return self._selection or self.use_kernels(self.kernels)
 
+    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
         if self._prepared is None:
@@ -204,7 +205,6 @@ class Shared(PackedLayer):
         self._check_sources()
         return super().selection()
 
-    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
         self._check_sources()

@@ -370,3 +370,8 @@ def test_under_a_mask_the_elements_may_be_fewer_and_no_more() -> None:
         else:
             with pytest.raises(CheckpointError, match=r"weight is \[17\]; of these parts it is at most \[16\]"):
                 changed.check()
+
+
+def test_a_tensor_of_a_dtype_that_could_not_be_read_back_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="a tensor of float8_e4m3fn cannot be stored; it can be uint8 or"):
+        TensorEntry.of(torch.zeros(2, dtype=torch.float8_e4m3fn))

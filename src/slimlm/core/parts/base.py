@@ -76,7 +76,8 @@ class Entry(ABC):
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
         """The tensors that a part `[out, in]` of this shape stores, by suffix.
 
-        A part that can be a layer's base stores its elements under the suffix "".
+        A part that can be a layer's base stores its elements under the suffix "", with `out` rows: they are flattened in the
+        file, and given back as `[out, ...]` of two dimensions.
 
         Raises:
             CheckpointError: no part of this entry has this shape.

@@ -172,7 +172,9 @@ class TensorEntry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorEntry":
-        """The entry of a tensor of any shape `[...]`."""
+        """The entry of a tensor of any shape `[...]`. Raises CheckpointError for a dtype that `parse` does not know."""
+        if tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"a tensor of {dtype_name(tensor.dtype)} cannot be stored; it can be {' or '.join(DTYPES)}")
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @classmethod

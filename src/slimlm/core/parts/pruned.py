@@ -125,6 +125,25 @@ class Pruned(Part):
         return replace(inner, layout=replace(inner.layout, mask=pattern_of(self.pattern)), mask=self.mask)
 
 
+def pruned(base: Part, mask: Tensor, pattern: str) -> Pruned:
+    """A base under a mask.
+
+    Args:
+        base: `[out, in]`.
+        mask: bool `[out, in]`; True stays.
+        pattern: of the mask, as in the entry.
+
+    Raises:
+        RecipeError: a part of this kind cannot leave elements out.
+    """
+    if not isinstance(base, Elementwise):
+        raise RecipeError(
+            f"a {base.describe().kind} part cannot be stored under a mask; drop the prune step, or quantize with a "
+            "method whose parts derive from Elementwise"
+        )
+    return Pruned(base, mask, pattern)
+
+
 class _TrainablePruned(Trainable):
     def __init__(self, part: Pruned, codes: bool) -> None:
         super().__init__()

@@ -203,7 +203,11 @@ class Stats:
         return value
 
     def get(self, statistic: type[Statistic]) -> Tensor | None:
-        """As `stats[statistic]`, but None where the layer does not have it."""
+        """As `stats[statistic]`, but None where the layer does not have it.
+
+        Raises:
+            StatisticError: it was not declared.
+        """
         if statistic not in self.values:
             declared = ", ".join(each.__name__ for each in in_order(self.values)) or "none"
             raise StatisticError(

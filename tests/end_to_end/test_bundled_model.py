@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,17 +26,8 @@ def test_it_is_a_small_float16_llama_with_widths_that_divide_by_128() -> None:
         assert all(side % 128 == 0 for side in tensor.shape), name
 
 
-@pytest.mark.parametrize(
-    ("samples", "length", "remains"),
-    [
-        pytest.param(16, 512, 0.5, marks=pytest.mark.slow),
-        # A few samples are enough to see that the loss is less, not by how much.
-        pytest.param(8, 128, 0.7),
-    ],
-)
-def test_pruning_damages_it_and_slim_wins_much_of_that_back_in_less_than_a_third_of_the_size(
-    samples: int, length: int, remains: float, tmp_path: Path
-) -> None:
+def test_pruning_damages_it_and_slim_wins_half_of_that_back_in_less_than_a_third_of_the_size(tmp_path: Path) -> None:
+    samples, length = 16, 512  # fewer, and the figures depend on what text is drawn
     original = open_any(str(bundled_model()))
     tokens = token_stream(original.tokenizer, documents("stdlib", "evaluation"), at_most=samples * length)
     windows = windows_of(tokens, length, source="stdlib")
@@ -46,7 +36,7 @@ def test_pruning_damages_it_and_slim_wins_much_of_that_back_in_less_than_a_third
     for recipe in ("magnitude", "slim"):
         slimlm.compress(bundled_model(), tmp_path / recipe, recipe=recipe, data="stdlib", samples=samples, length=length)
         rises[recipe] = perplexity(open_any(str(tmp_path / recipe)).model, windows).value - dense
-    assert dense < 12
+    assert dense < 10
     assert rises["magnitude"] > 0.5 * dense
-    assert rises["slim"] < remains * rises["magnitude"]
+    assert rises["slim"] < 0.5 * rises["magnitude"]
     assert open_any(str(tmp_path / "slim")).bytes < original.bytes / 3

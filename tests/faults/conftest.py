@@ -30,7 +30,7 @@ summary = "for a plan, in as little time as one takes"
 [[steps]]
 joint = "alternation"
 rounds = 1
-polish = 0
+descent_rounds = 0
 group_size = 16
 """
 

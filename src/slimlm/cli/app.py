@@ -93,6 +93,9 @@ def main() -> None:
         _end(f"reading or writing failed{where}: {error.strerror or error}", debug=debug)
     except MemoryError:
         _end("memory ran out", debug=debug)
+    except ImportError as error:
+        # Libraries are imported at their first use, where the loader may find no memory to map one.
+        _end(f"a library cannot be imported: {error}; memory ran out, or the installation is incomplete", debug=debug)
 
 
 @contextmanager

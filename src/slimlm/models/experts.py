@@ -189,12 +189,77 @@ def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator
 
 
 def routers_of(block: nn.Module) -> set[str]:
-    """The names of a block's routers: modules next to experts whose weight has one row for each expert, or a single row."""
-    routers = set()
-    for name, parent in block.named_modules():
-        counts = {len(child) for child in parent.children() if isinstance(child, Experts)}
-        for child_name, child in parent.named_children():
-            weight = dict(child.named_parameters(recurse=False)).get("weight")
-            if counts and weight is not None and weight.ndim == 2 and weight.shape[0] in {*counts, 1}:
-                routers.add(f"{name}.{child_name}" if name else child_name)
-    return routers
+    """The names of a block's routers and of all modules in them: of what only decides which experts a token is given to.
+
+    A router calls itself so, or it stands beside a module of experts, or beside one that holds them. There it is
+
+    - a layer with one output for each expert, or with a single one (the gate of a shared expert);
+    - or a module of any layers that takes activations and returns none: no matrix in it has as many rows as the first one has
+      columns, and one has a row for each expert, or for each and for at most as many choices besides (such as an expert that
+      does nothing).
+    """
+    found = {
+        name
+        for name, module in block.named_modules()
+        if "router" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    }
+    for experts, count in _experts_in(block).items():
+        found |= _routers_beside(block, experts, count)
+    return {f"{router}.{name}".rstrip(".") for router in found for name, _ in block.get_submodule(router).named_modules()}
+
+
+def without_router(block: nn.Module) -> list[str]:
+    """The names of a block's experts for which no router is found, neither a module nor a matrix of a module around them."""
+    if routers_of(block):
+        return []
+    lone = []
+    for name, count in _experts_in(block).items():
+        own = [
+            p.shape for around in _around(name) for p in block.get_submodule(around).parameters(recurse=False) if p.ndim == 2
+        ]
+        if not any(count is None or count in shape for shape in own):
+            lone.append(name)
+    return lone
+
+
+def _experts_in(block: nn.Module) -> dict[str, int | None]:
+    """The names of a block's modules of experts, taken apart or of a class that slimlm does not know, and how many each has."""
+    counts: dict[str, int | None] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, Experts):
+            counts[name] = len(module)
+        elif "Experts" in type(module).__name__ or name.rpartition(".")[2] == "experts":
+            count = len(module) if isinstance(module, nn.ModuleList) else getattr(module, "num_experts", None)
+            counts[name] = count if isinstance(count, int) else None
+    return counts
+
+
+def _around(path: str) -> Iterator[str]:
+    """The names of the modules that hold this one, from the innermost to the block, whose own name is empty."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _routers_beside(block: nn.Module, experts: str, count: int | None) -> set[str]:
+    """The routers beside these experts, or beside the innermost module around them that has one; gates of shared experts, too."""
+    gates: set[str] = set()
+    for around in _around(experts):
+        beside: dict[str, list[torch.Size]] = {}
+        for name, module in block.get_submodule(around).named_children():
+            path = f"{around}.{name}".lstrip(".")
+            shapes = [parameter.shape for parameter in module.parameters() if parameter.ndim > 1]
+            if not f"{experts}.".startswith(f"{path}.") and all(len(shape) == 2 for shape in shapes):
+                beside[path] = shapes
+        gates |= {path for path, shapes in beside.items() if [rows for rows, _ in shapes] == [1]}
+        if routers := {path for path, shapes in beside.items() if _chooses(shapes, count)}:
+            return routers | gates
+    return gates
+
+
+def _chooses(shapes: list[torch.Size], count: int | None) -> bool:
+    """Whether matrices of these shapes `[out, in]` can be those of a router of so many experts (None: it is not known)."""
+    rows = [shape[0] for shape in shapes]
+    if len(rows) < 2:
+        return rows == [count]
+    return shapes[0][1] not in rows and (count is None or any(count <= each <= 2 * count for each in rows))

@@ -5,10 +5,11 @@ their layout in attributes (which `use_experts_implementation` sets), so they ar
 such a module: it holds a `gate_proj`, an `up_proj` and a `down_proj` per expert, each an `nn.Linear`, and computes what the
 class computes, with the class's own activation.
 
-A router is a module next to experts whose output has one number for each of them, or a single one.
+Routers stand beside experts and are known by the shapes of what is in them, or by their names; where experts have none, slimlm
+refuses the model rather than compress what may be one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,35 +192,31 @@ def _shares(layout: Layout, name: str, expert: int, projection: str) -> Iterator
 def routers_of(block: nn.Module) -> set[str]:
     """The names of a block's routers and of all modules in them: of what only decides which experts a token is given to.
 
-    A router calls itself so, or it stands beside a module of experts, or beside one that holds them. There it is
+    A router calls itself so, or it stands beside a module of experts, or beside one that holds them. There it is, if none
+    calls itself so,
 
-    - a layer with one output for each expert, or with a single one (the gate of a shared expert);
+    - a layer with one output for each expert;
     - or a module of any layers that takes activations and returns none: no matrix in it has as many rows as the first one has
       columns, and one has a row for each expert, or for each and for at most as many choices besides (such as an expert that
       does nothing).
+
+    A layer beside experts that has a single output, the gate of a shared expert, counts as one, too.
     """
-    found = {
-        name
-        for name, module in block.named_modules()
-        if "router" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
-    }
-    for experts, count in _experts_in(block).items():
-        found |= _routers_beside(block, experts, count)
-    return {f"{router}.{name}".rstrip(".") for router in found for name, _ in block.get_submodule(router).named_modules()}
+    experts = _experts_in(block)
+    routers = _called_routers(block, experts)
+    for name, count in experts.items():
+        routers |= _routers_beside(block, name, count)
+        routers |= {path for path, shapes in next(_siblings(block, name)).items() if [shape[0] for shape in shapes] == [1]}
+    return {f"{router}.{name}".rstrip(".") for router in routers for name, _ in block.get_submodule(router).named_modules()}
 
 
 def without_router(block: nn.Module) -> list[str]:
     """The names of a block's experts for which no router is found, neither a module nor a matrix of a module around them."""
-    if routers_of(block):
+    experts = _experts_in(block)
+    if _called_routers(block, experts):
         return []
-    lone = []
-    for name, count in _experts_in(block).items():
-        own = [
-            p.shape for around in _around(name) for p in block.get_submodule(around).parameters(recurse=False) if p.ndim == 2
-        ]
-        if not any(count is None or count in shape for shape in own):
-            lone.append(name)
-    return lone
+    lone = [name for name, count in experts.items() if not _routers_beside(block, name, count)]
+    return [name for name in lone if not any(experts[name] in shape for shape in _matrices_around(block, name))]
 
 
 def _experts_in(block: nn.Module) -> dict[str, int | None]:
@@ -234,6 +231,16 @@ def _experts_in(block: nn.Module) -> dict[str, int | None]:
     return counts
 
 
+def _called_routers(block: nn.Module, experts: Iterable[str]) -> set[str]:
+    """The names of the modules that are called routers, by name or class, and hold none of the experts."""
+    return {
+        name
+        for name, module in block.named_modules()
+        if "router" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        and not any(f"{path}.".startswith(f"{name}.") for path in experts)
+    }
+
+
 def _around(path: str) -> Iterator[str]:
     """The names of the modules that hold this one, from the innermost to the block, whose own name is empty."""
     while path:
@@ -241,9 +248,17 @@ def _around(path: str) -> Iterator[str]:
         yield path
 
 
-def _routers_beside(block: nn.Module, experts: str, count: int | None) -> set[str]:
-    """The routers beside these experts, or beside the innermost module around them that has one; gates of shared experts, too."""
-    gates: set[str] = set()
+def _matrices_around(block: nn.Module, experts: str) -> list[torch.Size]:
+    """The shapes of the matrices that modules around these experts hold themselves, not in a layer."""
+    around = [block.get_submodule(path) for path in _around(experts)]
+    return [p.shape for module in around for p in module.parameters(recurse=False) if p.ndim == 2]
+
+
+def _siblings(block: nn.Module, experts: str) -> Iterator[dict[str, list[torch.Size]]]:
+    """The modules beside these experts, then those beside each module around them: by name the shapes of their matrices.
+
+    Modules that hold tensors of more dimensions are not among them.
+    """
     for around in _around(experts):
         beside: dict[str, list[torch.Size]] = {}
         for name, module in block.get_submodule(around).named_children():
@@ -251,10 +266,16 @@ def _routers_beside(block: nn.Module, experts: str, count: int | None) -> set[st
             shapes = [parameter.shape for parameter in module.parameters() if parameter.ndim > 1]
             if not f"{experts}.".startswith(f"{path}.") and all(len(shape) == 2 for shape in shapes):
                 beside[path] = shapes
-        gates |= {path for path, shapes in beside.items() if [rows for rows, _ in shapes] == [1]}
-        if routers := {path for path, shapes in beside.items() if _chooses(shapes, count)}:
-            return routers | gates
-    return gates
+        yield beside
+
+
+def _routers_beside(block: nn.Module, experts: str, count: int | None) -> set[str]:
+    """The routers beside these experts, or else beside the innermost module around them that has any."""
+    called = _called_routers(block, [experts])
+    for beside in _siblings(block, experts):
+        if routers := called & beside.keys() or {path for path, shapes in beside.items() if _chooses(shapes, count)}:
+            return routers
+    return set()
 
 
 def _chooses(shapes: list[torch.Size], count: int | None) -> bool:

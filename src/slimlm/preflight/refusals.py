@@ -9,6 +9,7 @@ from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.core.statistics.base import Source
 from slimlm.events import Notify
 from slimlm.models.embeddings import Embeddings
+from slimlm.models.experts import without_router
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, others_of, weight_of
 from slimlm.recipe import Recipe
@@ -82,6 +83,12 @@ def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
             f"the blocks of {type(model).__name__} ({next(iter(blocks))} and on) hold no linear layers: there is nothing to "
             "compress; slimlm knows nn.Linear, transformers' Conv1D and fused experts"
         )
+    for block, module in blocks.items():
+        if lone := without_router(module):
+            raise ModelError(
+                f"{block}.{lone[0]} holds experts, and slimlm finds no router beside them in {type(model).__name__}: what "
+                "picks experts for a token must not be compressed, so it has to be known. Models whose class has a module for it work"
+            )
     if unknown > whole / 2:
         largest = max(others, key=lambda name: sizes[name])
         raise ModelError(

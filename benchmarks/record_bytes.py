@@ -43,10 +43,9 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import slimlm
 from slimlm.core.errors import KernelError
@@ -54,6 +53,7 @@ from slimlm.inference.generate import generate
 from slimlm.models.bundled import bundled_model
 from slimlm.recipe import shipped
 from slimlm.runtime.cpu import bindings, native, processor
+from tiny_models import FAMILIES, TINY, made_text, random_model, save
 
 GROUPS = ("tiny", "families", "real", "bundled")
 KINDS = ("tensors", "packed", "figures", "answers")
@@ -62,8 +62,6 @@ SHOWN = 4
 """Lines of a kind that are printed of a case; the others are counted."""
 
 Data = dict[str, Any]
-Made = tuple[str, Data]
-"""A class of transformers, less "ForCausalLM", and its config."""
 
 
 # What is recorded
@@ -93,118 +91,6 @@ class Case:
         """What must be the same for two records of it to be compared."""
         return {"model": self.model, "recipe": self.recipe, "samples": self.samples, "length": self.length, **self.options}
 
-
-VOCABULARY = 256
-ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-WIDE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **ENDS}
-LLAMA = {**WIDE, "intermediate_size": 88, "num_key_value_heads": 2, "max_position_embeddings": 64}
-HEADS = {**LLAMA, "head_dim": 16}
-GPT = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, **ENDS}
-OPT = {**WIDE, "ffn_dim": 96, "max_position_embeddings": 64, "dropout": 0.0}
-NEO = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64, **ENDS}
-BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4, **ENDS}
-MPT = {"vocab_size": VOCABULARY, "d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
-MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_heads": 12, "head_dim": 8, **ENDS}
-WINDOW = {"sliding_window": 16}
-MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
-FEW = {"num_experts": 3, "num_experts_per_tok": 2}
-LOCAL = {"num_local_experts": 3, "num_experts_per_tok": 2}
-INNER = {"moe_intermediate_size": 40}
-SHARED = {**FEW, **INNER, "shared_expert_intermediate_size": 40}
-ROUTED = {**INNER, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
-LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-
-TINY: Made = ("Llama", {**LLAMA, "hidden_size": 64, "attention_bias": True, "mlp_bias": True})
-"""Inputs of 64 and 88: groups of 32 divide the one, groups of 128 neither."""
-
-FAMILIES: dict[str, Made] = {
-    "llama": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
-    "mistral-window": ("Mistral", {**LLAMA, **WINDOW}),
-    "qwen2-mixed-attention": (
-        "Qwen2",
-        {
-            **LLAMA,
-            **WINDOW,
-            "use_sliding_window": True,
-            "max_window_layers": 1,
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
-    ),
-    "qwen3": ("Qwen3", HEADS),
-    "opt": ("OPT", {**OPT, "word_embed_proj_dim": 48}),
-    "opt-projected": ("OPT", {**OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
-    "gemma": ("Gemma", HEADS),
-    "gemma2": ("Gemma2", {**HEADS, **WINDOW, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3", {**HEADS, **WINDOW, **MIXED, "query_pre_attn_scalar": 16}),
-    "phi3": ("Phi3", LLAMA),
-    "gpt-neox": ("GPTNeoX", {**WIDE, "intermediate_size": 96, "max_position_embeddings": 64, "rotary_pct": 0.5}),
-    "falcon": ("Falcon", {**WIDE, "new_decoder_architecture": False, "multi_query": True}),
-    "falcon-alibi": (
-        "Falcon",
-        {
-            **WIDE,
-            "new_decoder_architecture": False,
-            "multi_query": False,
-            "parallel_attn": False,
-            "alibi": True,
-            "bias": True,
-        },
-    ),
-    "falcon-new": ("Falcon", {**WIDE, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "stablelm": (
-        "StableLm",
-        {**LLAMA, "use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
-    ),
-    "mixtral": ("Mixtral", {**LLAMA, **LOCAL}),
-    "qwen3-moe": (
-        "Qwen3Moe",
-        {**HEADS, **INNER, **FEW, "num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]},
-    ),
-    "gpt-oss": ("GptOss", {**HEADS, **LOCAL, **WINDOW, **MIXED, "num_local_experts": 4}),
-    "bloom": ("Bloom", BLOOM),
-    "codegen": ("CodeGen", {**GPT, "rotary_dim": 8}),
-    "cohere": ("Cohere", LLAMA),
-    "cohere2": ("Cohere2", {**LLAMA, **WINDOW}),
-    "deepseek-v2": (
-        "DeepseekV2",
-        {**LLAMA, **LATENT, **ROUTED, "q_lora_rank": None, "n_group": None, "topk_method": "greedy"},
-    ),
-    "deepseek-v3": ("DeepseekV3", {**LLAMA, **LATENT, **ROUTED, "q_lora_rank": 24, "n_group": 2, "topk_group": 1}),
-    "exaone4": ("Exaone4", {**LLAMA, **WINDOW, "sliding_window_pattern": 2}),
-    "glm4": ("Glm4", HEADS),
-    "glm4-moe": ("Glm4Moe", {**HEADS, **ROUTED, "n_group": 1, "topk_group": 1}),
-    "gpt-bigcode": ("GPTBigCode", GPT),
-    "gpt-j": ("GPTJ", {**GPT, "rotary_dim": 8}),
-    "gpt-neo": ("GPTNeo", {**NEO, "attention_types": [[["global", "local"], 1]], "window_size": 16}),
-    "granite": (
-        "Granite",
-        {**LLAMA, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    ),
-    "granite-moe": ("GraniteMoe", {**LLAMA, **LOCAL}),
-    "lfm2": ("Lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
-    "mamba2": ("Mamba2", {**MAMBA, "state_size": 8, "n_groups": 1}),
-    "mpt": ("Mpt", MPT),
-    "nemotron": ("Nemotron", LLAMA),
-    "olmo2": ("Olmo2", LLAMA),
-    "olmo3": ("Olmo3", {**LLAMA, **WINDOW}),
-    "olmoe": ("Olmoe", {**LLAMA, **FEW}),
-    "phi": ("Phi", LLAMA),
-    "phi-moe": ("Phimoe", {**LLAMA, **LOCAL}),
-    "qwen2-moe": ("Qwen2Moe", {**LLAMA, **SHARED}),
-    "qwen3-next": ("Qwen3Next", {**HEADS, **SHARED, **LINEAR}),
-    "smollm3": ("SmolLM3", LLAMA),
-    "starcoder2": ("Starcoder2", {**LLAMA, **WINDOW}),
-    "gpt2": ("GPT2", GPT),
-}
-"""As in tests/conftest.py and tests/test_other_models.py."""
 
 SHORT = """
 [[steps]]
@@ -414,39 +300,6 @@ def source_state(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; the byte 0 doubles as the beginning of a sequence."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[0])
-
-
-def random_model(made: Made, dtype: torch.dtype, folder: Path) -> None:
-    """Write a random model whose logits are far from constant, with its tokenizer."""
-    kind, config = made
-    name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    torch.manual_seed(0)
-    model = getattr(transformers, head)(getattr(transformers, name)(**config)).eval()
-    with torch.no_grad():
-        for own, parameter in model.named_parameters():
-            if own.endswith("bias") or (parameter.ndim == 1 and not parameter.any()):
-                parameter.normal_(std=0.1)
-            elif parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    model.to(dtype).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def made_text(path: Path) -> None:
-    """About 6000 bytes of made-up text."""
-    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "river", "stone", "tree"]
-    drawn = torch.randint(len(words), (1200,), generator=torch.Generator().manual_seed(1))
-    path.write_text(" ".join(words[i] for i in drawn), encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class Ground:
     """Where models and text are found or made."""
@@ -466,7 +319,8 @@ class Ground:
         folder = self.scratch / case.model
         if not folder.exists():
             tiny = case.model == "tiny"
-            random_model(TINY if tiny else FAMILIES[case.model], torch.float16 if tiny else torch.bfloat16, folder)
+            model = random_model(TINY if tiny else FAMILIES[case.model])
+            save(model.to(torch.float16 if tiny else torch.bfloat16), folder)
         return folder
 
     def text_for(self, case: Case) -> Path:

@@ -22,8 +22,17 @@ Made = tuple[str, Data]
 
 VOCABULARY = 256
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LLAMA_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 88,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA = {**LLAMA_LIKE, **ENDS}
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **ENDS}
-LLAMA = {**WIDE, "intermediate_size": 88, "num_key_value_heads": 2, "max_position_embeddings": 64}
 HEADS = {**LLAMA, "head_dim": 16}
 GPT = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, **ENDS}
 OPT = {**WIDE, "ffn_dim": 96, "max_position_embeddings": 64, "dropout": 0.0}
@@ -259,6 +268,7 @@ OWN: dict[str, Data] = {
 
 
 VARIANTS: dict[tuple[str, str], Data] = {
+    ("bert", "as an encoder"): {"is_decoder": False},
     ("doge", "with experts"): {"is_moe": True, "num_experts": 16},
     ("gemma4_text", "with experts"): {
         "enable_moe_block": True,
@@ -308,6 +318,8 @@ def _shrunk(kind: type[PreTrainedConfig], own: Data) -> PreTrainedConfig:
         small["head_dim"] = small["hidden_size"] // small["num_attention_heads"]
     if "kv_lora_rank" in small:
         small |= {"head_dim": small["qk_rope_head_dim"], "num_key_value_heads": small["num_attention_heads"]}
+    if fields.get("is_decoder") is False:
+        small["is_decoder"] = True
     small |= _lists(fields, own)
     small |= _tokens(fields)
     for key, value in fields.items():

@@ -1,0 +1,1 @@
+"""Scripts; tests import the tiny models from here, too."""

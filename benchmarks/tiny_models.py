@@ -303,9 +303,11 @@ def tiny_model(model_type: str, variant: str = "") -> PreTrainedModel:
     """A random model in float32 of a model type: all of it, where AutoModelForCausalLM opens only the part for text."""
     config = tiny_config(model_type, variant)
     torch.manual_seed(0)
-    if transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is not type(config):
-        return randomized(transformers.AutoModelForImageTextToText.from_config(config))
-    return randomized(transformers.AutoModelForCausalLM.from_config(config))
+    of_text = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is not type(config)
+    whole = of_text and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return randomized(
+        (transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM).from_config(config)
+    )
 
 
 def _shrunk(kind: type[PreTrainedConfig], own: Data) -> PreTrainedConfig:

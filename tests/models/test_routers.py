@@ -84,7 +84,7 @@ ROUTERS: dict[str, set[str]] = {
     "solar_open": {GATE},
     "zaya": {"mlp.gate.down_proj", *(f"mlp.gate.router_mlp.{name}" for name in ("fc1", "fc2", "out_proj"))},
 }
-"""By model type and variant: the modules in a block whose matrices pick experts, as read in the classes of transformers 5.23."""
+"""By model type and variant: the modules in a block whose matrices pick experts, read in the classes of transformers 5.23."""
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 

@@ -223,14 +223,19 @@ def _prefill(
             decoder.warm_up()
         # The native decoder's path may change while it runs.
         return logits, decoder, lambda: decoder.path
-    cache, kind = _cache(model, length)
-    logits = _forward(model, prompt, cache)
+    given, kind = _cache(model, length)
+    logits, cache = _forward(model, prompt, given)
     path = f"the model's forward with {kind} ({reason})"
-    return logits, lambda tokens: _forward(model, tokens[:, None], cache), lambda: path
+    return logits, lambda tokens: _forward(model, tokens[:, None], cache)[0], lambda: path
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
-    """A cache of fixed size where transformers has one for this model, else a growing one; and its name."""
+    """A cache of fixed size where transformers has one for this model, else a growing one; and its name.
+
+    None where the model makes one of a kind of its own with the first tokens.
+    """
+    if not model._supports_default_dynamic_cache():
+        return None, "the model's own kind of cache"
     if getattr(model.config, "alibi", False):
         # Falcon adds distances between the tokens so far to a mask over all positions of a static cache.
         return DynamicCache(config=model.config), "a growing cache, as its alibi does not fit a static one"
@@ -240,8 +245,8 @@ def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
-    """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward."""
+def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward, and its cache."""
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     # A cache under another name than the model's own would be ignored in silence.
@@ -250,7 +255,8 @@ def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
         raise SlimlmError(
             f"{type(model).__name__} takes no cache by the name of {' or '.join(_CACHES)}; slimlm cannot generate with it"
         )
-    return model(tokens, **{name: cache}, use_cache=True, **last).logits[:, -1]
+    outputs = model(tokens, **{name: cache}, use_cache=True, **last)
+    return outputs.logits[:, -1], outputs[name] if cache is None else cache
 
 
 _CACHES = ("past_key_values", "cache_params")

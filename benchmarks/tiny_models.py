@@ -254,6 +254,7 @@ OWN: dict[str, Data] = {
     },
     "stablelm": {"num_attention_heads": 2, "head_dim": None},
     "xlnet": {"d_head": 12},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {
@@ -360,13 +361,18 @@ def _tokens(fields: Data) -> Data:
 # Their values, tokenizer and text
 
 
-def random_model(made: Made) -> PreTrainedModel:
-    """A random model in float32 whose logits are far from constant."""
+def model_of(made: Made) -> PreTrainedModel:
+    """A model as its class initializes it."""
     kind, config = made
     name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
     head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    return getattr(transformers, head)(getattr(transformers, name)(**config))
+
+
+def random_model(made: Made) -> PreTrainedModel:
+    """A random model in float32 whose logits are far from constant."""
     torch.manual_seed(0)
-    return randomized(getattr(transformers, head)(getattr(transformers, name)(**config)))
+    return randomized(model_of(made))
 
 
 def randomized(model: PreTrainedModel) -> PreTrainedModel:

@@ -37,8 +37,8 @@ KERNEL_VARIANTS: list[str] = [] if (library := native.library()) is None else li
 
 
 def _named(*names: str) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Functions that make random models of these families."""
-    return {name: partial(tiny_models.random_model, tiny_models.FAMILIES[name]) for name in names}
+    """Functions that make models of these families."""
+    return {name: partial(tiny_models.model_of, tiny_models.FAMILIES[name]) for name in names}
 
 
 FAMILIES = _named("llama", "llama-tied", "mistral-window", "qwen2-mixed-attention", "qwen3", "opt", "opt-projected", "gpt2")
@@ -53,7 +53,8 @@ ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES}
 
 def random_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose logits are far from constant."""
-    return {**ALL_FAMILIES, **FAMILIES}[family]().to(dtype)
+    torch.manual_seed(0)
+    return tiny_models.randomized({**ALL_FAMILIES, **FAMILIES}[family]()).to(dtype)
 
 
 @pytest.fixture(scope="session")

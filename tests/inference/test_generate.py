@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import slimlm
+from benchmarks.tiny_models import tiny_model
 from slimlm.inference.decode import selection
 from slimlm.inference.generate import TextStream, generate, room_for, stop_tokens_of
 from tests.conftest import ALL_FAMILIES, ENDS, LLAMA_LIKE, Line, byte_tokenizer, random_model, save
@@ -163,6 +164,19 @@ def test_a_model_without_a_static_cache_gets_one_that_grows(monkeypatch: pytest.
     made = generate(model, prompt_of(1), max_new_tokens=10, stop_tokens=[])
     assert "a growing cache, as transformers has no static one" in made.decode_path
     assert torch.equal(made.tokens, expected)
+
+
+@pytest.mark.parametrize("kind", ["minimax", "xlstm"])
+# Reading xLSTM's config warns of an old name.
+@pytest.mark.filterwarnings("default")
+def test_a_model_with_a_kind_of_cache_of_its_own_writes_what_it_writes_without_one(kind: str) -> None:
+    model = tiny_model(kind)
+    text = prompt = prompt_of(2)
+    for _ in range(6):
+        text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    made = generate(model, prompt, max_new_tokens=6, stop_tokens=[])
+    assert torch.equal(made.tokens, text[:, 8:])
+    assert "the model's own kind of cache" in made.decode_path
 
 
 def test_each_step_is_reported_as_it_comes() -> None:

@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -79,8 +79,8 @@ class Row:
     """whether slimlm had to read the model as a whole, instead of block by block"""
     skipped: tuple[str, ...] = ()
     """matrices in the blocks that are not compressed, each once for all blocks"""
-    trace: str = ""
-    """where it failed"""
+    trace: str = field(default="", compare=False)
+    """where it failed; printed, and not among the results"""
 
     @property
     def key(self) -> str:
@@ -116,11 +116,10 @@ def tried(row: Row, scratch: Path) -> Row:
             options: dict[str, Any] = {"recipe": "absmax", "data": str(text), "samples": 2 * BATCH, "length": LENGTH}
             found = slimlm.compress(folder, out, progress=events.append, notify=told.append, device="cpu", **options)
     except SlimlmError as error:
-        words = str(error).replace(str(folder), "MODEL").replace(str(scratch), "FOLDER")
         left = sorted(path.name for path in scratch.iterdir() if path not in (folder, text))
         if any(map(is_work, events)) or left:
             return failed(row, f"refused after work had begun, leaving {left}", error)
-        return replace(row, outcome="refused", words=words)
+        return replace(row, outcome="refused", words=str(error).replace(str(folder), "MODEL"))
     except Exception as error:  # The question here: does anything but a refusal come out?
         return failed(row, "compression", error)
     row = replace(row, whole=any("as a whole" in text for text in told), skipped=skipped(found.record))
@@ -265,7 +264,8 @@ def child(row: Row, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with TemporaryDirectory() as scratch:
-        pipe.send(tried(row, Path(scratch)))
+        found = tried(row, Path(scratch))
+        pipe.send(replace(found, words=found.words.replace(scratch, "FOLDER")))
 
 
 @dataclass(frozen=True)
@@ -303,20 +303,25 @@ class Running:
         return found
 
 
+def about(path: Path) -> dict[str, Any]:
+    """A file of results: versions, the date and the rows."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def results(path: Path) -> dict[str, Row]:
     """The rows of a file of results, by key; none where there is no file."""
     if not path.exists():
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = about(path)["rows"]
     found = [Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in rows]
     return {row.key: row for row in found}
 
 
 def write(path: Path, rows: dict[str, Row]) -> None:
     """The results, with the versions that they are about; what is not of use in a row is left out."""
-    found = [{name: value for name, value in asdict(rows[key]).items() if value} for key in sorted(rows)]
-    about = {name: version(name) for name in ("slimlm", "torch", "transformers")}
-    text = json.dumps({"versions": about, "date": date.today().isoformat(), "rows": found}, indent=1, ensure_ascii=False)
+    found = [{name: value for name, value in asdict(rows[key]).items() if value and name != "trace"} for key in sorted(rows)]
+    versions = {name: version(name) for name in ("slimlm", "torch", "transformers")}
+    text = json.dumps({"versions": versions, "date": date.today().isoformat(), "rows": found}, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -337,7 +342,7 @@ def run(given: argparse.Namespace) -> int:
                 running.remove(each)
                 rows[row.key] = row
                 write(given.into, rows)
-                print(f"{row.key}: {row.outcome}{': ' if row.words else ''}{row.words}", flush=True)
+                print(f"{row.key}: {row.outcome}{': ' if row.words else ''}{row.words}\n{row.trace}", end="", flush=True)
     counts = Counter(rows[row.key].outcome for row in asked)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return int(counts["fails"] > 0)
@@ -348,11 +353,11 @@ def run(given: argparse.Namespace) -> int:
 
 def section(path: Path) -> str:
     """What the page says of the results: counts, and a table for each outcome."""
-    about, rows = json.loads(path.read_text(encoding="utf-8")), sorted(results(path).values(), key=lambda row: row.key)
+    run_of, rows = about(path), sorted(results(path).values(), key=lambda row: row.key)
     found = {outcome: [row for row in rows if row.outcome == outcome] for outcome in ("works", "refused", "fails", "not made")}
-    versions = about["versions"]
+    versions = run_of["versions"]
     lines = [
-        f"Tried on {about['date']} with transformers {versions['transformers']} and torch {versions['torch']}: "
+        f"Tried on {run_of['date']} with transformers {versions['transformers']} and torch {versions['torch']}: "
         f"{len({row.model_type for row in rows})} model types, {len(rows)} models. {len(found['works'])} work, "
         f"{len(found['refused'])} are refused before the work, {len(found['fails'])} fail, and of {len(found['not made'])} no "
         "tiny model could be made.",

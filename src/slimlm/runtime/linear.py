@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Self
 from weakref import ref
 
@@ -10,9 +11,15 @@ from torch import Tensor, nn
 
 from slimlm.core.parts.pack import LayerEntry, PartEntries, Parts, TensorEntry
 from slimlm.core.profiling import profiled
-from slimlm.runtime.backends import Stored, cpu
+from slimlm.runtime.backends import Backend, Stored, cpu
 from slimlm.runtime.dispatch import Selection, reference_because, select_backend
 from slimlm.runtime.kernel_names import Kernels
+
+
+Ready = tuple[Backend, Any]
+"""A backend, and a layer as it packed it."""
+_CHANGING = RLock()
+"""Held while a layer's backend is selected or its tensors are packed, so that no thread sees half of it."""
 
 
 class PackedLayer(nn.Module):
@@ -23,7 +30,8 @@ class PackedLayer(nn.Module):
     kernels: Kernels = "reference"
     """The kernels that were asked for."""
     _selection: Selection | None = None
-    _prepared: Any = None
+    _ready: Ready | None = None
+    """The backend and the layer as this backend packed it, in one value: threads that multiply meanwhile see both or neither."""
     _blob: Tensor | None = None
     """The stored tensors as packed by the CPU kernels; None: they are not packed yet."""
     preparations: int = 0
@@ -39,31 +47,40 @@ class PackedLayer(nn.Module):
         Raises:
             KernelError: kernels that were asked for by name do not take this layer.
         """
-        selection = select_backend(self.stored(), kernels)
-        self.kernels, self._selection, self._prepared = kernels, selection, None
+        with _CHANGING:
+            selection = select_backend(self.stored(), kernels)
+            self.kernels, self._selection, self._ready = kernels, selection, None
         return selection
 
     def use_reference(self, reason: str) -> None:
         """Use the reference until the next selection, for a reason that is reported to the user."""
-        self._selection, self._prepared = reference_because(reason), None
+        with _CHANGING:
+            self._selection, self._ready = reference_because(reason), None
 
     def selection(self) -> Selection:
         """The selected backend."""
         return self._selection or self.use_kernels(self.kernels)
 
-    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
-        if self._prepared is None:
-            self._prepared = self.selection().backend.prepare(self.stored())
-            self.preparations += 1
-            if isinstance(self._prepared, cpu.PreparedOnCpu):
-                self._blob = self._prepared.blob
-        return self._prepared
+        return self.ready()[1]
+
+    @profiled("unpacking")
+    def ready(self) -> Ready:
+        """The selected backend and the layer as it packs it, which happens now unless it is done."""
+        with _CHANGING:
+            if self._ready is None:
+                backend = self.selection().backend
+                prepared = backend.prepare(self.stored())
+                self._ready = backend, prepared
+                self.preparations += 1
+                if isinstance(prepared, cpu.PreparedOnCpu):
+                    self._blob = prepared.blob
+            return self._ready
 
     def prepared(self) -> Any:
         """The layer as its backend packed it; None: it is not packed yet."""
-        return self._prepared
+        return None if self._ready is None else self._ready[1]
 
     def adopt(self, blob: Tensor) -> None:
         """Use bytes that the CPU kernels packed this layer's stored tensors into earlier.
@@ -71,11 +88,13 @@ class PackedLayer(nn.Module):
         Args:
             blob: uint8 `[bytes]`; may be a view of a file.
         """
-        self._blob, self._prepared = blob, None
+        with _CHANGING:
+            self._blob, self._ready = blob, None
 
     def forget(self) -> None:
         """Drop the selection and what was repacked, because the stored tensors changed or moved."""
-        self._selection = self._prepared = self._blob = None
+        with _CHANGING:
+            self._selection = self._ready = self._blob = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -83,7 +102,7 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without packed data, which hold addresses: a copy packs again."""
-        return {**self.__dict__, "_selection": None, "_prepared": None, "_blob": None}
+        return {**self.__dict__, "_selection": None, "_ready": None, "_blob": None}
 
 
 class CompressedLinear(PackedLayer):
@@ -153,11 +172,8 @@ class CompressedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
-        prepared = self._prepared
-        if prepared is None:
-            prepared = self.prepare()
-        assert self._selection is not None
-        return self._selection.backend.matmul(x, prepared)
+        backend, prepared = self._ready or self.ready()
+        return backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -205,10 +221,10 @@ class Shared(PackedLayer):
         self._check_sources()
         return super().selection()
 
-    def prepare(self) -> Any:
-        """Repack for the selected backend now, unless that is done, rather than at the first product."""
+    def ready(self) -> Ready:
+        """The selected backend and the layer as it packs it, which happens now unless it is done."""
         self._check_sources()
-        return super().prepare()
+        return super().ready()
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
@@ -232,7 +248,7 @@ class Shared(PackedLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
         # The bias may have changed; the stored tensors are checked at the next use.
-        self._prepared = None
+        self._ready = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

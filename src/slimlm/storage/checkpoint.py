@@ -198,7 +198,11 @@ def _give_usual_permissions(folder: Path) -> None:
 
 
 def write_weights(
-    folder: Path, tensors: dict[str, Tensor], release: Callable[[Iterable[Tensor]], Any] = lambda _: None
+    folder: Path,
+    tensors: dict[str, Tensor],
+    release: Callable[[Iterable[Tensor]], Any] = lambda _: None,
+    *,
+    shard_bytes: int | str | None = None,
 ) -> Files:
     """Write the shards; of tensors that share memory (tied ones) the first is stored.
 
@@ -206,13 +210,14 @@ def write_weights(
         folder: The checkpoint's folder.
         tensors: The tensors, of any shape `[...]`, by full name.
         release: Called with each tensor once it is written, to drop the memory pages of one that is a view of a file.
+        shard_bytes: The most that one file holds, in bytes or such as "5GB"; None: SHARD_BYTES.
 
     Returns:
         Sizes and checksums of the files.
     """
     first: dict[int, str] = {}
     stored = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
-    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD_BYTES)
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD_BYTES if shard_bytes is None else shard_bytes)
 
     def one_by_one(names: list[str], sums: dict[str, str]) -> Iterator[Tensor]:
         for name in names:

@@ -8,7 +8,6 @@ is of a class that has it in front of its own, under the same name, so that `isi
 import inspect
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +85,12 @@ class CompressedModel(PreTrainedModel):
             ModelError: the input embedding or the head is packed; nothing is changed then.
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
-        if new_num_tokens is None and pad_to_multiple_of is None:
-            return embedding
         packed = [module for module in (embedding, head) if isinstance(module, CompressedEmbedding | CompressedLinear)]
         if packed:
+            rows = {m.num_embeddings if isinstance(m, CompressedEmbedding) else m.out_features for m in packed}
+            step = pad_to_multiple_of or 1
+            if rows == {-(-(new_num_tokens or max(rows)) // step) * step}:
+                return embedding
             names = {id(module): name for name, module in self.named_modules()}
             raise ModelError(
                 f"{names[id(packed[0])]} is packed ({packed[0].entries.summary()}), and rows cannot be added to or taken from "
@@ -150,18 +151,19 @@ class CompressedModel(PreTrainedModel):
 
 def compressed_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of models that are opened as one of transformers' classes; the same one each time."""
-    return kind if issubclass(kind, CompressedModel) else _compressed_class(kind)
+    if issubclass(kind, CompressedModel):
+        return kind
+    if kind not in _CLASSES:
+        own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        # Transformers would take the config's class from the first base.
+        made = type(kind.__name__, (CompressedModel, kind), {**own, "config_class": kind.config_class})
+        # Of two threads, both take the class of the first.
+        _CLASSES.setdefault(kind, made)
+    return _CLASSES[kind]
 
 
-@cache
-def _compressed_class(kind: type[PreTrainedModel]) -> type[CompressedModel]:
-    names = ("__module__", "__qualname__", "__doc__")
-    # Transformers would take the config's class from the first base.
-    return type(
-        kind.__name__,
-        (CompressedModel, kind),
-        {**{name: getattr(kind, name) for name in names}, "config_class": kind.config_class},
-    )
+_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+"""What `compressed_class` made, by the class of transformers."""
 
 
 def _own_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -171,8 +173,7 @@ def _own_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _empty(kind: type[PreTrainedModel]) -> PreTrainedModel:
     """A model without modules, whose state is set next."""
-    made = compressed_class(kind)
-    return made.__new__(made)
+    return object.__new__(compressed_class(kind))
 
 
 def become_compressed(model: PreTrainedModel, origin: Origin | None) -> None:

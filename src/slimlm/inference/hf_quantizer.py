@@ -86,6 +86,15 @@ class SlimlmQuantizer(HfQuantizer):
         become_compressed(model, self.origin)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Only the base model's name changes: tensors are stored as the causal model's state names them, experts one by one."""
+        from transformers.core_model_loading import WeightRenaming
+
+        from slimlm.inference.module_names import other_base
+
+        del weight_conversions
+        return [WeightRenaming(rf"^{theirs}\.", f"{own}.") for theirs, own in other_base(model)]
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors back."""
         return True

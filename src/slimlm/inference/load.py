@@ -7,7 +7,7 @@ use of memory is up to transformers. See hf_quantizer.py.)
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -120,11 +120,9 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def _refuse_unknown(dtype: torch.dtype | str, kernels: str) -> None:
     """Raise SlimlmError where a model cannot be opened in this dtype, and KernelError where there are no such kernels."""
-    name = str(dtype).removeprefix("torch.")
+    name, choices = str(dtype).removeprefix("torch."), ", ".join(_DTYPES)
     if dtype != "auto" and name not in _DTYPES:
-        raise SlimlmError(
-            f'`dtype={name!r}`: activations are floating-point numbers; give "auto" or one of {", ".join(_DTYPES)}'
-        )
+        raise SlimlmError(f'`dtype={name!r}`: activations are floating-point numbers; give "auto" or one of {choices}')
     refuse_unknown_kernels(kernels)
 
 
@@ -170,7 +168,7 @@ def _load(
         widen_activations(model)
         model.config.dtype = model.dtype
     if kernels != "reference":
-        _pack(model, kernels, folder, packed, release, keep=keep, mmap=mmap, notify=notify)
+        _pack(model, kernels, _Stored(folder, packed, release), keep=keep, mmap=mmap, notify=notify)
     return model
 
 
@@ -286,21 +284,18 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _pack(
-    model: PreTrainedModel,
-    kernels: Kernels,
-    folder: Path,
-    stored: dict[str, dict[str, Tensor]],
-    release: Release,
-    *,
-    keep: bool,
-    mmap: bool,
-    notify: Notify,
-) -> None:
-    """Select the backend of each layer, report which layers no kernel takes, and pack the others.
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint's packed tensors."""
 
-    stored: each layer's tensors as the files have them, which replace their copies on a GPU.
-    """
+    folder: Path
+    tensors: dict[str, dict[str, Tensor]]
+    """Those of each layer, of any shapes `[...]`, as the files have them; they replace their copies on a GPU."""
+    release: Release
+
+
+def _pack(model: PreTrainedModel, kernels: Kernels, stored: _Stored, *, keep: bool, mmap: bool, notify: Notify) -> None:
+    """Select the backend of each layer, report which layers no kernel takes, and pack the others."""
     use_kernels(model, kernels)
     layers = packed_layers(model)
     reasons = {name: layer.selection().refused for name, layer in layers.items()}
@@ -313,26 +308,26 @@ def _pack(
         if layer.selection().backend.name == "gpu":
             layer.prepare()
             # At once, so that the GPU holds the stored tensors of the layers to come and no others. A tied head has none.
-            if name in stored and isinstance(layer, CompressedLinear):
-                layer.offload(stored[name])
+            if name in stored.tensors and isinstance(layer, CompressedLinear):
+                layer.offload(stored.tensors[name])
     on_cpu = [name for name, layer in layers.items() if layer.selection().backend.name == "cpu"]
     if not on_cpu:
         return
 
     def make(name: str) -> Tensor:
-        stored = layers[name].stored()
-        packed = cpu.pack(stored)
-        release(stored.tensors.values())
+        own = layers[name].stored()
+        packed = cpu.pack(own)
+        stored.release(own.tensors.values())
         return packed
 
     if keep:
-        blobs = load_or_pack(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
+        blobs = load_or_pack(stored.folder, LAYOUT, checkpoint.fingerprint(stored.folder), on_cpu, make, is_valid, notify)
         if not mmap:
             blobs = {name: blob.clone() for name, blob in blobs.items()}
     else:
         blobs = {name: make(name) for name in on_cpu}
     # Again for all: pages that two layers share were not dropped above.
-    release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
+    stored.release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
     for name in on_cpu:
         layers[name].adopt(blobs[name])
         layers[name].prepare()

@@ -1,7 +1,7 @@
 """The modules of a causal language model in other classes of transformers that hold the same weights.
 
-A checkpoint names its layers as the causal model does. A bare model (AutoModel) has them without the first part of the name, and
-no head; a classifier (AutoModelForSequenceClassification) has them under a name of its own, and a head of its own.
+A checkpoint names its layers as the causal model does. A bare model (AutoModel) has them without the first part of the name,
+and no head; a classifier (AutoModelForSequenceClassification) has a head of its own, and some have another first part.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from slimlm.core.errors import CheckpointError
 
 
+def other_base(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """The name of the base model inside the causal model and inside this one; empty where they are the same, or this is it."""
+    theirs, own = _causal_class(model).base_model_prefix, model.base_model_prefix
+    return [] if theirs == own or model.base_model is model else [(theirs, own)]
+
+
+def _causal_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The causal language model of this model's config; the model's own class where transformers has none."""
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), type(model))
+    return found
+
+
 def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """The names in this model of modules of the causal model, by their names there, without those outside its base model.
 
@@ -18,7 +30,7 @@ def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         CheckpointError: a module inside the base model is missing.
     """
     modules = {name for name, _ in model.named_modules()}
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), type(model))
+    causal = _causal_class(model)
     first = f"{causal.base_model_prefix}."
     found = {}
     for name in names:

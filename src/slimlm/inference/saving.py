@@ -80,7 +80,7 @@ def refuse_saving(model: CompressedModel, wanted: Wanted | None = None) -> Origi
     kind = type(model).__name__
     if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())):
         raise CheckpointError(
-            f"a {kind} cannot be saved: a checkpoint is a whole causal language model, and this has not all of its tensors. Open "
+            f"a {kind} cannot be saved: a checkpoint is a whole causal language model, and this one lacks tensors of it. Open "
             "it with `slimlm.load` or AutoModelForCausalLM and save that, or copy the checkpoint's folder"
         )
     if model.origin is None:
@@ -192,7 +192,7 @@ def _record(origin: Origin, description: Description, files: checkpoint.Files) -
     """The record of the run, with the sizes of the files that were written and the names of tensors that are others now."""
     record = {key: value for key, value in origin.record.items() if key not in ("format", "files", "beside")}
     packed = description.own()
-    replaced = {}
+    replaced: dict[str, str] = {}
     for kind in ("layers", "embeddings"):
         rows = record.get(kind, [])
         record[kind] = [row for row in rows if row["name"] in packed]

@@ -15,7 +15,6 @@ from slimlm.runtime.backends import Backend, Stored, cpu
 from slimlm.runtime.dispatch import Selection, reference_because, select_backend
 from slimlm.runtime.kernel_names import Kernels
 
-
 Ready = tuple[Backend, Any]
 """A backend, and a layer as it packed it."""
 _CHANGING = RLock()
@@ -31,7 +30,7 @@ class PackedLayer(nn.Module):
     """The kernels that were asked for."""
     _selection: Selection | None = None
     _ready: Ready | None = None
-    """The backend and the layer as this backend packed it, in one value: threads that multiply meanwhile see both or neither."""
+    """The backend and the layer as it packed it; one value, so that a thread that multiplies meanwhile sees both or neither."""
     _blob: Tensor | None = None
     """The stored tensors as packed by the CPU kernels; None: they are not packed yet."""
     preparations: int = 0
@@ -65,9 +64,12 @@ class PackedLayer(nn.Module):
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
         return self.ready()[1]
 
-    @profiled("unpacking")
     def ready(self) -> Ready:
         """The selected backend and the layer as it packs it, which happens now unless it is done."""
+        return self._ready or self._made_ready()
+
+    @profiled("unpacking")
+    def _made_ready(self) -> Ready:
         with _CHANGING:
             if self._ready is None:
                 backend = self.selection().backend
@@ -172,7 +174,7 @@ class CompressedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
-        backend, prepared = self._ready or self.ready()
+        backend, prepared = self.ready()
         return backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from slimlm.core.errors import KernelError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, PartEntries
 from slimlm.runtime.backends import cpu, triton
+from slimlm.runtime.backends.reference import DenseWeight
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.dispatch import select_backend
@@ -70,6 +71,22 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
         layer.use_kernels(kernels)
     if kernels == "auto" and (dtype := _unpacked_for(model)) is not None:
         _prefer_reference([layer for layer in layers.values() if isinstance(layer.selection().backend, triton.Gpu)], dtype)
+
+
+def prepare(model: nn.Module) -> None:
+    """Pack every layer for its backend now, rather than at its first product.
+
+    `slimlm.load` does that for layers on kernels. For a model that transformers opened, and for layers on the reference, which
+    makes a dense matrix of each, it is of use before `torch.compile`: a graph breaks at every layer that is not packed yet.
+
+    Args:
+        model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.
+    """
+    dtype = activation_dtype(model)
+    for layer in packed_layers(model).values():
+        prepared = layer.prepare()
+        if isinstance(prepared, DenseWeight) and dtype is not None:
+            prepared.fitting(torch.empty(0, dtype=dtype, device=layer.stored().device))
 
 
 def activation_dtype(model: nn.Module) -> torch.dtype | None:

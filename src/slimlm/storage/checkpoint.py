@@ -48,7 +48,13 @@ from slimlm.storage.streams import (
 
 FORMAT = 2
 METHOD = "slimlm"
-MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
+MODEL_TYPE = (
+    "slimlm: these weights were compressed by slimlm. Install slimlm (pip install slimlm), and 'import slimlm' before opening "
+    "them. Upgrading Transformers does not help."
+)
+"""What transformers says of a checkpoint where slimlm is not imported; its own advice, to upgrade transformers, follows."""
+FORMER_MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
+"""The sentence in checkpoints that were written before December 2026."""
 RECORD = "slimlm.json"
 SHARD_BYTES = 4 * 10**9
 """The most that one file of weights holds, unless one tensor is larger."""

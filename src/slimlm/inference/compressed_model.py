@@ -97,7 +97,19 @@ class CompressedModel(PreTrainedModel):
                 "packed weights. Resize the original model and compress that one, or compress the original without "
                 "`embedding_bits`: embedding and head then stay as they are and can be resized"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._round_as_stored()
+        return resized
+
+    def _round_as_stored(self) -> None:
+        """Round embedding and head to the dtype that they are stored in, as their new rows may have any values."""
+        matrices = [m.weight for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            stored = None if self.origin is None else self.origin.dtypes.get(name)
+            if stored is None or torch.promote_types(stored, tensor.dtype) != tensor.dtype:
+                continue
+            if any(tensor is matrix for matrix in matrices):
+                tensor.data = tensor.data.to(stored).to(tensor.dtype)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Set the input embedding; one of 16 bits is made to give the activations that the model computes with."""

@@ -31,6 +31,8 @@ class PackedLayer(nn.Module):
     _selection: Selection | None = None
     _ready: Ready | None = None
     """The backend and the layer as it packed it; one value, so that a thread that multiplies meanwhile sees both or neither."""
+    _bias_source: "Source | None" = None
+    """The bias with which the layer was prepared, of which backends hold a copy."""
     _blob: Tensor | None = None
     """The stored tensors as packed by the CPU kernels; None: they are not packed yet."""
     preparations: int = 0
@@ -66,12 +68,17 @@ class PackedLayer(nn.Module):
 
     def ready(self) -> Ready:
         """The selected backend and the layer as it packs it, which happens now unless it is done."""
-        return self._ready or self._made_ready()
+        ready = self._ready
+        if ready is None or not self._has_bias_of_before():
+            ready = self._made_ready()
+        return ready
 
     @profiled("unpacking")
     def _made_ready(self) -> Ready:
         with _CHANGING:
-            if self._ready is None:
+            if self._ready is None or not self._has_bias_of_before():
+                bias = self._own_bias()
+                self._bias_source = None if bias is None else Source.of(bias)
                 backend = self.selection().backend
                 prepared = backend.prepare(self.stored())
                 self._ready = backend, prepared
@@ -79,6 +86,17 @@ class PackedLayer(nn.Module):
                 if isinstance(prepared, cpu.PreparedOnCpu):
                     self._blob = prepared.blob
             return self._ready
+
+    def _own_bias(self) -> Tensor | None:
+        bias = self.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def _has_bias_of_before(self) -> bool:
+        """Whether the bias is the one with which the layer was prepared, not written to; a compiled graph does not check."""
+        bias = self._own_bias()
+        if bias is None or torch.compiler.is_compiling():
+            return True
+        return self._bias_source is not None and self._bias_source.is_still(bias)
 
     def prepared(self) -> Any:
         """The layer as its backend packed it; None: it is not packed yet."""
@@ -104,7 +122,7 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without packed data, which hold addresses: a copy packs again."""
-        return {**self.__dict__, "_selection": None, "_ready": None, "_blob": None}
+        return {**self.__dict__, "_selection": None, "_ready": None, "_bias_source": None, "_blob": None}
 
 
 class CompressedLinear(PackedLayer):

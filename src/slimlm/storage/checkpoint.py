@@ -54,7 +54,7 @@ MODEL_TYPE = (
 )
 """What transformers says of a checkpoint where slimlm is not imported; its own advice, to upgrade transformers, follows."""
 FORMER_MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
-"""The sentence in checkpoints that were written before December 2026."""
+"""The sentence in earlier checkpoints, which open all the same."""
 RECORD = "slimlm.json"
 SHARD_BYTES = 4 * 10**9
 """The most that one file of weights holds, unless one tensor is larger."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from slimlm.core.errors import CheckpointError
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import INSIDE
+from slimlm.storage.kernel_cache import remove_caches
 from slimlm.storage.streams import sync_folder
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -45,9 +46,9 @@ def _is_compressed(folder: Path) -> bool:
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder whose files are moved to `out` when the context ends without an error, and removed when it does not.
 
-    Files of the same names are replaced by a rename, so that what is mapped of them stays as it is; weight files of an earlier
-    checkpoint that are not replaced are removed, and other files stay. The record is removed first and moved last: a folder in
-    which only some files were replaced has none, and is refused.
+    Files of the same names are replaced by a rename, so that what is mapped of them stays as it is. Weight files of an earlier
+    checkpoint that are not replaced are removed, with its layers as kernels packed them; other files stay. The record is removed
+    first and moved last: a folder in which only some files were replaced has none, and is refused.
 
     Raises:
         CheckpointError: The disk refuses.
@@ -80,4 +81,5 @@ def _move(partial: Path, out: Path) -> None:
             for path in stale:
                 path.unlink()
         file.replace(out / file.name)
+    remove_caches(out)
     sync_folder(out)

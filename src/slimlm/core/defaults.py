@@ -1,7 +1,7 @@
 """Torch's defaults for new tensors, which belong to the whole process and which users may have set otherwise."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -15,7 +15,8 @@ def usual_defaults() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        # A context of torch.device costs time at every operation, so there is one only where it changes something.
+        with nullcontext() if torch.empty(0).is_cpu else torch.device("cpu"):
             yield
     finally:
         torch.set_default_dtype(before)

@@ -46,9 +46,9 @@ def _is_compressed(folder: Path) -> bool:
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder whose files are moved to `out` when the context ends without an error, and removed when it does not.
 
-    Files of the same names are replaced by a rename, so that what is mapped of them stays as it is. Weight files of an earlier
-    checkpoint that are not replaced are removed, with its layers as kernels packed them; other files stay. The record is removed
-    first and moved last: a folder in which only some files were replaced has none, and is refused.
+    Files of the same names are replaced by a rename, so that what is mapped of them stays as it is. Weight files of an
+    earlier checkpoint that are not replaced are removed, with its layers as kernels packed them; other files stay. The record
+    is removed first and moved last: a folder in which only some files were replaced has none, and is refused.
 
     Raises:
         CheckpointError: The disk refuses.

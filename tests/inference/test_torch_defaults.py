@@ -77,10 +77,9 @@ def test_a_model_is_compressed_the_same_whatever_the_defaults_are(llama_folder: 
 def test_the_defaults_are_those_of_before_afterwards_even_after_an_error() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with pytest.raises(ValueError, match="mine"), torch.device("meta"):
-            with usual_defaults():
-                assert torch.empty(0).dtype == torch.float32 and torch.empty(0).device.type == "cpu"
-                raise ValueError("mine")
+        with pytest.raises(ValueError, match="mine"), torch.device("meta"), usual_defaults():
+            assert torch.empty(0).dtype == torch.float32 and torch.empty(0).device.type == "cpu"
+            raise ValueError("mine")
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)

@@ -44,7 +44,7 @@ class Origin:
         files = MappedFiles.of(checkpoint.check_files(folder))
         dtypes = {name: tensor.dtype for name, tensor in files.tensors.items()}
         config = read_config(str(folder))
-        return cls(folder, checkpoint.read_record(folder), dtypes, config.get("dtype") or config.get("torch_dtype"))
+        return cls(folder.absolute(), checkpoint.read_record(folder), dtypes, config.get("dtype") or config.get("torch_dtype"))
 
 
 class CompressedModel(PreTrainedModel):

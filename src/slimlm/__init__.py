@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slimlm.preflight.estimate import Estimate
     from slimlm.recipe import Recipe, open_recipe
     from slimlm.record import Record
-    from slimlm.runtime.whole_model import use_kernels
+    from slimlm.runtime.whole_model import prepare, use_kernels
     from slimlm.verification.folder import Verified, verify
 
 __version__ = version("slimlm")
@@ -43,6 +43,7 @@ __all__ = [
     "load",
     "open_recipe",
     "plan",
+    "prepare",
     "use_kernels",
     "verify",
 ]
@@ -62,6 +63,7 @@ _HOMES = {
     "load": "slimlm.inference.load",
     "open_recipe": "slimlm.recipe",
     "plan": "slimlm.pipeline",
+    "prepare": "slimlm.runtime.whole_model",
     "use_kernels": "slimlm.runtime.whole_model",
     "verify": "slimlm.verification.folder",
 }

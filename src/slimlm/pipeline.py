@@ -28,6 +28,7 @@ from typing import Unpack
 from torch import Tensor
 
 from slimlm.calibration.measurement import POOLED
+from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import RecipeError
 from slimlm.events import Event, Notify, Observer, both, quiet, silent
 from slimlm.models.lazy import open_lazy
@@ -59,6 +60,7 @@ class Result:
     """The figures of each compressed layer, and the totals."""
 
 
+@usual_defaults()
 def compress(
     model: str | Path,
     out: str | Path,
@@ -168,6 +170,7 @@ def _warn(record: Record, notify: Notify) -> None:
         )
 
 
+@usual_defaults()
 def plan(
     model: str | Path, *, progress: Observer = quiet, notify: Notify = silent, **options: Unpack[RunOptions]
 ) -> tuple[Plan, Recipe]:
@@ -196,6 +199,7 @@ def plan(
     return found, found.recipe(prepared.recipe)
 
 
+@usual_defaults()
 def estimate(
     model: str | Path, out: str | Path | None = None, *, notify: Notify = silent, **options: Unpack[RunOptions]
 ) -> Estimate:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import slimlm
 from slimlm.cli.app import app
 from slimlm.events import Event
+from slimlm.storage import checkpoint
 from tests.conftest import Line, random_model, save
 
 
@@ -227,7 +228,17 @@ def test_transformers_refuses_the_folder_in_words_where_slimlm_is_not_imported(p
     done = subprocess.run(typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     _, of_auto, of_llama = done.stdout.split("CLASS\n")
     assert "LOADED" not in done.stdout
-    assert "install slimlm" in of_auto and "MISMATCH" in of_llama
+    advice = ("pip install slimlm", "'import slimlm' before opening", "Upgrading Transformers does not help")
+    assert all(words in of_auto for words in advice) and "MISMATCH" in of_llama
+
+
+def test_a_folder_with_the_former_sentence_opens(packed: Path, tmp_path: Path) -> None:
+    former = Path(shutil.copytree(packed, tmp_path / "former"))
+    config = json.loads((former / "config.json").read_text())
+    (former / "config.json").write_text(json.dumps({**config, "model_type": checkpoint.FORMER_MODEL_TYPE}))
+    ids = torch.arange(9)[None]
+    for opened in (slimlm.load, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(opened(former)(ids).logits, opened(packed)(ids).logits)
 
 
 def test_nan_outside_the_linear_layers_is_named_before_the_work(line: Line, tmp_path: Path, text_file: Path) -> None:

@@ -1,5 +1,6 @@
 """`slimlm.load` gives what transformers gives, holds nothing twice, and packs one layer at a time."""
 
+import gc
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -411,3 +413,55 @@ def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=there)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == sum(parameter.numel() for parameter in slimlm.load(packed).parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "`dtype='int8'`: activations are floating-point numbers; give \"auto\" or one of float32"),
+        ({"dtype": torch.int8}, "`dtype='int8'`: activations are floating-point"),
+        ({"dtype": "half"}, "`dtype='half'`: activations"),
+        ({"device": "gpu0"}, '`device=\'gpu0\'` is no device of torch; give "cpu", "cuda" or "cuda:1"'),
+        ({"device": 3.5}, "`device=3.5` is no device of torch"),
+        ({"kernels": "quick"}, "kernels = 'quick': give one of auto, precise, fast, gpu, reference"),
+    ],
+)
+def test_arguments_that_are_none_of_the_choices_are_named(packed: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(slimlm.SlimlmError, match=message):
+        slimlm.load(packed, **options)
+
+
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", Path("no/such/checkpoint"), Path("none")):
+        with pytest.raises(CheckpointError, match=f"there is no folder {path}"):
+            slimlm.load(path)
+
+
+@needs_kernels
+@needs_smaps
+@pytest.mark.parametrize("keep", [True, False])
+def test_without_mapping_no_file_is_used_after_opening(copy: Path, keep: bool) -> None:
+    """A file that is cut in place ends a process that has it mapped."""
+    expected = slimlm.load(copy)(IDS).logits
+    model = slimlm.load(copy, mmap=False, keep=keep)
+    gc.collect()
+    assert str(copy) not in Path("/proc/self/maps").read_text()
+    for path in copy.rglob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.truncate(16)
+    assert torch.equal(model(IDS).logits, expected)
+    assert all(layer.parts().dense().isfinite().all() for layer in compressed(model).values())
+
+
+@needs_kernels
+def test_a_changed_bias_is_added_from_then_on(packed: Path) -> None:
+    for kernels in ("auto", "reference"):
+        model = slimlm.load(packed, kernels=kernels)
+        layer = compressed(model)["model.layers.0.mlp.up_proj"]
+        x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+        before = layer(x)
+        with torch.no_grad():
+            layer.bias.add_(0.5)
+        torch.testing.assert_close(layer(x), before + 0.5, rtol=1e-3, atol=1e-3)  # a bias of 16 bits
+        layer.bias = torch.nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)
+        assert not torch.equal(layer(x), before)

@@ -20,4 +20,11 @@ class CheckpointConfig(PreTrainedConfig):
         return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
 
 
+class FormerCheckpointConfig(CheckpointConfig):
+    """The config of checkpoints with the former sentence."""
+
+    model_type = checkpoint.FORMER_MODEL_TYPE
+
+
 AutoConfig.register(checkpoint.MODEL_TYPE, CheckpointConfig)
+AutoConfig.register(checkpoint.FORMER_MODEL_TYPE, FormerCheckpointConfig)

@@ -15,6 +15,8 @@ from slimlm.storage import checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimlm.inference.compressed_model import Origin
+
 
 @register_quantization_config(checkpoint.METHOD)
 class SlimlmConfig(QuantizationConfigMixin):
@@ -40,13 +42,18 @@ class SlimlmConfig(QuantizationConfigMixin):
 class SlimlmQuantizer(HfQuantizer):
     """Puts empty compressed modules into the meta model, for transformers to load the packed tensors into.
 
-    Transformers can tie only parameters; a head that is tied to a packed embedding is excluded from its tying.
+    Transformers can tie only parameters; a head that is tied to a packed embedding is excluded from its tying. The model may be
+    of any class that holds the causal model's layers; afterwards it is a `CompressedModel`, too.
     """
 
     requires_calibration = True
+    origin: "Origin | None" = None
+    """The checkpoint, where the model is loaded from its folder."""
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry
+        from slimlm.inference.compressed_model import Origin
+        from slimlm.inference.module_names import names_in
         from slimlm.models.experts import take_apart
         from slimlm.models.structure import swap
         from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
@@ -54,22 +61,39 @@ class SlimlmQuantizer(HfQuantizer):
 
         for file in (kwargs.get("checkpoint_files") or [])[:1]:
             if (Path(file).parent / checkpoint.RECORD).is_file():
-                checkpoint.check_files(Path(file).parent)
-        for name in self.quantization_config.experts:
+                self.origin = Origin.of(Path(file).parent)
+        about = self.quantization_config
+        for name in names_in(model, about.experts).values():
             take_apart(model, name)
-        for name, about in self.quantization_config.embeddings.items():
-            embedding = EmbeddingEntry.parse(about)
-            swap(model, name, CompressedEmbedding.empty(embedding, model.get_submodule(name).weight.dtype))
-        for name, about in self.quantization_config.layers.items():
-            entry = LayerEntry.parse(about)
+        names = names_in(model, (*about.embeddings, *about.layers))
+        for name in names.keys() & about.embeddings.keys():
+            embedding = EmbeddingEntry.parse(about.embeddings[name])
+            swap(model, names[name], CompressedEmbedding.empty(embedding, model.get_submodule(names[name]).weight.dtype))
+        for name in names.keys() & about.layers.keys():
+            entry = LayerEntry.parse(about.layers[name])
             layer = CompressedLinear.empty(entry)
             if entry.tied_to is not None:
-                layer = TiedLinear(model.get_submodule(entry.tied_to), layer.bias)
+                layer = TiedLinear(model.get_submodule(names[entry.tied_to]), layer.bias)
             layer.kernels = "auto"
-            swap(model, name, layer)
-        if self.quantization_config.embeddings:
-            _exclude_from_tying(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
+            swap(model, names[name], layer)
+        if about.embeddings:
+            _exclude_from_tying(model, set(names.values()))
         return model
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from slimlm.inference.compressed_model import become_compressed
+
+        become_compressed(model, self.origin)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Only the base model's name changes: tensors are stored as the causal model's state names them, experts one by one."""
+        from transformers.core_model_loading import WeightRenaming
+
+        from slimlm.inference.module_names import other_base
+
+        del weight_conversions
+        return [WeightRenaming(rf"^{theirs}\.", f"{own}.") for theirs, own in other_base(model)]
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the packed tensors back."""

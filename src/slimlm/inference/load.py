@@ -7,8 +7,9 @@ use of memory is up to transformers. See hf_quantizer.py.)
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,17 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.core.parts.fields import Json, dtype_name
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
+from slimlm.inference.compressed_model import Origin, become_compressed
 from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_progress_bars
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import uses_cpu_kernels
+from slimlm.runtime.dispatch import refuse_unknown_kernels, uses_cpu_kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernel_names import Kernels
@@ -52,12 +55,15 @@ def load(
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
     keep: bool = True,
+    mmap: bool = True,
     notify: Notify = _warn,
 ) -> PreTrainedModel:
     """Open a compressed model on a device.
 
-    On the CPU its tensors are views of the weight files, so these must stay as they are while the model is in use; only tensors
-    outside the compressed layers for which another dtype was asked are copies.
+    On the CPU its tensors are views of the weight files; only tensors outside the compressed layers for which another dtype was
+    asked are copies. While the model is in use these files may be replaced by a rename or removed, but not written to or cut
+    short in place: the system ends a process that reads a part of a mapped file which is gone (SIGBUS). Give `mmap=False` where
+    that can happen, as on a network disk.
 
     Kernels pack the layers again, one at a time. On the CPU the memory pages of their stored tensors are dropped, and with
     `keep` the packed layers are written to the checkpoint's folder and mapped by the next `load`; a GPU holds only the packed
@@ -75,6 +81,7 @@ def load(
             weights at every product, "auto" is the reference, too, where dense matrices take up to half of the free memory
             there. `slimlm.use_kernels` selects again later.
         keep: whether to write layers that the CPU kernels packed to the checkpoint's folder.
+        mmap: whether tensors are views of the files. Otherwise all are copied into memory, and no file is used afterwards.
         notify: a function that is given messages for the user, such as which layers no kernel takes, and why; by default they
             are warnings.
 
@@ -82,17 +89,63 @@ def load(
         CheckpointError: the checkpoint is damaged, incomplete or newer than this version. The files' sizes and headers are
             checked, not their checksums: `slimlm.verify` does that.
         KernelError: kernels that were asked for by name do not take some layer.
-        SlimlmError: there is no such GPU.
+        SlimlmError: there is no such GPU, dtype or folder.
     """
-    source, where = str(source), torch.device(device)
+    where = _device(device)
+    _refuse_unknown(dtype, kernels)
+    if isinstance(source, Path) and not source.exists():
+        raise CheckpointError(f"there is no folder {source}")
+    with _OPENING, usual_defaults():
+        return _load(str(source), dtype, where, kernels, keep=keep, mmap=mmap, notify=notify)
+
+
+_OPENING = RLock()
+"""Held while a model is opened: transformers changes settings of the whole process meanwhile, such as the default dtype."""
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device that is asked for; raises SlimlmError where there is none."""
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise SlimlmError(f'`device={device!r}` is no device of torch; give "cpu", "cuda" or "cuda:1"') from error
     if (reason := absent(where)) is not None:
         raise SlimlmError(f'device = "{where}": {reason}; device="cpu" would do')
+    return where
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""The dtypes in which a model can be opened."""
+
+
+def _refuse_unknown(dtype: torch.dtype | str, kernels: str) -> None:
+    """Raise SlimlmError where a model cannot be opened in this dtype, and KernelError where there are no such kernels."""
+    name, choices = str(dtype).removeprefix("torch."), ", ".join(_DTYPES)
+    if dtype != "auto" and name not in _DTYPES:
+        raise SlimlmError(f'`dtype={name!r}`: activations are floating-point numbers; give "auto" or one of {choices}')
+    refuse_unknown_kernels(kernels)
+
+
+def _load(
+    source: str,
+    dtype: torch.dtype | str,
+    where: torch.device,
+    kernels: Kernels,
+    *,
+    keep: bool,
+    mmap: bool,
+    notify: Notify,
+) -> PreTrainedModel:
+    """`load` with arguments that were checked."""
     refuse_other(source)
     try:
         folder = fetch(source)
         about = read_description(folder)
+        origin = Origin.of(folder)
         files = MappedFiles.of(checkpoint.check_files(folder))
         stored, release = dict(files.tensors), files.release
+        if not mmap:
+            stored = {name: tensor.clone() for name, tensor in stored.items()}
         packed = {name: take(stored, name, entry.tensors) for name, entry in about.own().items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
         empty = meta_model(folder, all_of_them, about.experts)
@@ -104,6 +157,7 @@ def load(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckpointError(f"{source} does not fit its own description: {kind} {sorted(map(str, info[kind]))[:3]}")
+    become_compressed(model, origin)
     model.name_or_path = model.config.name_or_path = source
     model.eval().requires_grad_(False)
     if where.type != "cpu":
@@ -112,8 +166,9 @@ def load(
         release(tensor for tensors in packed.values() for tensor in tensors.values())
     elif dtype == "auto" and uses_cpu_kernels(kernels):
         widen_activations(model)
+        model.config.dtype = model.dtype
     if kernels != "reference":
-        _pack(model, kernels, folder, packed, release, keep=keep, notify=notify)
+        _pack(model, kernels, _Stored(folder, packed, release), keep=keep, mmap=mmap, notify=notify)
     return model
 
 
@@ -229,20 +284,18 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _pack(
-    model: PreTrainedModel,
-    kernels: Kernels,
-    folder: Path,
-    stored: dict[str, dict[str, Tensor]],
-    release: Release,
-    *,
-    keep: bool,
-    notify: Notify,
-) -> None:
-    """Select the backend of each layer, report which layers no kernel takes, and pack the others.
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint's packed tensors."""
 
-    stored: each layer's tensors as the files have them, which replace their copies on a GPU.
-    """
+    folder: Path
+    tensors: dict[str, dict[str, Tensor]]
+    """Those of each layer, of any shapes `[...]`, as the files have them; they replace their copies on a GPU."""
+    release: Release
+
+
+def _pack(model: PreTrainedModel, kernels: Kernels, stored: _Stored, *, keep: bool, mmap: bool, notify: Notify) -> None:
+    """Select the backend of each layer, report which layers no kernel takes, and pack the others."""
     use_kernels(model, kernels)
     layers = packed_layers(model)
     reasons = {name: layer.selection().refused for name, layer in layers.items()}
@@ -255,24 +308,26 @@ def _pack(
         if layer.selection().backend.name == "gpu":
             layer.prepare()
             # At once, so that the GPU holds the stored tensors of the layers to come and no others. A tied head has none.
-            if name in stored and isinstance(layer, CompressedLinear):
-                layer.offload(stored[name])
+            if name in stored.tensors and isinstance(layer, CompressedLinear):
+                layer.offload(stored.tensors[name])
     on_cpu = [name for name, layer in layers.items() if layer.selection().backend.name == "cpu"]
     if not on_cpu:
         return
 
     def make(name: str) -> Tensor:
-        stored = layers[name].stored()
-        packed = cpu.pack(stored)
-        release(stored.tensors.values())
+        own = layers[name].stored()
+        packed = cpu.pack(own)
+        stored.release(own.tensors.values())
         return packed
 
     if keep:
-        blobs = load_or_pack(folder, LAYOUT, checkpoint.fingerprint(folder), on_cpu, make, is_valid, notify)
+        blobs = load_or_pack(stored.folder, LAYOUT, checkpoint.fingerprint(stored.folder), on_cpu, make, is_valid, notify)
+        if not mmap:
+            blobs = {name: blob.clone() for name, blob in blobs.items()}
     else:
         blobs = {name: make(name) for name in on_cpu}
     # Again for all: pages that two layers share were not dropped above.
-    release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
+    stored.release(tensor for name in on_cpu for tensor in layers[name].stored().tensors.values())
     for name in on_cpu:
         layers[name].adopt(blobs[name])
         layers[name].prepare()

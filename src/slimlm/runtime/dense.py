@@ -50,8 +50,9 @@ class DenseLinear(Shared, nn.Linear):
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
         few = x.numel() <= _FEW * self.in_features
         # The kernels use a packed copy, which training would not change.
-        if few and not self.weight.requires_grad and (selection := self.selection()).backend.name == "cpu":
-            return selection.backend.matmul(x, self.prepare())
+        if few and not self.weight.requires_grad and self.selection().backend.name == "cpu":
+            backend, prepared = self.ready()
+            return backend.matmul(x, prepared)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, bias)
@@ -93,7 +94,8 @@ def widen_activations(model: nn.Module) -> None:
     """
     kinds = (nn.Embedding, nn.Linear)
     modules = dict(model.named_modules())
-    shared = {id(p) for m in modules.values() if type(m) not in kinds for p in m.parameters(recurse=False)}
+    own = (*kinds, DenseLinear, WideEmbedding)
+    shared = {id(p) for m in modules.values() if type(m) not in own for p in m.parameters(recurse=False)}
     for name, module in modules.items():
         if type(module) in kinds and module.weight.dtype in NARROW and id(module.weight) not in shared:
             if isinstance(module, nn.Linear):

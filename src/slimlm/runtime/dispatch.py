@@ -40,6 +40,12 @@ def reference_because(reason: str) -> Selection:
     return Selection(_REFERENCE, reason)
 
 
+def refuse_unknown_kernels(kernels: str) -> None:
+    """Raise KernelError where there are no kernels of this name."""
+    if kernels not in get_args(Kernels):
+        raise KernelError(f"kernels = {kernels!r}: give one of {', '.join(get_args(Kernels))}")
+
+
 def select_backend(stored: Stored, kernels: Kernels) -> Selection:
     """Select the backend of a layer.
 
@@ -50,8 +56,7 @@ def select_backend(stored: Stored, kernels: Kernels) -> Selection:
     Raises:
         KernelError: `kernels` is none of the choices, or names kernels that do not take this layer.
     """
-    if kernels not in get_args(Kernels):
-        raise KernelError(f"kernels = {kernels!r}: give one of {', '.join(get_args(Kernels))}")
+    refuse_unknown_kernels(kernels)
     if kernels == "reference":
         return Selection(_REFERENCE, None)
     automatic = "gpu" if stored.device.type == "cuda" else "precise"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Self
 from weakref import ref
 
@@ -10,9 +11,14 @@ from torch import Tensor, nn
 
 from slimlm.core.parts.pack import LayerEntry, PartEntries, Parts, TensorEntry
 from slimlm.core.profiling import profiled
-from slimlm.runtime.backends import Stored, cpu
+from slimlm.runtime.backends import Backend, Stored, cpu
 from slimlm.runtime.dispatch import Selection, reference_because, select_backend
 from slimlm.runtime.kernel_names import Kernels
+
+Ready = tuple[Backend, Any]
+"""A backend, and a layer as it packed it."""
+_CHANGING = RLock()
+"""Held while a layer's backend is selected or its tensors are packed, so that no thread sees half of it."""
 
 
 class PackedLayer(nn.Module):
@@ -23,7 +29,10 @@ class PackedLayer(nn.Module):
     kernels: Kernels = "reference"
     """The kernels that were asked for."""
     _selection: Selection | None = None
-    _prepared: Any = None
+    _ready: Ready | None = None
+    """The backend and the layer as it packed it; one value, so that a thread that multiplies meanwhile sees both or neither."""
+    _bias_source: "Source | None" = None
+    """The bias with which the layer was prepared, of which backends hold a copy."""
     _blob: Tensor | None = None
     """The stored tensors as packed by the CPU kernels; None: they are not packed yet."""
     preparations: int = 0
@@ -39,31 +48,59 @@ class PackedLayer(nn.Module):
         Raises:
             KernelError: kernels that were asked for by name do not take this layer.
         """
-        selection = select_backend(self.stored(), kernels)
-        self.kernels, self._selection, self._prepared = kernels, selection, None
+        with _CHANGING:
+            selection = select_backend(self.stored(), kernels)
+            self.kernels, self._selection, self._ready = kernels, selection, None
         return selection
 
     def use_reference(self, reason: str) -> None:
         """Use the reference until the next selection, for a reason that is reported to the user."""
-        self._selection, self._prepared = reference_because(reason), None
+        with _CHANGING:
+            self._selection, self._ready = reference_because(reason), None
 
     def selection(self) -> Selection:
         """The selected backend."""
         return self._selection or self.use_kernels(self.kernels)
 
-    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
-        if self._prepared is None:
-            self._prepared = self.selection().backend.prepare(self.stored())
-            self.preparations += 1
-            if isinstance(self._prepared, cpu.PreparedOnCpu):
-                self._blob = self._prepared.blob
-        return self._prepared
+        return self.ready()[1]
+
+    def ready(self) -> Ready:
+        """The selected backend and the layer as it packs it, which happens now unless it is done."""
+        ready = self._ready
+        if ready is None or not self._has_bias_of_before():
+            ready = self._made_ready()
+        return ready
+
+    @profiled("unpacking")
+    def _made_ready(self) -> Ready:
+        with _CHANGING:
+            if self._ready is None or not self._has_bias_of_before():
+                bias = self._own_bias()
+                self._bias_source = None if bias is None else Source.of(bias)
+                backend = self.selection().backend
+                prepared = backend.prepare(self.stored())
+                self._ready = backend, prepared
+                self.preparations += 1
+                if isinstance(prepared, cpu.PreparedOnCpu):
+                    self._blob = prepared.blob
+            return self._ready
+
+    def _own_bias(self) -> Tensor | None:
+        bias = self.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def _has_bias_of_before(self) -> bool:
+        """Whether the bias is the one with which the layer was prepared, not written to; a compiled graph does not check."""
+        bias = self._own_bias()
+        if bias is None or torch.compiler.is_compiling():
+            return True
+        return self._bias_source is not None and self._bias_source.is_still(bias)
 
     def prepared(self) -> Any:
         """The layer as its backend packed it; None: it is not packed yet."""
-        return self._prepared
+        return None if self._ready is None else self._ready[1]
 
     def adopt(self, blob: Tensor) -> None:
         """Use bytes that the CPU kernels packed this layer's stored tensors into earlier.
@@ -71,11 +108,13 @@ class PackedLayer(nn.Module):
         Args:
             blob: uint8 `[bytes]`; may be a view of a file.
         """
-        self._blob, self._prepared = blob, None
+        with _CHANGING:
+            self._blob, self._ready = blob, None
 
     def forget(self) -> None:
         """Drop the selection and what was repacked, because the stored tensors changed or moved."""
-        self._selection = self._prepared = self._blob = None
+        with _CHANGING:
+            self._selection = self._ready = self._blob = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -83,7 +122,7 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without packed data, which hold addresses: a copy packs again."""
-        return {**self.__dict__, "_selection": None, "_prepared": None, "_blob": None}
+        return {**self.__dict__, "_selection": None, "_ready": None, "_bias_source": None, "_blob": None}
 
 
 class CompressedLinear(PackedLayer):
@@ -153,11 +192,8 @@ class CompressedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias for x `[..., in]`, in the dtype of x."""
-        prepared = self._prepared
-        if prepared is None:
-            prepared = self.prepare()
-        assert self._selection is not None
-        return self._selection.backend.matmul(x, prepared)
+        backend, prepared = self.ready()
+        return backend.matmul(x, prepared)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -205,10 +241,10 @@ class Shared(PackedLayer):
         self._check_sources()
         return super().selection()
 
-    def prepare(self) -> Any:
-        """Repack for the selected backend now, unless that is done, rather than at the first product."""
+    def ready(self) -> Ready:
+        """The selected backend and the layer as it packs it, which happens now unless it is done."""
         self._check_sources()
-        return super().prepare()
+        return super().ready()
 
     def stored(self) -> Stored:
         """The parts as they are stored, for a backend to prepare."""
@@ -232,7 +268,7 @@ class Shared(PackedLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
         # The bias may have changed; the stored tensors are checked at the next use.
-        self._prepared = None
+        self._ready = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

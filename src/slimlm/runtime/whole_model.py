@@ -3,18 +3,20 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from slimlm.core.errors import KernelError
-from slimlm.core.parts.pack import PartEntries
+from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, PartEntries
 from slimlm.runtime.backends import cpu, triton
+from slimlm.runtime.backends.reference import DenseWeight
 from slimlm.runtime.cpu import bindings, native
 from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.dispatch import select_backend
-from slimlm.runtime.embedding import CompressedEmbedding
+from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.gpu import device, products
 from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear, PackedLayer
@@ -33,10 +35,23 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
+def packed_modules(model: nn.Module) -> tuple[dict[str, LayerEntry], dict[str, EmbeddingEntry]]:
+    """The entries of a model's compressed layers and embeddings, by full name; that of a tied layer names its embedding."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, CompressedEmbedding)}
+    owners = {id(module): name for name, module in tables.items()}
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            tied_to = owners[id(module.embedding)] if isinstance(module, TiedLinear) else None
+            layers[name] = replace(module.describe(), tied_to=tied_to)
+    return layers, {name: module.describe() for name, module in tables.items()}
+
+
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Select the backends of all layers of a model again.
 
-    Layers that were packed for one precision of the CPU kernels are not packed again for the other.
+    Layers that were packed for one precision of the CPU kernels are not packed again for the other. A forward that runs in
+    another thread meanwhile computes each layer with the backend of before or the one of after.
 
     Args:
         model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.
@@ -56,6 +71,22 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
         layer.use_kernels(kernels)
     if kernels == "auto" and (dtype := _unpacked_for(model)) is not None:
         _prefer_reference([layer for layer in layers.values() if isinstance(layer.selection().backend, triton.Gpu)], dtype)
+
+
+def prepare(model: nn.Module) -> None:
+    """Pack every layer for its backend now, rather than at its first product.
+
+    `slimlm.load` does that for layers on kernels. For a model that transformers opened, and for layers on the reference, which
+    makes a dense matrix of each, it is of use before `torch.compile`: a graph breaks at every layer that is not packed yet.
+
+    Args:
+        model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.
+    """
+    dtype = activation_dtype(model)
+    for layer in packed_layers(model).values():
+        prepared = layer.prepare()
+        if isinstance(prepared, DenseWeight) and dtype is not None:
+            prepared.fitting(torch.empty(0, dtype=dtype, device=layer.stored().device))
 
 
 def activation_dtype(model: nn.Module) -> torch.dtype | None:

@@ -48,7 +48,13 @@ from slimlm.storage.streams import (
 
 FORMAT = 2
 METHOD = "slimlm"
-MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
+MODEL_TYPE = (
+    "slimlm: these weights were compressed by slimlm. Install slimlm (pip install slimlm), and 'import slimlm' before opening "
+    "them. Upgrading Transformers does not help."
+)
+"""What transformers says of a checkpoint where slimlm is not imported; its own advice, to upgrade transformers, follows."""
+FORMER_MODEL_TYPE = "slimlm checkpoint: install slimlm, then 'import slimlm' before opening it"
+"""The sentence in earlier checkpoints, which open all the same."""
 RECORD = "slimlm.json"
 SHARD_BYTES = 4 * 10**9
 """The most that one file of weights holds, unless one tensor is larger."""
@@ -198,7 +204,11 @@ def _give_usual_permissions(folder: Path) -> None:
 
 
 def write_weights(
-    folder: Path, tensors: dict[str, Tensor], release: Callable[[Iterable[Tensor]], Any] = lambda _: None
+    folder: Path,
+    tensors: dict[str, Tensor],
+    release: Callable[[Iterable[Tensor]], Any] = lambda _: None,
+    *,
+    shard_bytes: int | str | None = None,
 ) -> Files:
     """Write the shards; of tensors that share memory (tied ones) the first is stored.
 
@@ -206,13 +216,14 @@ def write_weights(
         folder: The checkpoint's folder.
         tensors: The tensors, of any shape `[...]`, by full name.
         release: Called with each tensor once it is written, to drop the memory pages of one that is a view of a file.
+        shard_bytes: The most that one file holds, in bytes or such as "5GB"; None: SHARD_BYTES.
 
     Returns:
         Sizes and checksums of the files.
     """
     first: dict[int, str] = {}
     stored = {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(t.data_ptr(), n) == n}
-    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD_BYTES)
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD_BYTES if shard_bytes is None else shard_bytes)
 
     def one_by_one(names: list[str], sums: dict[str, str]) -> Iterator[Tensor]:
         for name in names:

@@ -51,6 +51,12 @@ def cache_path(folder: Path, layout: str) -> Path:
     return folder / ".cache" / "huggingface" / "slimlm" / f"kernels-{layout}.safetensors"
 
 
+def remove_caches(folder: Path) -> None:
+    """Remove the packed layers of a checkpoint's folder, in every layout; what is mapped of them stays as it is."""
+    for path in cache_path(folder, "any").parent.glob("kernels-*.safetensors"):
+        path.unlink(missing_ok=True)
+
+
 def load_or_pack(
     folder: Path,
     layout: str,

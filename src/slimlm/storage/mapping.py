@@ -164,7 +164,7 @@ def _view(path: Path, memory: mmap.mmap, name: str, entry: dict[str, Any], data:
         raise UnknownDtypeError(f"{name} in {path} {unknown_dtype(entry['dtype'])}")
     dtype, shape, begin = KINDS[entry["dtype"]], entry["shape"], data + entry["data_offsets"][0]
     if prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if begin % dtype.itemsize:
         raw = bytearray(memory[begin : begin + prod(shape) * dtype.itemsize])
         return torch.frombuffer(raw, dtype=dtype).view(shape)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
@@ -124,6 +125,7 @@ class _Opened:
         return StoredModel(meta, self.files.tensors, self.files.release, self.about.layers, self.about.embeddings)
 
 
+@usual_defaults()
 def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.device = _CPU) -> Verified:
     """Check a checkpoint from its folder: checksums, packed layers, the record, and that the model runs.
 

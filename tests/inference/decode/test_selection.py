@@ -235,7 +235,7 @@ def test_layers_that_were_repacked_are_captured_anew(monkeypatch: pytest.MonkeyP
     written(model)
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(layer, CompressedLinear)
-    layer._prepared = None
+    layer._ready = None
     written(model)
     assert len(made) == 2
 

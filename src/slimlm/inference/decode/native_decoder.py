@@ -26,7 +26,15 @@ from slimlm.inference.decode.structure import (
 )
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu import native
-from slimlm.runtime.cpu.bindings import BEYOND_HALF, PRECISIONS, Product, describe_error, float_type, single_product
+from slimlm.runtime.cpu.bindings import (
+    BEYOND_HALF,
+    PRECISIONS,
+    Product,
+    address,
+    describe_error,
+    float_type,
+    single_product,
+)
 from slimlm.runtime.linear import PackedLayer
 
 PRODUCTS = ("queries", "keys", "values", "attention_out", "gate", "up", "down")
@@ -113,14 +121,15 @@ class NativeDecoder:
         assert isinstance(backend, cpu.Cpu), "refuses() checks that"
         self._precision = PRECISIONS[backend.precision]
         cache_dtype = torch.float16 if backend.precision == "fast" else torch.float32
-        self.keys = torch.zeros(len(layers), batch * key_heads, length, dim, dtype=cache_dtype)
+        self.keys = torch.zeros(len(layers), batch * key_heads, length, dim, dtype=cache_dtype, device="cpu")
         """The keys, `[blocks, batch x key heads, length, head_dim]`."""
         self.values = torch.zeros_like(self.keys)
         """The values, of the same shape."""
         # The library knows addresses only; this list keeps alive what lies there.
         self._alive: list[object] = []
         self._blocks = self._structures_of(llama.layers, layers)
-        cos, sin = (angles[0].float() for angles in llama.rotary_emb(llama.norm.weight, torch.arange(length)[None]))
+        positions = torch.arange(length, device="cpu")[None]
+        cos, sin = (angles[0].float() for angles in llama.rotary_emb(llama.norm.weight, positions))
         signed_sin = torch.cat((-sin[:, : dim // 2], sin[:, dim // 2 :]), dim=-1)
         self._decoder = DecoderStruct(
             blocks=ctypes.addressof(self._blocks),
@@ -172,15 +181,19 @@ class NativeDecoder:
         pieces = prompt.split(max(1, _ROWS // self.batch), dim=1)
         for piece in pieces[:-1]:
             self._pass(piece, None)
-        logits = torch.empty(self.batch, self.vocabulary)
+        logits = self._logits()
         self._pass(pieces[-1], logits)
         return logits
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits `[batch, vocabulary]` after one more token `[batch]` of each text."""
-        logits = torch.empty(self.batch, self.vocabulary)
+        logits = self._logits()
         self._pass(tokens[:, None], logits)
         return logits
+
+    def _logits(self) -> Tensor:
+        """Room for logits, float32 `[batch, vocabulary]` whatever torch's defaults are."""
+        return torch.empty(self.batch, self.vocabulary, dtype=torch.float32, device="cpu")
 
     def _pass(self, tokens: Tensor, logits: Tensor | None) -> None:
         """Tokens `[batch, count]` through the blocks; the logits after them go into `logits`, unless that is None."""
@@ -202,15 +215,15 @@ class NativeDecoder:
         x, count = self.embed(tokens).contiguous(), tokens.shape[1]
         if x.dtype != torch.float32 or x.shape != (self.batch, count, self.width):
             raise KernelError(f"embeddings of {self.batch} x {count} tokens are {x.dtype} {list(x.shape)}")
-        to = None if logits is None else logits.data_ptr()
-        arguments = x.data_ptr(), count, self.position, to, self._precision, torch.get_num_threads()
+        to = None if logits is None else address(logits, torch.float32, self.batch * self.vocabulary)
+        arguments = address(x, torch.float32, x.numel()), count, self.position, to, self._precision, torch.get_num_threads()
         return int(self._call(ctypes.addressof(self._decoder), *arguments))
 
     def _store_in(self, dtype: torch.dtype) -> None:
         """Store keys and values in this dtype from now on, and convert those that are stored."""
         self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
         for block, keys, values in zip(self._blocks, self.keys, self.values, strict=True):
-            block.key_cache, block.value_cache = keys.data_ptr(), values.data_ptr()
+            block.key_cache, block.value_cache = (address(cache, dtype, keys.numel()) for cache in (keys, values))
         self._decoder.cache_type = float_type(dtype)
 
     def _at(self, tensor: Tensor | None) -> int | None:
@@ -219,7 +232,7 @@ class NativeDecoder:
             return None
         values = tensor.detach().float().contiguous()
         self._alive.append(values)
-        return values.data_ptr()
+        return address(values, torch.float32, values.numel())
 
     def _product(self, layer: PackedLayer) -> Product:
         prepared = layer.prepare()

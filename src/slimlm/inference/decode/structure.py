@@ -148,7 +148,7 @@ def _arithmetic(model: nn.Module) -> str | None:
         attention, first = block.self_attn, decoder.layers[0].self_attn
         if any(norm.weight.numel() != attention.head_dim for norm in head_norms(attention).values()):
             return f"block {i} norms its queries across heads"
-        probe = torch.linspace(-4, 4, 9)
+        probe = torch.linspace(-4, 4, 9, dtype=torch.float32, device="cpu")
         if not torch.allclose(block.mlp.act_fn(probe), F.silu(probe), atol=1e-6):
             return f"the activation of block {i} is {type(block.mlp.act_fn).__name__}, not SiLU"
         sizes = [(a.head_dim, a.num_key_value_groups, a.k_proj.out_features, a.scaling) for a in (attention, first)]

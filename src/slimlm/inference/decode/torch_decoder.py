@@ -208,5 +208,5 @@ def _norm(module: Any, dtype: torch.dtype) -> Call:
     if dtype != torch.float32:
         return lambda x: F.rms_norm(x, (width,), weight, epsilon)
     scaled = weight * math.sqrt(width)
-    floor = torch.tensor(math.sqrt(width * epsilon), device=weight.device)
+    floor = torch.tensor(math.sqrt(width * epsilon), dtype=dtype, device=weight.device)
     return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, 2, -1, True).hypot_(floor))

@@ -153,14 +153,16 @@ def _matrices(layout: KernelLayout | Refusal, shape: tuple[int, int]) -> Iterato
 def _matrix(
     layout: MatrixLayout, tensors: dict[str, Tensor], shape: tuple[int, int], transposed: bool, alive: list[Tensor]
 ) -> Matrix:
-    def address(name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None) -> Any:
+    def address(name: str, dtype: torch.dtype, size: tuple[int, ...]) -> int:
         tensor = tensors[name].contiguous()
-        if size is not None:
-            fitting(name, tensor, size)
-        alive.append(tensor if dtype is None else tensor.to(dtype))
-        return alive[-1].data_ptr()
+        fitting(name, tensor, size)
+        alive.append(tensor.to(dtype))
+        return bindings.address(alive[-1], dtype, alive[-1].numel())
 
-    found = Matrix(rows=shape[0], columns=shape[1], transposed=int(transposed), values=address(""))
+    # Their number is checked by the library, which is given the bytes.
+    alive.append(tensors[""].contiguous())
+    values = bindings.address(alive[-1], torch.uint8, alive[-1].numel())
+    found = Matrix(rows=shape[0], columns=shape[1], transposed=int(transposed), values=values)
     found.values_bytes = alive[-1].numel() * alive[-1].element_size()
     if layout.dtype is not None:
         found.type = bindings.float_type(layout.dtype)

@@ -15,17 +15,17 @@ from slimlm.runtime.backends import Stored
 class DenseWeight:
     """The sum of the parts, in the dtype and on the device of its last product."""
 
-    weight: Tensor
-    """`[out, in]`"""
-    bias: Tensor | None
+    values: tuple[Tensor, Tensor | None]
+    """The weight `[out, in]` and the bias `[out]`; in one value, which threads replace whole."""
     stored: Stored
 
-    def fit(self, x: Tensor) -> None:
-        """Make weight and bias again from the parts, where x `[..., in]` has another dtype or device."""
-        if self.weight.dtype == x.dtype and self.weight.device == x.device:
-            return
-        self.weight = self.stored.parts().dense().to(x)
-        self.bias = None if self.stored.bias is None else self.stored.bias.to(x)
+    def fitting(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, made again from the parts where x `[..., in]` has another dtype or device than the last one."""
+        found = self.values
+        if found[0].dtype != x.dtype or found[0].device != x.device:
+            bias = self.stored.bias
+            self.values = found = self.stored.parts().dense().to(x), None if bias is None else bias.to(x)
+        return found
 
 
 class Reference:
@@ -40,9 +40,8 @@ class Reference:
 
     def prepare(self, stored: Stored) -> DenseWeight:
         """The sum of the parts `[out, in]`, added in float32."""
-        return DenseWeight(stored.parts().dense(), None if stored.bias is None else stored.bias.float(), stored)
+        return DenseWeight((stored.parts().dense(), None if stored.bias is None else stored.bias.float()), stored)
 
     def matmul(self, x: Tensor, prepared: DenseWeight) -> Tensor:
         """x W^T + bias `[..., out]` for x `[..., in]`."""
-        prepared.fit(x)
-        return torch.nn.functional.linear(x, prepared.weight, prepared.bias)
+        return torch.nn.functional.linear(x, *prepared.fitting(x))

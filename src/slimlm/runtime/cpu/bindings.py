@@ -98,6 +98,23 @@ def functions() -> ctypes.CDLL:
     return library
 
 
+def address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """The address of a tensor's values, for the library to read or write.
+
+    Args:
+        tensor: `[...]`, contiguous, on the CPU; the caller keeps it alive.
+        dtype: as which the library takes it.
+        count: the number of values that the library takes there.
+
+    Raises:
+        KernelError: the tensor is another than the library takes.
+    """
+    if tensor.dtype != dtype or not tensor.is_cpu or tensor.numel() != count or not tensor.is_contiguous():
+        found = f"{tensor.numel()} {tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        raise KernelError(f"the CPU kernels were to be given {count} {dtype} on the CPU, and the values are {found}")
+    return tensor.data_ptr()
+
+
 def float_type(dtype: torch.dtype) -> int:
     """The library's number for a floating-point type."""
     return _TYPES[dtype]
@@ -134,7 +151,7 @@ def pack(matrices: Sequence[Matrix]) -> Tensor:
     kernels = functions()
     size = kernels.slimlm_packed_bytes(array, len(matrices))
     _check(-size if size < 0 else 0)
-    blob = torch.empty(size, dtype=torch.uint8)
+    blob = torch.empty(size, dtype=torch.uint8, device="cpu")
     _check(kernels.slimlm_pack(array, len(matrices), blob.data_ptr(), size))
     return blob
 
@@ -151,14 +168,15 @@ def unpack(blob: Tensor, index: int, shape: tuple[int, int], precision: Precisio
     Returns:
         float32 `[out, in]`.
     """
-    dense = torch.zeros(shape)
-    _check(functions().slimlm_unpack(blob.data_ptr(), blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
+    dense = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    at = address(blob, torch.uint8, blob.numel())
+    _check(functions().slimlm_unpack(at, blob.numel(), index, PRECISIONS[precision], dense.data_ptr()))
     return dense
 
 
 def is_valid(blob: Tensor) -> bool:
     """Whether bytes from a file, uint8 `[bytes]`, are a packed layer of this layout, by sizes and the sum of its headers."""
-    return functions().slimlm_verify(blob.data_ptr(), blob.numel()) == 0
+    return functions().slimlm_verify(address(blob, torch.uint8, blob.numel()), blob.numel()) == 0
 
 
 class _Call:
@@ -168,9 +186,9 @@ class _Call:
         self.x, self.kind, self.batch = ctypes.c_void_p(), ctypes.c_int32(), ctypes.c_int64()
         self.precision, self.threads = ctypes.c_int32(), ctypes.c_int32()
         products = (Product * len(blobs))()
-        for product, blob, bias in zip(products, blobs, biases, strict=True):
-            product.blob, product.blob_bytes = blob.data_ptr(), blob.numel()
-            product.bias = None if bias is None else bias.data_ptr()
+        for product, blob, bias, out in zip(products, blobs, biases, outs, strict=True):
+            product.blob, product.blob_bytes = address(blob, torch.uint8, blob.numel()), blob.numel()
+            product.bias = None if bias is None else address(bias, torch.float32, out)
         self.outputs = list(zip(products, outs, strict=True))
         count, width_ = ctypes.c_int32(len(blobs)), ctypes.c_int64(width)
         self.arguments = products, count, self.x, self.kind, self.batch, width_, self.precision, self.threads
@@ -224,7 +242,7 @@ class PackedProducts:
         ys = []
         for product, out in call.outputs:
             y = x.new_empty(*leading, out)
-            product.y = y.data_ptr()
+            product.y = address(y, x.dtype, y.numel())
             ys.append(y)
         call.x.value, call.kind.value, call.batch.value = x.data_ptr(), kind, prod(leading)
         call.precision.value, call.threads.value = PRECISIONS[precision], torch.get_num_threads()
@@ -237,8 +255,9 @@ class PackedProducts:
 
 def single_product(packed: PackedProducts) -> Product:
     """One layer as an argument of `slimlm_decode`; it holds addresses only, so `packed` must outlive it."""
-    [blob], [bias] = packed.blobs, packed.biases
-    return Product(blob=blob.data_ptr(), blob_bytes=blob.numel(), bias=None if bias is None else bias.data_ptr())
+    [blob], [bias], [out] = packed.blobs, packed.biases, packed.outs
+    at = None if bias is None else address(bias, torch.float32, out)
+    return Product(blob=address(blob, torch.uint8, blob.numel()), blob_bytes=blob.numel(), bias=at)
 
 
 def describe_error(error: int) -> str:

@@ -3,6 +3,7 @@
 That table is made while transformers' models are still being imported, so what needs them is imported when a model is opened.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class SlimlmConfig(QuantizationConfigMixin):
         layers: dict[str, Any] | None = None,
         embeddings: dict[str, Any] | None = None,
         experts: list[str] | None = None,
+        others: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = checkpoint.METHOD
@@ -33,6 +35,7 @@ class SlimlmConfig(QuantizationConfigMixin):
         self.layers = layers or {}
         self.embeddings = embeddings or {}
         self.experts = experts or []
+        self.others = others or []
         checkpoint.check_format(format, "the checkpoint")
 
 
@@ -67,6 +70,7 @@ class SlimlmQuantizer(HfQuantizer):
                 layer = TiedLinear(model.get_submodule(entry.tied_to), layer.bias)
             layer.kernels = "auto"
             swap(model, name, layer)
+        _pass_over(model, self.quantization_config.others)
         if self.quantization_config.embeddings:
             _exclude_from_tying(model, {*self.quantization_config.layers, *self.quantization_config.embeddings})
         return model
@@ -79,6 +83,15 @@ class SlimlmQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The packed tensors are frozen."""
         return False
+
+
+def _pass_over(model: "PreTrainedModel", others: list[str]) -> None:
+    """Let transformers not warn of these tensors of the files, which the model has no place for."""
+    from slimlm.models.conversion import places_of
+
+    names = {name for targets in places_of(model, others).without.values() for name in targets}
+    if names:
+        model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(name)}$" for name in names}
 
 
 def _exclude_from_tying(model: "PreTrainedModel", packed: set[str]) -> None:

@@ -33,7 +33,8 @@ KINDS = {
     "BOOL": torch.bool,
 }
 """The dtypes that slimlm reads and writes, by their names in safetensors files."""
-_NAMES = {dtype: name for name, dtype in KINDS.items()}
+NAMES = {dtype: name for name, dtype in KINDS.items()}
+"""The inverse of `KINDS`."""
 _ALIGNMENT = 64
 """Bytes: the tensors of a file begin at a multiple of this, so that how they lie in memory does not depend on the header."""
 NEW = ".new"
@@ -69,7 +70,7 @@ def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadat
     end = 0
     for name, (dtype, shape) in about.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % _ALIGNMENT)
     sum_of = hashlib.sha256()

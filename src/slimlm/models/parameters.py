@@ -23,7 +23,7 @@ from slimlm.models.meta import meta_model
 from slimlm.models.opening import read_config, without_progress_bars
 from slimlm.models.placeholders import drop_values, placeholder
 from slimlm.models.stacked_experts import Stack, stack_of
-from slimlm.models.unplaced import Surroundings, Unplaced, fate_of, refuse_integers, refuse_missing
+from slimlm.models.unplaced import Surroundings, Unplaced, fate_of, refuse_integers, refuse_missing, refuse_quantized_tensors
 from slimlm.storage.mapping import unknown_dtype
 
 Release = Callable[[Iterable[Tensor]], Any]
@@ -78,8 +78,9 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
         around = Surroundings(source, empty, read_config(str(folder)), stored, files.unread)
         places = places_of(empty, [*stored, *files.unread])
         _refuse_unread(around, places)
-        _refuse_other_shapes(source, empty, places.plain, stored)
         refuse_integers(around, _sources(places))
+        refuse_quantized_tensors(around, places.without)
+        _refuse_other_shapes(source, empty, places.plain, stored)
         untied = _untied(empty, places.plain, files)
         whole: set[str] = set()
         while True:
@@ -134,9 +135,7 @@ def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> Reso
         )
     refuse_missing(around, info["missing_keys"], tensors.places.without)
     unplaced = fate_of(around, tensors.places.without, tensors.places.twice)
-    state = model.state_dict()
-    # A tensor that was made is found by its name where transformers treats it once more.
-    keys_of = {n: keys.get(t.data_ptr(), n if n in tensors.made.tensors else None) for n, t in state.items()}
+    keys_of = _keys_of(model, keys, tensors)
     experts = fused_in(model)
     shares = {name: share for fused in experts for name, share in take_apart(model, fused).items()}
     weights: dict[str, Tensor] = {}
@@ -155,6 +154,19 @@ def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> Reso
     drop_values(model.state_dict(keep_vars=True).values())
     became = _became(tensors, weights, shares)
     return ResolvedModel(model.eval().requires_grad_(False), weights, experts, unplaced, became)
+
+
+def _keys_of(model: PreTrainedModel, by_address: dict[int, str], tensors: _Tensors) -> dict[str, str | None]:
+    """For each name in the model's state the key of the tensor that it was given; None where it was given none.
+
+    Transformers gives a few tensors another address, because it pads biases, and converts what was made once more: these are
+    found by name, and what is tied to them as the same parameter.
+    """
+    by_name = {**tensors.places.plain, **{name: name for name in tensors.made.tensors}}
+    state = model.state_dict(keep_vars=True)
+    found = {name: by_address.get(tensor.data_ptr(), by_name.get(name)) for name, tensor in state.items()}
+    by_identity = {id(state[name]): key for name, key in found.items() if key is not None}
+    return {name: key or by_identity.get(id(state[name])) for name, key in found.items()}
 
 
 def _computed(around: Surroundings, name: str, tensor: Tensor) -> Tensor:

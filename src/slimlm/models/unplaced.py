@@ -86,7 +86,6 @@ def fate_of(around: Surroundings, without: Mapping[str, tuple[str, ...]], twice:
     Raises:
         ModelError: a tensor shows that the class is not what the files were made for, or that they are no full model.
     """
-    refuse_quantized_tensors(around, without)
     modules = dict(around.model.named_modules())
     computed = {name for name, _ in around.model.named_buffers()} - set(around.model.state_dict())
     ignored = _ignored_by(around.model)
@@ -270,7 +269,6 @@ def refuse_missing(around: Surroundings, lost: Iterable[str], without: Mapping[s
     missing = sorted(lost)
     if not missing:
         return
-    refuse_quantized_tensors(around, without)
     lacks = f"{around.source} lacks {len(missing)} tensors that {around.kind} needs, {missing[0]} among them"
     named, unknown = _architecture(around.config), list(without)
     state = around.model.state_dict()

@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from slimlm.record import LEFT_OUT, READ
+from slimlm.record import COPIED, LEFT_OUT, READ
 
-COPIED = (
+BELONGING = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.vocab", "*.merges", "*.tiktoken", "*.yaml", "*.yml",
     "LICEN[CS]E*", "licen[cs]e*", "COPYING*", "NOTICE*", "USE_POLICY*", "*[Ll]icen[cs]e*.md",
 )  # fmt: skip
 """Patterns of the names of files that are copied."""
 WRITTEN = "written anew"
-IS_COPIED = "copied"
 _LEFT_OUT = {
     "training state": ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*", "scaler.pt", "*.distcp"),
     "an index of weight files": ("*.safetensors.index.json", "*.bin.index.json", "*.index.json"),
@@ -59,7 +58,7 @@ def copy_beside(folder: Path, out: Path, weights: Iterable[Path]) -> dict[str, s
             found[path.name] = f"{LEFT_OUT}{reason}"
         else:
             shutil.copyfile(path, out / path.name)
-            found[path.name] = IS_COPIED
+            found[path.name] = COPIED
     return found
 
 
@@ -74,7 +73,7 @@ def _left_out(path: Path) -> str | None:
     for reason, patterns in _LEFT_OUT.items():
         if _fits(path.name, patterns):
             return reason
-    if not _fits(path.name, COPIED):
+    if not _fits(path.name, BELONGING):
         return "not a kind of file that belongs with a model's weights"
     return f"larger than {_LARGEST // 10**6} MB" if path.stat().st_size > _LARGEST else None
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError, first_line
-from slimlm.models.beside import COPIED
+from slimlm.models.beside import BELONGING
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -145,9 +145,9 @@ def weights_folder(source: str) -> Path:
     if path.is_dir():
         return path
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", *COPIED]))
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", *BELONGING]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin", *COPIED]))
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin", *BELONGING]))
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(f"the hub does not give the files of {source!r} ({first_line(error)}); check the network") from error
     return folder

@@ -22,7 +22,7 @@ _COMPUTED = frozenset(("inv_freq", "original_inv_freq", "cos_cached", "sin_cache
 """Last parts of names of buffers that older versions of classes stored and newer ones compute."""
 _QUANTIZED = frozenset(
     (
-        "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax", "quant_map", "nested_absmax",
+        "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format", "quant_map",
         "nested_quant_map", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_shape",
         "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_global_scale", "input_zero_point",
         "scale_inv", "bitsandbytes__nf4", "bitsandbytes__fp4",

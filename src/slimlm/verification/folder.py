@@ -27,7 +27,7 @@ from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import open_tokenizer, without_progress_bars
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
-from slimlm.record import LEFT_OUT, READ, Record, Source, explosion
+from slimlm.record import COPIED, Record, Source, explosion
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
@@ -311,8 +311,9 @@ def _unlike_source(source: Source | None, opened: _Opened, empty: PreTrainedMode
     for name in sorted({*source.unplaced} ^ {*opened.about.others}):
         yield f"{name} is stored as it was in the original by only one of config.json and {checkpoint.RECORD}"
     for file, what in source.files.items():
-        if not what.startswith(LEFT_OUT) and what != READ and not (opened.folder / file).is_file():
-            yield f"{file} of the original is {what} by {checkpoint.RECORD}, and is not here"
+        # Those with a recorded checksum are looked for already.
+        if what == COPIED and file not in opened.record.get("beside", {}) and not (opened.folder / file).is_file():
+            yield f"{file} was copied from the original, and is not here"
 
 
 def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:

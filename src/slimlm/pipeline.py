@@ -33,11 +33,12 @@ from slimlm.core.errors import RecipeError
 from slimlm.events import Event, Notify, Observer, both, quiet, silent
 from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
+from slimlm.models.structure import vocabulary_size
 from slimlm.planner.plan import Plan
 from slimlm.preflight.checks import existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
-from slimlm.record import Record, explosion
+from slimlm.record import Record, explosion, senseless
 from slimlm.run.assemble import assemble, contents_of, peak_memory, verify_written
 from slimlm.run.block import BlockTask, commit_block, compress_block, reconstruct_block, remaining_blocks, starting_streams
 from slimlm.run.config import RunConfig, RunOptions, pick_device
@@ -144,6 +145,8 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
         record, files = assemble(folder, contents, prepared, run)
         run.progress(Event("verify", 0, 1))
         compared = verify_written(folder, contents, outputs, prepared)
+        if (warning := senseless(compared.dense, vocabulary_size(prepared.dense.model))) is not None:
+            run.notify(warning)
         record = dataclasses.replace(record, perplexity=compared, seconds=run.journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict(), files)
     run.progress(Event("verify", 1, 1))

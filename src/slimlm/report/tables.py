@@ -152,11 +152,33 @@ def summary_table(record: "Record", kernels: str) -> Table:
         *_plan_row(record),
         *_embedding_rows(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; not compressed: {others}{skipped}"),
+        *_source_rows(record),
         ("kernels", kernels),
         *_notes_row(record),
         ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
     ]
     return pairs_table(rows)
+
+
+def _source_rows(record: "Record") -> list[tuple[str, str]]:
+    """What became of the tensors of the original's files, and of the files beside them."""
+    source = record.source
+    if source is None:
+        return []
+    apart = [
+        f"{len(names)} {what} ({', '.join(_first(names))})"
+        for names, what in ((source.unplaced, "stored as they are, outside the model"), (source.left_out, "left out"))
+        if names
+    ]
+    inside = len(source.tensors) - len(source.unplaced) - len(source.left_out)
+    tensors = "; ".join([f"{len(source.tensors)} tensors: {inside} in the model", *apart])
+    lost = source.files_left_out
+    named = f": {', '.join(_first(lost))} (slimlm.json says why)" if lost else ""
+    kept = len(source.files) - len(lost)
+    return [
+        ("original", tensors),
+        ("its files", f"{len(source.files)}: {kept} read, copied or written anew, {len(lost)} left out{named}"),
+    ]
 
 
 def _perplexity_row(record: "Record") -> list[tuple[str, str]]:

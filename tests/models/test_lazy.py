@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm import pipeline
-from slimlm.calibration.capture import arguments_of, enter, first_inputs
+from slimlm.calibration.calls import observe, shared_arguments
+from slimlm.calibration.capture import batches_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.files import weight_files
@@ -45,11 +46,12 @@ def test_a_lazy_model_has_the_weights_names_and_inputs_of_an_open_one(family: st
     windows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
     with lazy.outer_tensors_filled(blocks):
         with lazy.blocks_filled_in_turn(blocks):
-            arguments = arguments_of(lazy.model, blocks, windows)
-        hidden = list(first_inputs(lazy.model, blocks, windows))
+            calls = observe(lazy.model, blocks).calls
+        arguments = shared_arguments(lazy.model, blocks, calls, batches_of(windows))
+        hidden = list(first_inputs(lazy.model, blocks, batches_of(windows)))
     expected = enter(dense.model, theirs, windows)
     assert all(torch.equal(ours, own) for ours, own in zip(hidden, expected.hidden, strict=True))
-    assert arguments.keys() == expected.arguments.keys()
+    assert arguments.keys() == expected.arguments.shared.keys()
     for name, block in theirs.items():
         own = lazy.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, own[key]) for key, tensor in block.state_dict().items())

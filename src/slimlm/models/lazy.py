@@ -31,6 +31,7 @@ from slimlm.models.opening import (
     refuse_quantized,
     weights_folder,
 )
+from slimlm.models.outputs import plain_outputs
 from slimlm.models.parameters import FileTensors, Release, resolve_parameters
 from slimlm.models.placeholders import drop_values, meta_copy
 from slimlm.storage.mapping import MappedFiles
@@ -136,9 +137,12 @@ class LazyModel:
         return {name: tensor for name, tensor in outside.items() if id(tensor) not in of_head or uses[id(tensor)] > 1}
 
     @contextmanager
-    def outer_tensors_filled(self, blocks: Iterable[str]) -> Iterator[None]:
-        """Within this context the tensors that `outer_tensors` gives have their values."""
+    def outer_tensors_filled(self, blocks: Iterable[str], *, head: bool = False) -> Iterator[None]:
+        """Within this context the tensors that `outer_tensors` gives have their values; with `head`, lm_head's too."""
         needed = self.outer_tensors(blocks)
+        if head:
+            state = self.model.state_dict(keep_vars=True)
+            needed = {name: state[name] for name in self.outside(blocks)}
         try:
             self._fill(needed, "")
             yield
@@ -208,6 +212,7 @@ def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
             "that slimlm does not know, so they cannot be read block by block"
         )
         return _from_dense(source, tokenizer)
+    plain_outputs(resolved.model)
     return LazyModel(
         source,
         folder,

@@ -11,12 +11,20 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError, first_line
 from slimlm.models.experts import fused_in, take_apart
+from slimlm.models.outputs import plain_outputs
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -129,6 +137,23 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         raise ModelError(f"the tokenizer of {source} cannot be opened: {first_line(error)}") from error
 
 
+def open_generation_config(folder: Path) -> GenerationConfig:
+    """The generation config as transformers finds it: in its own file, or else in the model's config.
+
+    Raises:
+        ModelError: transformers refuses it.
+    """
+    own = (folder / "generation_config.json").is_file()
+    name, reading = ("generation_config.json", {}) if own else ("config.json", {"_from_model_config": True})
+    try:
+        return GenerationConfig.from_pretrained(folder, config_file_name=name, **reading)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{name} in {folder} cannot be opened as a generation config: {first_line(error)} Correct the file; "
+            "transformers would refuse it when the model generates text"
+        ) from error
+
+
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Within this context transformers shows no progress bars; slimlm reports its progress itself."""
@@ -167,6 +192,7 @@ def open_dense(source: str) -> DenseModel:
     refuse_missing(info, source, type(model).__name__)
     size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
     model = model.eval().requires_grad_(False)
+    plain_outputs(model)
     experts = fused_in(model)
     for name in experts:
         dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimlm.calibration.calls import OutputForm, hidden_of
 from slimlm.calibration.capture import sent_to
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, StoredEntry
@@ -25,6 +26,18 @@ from slimlm.runtime.linear import CompressedLinear
 _CPU = torch.device("cpu")
 _Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """A function from a block's arguments to its output."""
+
+
+@dataclass(frozen=True)
+class LastOutputs:
+    """The last block's outputs for some tokens."""
+
+    tokens: Tensor
+    """The tokens, `[samples, length]`."""
+    hidden: Tensor
+    """The hidden states, `[samples, length, width]`."""
+    forms: Mapping[str, OutputForm]
+    """The form of each block's output, by name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class StoredModel:
             forwards[names[0]] = partial(run_first, names[0])
         return self._around(forwards)
 
-    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
+    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> LastOutputs:
         """The last block's outputs; logits are not computed.
 
         Args:
@@ -86,35 +99,40 @@ class StoredModel:
             first: See `assembled`.
         """
         model = self.assembled(device, first=first)
-        last = list(blocks_of(self.meta_model))[-1]
-        caught: list[Any] = []
-        handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
-        try:
-            with torch.no_grad():
-                model.base_model(ids, use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0]
+        forms: dict[str, OutputForm] = {}
+        hidden: list[Tensor] = []
 
-    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
+        def note(name: str, output: Any) -> None:
+            forms[name] = OutputForm.of(output)
+            hidden[:] = [hidden_of(output)]
+
+        for name in blocks_of(self.meta_model):
+            model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        with torch.no_grad():
+            model.base_model(ids, use_cache=False)
+        return LastOutputs(ids, hidden[0], forms)
+
+    def logits(self, outputs: LastOutputs, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
         """The logits from the last block's outputs; the modules after the blocks compute in float32.
 
         Args:
-            output: The last block's outputs.
-            ids: Token ids `[samples, length]`.
+            outputs: The last block's outputs.
             pieces: Samples and positions of each piece.
 
         Yields:
             The logits `[samples, positions, vocabulary]` of each piece.
         """
-        hidden = output[0] if isinstance(output, tuple) else output
-        given: list[Any] = []
-        model = self._around(dict.fromkeys(blocks_of(self.meta_model), lambda *_: given[-1]))
+        given: list[Tensor] = []
+
+        def giving(form: OutputForm) -> _Forward:
+            return lambda *_: form.around(given[-1])
+
+        model = self._around({name: giving(form) for name, form in outputs.forms.items()})
         for piece in pieces:
-            given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
+            given.append(outputs.hidden[piece])
             # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
-                logits = model(ids[piece], use_cache=False).logits
+                logits = model(outputs.tokens[piece], use_cache=False).logits
             yield logits
 
     def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:

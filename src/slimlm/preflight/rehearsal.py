@@ -1,0 +1,125 @@
+"""A rehearsal before the work: what a run does with a model, done once on a few tokens, so that it cannot fail at the end.
+
+The dense model is run on a few random tokens, each block read when it is run. A copy of each block, as the run works on one,
+must give what the block itself gives from the same arguments. The logits that follow from the last block's outputs alone must
+be those of the whole model. Config, generation config and tokenizer are written and opened again. Whatever cannot work is
+refused by name. See slimlm.calibration.calls for how blocks are called.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from slimlm.calibration.calls import Call, Calls, call, hidden_of, observe, same_values
+from slimlm.core.errors import ModelError, NumericsError, first_line
+from slimlm.evaluation.perplexity import Piece
+from slimlm.models.lazy import LazyModel
+from slimlm.models.opening import open_generation_config, open_tokenizer
+from slimlm.models.placeholders import meta_copy
+from slimlm.storage import checkpoint
+from slimlm.storage.entries import Description
+from slimlm.verification.stored_model import LastOutputs, StoredModel
+
+_SAME_LOGITS = 1e-2
+"""The share of the largest logit by which logits may differ: modules outside the blocks stay in the 16 bits that they are
+stored in, and some classes round activations to these before lm_head."""
+
+
+def rehearse(dense: LazyModel, blocks: dict[str, nn.Module]) -> Calls:
+    """Do once, on a few tokens, what a run does with a model; gives how the model calls its blocks.
+
+    Args:
+        dense: The original model.
+        blocks: Its blocks by full name, in order.
+
+    Raises:
+        ModelError: The model cannot be run block by block, or its logits do not follow from its last block's outputs.
+        NumericsError: Its logits hold NaN.
+    """
+    with dense.outer_tensors_filled(blocks, head=True), dense.blocks_filled_in_turn(blocks):
+        observed = observe(dense.model, blocks, whole=True, check=_refuse_other_copy)
+    assert observed.logits is not None, "the model was run to its end"
+    name = type(dense.model).__name__
+    if bool(observed.logits.isnan().any()):
+        raise NumericsError(
+            f"the logits of {dense.source} hold NaN on random tokens, in float32: its weights do not fit {name}, or are damaged"
+        )
+    stored = StoredModel(dense.model, dense.weights, dense.release)
+    pieces = _pieces(observed.tokens)
+    outputs = LastOutputs(observed.tokens, observed.hidden, observed.calls.forms)
+    for piece, found in zip(pieces, stored.logits(outputs, pieces), strict=True):
+        if not same_values(found, observed.logits[piece], _SAME_LOGITS):
+            raise ModelError(
+                f"the logits of {name} do not follow from its last block's outputs alone; slimlm runs blocks one at a time and "
+                "passes on their outputs, so it cannot compress this model"
+            )
+    return observed.calls
+
+
+def refuse_shared_weights(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError where two blocks share a weight; only names are compared."""
+    owners: dict[int, tuple[str, str]] = {}
+    for name, block in blocks.items():
+        for key, tensor in block.state_dict(keep_vars=True).items():
+            owner, shared = owners.setdefault(id(tensor), (name, f"{name}.{key}"))
+            if owner != name:
+                raise ModelError(
+                    f"blocks of {type(model).__name__} share weights: {name}.{key} is {shared}. slimlm compresses each block "
+                    "for inputs of its own, one after another, and cannot compress this model; one of the same family whose "
+                    "blocks have weights of their own works"
+                )
+
+
+def rehearse_files(dense: LazyModel, folder: Path) -> None:
+    """Write config, generation config and tokenizer to a folder that is there, and open them as a checkpoint's are opened.
+
+    Raises:
+        ModelError: Transformers refuses one of them, as it would once all blocks are compressed.
+    """
+    # First from where it is, so that the message names the user's own file.
+    open_generation_config(dense.folder)
+    checkpoint.write_config(folder, dense.config, Description({}, {}, ()))
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if dense.tokenizer is not None:
+            dense.tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        # Code of transformers and tokenizers, which raises whatever it meets in files that make no sense.
+        raise ModelError(
+            f"the config or the tokenizer of {dense.source} cannot be written and opened again: {first_line(error)}"
+        ) from error
+    open_tokenizer(str(folder))
+
+
+def _refuse_other_copy(name: str, block: nn.Module, called: Call, expected: Tensor) -> None:
+    """Raise ModelError where a copy of a block does not give the same outputs, `[samples, length, width]`, as the block."""
+    copy = meta_copy(block)
+    for own, original in zip(_tensors(copy), _tensors(block), strict=True):
+        own.data = original.data
+    try:
+        with torch.no_grad():
+            # Its forward, because hooks were copied, too.
+            found = hidden_of(call(copy.forward, called.hidden.clone(), called.arguments))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(f"a copy of {name}, a {type(block).__name__}, cannot be run by itself: {first_line(error)}") from error
+    if not same_values(found, expected):
+        raise ModelError(
+            f"a copy of {name}, a {type(block).__name__}, gives other outputs than the block in its model: it reads something "
+            "outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot compress this one"
+        )
+
+
+def _tensors(block: nn.Module) -> list[Tensor]:
+    return list(block.state_dict(keep_vars=True).values())
+
+
+def _pieces(tokens: Tensor) -> list[Piece]:
+    """Samples and positions of pieces of tokens `[samples, length]`: one sample, and half of the positions, at a time."""
+    count, length = tokens.shape
+    halves = (slice(0, length // 2), slice(length // 2, length))
+    return [(slice(row, row + 1), positions) for row in range(count) for positions in halves]

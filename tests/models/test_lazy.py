@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm import pipeline
-from slimlm.calibration.calls import observe, shared_arguments
+from slimlm.calibration.calls import shared_arguments
 from slimlm.calibration.capture import batches_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
@@ -20,6 +20,7 @@ from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy, prefetched
 from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
+from slimlm.preflight.rehearsal import rehearse
 from slimlm.run.block import BlockTask
 from tests.conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
@@ -44,9 +45,8 @@ def test_a_lazy_model_has_the_weights_names_and_inputs_of_an_open_one(family: st
     blocks, theirs = blocks_of(lazy.model), blocks_of(dense.model)
     assert list(blocks) == list(theirs)
     windows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
+    calls = rehearse(lazy, blocks)
     with lazy.outer_tensors_filled(blocks):
-        with lazy.blocks_filled_in_turn(blocks):
-            calls = observe(lazy.model, blocks).calls
         arguments = shared_arguments(lazy.model, blocks, calls, batches_of(windows))
         hidden = list(first_inputs(lazy.model, blocks, batches_of(windows)))
     expected = enter(dense.model, theirs, windows)

@@ -114,16 +114,12 @@ class Call:
     """Its other arguments."""
 
 
-Replay = Callable[[str, nn.Module, Call, Tensor], None]
-"""Is given each block's name, the block, its call and its output's hidden states `[samples, length, width]`."""
-
-
 class StopHereError(Exception):
     """Raised by a hook that has captured everything, so that the rest of the model is not run."""
 
 
 def observe(
-    model: nn.Module, blocks: dict[str, nn.Module], *, whole: bool = False, check: Replay = lambda *_: None
+    model: nn.Module, blocks: dict[str, nn.Module], *, whole: bool = False, shown: Mapping[str, nn.Module] | None = None
 ) -> Observed:
     """Run a model on a few random tokens, and find out how it calls its blocks.
 
@@ -131,21 +127,21 @@ def observe(
         model: The model.
         blocks: Its blocks by full name, in order.
         whole: Whether the model is run to its end, for its logits.
-        check: Called after each block, while it holds its values.
+        shown: Blocks of the same names whose `forward` names the arguments; None: these.
 
     Raises:
         ModelError: The model fails on plain text, computes something between two blocks, or its blocks use what earlier ones
             compute in another way than through the hidden states.
     """
     tokens, others = trial_tokens(model)
-    calls, outputs, logits = _plain_pass(model, blocks, tokens, whole=whole, check=check)
+    calls, outputs, logits = _plain_pass(model, blocks, tokens, whole=whole)
     forms = {name: OutputForm.of(output) for name, output in outputs.items()}
     first, second = (_skipping_pass(model, blocks, forms, text) for text in (tokens, others))
-    for name, block in blocks.items():
-        differing = list(_differences(calls[name].arguments, first[name], block))
-        if differing:
-            _refuse_used(model, name, block, Call(calls[name].hidden, first[name]), hidden_of(outputs[name]), differing)
-    dependent = frozenset(n for n, block in blocks.items() if next(_differences(first[n], second[n], block), None))
+    for name, block in (shown or blocks).items():
+        if differing := list(_differences(calls[name].arguments, first[name], block)):
+            skipping = Call(calls[name].hidden, first[name])
+            _refuse_used(model, name, blocks[name], skipping, hidden_of(outputs[name]), differing)
+    dependent = frozenset(name for name, block in blocks.items() if any(_differences(first[name], second[name], block)))
     last = hidden_of(outputs[next(reversed(blocks))])
     return Observed(Calls(forms, dependent), tokens, last, logits)
 
@@ -254,7 +250,7 @@ def explaining_failures(model: nn.Module) -> Iterator[None]:
 
 @profiled("calibration forward")
 def _plain_pass(
-    model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor, *, whole: bool, check: Replay
+    model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor, *, whole: bool
 ) -> tuple[dict[str, Call], dict[str, Any], Tensor | None]:
     """The calls of all blocks, their outputs by name, and the logits, in a plain forward pass."""
     final = next(reversed(blocks))
@@ -272,9 +268,8 @@ def _plain_pass(
         # Blocks may add to their hidden states in place, and to lists and dictionaries that they share.
         calls[name] = Call(own.hidden.clone(), copied(own.arguments))
 
-    def after(name: str, block: nn.Module, output: Any) -> None:
+    def after(name: str, output: Any) -> None:
         outputs[name] = copied(output)
-        check(name, block, calls[name], hidden_of(output))
         if name == final and not whole:
             raise StopHereError
 
@@ -282,8 +277,7 @@ def _plain_pass(
     for name, block in blocks.items():
         handles += [
             block.register_forward_pre_hook(lambda _, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True),
-            # First, so that a block which is filled for its run alone still holds its values.
-            block.register_forward_hook(lambda own, _, output, name=name: after(name, own, output), prepend=True),
+            block.register_forward_hook(lambda _, __, output, name=name: after(name, output)),
         ]
     logits = None
     try:

@@ -137,34 +137,14 @@ class LazyModel:
         return {name: tensor for name, tensor in outside.items() if id(tensor) not in of_head or uses[id(tensor)] > 1}
 
     @contextmanager
-    def outer_tensors_filled(self, blocks: Iterable[str], *, head: bool = False) -> Iterator[None]:
-        """Within this context the tensors that `outer_tensors` gives have their values; with `head`, lm_head's too."""
+    def outer_tensors_filled(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Within this context the tensors that `outer_tensors` gives have their values."""
         needed = self.outer_tensors(blocks)
-        if head:
-            state = self.model.state_dict(keep_vars=True)
-            needed = {name: state[name] for name in self.outside(blocks)}
         try:
             self._fill(needed, "")
             yield
         finally:
             drop_values(needed.values())
-
-    @contextmanager
-    def blocks_filled_in_turn(self, blocks: dict[str, nn.Module]) -> Iterator[None]:
-        """Within this context each block of the meta model has its values while it runs."""
-        handles = []
-        for name, block in blocks.items():
-            handles += [
-                block.register_forward_pre_hook(lambda module, _, name=name: self.fill(module, name)),
-                block.register_forward_hook(lambda module, _, __: self.empty(module)),
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in blocks.values():
-                self.empty(block)
 
 
 def prefetched(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:

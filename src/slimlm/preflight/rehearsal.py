@@ -1,19 +1,21 @@
 """A rehearsal before the work: what a run does with a model, done once on a few tokens, so that it cannot fail at the end.
 
 The dense model is run on a few random tokens, each block read when it is run. A copy of each block, as the run works on one,
-must give what the block itself gives from the same arguments. The logits that follow from the last block's outputs alone must
+must give what the block in its model gives. The logits that follow from the last block's outputs alone must
 be those of the whole model. Config, generation config and tokenizer are written and opened again. Whatever cannot work is
 refused by name. See slimlm.calibration.calls for how blocks are called.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from slimlm.calibration.calls import Call, Calls, call, hidden_of, observe, same_values
+from slimlm.calibration.calls import Calls, copied, hidden_of, observe, same_values
 from slimlm.core.errors import ModelError, NumericsError, first_line
 from slimlm.evaluation.perplexity import Piece
 from slimlm.models.lazy import LazyModel
@@ -24,8 +26,8 @@ from slimlm.storage.entries import Description
 from slimlm.verification.stored_model import LastOutputs, StoredModel
 
 _SAME_LOGITS = 1e-2
-"""The share of the largest logit by which logits may differ: modules outside the blocks stay in the 16 bits that they are
-stored in, and some classes round activations to these before lm_head."""
+"""The share of the largest logit by which logits may differ: some classes round activations to the 16 bits in which lm_head is
+stored, and sums in another order of addition may be rounded to the neighbouring value."""
 
 
 def rehearse(dense: LazyModel, blocks: dict[str, nn.Module]) -> Calls:
@@ -39,15 +41,17 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module]) -> Calls:
         ModelError: The model cannot be run block by block, or its logits do not follow from its last block's outputs.
         NumericsError: Its logits hold NaN.
     """
-    with dense.outer_tensors_filled(blocks, head=True), dense.blocks_filled_in_turn(blocks):
-        observed = observe(dense.model, blocks, whole=True, check=_refuse_other_copy)
+    stored = StoredModel(dense.model, dense.weights, dense.release)
+    model = stored.around({name: partial(_run_in_place, dense, name) for name in blocks})
+    replaced = {name: model.get_submodule(name) for name in blocks}
+    with dense.outer_tensors_filled(blocks):
+        observed = observe(model, replaced, whole=True, shown=blocks)
     assert observed.logits is not None, "the model was run to its end"
     name = type(dense.model).__name__
     if bool(observed.logits.isnan().any()):
         raise NumericsError(
             f"the logits of {dense.source} hold NaN on random tokens, in float32: its weights do not fit {name}, or are damaged"
         )
-    stored = StoredModel(dense.model, dense.weights, dense.release)
     pieces = _pieces(observed.tokens)
     outputs = LastOutputs(observed.tokens, observed.hidden, observed.calls.forms)
     for piece, found in zip(pieces, stored.logits(outputs, pieces), strict=True):
@@ -96,22 +100,29 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
     open_tokenizer(str(folder))
 
 
-def _refuse_other_copy(name: str, block: nn.Module, called: Call, expected: Tensor) -> None:
-    """Raise ModelError where a copy of a block does not give the same outputs, `[samples, length, width]`, as the block."""
-    copy = meta_copy(block)
-    for own, original in zip(_tensors(copy), _tensors(block), strict=True):
-        own.data = original.data
+def _run_in_place(dense: LazyModel, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of a block of the meta model, which holds its values meanwhile.
+
+    Raises:
+        ModelError: A copy of the block does not give the same.
+    """
+    block = dense.model.get_submodule(name)
+    given = copied((args, kwargs), torch.clone)
+    dense.fill(block, name)
     try:
-        with torch.no_grad():
-            # Its forward, because hooks were copied, too.
-            found = hidden_of(call(copy.forward, called.hidden.clone(), called.arguments))
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ModelError(f"a copy of {name}, a {type(block).__name__}, cannot be run by itself: {first_line(error)}") from error
-    if not same_values(found, expected):
+        output = block(*args, **kwargs)
+        copy = meta_copy(block)
+        for own, original in zip(_tensors(copy), _tensors(block), strict=True):
+            own.data = original.data
+        found = copy(*given[0], **given[1])
+    finally:
+        dense.empty(block)
+    if not same_values(hidden_of(found), hidden_of(output)):
         raise ModelError(
             f"a copy of {name}, a {type(block).__name__}, gives other outputs than the block in its model: it reads something "
             "outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot compress this one"
         )
+    return output
 
 
 def _tensors(block: nn.Module) -> list[Tensor]:

@@ -24,7 +24,7 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
 _CPU = torch.device("cpu")
-_Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """A function from a block's arguments to its output."""
 
 
@@ -85,10 +85,10 @@ class StoredModel:
             return self._run(name, device, args, {**kwargs, "hidden_states": first})
 
         names = list(blocks_of(self.meta_model))
-        forwards: dict[str, _Forward] = {name: partial(self._run, name, device) for name in names}
+        forwards: dict[str, Forward] = {name: partial(self._run, name, device) for name in names}
         if first is not None:
             forwards[names[0]] = partial(run_first, names[0])
-        return self._around(forwards)
+        return self.around(forwards)
 
     def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> LastOutputs:
         """The last block's outputs; logits are not computed.
@@ -124,10 +124,10 @@ class StoredModel:
         """
         given: list[Tensor] = []
 
-        def giving(form: OutputForm) -> _Forward:
+        def giving(form: OutputForm) -> Forward:
             return lambda *_: form.around(given[-1])
 
-        model = self._around({name: giving(form) for name, form in outputs.forms.items()})
+        model = self.around({name: giving(form) for name, form in outputs.forms.items()})
         for piece in pieces:
             given.append(outputs.hidden[piece])
             # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
@@ -135,7 +135,8 @@ class StoredModel:
                 logits = model(outputs.tokens[piece], use_cache=False).logits
             yield logits
 
-    def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
+    def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
+        """A model whose blocks are replaced by functions, by name, and which computes in float32."""
         model = meta_copy(self.meta_model)
         assert isinstance(model, PreTrainedModel)
         for name, forward in forwards.items():
@@ -194,7 +195,7 @@ class StoredModel:
 class _Replacement(nn.Module):
     """A block's replacement that runs a function; other attributes that a model reads are those of the meta model's block."""
 
-    def __init__(self, shown: nn.Module, run: _Forward) -> None:
+    def __init__(self, shown: nn.Module, run: Forward) -> None:
         super().__init__()
         # In a tuple, so that the block does not become a part of this module.
         self._shown, self._run = (shown,), run

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlm.calibration.capture import first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import perplexity_of, pieces_of
@@ -233,14 +232,13 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     original = StoredModel(dense.model, dense.weights, dense.release)
     few = prepared.few_samples
     # The blocks were compressed on the outputs of the original embedding.
-    first = _first_inputs(original, prepared.blocks, few, device) if own.embeddings else None
-    read_back = reloaded.outputs(few, device, first=first)
+    read_back = reloaded.outputs(few, device, outside=original if own.embeddings else None)
     given = dataclasses.replace(read_back, hidden=outputs[: len(few), : few.shape[1]])
     _refuse_different("the outputs of the blocks that were", zip(read_back.hidden, given.hidden, strict=True))
     pieces = pieces_of(few, vocabulary_size(dense.model))
     both = zip(reloaded.logits(read_back, pieces), in_memory.logits(given, pieces), strict=True)
     _refuse_different("the logits of the model that was", both)
-    if first is not None:
+    if own.embeddings:
         read_back = reloaded.outputs(few, device)
     after = perplexity_of(reloaded.logits(read_back, pieces), few, pieces)
     return Compared(before, after.value, after.tokens)
@@ -255,13 +253,6 @@ def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:
             raise CheckpointError(f"verification failed: {name} reads back different from what was written")
         contents.release([tensor])
         files.release([theirs])
-
-
-def _first_inputs(stored: StoredModel, blocks: Iterable[str], ids: Tensor, device: torch.device) -> Tensor:
-    """The inputs of a model's first block for tokens `[samples, length]`."""
-    model = stored.assembled(device)
-    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in blocks}
-    return next(first_inputs(model, modules, [ids]))
 
 
 def _refuse_different(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -126,7 +126,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     if budget is not None:
         refuse_budget(shapes, budget)
     refuse_unfit_model(dense, blocks)
-    calls = rehearse(dense, blocks)
+    calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
         lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)

@@ -71,34 +71,22 @@ class StoredModel:
         self.release(tensor for full, tensor in self.tensors.items() if full.startswith(f"{name}."))
         return sent_to(output, _CPU)
 
-    def assembled(self, device: torch.device = _CPU, *, first: Tensor | None = None) -> PreTrainedModel:
-        """A model that makes each block, on the device, when it is run, and computes in float32.
+    def assembled(self, device: torch.device = _CPU) -> PreTrainedModel:
+        """A model that makes each block, on the device, when it is run, and computes in float32."""
+        return self.around(self._blocks_made(device))
 
-        Args:
-            device: The device that blocks are run on.
-            first: Inputs of the first block, `[samples, length, width]`, in place of the embedding's outputs.
-        """
+    def _blocks_made(self, device: torch.device) -> dict[str, Forward]:
+        return {name: partial(self._run, name, device) for name in blocks_of(self.meta_model)}
 
-        def run_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return self._run(name, device, (first, *args[1:]), kwargs)
-            return self._run(name, device, args, {**kwargs, "hidden_states": first})
-
-        names = list(blocks_of(self.meta_model))
-        forwards: dict[str, Forward] = {name: partial(self._run, name, device) for name in names}
-        if first is not None:
-            forwards[names[0]] = partial(run_first, names[0])
-        return self.around(forwards)
-
-    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> LastOutputs:
+    def outputs(self, ids: Tensor, device: torch.device, *, outside: "StoredModel | None" = None) -> LastOutputs:
         """The last block's outputs; logits are not computed.
 
         Args:
             ids: Token ids `[samples, length]`.
             device: The device that blocks are run on.
-            first: See `assembled`.
+            outside: The model whose modules outside the blocks are used; None: this one.
         """
-        model = self.assembled(device, first=first)
+        model = (outside or self).around(self._blocks_made(device))
         forms: dict[str, OutputForm] = {}
         hidden: list[Tensor] = []
 

@@ -7,8 +7,8 @@ refused by name. See slimlm.calibration.calls for how blocks are called.
 """
 
 import json
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from slimlm.core.errors import ModelError, NumericsError, first_line
 from slimlm.evaluation.perplexity import Piece
 from slimlm.models.lazy import LazyModel
 from slimlm.models.opening import open_generation_config, open_tokenizer
-from slimlm.models.placeholders import meta_copy
-from slimlm.models.structure import linears_of
+from slimlm.models.placeholders import meta_copy, placeholder
+from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.verification.stored_model import LastOutputs, StoredModel
@@ -48,12 +48,12 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
         NumericsError: Its logits hold NaN.
     """
     stored = StoredModel(dense.model, dense.weights, dense.release)
-    unused: list[str] = []
-    model = stored.around({name: partial(_run_in_place, dense, name, unused) for name in blocks})
+    trial = _Trial(dense, compressed, [])
+    model = stored.around({name: partial(trial.run, name) for name in blocks})
     replaced = {name: model.get_submodule(name) for name in blocks}
     with dense.outer_tensors_filled(blocks):
         observed = observe(model, replaced, whole=True, shown=blocks)
-    _refuse_unused([layer for layer in unused if layer in compressed], dense)
+    _refuse_unfit(list(dict.fromkeys(trial.unfit)), dense)
     assert observed.logits is not None, "the model was run to its end"
     name = type(dense.model).__name__
     if bool(observed.logits.isnan().any()):
@@ -108,63 +108,97 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
     open_tokenizer(str(folder))
 
 
-def _run_in_place(dense: LazyModel, name: str, unused: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The output of a block of the meta model, which holds its values meanwhile.
+@dataclass(frozen=True)
+class _Trial:
+    """Runs the blocks of a meta model, each filled while it runs, and copies of them as they will be compressed."""
+
+    dense: LazyModel
+    """The model."""
+    compressed: Container[str]
+    """The layers that are to be compressed, by full name."""
+    unfit: list[str]
+    """Gets the full names of those whose weight is not used by calls of the layer alone."""
+
+    def run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a block; raises ModelError where a copy of it does not give the same."""
+        block = self.dense.model.get_submodule(name)
+        given = copied((args, kwargs), torch.clone)
+        self.dense.fill(block, name)
+        try:
+            output = block(*args, **kwargs)
+            self._compare(name, block, given, hidden_of(output))
+        finally:
+            self.dense.empty(block)
+        return output
+
+    def _compare(self, name: str, block: nn.Module, given: tuple[Any, Any], expected: Tensor) -> None:
+        """Run copies of a block, whose output's hidden states are expected to be these, `[samples, length, width]`."""
+        layers = [layer for layer in linears_of(block) if f"{name}.{layer}" in self.compressed]
+        alike, called = _copy_gives(block, layers, given, expected)
+        if not alike and not _copy_gives(block, [], given, expected)[0]:
+            raise ModelError(
+                f"a copy of {name}, a {type(block).__name__}, gives other outputs than the block in its model: it reads "
+                "something outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot "
+                "compress this one"
+            )
+        # Where all of them together do not work, one after another shows which.
+        tried = {layer: (alike, called) if alike else _copy_gives(block, [layer], given, expected) for layer in layers}
+        for layer, (works, used) in tried.items():
+            # An expert may be given none of a few tokens.
+            if not works or (layer not in used and kind_of(block, layer) == layer):
+                self.unfit.append(f"{name}.{layer}")
+
+
+def _copy_gives(block: nn.Module, layers: list[str], given: tuple[Any, Any], expected: Tensor) -> tuple[bool, set[str]]:
+    """Run a copy of a block in which these layers can only be called; gives whether its output is the same, and which were.
 
     Args:
-        dense: The model.
-        name: The block's name.
-        unused: Gets the full names of its layers that are given no input, experts apart.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Raises:
-        ModelError: A copy of the block does not give the same.
+        block: The block, with its values, which the copy shares.
+        layers: The names of layers within it.
+        given: Its positional and keyword arguments.
+        expected: The hidden states of its output, `[samples, length, width]`.
     """
-    block = dense.model.get_submodule(name)
-    given = copied((args, kwargs), torch.clone)
-    dense.fill(block, name)
+    copy = meta_copy(block)
+    for own, original in zip(_tensors(copy), _tensors(block), strict=True):
+        own.data = original.data
+    called: set[str] = set()
+    for layer in layers:
+        swap(copy, layer, _OnlyCalled(copy.get_submodule(layer), partial(called.add, layer)))
+    args, kwargs = copied(given, torch.clone)
     try:
-        with _noting_use(block) as used:
-            output = block(*args, **kwargs)
-        copy = meta_copy(block)
-        for own, original in zip(_tensors(copy), _tensors(block), strict=True):
-            own.data = original.data
-        found = copy(*given[0], **given[1])
-    finally:
-        dense.empty(block)
-    unused += [f"{name}.{layer}" for layer in linears_of(block) if layer not in used and kind_of(block, layer) == layer]
-    if not same_values(hidden_of(found), hidden_of(output)):
-        raise ModelError(
-            f"a copy of {name}, a {type(block).__name__}, gives other outputs than the block in its model: it reads something "
-            "outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot compress this one"
-        )
-    return output
+        return same_values(hidden_of(copy(*args, **kwargs)), expected), called
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        # The block uses what a compressed layer does not have; whoever asked names the layer.
+        return False, called
 
 
-@contextmanager
-def _noting_use(block: nn.Module) -> Iterator[set[str]]:
-    """The names of the block's linear layers that are given an input within this context."""
-    used: set[str] = set()
-    handles = [
-        linear.register_forward_pre_hook(lambda _, __, name=name: used.add(name)) for name, linear in linears_of(block).items()
-    ]
-    try:
-        yield used
-    finally:
-        for handle in handles:
-            handle.remove()
+class _OnlyCalled(nn.Module):
+    """A linear layer as it looks when it is compressed: it can be called, but its `weight` holds integers."""
+
+    def __init__(self, linear: nn.Module, note: Callable[[], None]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_of(linear).shape
+        self.bias = dict(linear.named_parameters()).get("bias")
+        self.register_buffer("weight", placeholder((self.out_features, self.in_features), torch.uint8))
+        # In a tuple, so that the layer does not become a part of this module.
+        self._linear, self._note = (linear,), note
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._note()
+        output = self._linear[0](x)
+        assert isinstance(output, Tensor)
+        return output
 
 
-def _refuse_unused(layers: list[str], dense: LazyModel) -> None:
-    """Raise ModelError where layers that are to be compressed are given no input."""
+def _refuse_unfit(layers: list[str], dense: LazyModel) -> None:
+    """Raise ModelError where layers that are to be compressed are not used by calls alone."""
     if not layers:
         return
     more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
-    inside = {".".join(layer.split(".")[-2:]) for layer in layers}
+    patterns = json.dumps(sorted({"*." + ".".join(layer.split(".")[-2:]) for layer in layers}))
     raise ModelError(
-        f"{layers[0]}{more} of {type(dense.model).__name__} got no input: the model uses the weights in another way, or does not "
-        f"use them on plain text. Exclude them from the recipe (ignore = {json.dumps([f'*.{name}' for name in sorted(inside)])})"
+        f"{type(dense.model).__name__} reads the weight of {layers[0]}{more} in another way than by calling the layer, or does "
+        f"not use it on plain text, so it cannot be compressed. Exclude such layers from the recipe (ignore = {patterns})"
     )
 
 

@@ -1,7 +1,7 @@
 """READ FIRST. The whole run: configuration -> the loop over blocks -> assemble -> verify.
 
     config = RunConfig(...)                       slimlm.run.config      what is asked for
-    prepared = decide(prepare(config, run), run)  slimlm.run.prepare     model opened, all checked, samples drawn, plan made
+    prepared = decide(prepare(config, run), run)  slimlm.run.prepare     model opened and tried, samples drawn, plan made
     for block in remaining_blocks(...):           slimlm.run.block       read from the files, one at a time
         compress_block(...)                                              measure inputs, apply the steps, swap the layers
         reconstruct_block(...)                                           where the recipe asks for it
@@ -33,17 +33,26 @@ from slimlm.core.errors import RecipeError
 from slimlm.events import Event, Notify, Observer, both, quiet, silent
 from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
-from slimlm.models.structure import vocabulary_size
+from slimlm.models.structure import blocks_of
 from slimlm.planner.plan import Plan
 from slimlm.preflight.checks import existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
-from slimlm.record import Record, explosion, senseless
+from slimlm.record import Record, explosion
 from slimlm.run.assemble import assemble, contents_of, peak_memory, verify_written
 from slimlm.run.block import BlockTask, commit_block, compress_block, reconstruct_block, remaining_blocks, starting_streams
 from slimlm.run.config import RunConfig, RunOptions, pick_device
 from slimlm.run.log import open_log
-from slimlm.run.prepare import Prepared, decide, plan_within_budget, prepare, run_needs
+from slimlm.run.prepare import (
+    Prepared,
+    decide,
+    dense_perplexity,
+    plan_within_budget,
+    prepare,
+    refuse_unfit_model,
+    run_needs,
+    warn_of_guesses,
+)
 from slimlm.run.resume import Run, open_run
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, Journal
@@ -106,7 +115,10 @@ def compress(
     config = RunConfig(model=str(model), out=Path(out), **options)
     read_config(config.model)  # A path that is no model is refused before any folder is made.
     with open_run(Path(out), restart=restart, progress=progress, notify=notify) as run:
-        prepared = decide(prepare(config, run), run)
+        prepared = prepare(config, run)
+        if run.group.first:
+            warn_of_guesses(prepared, run)
+        prepared = decide(prepared, run)
         if run.journal.blocks:
             run.notify(
                 f"resuming after block {len(run.journal.blocks)} of {len(prepared.blocks)}, stored in {run.journal.folder}"
@@ -144,9 +156,7 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
     with checkpoint.written_beside(prepared.config.out, run.journal.folder / "finished", note_moving) as folder:
         record, files = assemble(folder, contents, prepared, run)
         run.progress(Event("verify", 0, 1))
-        compared = verify_written(folder, contents, outputs, prepared)
-        if (warning := senseless(compared.dense, vocabulary_size(prepared.dense.model))) is not None:
-            run.notify(warning)
+        compared = verify_written(folder, contents, outputs, prepared, dense_perplexity(prepared, run).value)
         record = dataclasses.replace(record, perplexity=compared, seconds=run.journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict(), files)
     run.progress(Event("verify", 1, 1))
@@ -198,6 +208,7 @@ def plan(
             raise RecipeError(
                 f'there is nothing to plan: give `bits`, or a recipe with rank = "auto" ({prepared.recipe.name} has none)'
             )
+        warn_of_guesses(prepared, Run(prepared.activations.journal, notify=notify))
         found = plan_within_budget(prepared, progress)
     return found, found.recipe(prepared.recipe)
 
@@ -228,7 +239,9 @@ def estimate(
     device = pick_device(config.device)
     config.budget()  # Raises where the budget makes no sense.
     with TemporaryDirectory() as scratch:
-        needs = run_needs(config, open_lazy(config.model, Path(scratch), notify))
+        dense = open_lazy(config.model, Path(scratch), notify)
+        refuse_unfit_model(dense, blocks_of(dense.model))
+        needs = run_needs(config, dense)
         folder = None if config.out is None else existing(config.out)
         return estimate_of(
             needs,

@@ -66,8 +66,6 @@ class Compared:
         return not self.compressed <= _EXPLODED * self.dense
 
 
-_SENSELESS = 10
-"""Times the perplexity of pure chance from which the user is warned of the original: 2.3 nats per token worse."""
 _EXPLODED = 2.0
 """The factor of growth in perplexity from which the user is warned: 0.69 nats per token."""
 
@@ -171,22 +169,6 @@ class Record:
         if small := [row.name for row in (*record.layers, *record.embeddings) if min(row.shape) < 1]:
             raise CheckpointError(f"the record of the checkpoint is damaged: {small[0]} has no size")
         return record
-
-
-def senseless(dense: float, vocabulary: int) -> str | None:
-    """A warning where a dense model predicts text much worse than chance would; None: it does not.
-
-    Args:
-        dense: The perplexity of the original model.
-        vocabulary: The number of tokens it knows, which is the perplexity of pure chance.
-    """
-    if dense <= _SENSELESS * vocabulary:
-        return None
-    return (
-        f"the original model's perplexity is {dense:.4g}; guessing among its {vocabulary} tokens would give {vocabulary}. Its "
-        "weights or its tokenizer are probably not what they should be, or the text is of another kind than it was trained on. "
-        "Check the original before you use what was compressed"
-    )
 
 
 def explosion(record: Record) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import slimlm
+from slimlm.calibration.calls import BlockArguments
 from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
 from slimlm.calibration.measurement import measure
 from slimlm.calibration.stages import stages_of
@@ -292,7 +293,7 @@ def routed() -> tuple[_Routed, _Routed, BlockInputs]:
     twin, block = _Routed().eval(), _Routed().eval()
     block.load_state_dict(twin.state_dict())
     hidden = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(4))
-    return twin, block, BlockInputs([hidden[:3], hidden[3:]], {("b", n): ((None,), {}) for n in (1, 3)})
+    return twin, block, BlockInputs([hidden[:3], hidden[3:]], BlockArguments({("b", n): ((None,), {}) for n in (1, 3)}))
 
 
 def test_an_expert_that_is_given_other_tokens_has_no_cross_statistic_and_the_others_do() -> None:
@@ -367,7 +368,7 @@ def _swapped() -> dict[str, Stats]:
         sides = block.inner(tokens)[:, 0] > 0
     count = int(min(sides.sum(), (~sides).sum()))
     even = torch.cat([tokens[sides][:count], tokens[~sides][:count]])[:, None]
-    flow = BlockInputs([even], {("b", 2 * count): ((None,), {})})
+    flow = BlockInputs([even], BlockArguments({("b", 2 * count): ((None,), {})}))
     stats = measure(
         BlockRun(block, "b", flow, CPU), linears_of(block), frozenset({CrossCovariance}), BlockRun(twin, "b", flow, CPU)
     )

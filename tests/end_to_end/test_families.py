@@ -143,7 +143,7 @@ def test_sliding_and_full_layers_keep_their_own_masks() -> None:
     model = random_model("qwen2-mixed-attention")
     blocks = blocks_of(model)
     flow = enter(model, blocks, torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(5)))
-    masks = [flow.arguments[name, 2][1].get("attention_mask") for name in blocks]
+    masks = [flow.arguments.of(name, 0, 2)[1].get("attention_mask") for name in blocks]
     assert masks[1] is not None
     assert masks[0] is None or not torch.equal(masks[0], masks[1])
 

@@ -18,7 +18,7 @@ STAGES = {
     "the text is noted": ("own", Moment(("slimlm.storage.journal:Journal.note_tensor",), after=True), 0),
     "a plan is made": ("planned", Moment(("slimlm.run.prepare:plan_within_budget",), after=True), 0),
     "the plan is noted": ("planned", Moment(("slimlm.pipeline:decide",), after=True), 0),
-    "arguments are captured": ("matched", Moment(("slimlm.run.block:arguments_of",), after=True), 0),
+    "arguments are captured": ("matched", Moment(("slimlm.run.block:shared_arguments",), after=True), 0),
     "a layer is measured": ("matched", Moment(("slimlm.run.block:measure",), 2), 1),
     "a layer's steps are done": ("matched", Moment(("slimlm.run.block:record_of",), 9), 1),
     "a block is reconstructed": ("matched", Moment(("slimlm.pipeline:reconstruct_block",), 2, after=True), 1),

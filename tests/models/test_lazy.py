@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import slimlm
 from slimlm import pipeline
-from slimlm.calibration.capture import arguments_of, enter, first_inputs
+from slimlm.calibration.calls import shared_arguments
+from slimlm.calibration.capture import batches_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.dense import open_dense
 from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy, prefetched
 from slimlm.models.structure import blocks_of
+from slimlm.preflight.rehearsal import rehearse
 from slimlm.run.block import BlockTask
 from tests.conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
@@ -43,13 +45,13 @@ def test_a_lazy_model_has_the_weights_names_and_inputs_of_an_open_one(family: st
     blocks, theirs = blocks_of(lazy.model), blocks_of(dense.model)
     assert list(blocks) == list(theirs)
     windows = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(0))
+    calls = rehearse(lazy, blocks)
     with lazy.outer_tensors_filled(blocks):
-        with lazy.blocks_filled_in_turn(blocks):
-            arguments = arguments_of(lazy.model, blocks, windows)
-        hidden = list(first_inputs(lazy.model, blocks, windows))
+        arguments = shared_arguments(lazy.model, blocks, calls, batches_of(windows))
+        hidden = list(first_inputs(lazy.model, blocks, batches_of(windows)))
     expected = enter(dense.model, theirs, windows)
     assert all(torch.equal(ours, own) for ours, own in zip(hidden, expected.hidden, strict=True))
-    assert arguments.keys() == expected.arguments.keys()
+    assert arguments.keys() == expected.arguments.shared.keys()
     for name, block in theirs.items():
         own = lazy.block(name, CPU).state_dict()
         assert all(torch.equal(tensor, own[key]) for key, tensor in block.state_dict().items())

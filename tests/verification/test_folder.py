@@ -287,7 +287,7 @@ def test_small_files_that_do_not_open_are_problems(copy: Path) -> None:
     (copy / "generation_config.json").write_text('{"top_k": ')
     problems = slimlm.verify(copy).problems
     assert any(words.startswith("the tokenizer of") for words in problems)
-    assert any(words.startswith("generation_config.json cannot be opened") for words in problems)
+    assert any(words.startswith("generation_config.json in") for words in problems)
 
 
 def test_a_folder_without_their_checksums_is_read_and_says_so(copy: Path) -> None:

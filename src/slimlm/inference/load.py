@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, SlimlmError
@@ -24,7 +24,8 @@ from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
 from slimlm.inference.compressed_model import Origin, become_compressed
 from slimlm.models.meta import meta_model, misfits
-from slimlm.models.opening import fetch, quantization_of, read_config, without_progress_bars
+from slimlm.models.opening import fetch, open_generation_config, quantization_of, read_config, without_progress_bars
+from slimlm.models.outputs import name_outputs
 from slimlm.models.structure import swap
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
@@ -280,20 +281,14 @@ def _filled(
             swap(model, name, CompressedLinear(layer.shape, layer.parts, packed[name], bias))
     for config in (model.config.quantization_config, model.hf_quantizer.quantization_config):
         config.layers, config.embeddings = described["layers"], described.get("embeddings", {})
-    model.generation_config = _generation_config(folder)
+    model.generation_config = open_generation_config(folder)
+    name_outputs(model)
     return model, info
 
 
 def _short(entries: Mapping[str, LayerEntry] | Mapping[str, EmbeddingEntry]) -> dict[str, Json]:
     """The entries of layers or embeddings with one tensor each."""
     return {name: replace(entry, tensors={"weight": entry.tensors["weight"]}).to_json() for name, entry in entries.items()}
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    """The generation config as transformers finds it: in its own file, or else in the model's config."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.core.errors import ModelError, first_line
 from slimlm.events import silent
 from slimlm.models.lazy import open_lazy
+from slimlm.models.opening import open_generation_config
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,5 @@ def open_dense(source: str) -> DenseModel:
         lazy.release([stored])
     model = lazy.model
     model.name_or_path = model.config.name_or_path = source
-    if (lazy.folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(lazy.folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"generation_config.json of {source} cannot be opened: {first_line(error)}") from error
+    model.generation_config = open_generation_config(lazy.folder)
     return DenseModel(source, lazy.folder, model, lazy.tokenizer, lazy.dtypes, lazy.bytes, lazy.config, lazy.experts)

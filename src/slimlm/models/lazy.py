@@ -33,6 +33,7 @@ from slimlm.models.opening import (
     refuse_quantized,
     weights_folder,
 )
+from slimlm.models.outputs import plain_outputs
 from slimlm.models.parameters import FileTensors, Release, resolve_parameters
 from slimlm.models.placeholders import drop_values, meta_copy
 from slimlm.models.unplaced import Unplaced
@@ -157,23 +158,6 @@ class LazyModel:
         finally:
             drop_values(needed.values())
 
-    @contextmanager
-    def blocks_filled_in_turn(self, blocks: dict[str, nn.Module]) -> Iterator[None]:
-        """Within this context each block of the meta model has its values while it runs."""
-        handles = []
-        for name, block in blocks.items():
-            handles += [
-                block.register_forward_pre_hook(lambda module, _, name=name: self.fill(module, name)),
-                block.register_forward_hook(lambda module, _, __: self.empty(module)),
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in blocks.values():
-                self.empty(block)
-
 
 def prefetched(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
     """What `make` gives for each name in turn; a thread makes the next one while the caller uses one, at most one ahead."""
@@ -220,6 +204,7 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
     tokenizer = open_tokenizer(source)
     if resolved.unplaced.message is not None:
         notify(resolved.unplaced.message)
+    plain_outputs(resolved.model)
     return LazyModel(
         source,
         folder,

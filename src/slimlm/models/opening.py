@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -209,6 +209,23 @@ def _code_of_tokenizer(folder: Path) -> str | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return ", ".join(str(name) for name in named if name) if isinstance(named, list) else str(named)
+
+
+def open_generation_config(folder: Path) -> GenerationConfig:
+    """The generation config as transformers finds it: in its own file, or else in the model's config.
+
+    Raises:
+        ModelError: transformers refuses it.
+    """
+    own = (folder / "generation_config.json").is_file()
+    name, reading = ("generation_config.json", {}) if own else ("config.json", {"_from_model_config": True})
+    try:
+        return GenerationConfig.from_pretrained(folder, config_file_name=name, **reading)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{name} in {folder} cannot be opened as a generation config: {first_line(error)} Correct the file; "
+            "transformers would refuse it when the model generates text"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimlm.calibration.capture import BlockInputs, BlockRun, arguments_of, batches_of, first_inputs
+from slimlm.calibration.calls import BlockArguments, call_of, explaining_failures
+from slimlm.calibration.capture import BlockInputs, BlockRun, batches_of
 from slimlm.calibration.stages import stages_of
 from slimlm.core.parts.uniform import UniformEntry
 from slimlm.core.statistics.base import Sizes, Source, Statistic
@@ -49,6 +50,8 @@ class RunNeeds:
     """Tokens per sample."""
     bits: float | None = None
     """The budget in bits per weight, where a plan is yet to choose how layers are stored."""
+    text_dependent: bool = False
+    """Whether blocks have arguments that depend on the text, which the modules outside the blocks compute for every batch."""
 
     @property
     def tokens(self) -> int:
@@ -117,11 +120,11 @@ class RunNeeds:
         model's blocks cannot be run one at a time.
         """
         name, linears = self._first
-        first = {name: self.blocks[name]}
-        samples = torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
-        arguments = arguments_of(self.dense.model, first, samples)
-        inputs = BlockInputs(list(first_inputs(self.dense.model, first, samples)), arguments)
-        return stages_of(BlockRun(first[name], name, inputs, torch.device("cpu")), linears)
+        block, sample = self.blocks[name], torch.zeros(1, min(_FEW_TOKENS, self.length), dtype=torch.long)
+        with explaining_failures(self.dense.model):
+            called = call_of(self.dense.model, block, sample)
+            inputs = BlockInputs([called.hidden], BlockArguments({(name, 1): called.arguments}))
+            return stages_of(BlockRun(block, name, inputs, torch.device("cpu")), linears)
 
     @property
     def _first(self) -> tuple[str, dict[str, nn.Module]]:
@@ -239,13 +242,17 @@ class RunNeeds:
     def working_bytes(self) -> int:
         """Bytes of a block, its original where that is run as well, and the most that the work on it takes."""
         most = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes, self.reconstruction_bytes)
-        return self.copies * self.block_bytes + most
+        return self.copies * self.block_bytes + most + (self.outer_bytes if self.text_dependent else 0)
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes in float32 of the modules outside the blocks that compute the first block's inputs."""
+        return sum({id(t): 4 * t.numel() for t in self.dense.outer_tensors(self.blocks).values()}.values())
 
     @property
     def beginning_bytes(self) -> int:
         """Bytes while the first inputs are computed: the modules outside the blocks, one block, a batch."""
-        outside = {id(tensor): 4 * tensor.numel() for tensor in self.dense.outer_tensors(self.blocks).values()}
-        return sum(outside.values()) + self.block_bytes + self.batch_bytes
+        return self.outer_bytes + self.block_bytes + self.batch_bytes
 
     @property
     def ending_bytes(self) -> int:

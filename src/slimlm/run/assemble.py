@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimlm.calibration.capture import first_inputs
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
-from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
+from slimlm.evaluation.perplexity import perplexity_of, pieces_of
 from slimlm.inference.load import load
 from slimlm.models.beside import copy_beside
 from slimlm.models.embeddings import Embeddings
@@ -216,17 +215,17 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared) -> Compared:
+def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared, before: float) -> Compared:
     """Verify that the folder is sound, opens as a user would open it, and gives the logits of the model in memory.
 
-    Logits are computed for a few calibration samples, with the blocks that are read back one after another, and with the dense
-    ones for the perplexity of the original.
+    Logits are computed for a few calibration samples, with the blocks that are read back one after another.
 
     Args:
         folder: The checkpoint.
         contents: The tensors that were written, and their description.
         outputs: The last block's outputs in memory for the first batch of samples, `[samples, length, width]`.
         prepared: The original model, the samples and the device.
+        before: The original model's perplexity on the same samples.
 
     Returns:
         The perplexity before and after.
@@ -245,21 +244,18 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     reloaded = StoredModel(dense.model, files.tensors, files.release, written.layers, written.embeddings)
     in_memory = StoredModel(dense.model, contents.tensors, contents.release, own.layers, own.embeddings)
     original = StoredModel(dense.model, dense.weights, dense.release)
-    few = few_of(prepared.activations.own(prepared.samples)[: len(outputs)], vocabulary_size(dense.model))
+    few = prepared.few_samples
     # The blocks were compressed on the outputs of the original embedding.
-    first = _first_inputs(original, prepared.blocks, few, device) if own.embeddings else None
-    read_back = reloaded.outputs(few, device, first=first)
-    given = outputs[: len(few), : few.shape[1]]
-    _refuse_different("the outputs of the blocks that were", zip(_hidden(read_back), given, strict=True))
+    read_back = reloaded.outputs(few, device, outside=original if own.embeddings else None)
+    given = dataclasses.replace(read_back, hidden=outputs[: len(few), : few.shape[1]])
+    _refuse_different("the outputs of the blocks that were", zip(read_back.hidden, given.hidden, strict=True))
     pieces = pieces_of(few, vocabulary_size(dense.model))
-    expected = in_memory.logits((given,) if isinstance(read_back, tuple) else given, few, pieces)
-    both = zip(reloaded.logits(read_back, few, pieces), expected, strict=True)
+    both = zip(reloaded.logits(read_back, pieces), in_memory.logits(given, pieces), strict=True)
     _refuse_different("the logits of the model that was", both)
-    if first is not None:
+    if own.embeddings:
         read_back = reloaded.outputs(few, device)
-    after = perplexity_of(reloaded.logits(read_back, few, pieces), few, pieces)
-    before = perplexity_of(original.logits(original.outputs(few, device), few, pieces), few, pieces)
-    return Compared(before.value, after.value, after.tokens)
+    after = perplexity_of(reloaded.logits(read_back, pieces), few, pieces)
+    return Compared(before, after.value, after.tokens)
 
 
 def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:
@@ -271,19 +267,6 @@ def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:
             raise CheckpointError(f"verification failed: {name} reads back different from what was written")
         contents.release([tensor])
         files.release([theirs])
-
-
-def _first_inputs(stored: StoredModel, blocks: Iterable[str], ids: Tensor, device: torch.device) -> Tensor:
-    """The inputs of a model's first block for tokens `[samples, length]`."""
-    model = stored.assembled(device)
-    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in blocks}
-    return next(first_inputs(model, modules, ids))
-
-
-def _hidden(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
 
 
 def _refuse_different(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -14,16 +14,16 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimlm.calibration.calls import BlockArguments, arguments_within, shared_arguments
 from slimlm.calibration.capture import (
-    Arguments,
     BlockInputs,
     BlockRun,
-    arguments_of,
     batches_of,
     first_inputs,
     run_through,
@@ -50,6 +50,7 @@ from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import BlockContent, Journal
 from slimlm.tuning.block_reconstruction import tune_block
+from slimlm.verification.stored_model import StoredModel
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
 """The names of the two streams of activations in the journal: outputs of compressed blocks, and of the original ones."""
@@ -61,8 +62,10 @@ class Streams:
 
     held: dict[str, Sequence[Tensor]]
     """By stream, one tensor `[samples, length, width]` per batch."""
-    arguments: dict[tuple[str, int], Arguments]
-    """By block name and number of samples in the batch."""
+    arguments: BlockArguments
+    """Those of this rank's batches."""
+    all_arguments: BlockArguments
+    """Those of the batches of all ranks' samples, on which the first rank reconstructs blocks."""
     group: Group
     """The ranks of the run."""
 
@@ -101,6 +104,8 @@ class BlockTask:
     """The block as it was, where something needs it."""
     original_inputs: BlockInputs | None = None
     """The original model's activations, where something needs them."""
+    all_arguments: BlockArguments | None = None
+    """The arguments of the batches of all ranks' samples; needed where the block is reconstructed."""
     progress: BlockProgress = UNOBSERVED
     """Where the block's events go."""
 
@@ -118,6 +123,7 @@ class BlockTask:
             device=prepared.device,
             original_block=copy.deepcopy(block) if needs_original else None,
             original_inputs=streams.original if recipe.needs_original else None,
+            all_arguments=streams.all_arguments,
             progress=progress,
         )
 
@@ -153,17 +159,26 @@ class CompressedLayer:
 def starting_streams(prepared: Prepared, run: Run) -> Streams:
     """The inputs of the first block that remains: computed for the first block of all, else read from the journal."""
     dense, blocks, activations = prepared.dense, prepared.blocks, prepared.activations
-    own = activations.own(prepared.samples)
+    own = batches_of(activations.own(prepared.samples))
     with dense.outer_tensors_filled(blocks):
-        with dense.blocks_filled_in_turn(blocks):
-            arguments = arguments_of(dense.model, blocks, own)
-            if prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first:
-                # The first rank reconstructs blocks on all samples, in batches as large as those of a single process.
-                arguments |= arguments_of(dense.model, blocks, prepared.samples)
+        arguments = all_arguments = _arguments_of(prepared, own)
+        if prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first:
+            # The first rank reconstructs blocks on all samples, in batches as large as those of a single process.
+            all_arguments = _arguments_of(prepared, batches_of(prepared.samples))
         if run.journal.inputs is None:
-            first = first_inputs(dense.model, blocks, own)
-            return Streams(activations.begin({_COMPRESSED: first}), arguments, run.group)
-    return Streams(activations.resume(len(batches_of(own)[0])), arguments, run.group)
+            held = activations.begin({_COMPRESSED: first_inputs(dense.model, blocks, own)})
+            return Streams(held, arguments, all_arguments, run.group)
+    return Streams(activations.resume(len(own[0])), arguments, all_arguments, run.group)
+
+
+def _arguments_of(prepared: Prepared, batches: Sequence[Tensor]) -> BlockArguments:
+    """The arguments of all blocks for batches of token ids `[samples, length]`."""
+    dense, calls = prepared.dense, prepared.calls
+    shared = shared_arguments(dense.model, prepared.blocks, calls, batches)
+    if not calls.text_dependent:
+        return BlockArguments(shared)
+    outside = StoredModel(dense.model, dense.weights, dense.release).assembled()
+    return BlockArguments(shared, batches, calls.text_dependent, partial(arguments_within, outside, calls.forms))
 
 
 def remaining_blocks(prepared: Prepared, run: Run) -> Iterator[tuple[nn.Module, BlockProgress]]:
@@ -295,7 +310,8 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
     targets = activations.gather("teacher outputs", own_targets, batch)
     losses = None
     if group.first:
-        inputs = BlockInputs(hidden, student.arguments)
+        assert task.all_arguments is not None, "a block that is reconstructed has the arguments of all samples"
+        inputs = BlockInputs(hidden, task.all_arguments)
         found = tune_block(task.block, task.name, inputs, targets, options, task.dtypes, task.device)
         losses = found.before, found.after
     losses = _broadcast_block(task, losses)

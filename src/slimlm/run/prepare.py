@@ -6,28 +6,33 @@ The checksums of weights, samples that the model wrote itself, and the plan are 
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.capture import shares_of
+from slimlm.calibration.calls import Calls
+from slimlm.calibration.capture import batches_of, shares_of
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.distributed.group import Group
+from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
 from slimlm.events import Event, Observer
 from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
 from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy
-from slimlm.models.structure import blocks_of, context_length, text_config
+from slimlm.models.structure import blocks_of, context_length, text_config, vocabulary_size
 from slimlm.planner.options import Budget
 from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.refusals import compressible, refuse_early, warn_of_few_tokens, without_embeddings
+from slimlm.preflight.rehearsal import refuse_shared_weights, rehearse, rehearse_files
 from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, name_of, pick_device
 from slimlm.run.resume import Run
@@ -37,8 +42,11 @@ from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
 from slimlm.storage.identity import differences, weights_identity
-from slimlm.storage.journal import OWN_TEXT, PLAN, Journal
+from slimlm.storage.journal import DENSE, OWN_TEXT, PLAN, Journal
+from slimlm.verification.stored_model import StoredModel
 
+_ONLY_GUESSES = 2
+"""A perplexity of so many times the vocabulary is an alarm: guessing gives the vocabulary itself."""
 _FILES_BESIDE = 32
 """Files that a run may have open besides mapped ones: those of libraries, and its own for a moment."""
 _ALIKE = ("model", "config", "recipe", "budget", "device", "versions")
@@ -55,6 +63,8 @@ class Prepared:
     """The model; its weights are read when they are needed."""
     blocks: dict[str, nn.Module]
     """The blocks by full name, in order, without values."""
+    calls: Calls
+    """How the model calls its blocks."""
     recipe: Recipe
     """The recipe to carry out; where there is a plan, the one that it chose."""
     embeddings: Embeddings
@@ -73,6 +83,12 @@ class Prepared:
     """The model in memory, where a plan is still to be made."""
     plan: dict[str, Any] | None = None
     """The plan as plain data, once it is decided."""
+
+    @property
+    def few_samples(self) -> Tensor:
+        """The calibration samples `[count, length]` that perplexities are measured on: this rank's first."""
+        first = batches_of(self.activations.own(self.samples))[0]
+        return few_of(first, vocabulary_size(self.dense.model))
 
     @property
     def calibration(self) -> dict[str, Any]:
@@ -109,6 +125,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         budget = auto_budget(recipe, list(shapes.values()), config.objective)
     if budget is not None:
         refuse_budget(shapes, budget)
+    refuse_unfit_model(dense, blocks)
+    calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
         lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)
@@ -117,13 +135,15 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
-    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits)
+    dependent = bool(calls.text_dependent)
+    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits, dependent)
     memory = _memory_of_rank(needs, config, run.group, shares)
     _refuse_unfit(needs, memory, config, run, device)
     return Prepared(
         config=config,
         dense=dense,
         blocks=blocks,
+        calls=calls,
         recipe=recipe,
         embeddings=embeddings,
         skipped=skipped,
@@ -133,6 +153,38 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         budget=budget,
         whole=None if PLAN in run.journal.notes else whole,
     )
+
+
+def refuse_unfit_model(dense: LazyModel, blocks: dict[str, nn.Module]) -> None:
+    """Raise ModelError where a model cannot be compressed, as far as that is known without its weights."""
+    refuse_shared_weights(dense.model, blocks)
+    with TemporaryDirectory(prefix="slimlm-") as scratch:
+        rehearse_files(dense, Path(scratch))
+
+
+def dense_perplexity(prepared: Prepared, run: Run) -> Perplexity:
+    """The original model's perplexity on `Prepared.few_samples`, stored in the journal for a run that is resumed."""
+    few = prepared.few_samples
+    noted = run.journal.notes.get(DENSE)
+    # Resumed by another number of ranks, the first may have fewer samples.
+    if noted is not None and noted["tokens"] == few[:, 1:].numel():
+        return Perplexity(**noted)
+    dense, pieces = prepared.dense, pieces_of(few, vocabulary_size(prepared.dense.model))
+    stored = StoredModel(dense.model, dense.weights, dense.release)
+    found = perplexity_of(stored.logits(stored.outputs(few, prepared.device), pieces), few, pieces)
+    run.journal.note(DENSE, dataclasses.asdict(found))
+    return found
+
+
+def warn_of_guesses(prepared: Prepared, run: Run) -> None:
+    """Notify where the original model predicts the calibration text far worse than guesses would."""
+    found, vocabulary = dense_perplexity(prepared, run), vocabulary_size(prepared.dense.model)
+    if found.value > _ONLY_GUESSES * vocabulary:
+        run.notify(
+            f"the original model's perplexity is {found.value:.4g} on {found.tokens} tokens of the calibration text; guessing "
+            f"among the {vocabulary} tokens of its vocabulary gives {vocabulary}. Its weights are damaged, are not what its "
+            "config says, or belong to another tokenizer: check the model before compressing it"
+        )
 
 
 def decide(prepared: Prepared, run: Run) -> Prepared:

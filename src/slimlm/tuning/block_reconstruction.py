@@ -168,8 +168,9 @@ class _Samples:
 
     def __init__(self, name: str, inputs: BlockInputs, targets: Sequence[Tensor], device: torch.device) -> None:
         assert [h.shape for h in inputs.hidden] == [t.shape for t in targets], "targets do not fit the inputs"
-        self.name = name
         self.inputs = inputs
+        # Of this block alone, so that those which depend on the text are captured once for all passes.
+        self.arguments = [inputs.arguments.of(name, batch, len(hidden)) for batch, hidden in enumerate(inputs.hidden)]
         self.targets = targets
         self.device = device
 
@@ -190,7 +191,7 @@ class _Samples:
         """Squared error and squared targets, summed over the step's samples, of the block with the form's vectors."""
         batch, rows = step
         hidden, target = self.inputs.hidden[batch], self.targets[batch][rows].to(self.device)
-        args, kwargs = _rows_of(self.inputs.arguments[self.name, len(hidden)], len(hidden), rows, self.device)
+        args, kwargs = _rows_of(self.arguments[batch], len(hidden), rows, self.device)
         hidden = hidden[rows].to(self.device)
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
         output = functional_call(block, form.vectors, args, kwargs)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
@@ -25,7 +25,8 @@ from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take, take_others
 from slimlm.models.experts import take_apart
 from slimlm.models.meta import meta_model, misfits
-from slimlm.models.opening import open_tokenizer, without_progress_bars
+from slimlm.models.opening import open_generation_config, open_tokenizer, without_progress_bars
+from slimlm.models.outputs import plain_outputs
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import COPIED, Record, Source, explosion
@@ -200,15 +201,11 @@ def _beside(folder: Path) -> tuple[list[str], list[str]]:
 
 def _unopened(folder: Path) -> Iterator[str]:
     """Problems where transformers cannot open the tokenizer or the generation config."""
-    try:
-        open_tokenizer(str(folder))
-    except ModelError as error:
-        yield str(error)
-    if (folder / "generation_config.json").is_file():
+    for open_ in (lambda: open_tokenizer(str(folder)), lambda: open_generation_config(folder)):
         try:
-            GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
-            yield f"generation_config.json cannot be opened: {first_line(error)}"
+            open_()
+        except ModelError as error:
+            yield str(error)
 
 
 def _checksums(opened: _Opened) -> Iterator[str]:
@@ -331,6 +328,7 @@ def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedMod
     assert isinstance(model, PreTrainedModel)
     for name in experts:
         take_apart(model, name)
+    plain_outputs(model)
     return model.eval().requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimlm.calibration.calls import OutputForm, hidden_of
 from slimlm.calibration.capture import sent_to
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, StoredEntry
@@ -23,8 +24,20 @@ from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
 
 _CPU = torch.device("cpu")
-_Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """A function from a block's arguments to its output."""
+
+
+@dataclass(frozen=True)
+class LastOutputs:
+    """The last block's outputs for some tokens."""
+
+    tokens: Tensor
+    """The tokens, `[samples, length]`."""
+    hidden: Tensor
+    """The hidden states, `[samples, length, width]`."""
+    forms: Mapping[str, OutputForm]
+    """The form of each block's output, by name."""
 
 
 @dataclass(frozen=True)
@@ -58,66 +71,60 @@ class StoredModel:
         self.release(tensor for full, tensor in self.tensors.items() if full.startswith(f"{name}."))
         return sent_to(output, _CPU)
 
-    def assembled(self, device: torch.device = _CPU, *, first: Tensor | None = None) -> PreTrainedModel:
-        """A model that makes each block, on the device, when it is run, and computes in float32.
+    def assembled(self, device: torch.device = _CPU) -> PreTrainedModel:
+        """A model that makes each block, on the device, when it is run, and computes in float32."""
+        return self.around(self._blocks_made(device))
 
-        Args:
-            device: The device that blocks are run on.
-            first: Inputs of the first block, `[samples, length, width]`, in place of the embedding's outputs.
-        """
+    def _blocks_made(self, device: torch.device) -> dict[str, Forward]:
+        return {name: partial(self._run, name, device) for name in blocks_of(self.meta_model)}
 
-        def run_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return self._run(name, device, (first, *args[1:]), kwargs)
-            return self._run(name, device, args, {**kwargs, "hidden_states": first})
-
-        names = list(blocks_of(self.meta_model))
-        forwards: dict[str, _Forward] = {name: partial(self._run, name, device) for name in names}
-        if first is not None:
-            forwards[names[0]] = partial(run_first, names[0])
-        return self._around(forwards)
-
-    def outputs(self, ids: Tensor, device: torch.device, *, first: Tensor | None = None) -> Any:
+    def outputs(self, ids: Tensor, device: torch.device, *, outside: "StoredModel | None" = None) -> LastOutputs:
         """The last block's outputs; logits are not computed.
 
         Args:
             ids: Token ids `[samples, length]`.
             device: The device that blocks are run on.
-            first: See `assembled`.
+            outside: The model whose modules outside the blocks are used; None: this one.
         """
-        model = self.assembled(device, first=first)
-        last = list(blocks_of(self.meta_model))[-1]
-        caught: list[Any] = []
-        handle = model.get_submodule(last).register_forward_hook(lambda _, __, output: caught.append(output))
-        try:
-            with torch.no_grad():
-                model.base_model(ids, use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0]
+        model = (outside or self).around(self._blocks_made(device))
+        forms: dict[str, OutputForm] = {}
+        hidden: list[Tensor] = []
 
-    def logits(self, output: Tensor | tuple[Any, ...], ids: Tensor, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
+        def note(name: str, output: Any) -> None:
+            forms[name] = OutputForm.of(output)
+            hidden[:] = [hidden_of(output)]
+
+        for name in blocks_of(self.meta_model):
+            model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        with torch.no_grad():
+            model.base_model(ids, use_cache=False)
+        return LastOutputs(ids, hidden[0], forms)
+
+    def logits(self, outputs: LastOutputs, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
         """The logits from the last block's outputs; the modules after the blocks compute in float32.
 
         Args:
-            output: The last block's outputs.
-            ids: Token ids `[samples, length]`.
+            outputs: The last block's outputs.
             pieces: Samples and positions of each piece.
 
         Yields:
             The logits `[samples, positions, vocabulary]` of each piece.
         """
-        hidden = output[0] if isinstance(output, tuple) else output
-        given: list[Any] = []
-        model = self._around(dict.fromkeys(blocks_of(self.meta_model), lambda *_: given[-1]))
+        given: list[Tensor] = []
+
+        def giving(form: OutputForm) -> Forward:
+            return lambda *_: form.around(given[-1])
+
+        model = self.around({name: giving(form) for name, form in outputs.forms.items()})
         for piece in pieces:
-            given.append((hidden[piece],) if isinstance(output, tuple) else hidden[piece])
+            given.append(outputs.hidden[piece])
             # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
-                logits = model(ids[piece], use_cache=False).logits
+                logits = model(outputs.tokens[piece], use_cache=False).logits
             yield logits
 
-    def _around(self, forwards: dict[str, _Forward]) -> PreTrainedModel:
+    def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
+        """A model whose blocks are replaced by functions, by name, and which computes in float32."""
         model = meta_copy(self.meta_model)
         assert isinstance(model, PreTrainedModel)
         for name, forward in forwards.items():
@@ -176,7 +183,7 @@ class StoredModel:
 class _Replacement(nn.Module):
     """A block's replacement that runs a function; other attributes that a model reads are those of the meta model's block."""
 
-    def __init__(self, shown: nn.Module, run: _Forward) -> None:
+    def __init__(self, shown: nn.Module, run: Forward) -> None:
         super().__init__()
         # In a tuple, so that the block does not become a part of this module.
         self._shown, self._run = (shown,), run

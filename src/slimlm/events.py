@@ -57,7 +57,7 @@ class BlockDone:
 
     @property
     def error(self) -> float | None:
-        """Mean of its layers' relative output errors; None where the recipe ignores all its layers."""
+        """Mean of its layers' diagonal errors (`LayerRecord.error`); None where the recipe ignores all its layers."""
         return sum(record.error for record in self.records) / len(self.records) if self.records else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
-from slimlm.data.documents import documents
+from slimlm.data.documents import Source, documents
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds, folder_bytes
 from slimlm.runtime.memory import format_bytes, total_and_free
@@ -138,14 +138,14 @@ def check_place(out: Path) -> None:
     checkpoint.refuse_taken(out)
 
 
-def check_text(data: str) -> None:
+def check_text(data: Source) -> None:
     """Raise DataError where the file or folder of the text does not exist; nothing is read or downloaded."""
     if data != "self":
         documents(data, "calibration")
 
 
 def problems_of(
-    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
+    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: Source | None = None
 ) -> tuple[str, ...]:
     """The messages of everything that the checks before a run would refuse or warn of."""
     checks: list[Callable[[], str | None]] = [

@@ -15,6 +15,7 @@ from slimlm.calibration.capture import shares_of
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
+from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
 from slimlm.events import Event, Observer
 from slimlm.models.embeddings import Embeddings, embeddings_of
@@ -29,7 +30,7 @@ from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.refusals import compressible, refuse_early, warn_of_few_tokens, without_embeddings
 from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
-from slimlm.run.config import RunConfig, name_of, pick_device
+from slimlm.run.config import RunConfig, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
 from slimlm.runtime.memory import format_bytes
@@ -111,7 +112,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         refuse_budget(shapes, budget)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
-        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)
+        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress, run.notify)
     )
     shares = shares_of(samples, run.group.size)
     _check_sample_count(len(samples), recipe, planned=budget is not None)

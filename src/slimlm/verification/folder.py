@@ -27,7 +27,7 @@ from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import open_tokenizer, without_progress_bars
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
-from slimlm.record import Record, explosion
+from slimlm.record import Quality, Record, quality_warning
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
@@ -67,6 +67,8 @@ class Verified:
     """The perplexity before and after that the run recorded."""
     measured: dict[str, Any] | None
     """The perplexity on the samples given."""
+    quality: Quality
+    """The quality check of the run that wrote the folder, which is apart from whether the folder is what was written."""
 
     @property
     def sound(self) -> bool:
@@ -148,7 +150,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     record, notes = _record_of(opened.record)
     if record is not None:
         problems += _unlike_record(record, opened.about, skipped)
-        if (warning := explosion(record)) is not None:
+        if (warning := quality_warning(record)) is not None:
             notes.append(warning)
     beside, about_them = _beside(opened.folder)
     problems += beside
@@ -174,6 +176,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
         embeddings=len(opened.about.embeddings),
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
+        quality="not measured" if record is None else record.quality,
     )
 
 

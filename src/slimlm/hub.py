@@ -9,8 +9,18 @@ _TIMEOUT = 10
 """Seconds, as huggingface_hub waits for an answer."""
 
 _MODELS_WITHOUT_OWNER = frozenset(
-    ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl", "transfo-xl-wt103")
-    + ("xlnet-base-cased", "xlnet-large-cased")
+    [
+        "gpt2",
+        "gpt2-medium",
+        "gpt2-large",
+        "gpt2-xl",
+        "distilgpt2",
+        "openai-gpt",
+        "ctrl",
+        "transfo-xl-wt103",
+        "xlnet-base-cased",
+        "xlnet-large-cased",
+    ]
 )
 """Causal language models whose names have no owner; the hub gives no more such names."""
 

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch

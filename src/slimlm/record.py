@@ -30,8 +30,8 @@ class LayerRecord:
     rank: int
     """The rank of the adapter; 0: there is none."""
     error: float
-    """The diagonal error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together. It is the relative output
-    error of inputs that are uncorrelated. Methods that use correlations of the inputs (GPTQ, for example) make it larger where
+    """The diagonal error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together. It is the relative
+    output error of inputs that are uncorrelated. Methods that use correlations of the inputs (GPTQ, for example) make it larger where
     they make the output error smaller, so it compares layers and not recipes."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the layer was compressed."""
@@ -39,8 +39,8 @@ class LayerRecord:
     """The squared output error of its block over its squared output, on samples held back, before and after block
     reconstruction."""
     output_error: float | None = None
-    """The relative output error ||(W - W') X|| / ||W X|| on the calibration inputs X `[in, tokens]`, from their covariance; None
-    where the recipe does not measure that, and after block reconstruction."""
+    """The relative output error ||(W - W') X|| / ||W X|| on the calibration inputs X `[in, tokens]`, from their covariance;
+    None where the recipe does not measure that, and after block reconstruction."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -158,9 +158,9 @@ def quality_warning(record: Record) -> str | None:
     worst = sorted(record.layers, key=lambda row: row.error, reverse=True)[:3]
     named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
     return (
-        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} tokens "
-        f"of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that is more "
-        "like what the model was trained on; or give the layers with the largest errors more bits with a rule, or exclude them "
+        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
+        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that is "
+        "more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or exclude them "
         f"(ignore = [...] in the recipe): {named}"
     )
 

@@ -19,7 +19,7 @@ from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import open_dense
-from slimlm.record import Compared, Record, explosion
+from slimlm.record import Compared, Record, quality_warning
 from slimlm.run import assemble
 from slimlm.storage import checkpoint
 from tests.conftest import Line, random_model, save
@@ -202,7 +202,7 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
     recorded = Record.from_dict(checkpoint.read_record(packed)).perplexity
     assert recorded is not None
     original = open_lazy(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
-    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]))
+    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]), pytest.fail)
     dense = perplexity(open_dense(str(packed.parent / "dense")).model, chosen)
     after = perplexity(slimlm.load(packed, kernels="reference", dtype=torch.float32), chosen)
     assert recorded.tokens == dense.tokens
@@ -211,21 +211,21 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
 
 def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed: Path) -> None:
     record = Record.from_dict(checkpoint.read_record(packed))
-    assert explosion(record) is None
+    assert quality_warning(record) is None
     data = record.to_dict() | {"perplexity": {"dense": 10.0, "compressed": 20.5, "tokens": 100}}
-    words = explosion(Record.from_dict(data))
-    assert words is not None and "20.5 after" in words
+    words = quality_warning(Record.from_dict(data))
+    assert words is not None and "rose from 10 to 20.5" in words
     worst = max(record.layers, key=lambda row: row.error)
-    assert f"errors: {worst.name} (" in words
-    assert Compared(10.0, float("inf"), 1).exploded and not Compared(10.0, 20.0, 1).exploded
+    assert f"in the recipe): {worst.name} (" in words
+    assert not Compared(10.0, float("inf"), 1).ok and Compared(10.0, 20.0, 1).ok
 
 
-def test_compress_tells_of_an_explosion(packed: Path, tmp_path: Path, text_file: Path) -> None:
+def test_compress_tells_of_an_quality_warning(packed: Path, tmp_path: Path, text_file: Path) -> None:
     told: list[str] = []
-    with mock.patch("slimlm.record._EXPLODED", 0.1):
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
         out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS).path
-        assert any("the perplexity exploded" in words for words in told)
-        assert any("the perplexity exploded" in words for words in slimlm.verify(out).notes)
+        assert any("quality check failed: the perplexity rose" in words for words in told)
+        assert any("quality check failed: the perplexity rose" in words for words in slimlm.verify(out).notes)
 
 
 @pytest.mark.parametrize(("part", "words"), [("block", "outputs of the blocks"), ("head", "logits of the model")])

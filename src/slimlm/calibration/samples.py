@@ -79,8 +79,8 @@ def calibration_samples(
         journal.note_tensor(TEXT, samples)
     elif not torch.equal(stored, samples):
         raise CheckpointError(
-            f"the run in {journal.folder} was begun on other calibration text: {label_of(wanted.data)} has changed since, or the "
-            "tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
+            f"the run in {journal.folder} was begun on other calibration text: {label_of(wanted.data)} has changed since, or "
+            "the tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
         )
     return samples
 

@@ -66,6 +66,7 @@ MeasuredLength = Annotated[
     typer.Option(min=2, help="Tokens per sample of the text.", show_default="the model's context, at most 2048"),
 ]
 
+
 def bytes_of(text: str | None) -> int | None:
     """The size that --memory names, in bytes; raises SlimlmError where it names none."""
     return None if text is None else arguments.size(text, "memory")

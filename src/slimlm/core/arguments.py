@@ -21,8 +21,8 @@ def model_source(value: object) -> str:
         given = path(value, "model", ModelError)
         return value if isinstance(value, str) else str(given)
     raise ModelError(
-        f"`model` is of type {type(value).__name__}; give the folder that holds its files, or a name on the hub. A model that is "
-        "in memory is stored by its own save_pretrained(folder), and its tokenizer by the tokenizer's"
+        f"`model` is of type {type(value).__name__}; give the folder that holds its files, or a name on the hub. A model that "
+        "is in memory is stored by its own save_pretrained(folder), and its tokenizer by the tokenizer's"
     )
 
 
@@ -41,7 +41,7 @@ def _refuse_unusable(text: str, name: str, refusal: Refusal) -> None:
     if not text.strip():
         raise refusal(f"`{name}` is empty; give a path")
     try:
-        os.stat(text)
+        Path(text).stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     except (OSError, ValueError) as error:  # too long, a null character, characters that the system cannot encode

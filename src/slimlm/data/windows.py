@@ -1,7 +1,8 @@
 """Token windows: a stream of documents cut into pieces of equal length that do not overlap.
 
-Every document is preceded by the tokenizer's beginning-of-sequence token, if it has one and the document does not begin with it;
-the last, incomplete window is dropped. This is the usual protocol for perplexity. Calibration samples are windows drawn at random.
+Every document is preceded by the tokenizer's beginning-of-sequence token, if it has one and the document does not begin with
+it; the last, incomplete window is dropped. This is the usual protocol for perplexity. Calibration samples are windows drawn at
+random.
 """
 
 from array import array

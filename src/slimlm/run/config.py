@@ -13,9 +13,9 @@ from typing import Any, Self, TypedDict, Unpack, get_args
 import torch
 
 from slimlm.calibration.samples import Calibration
-from slimlm.core.errors import RecipeError, SlimlmError
-from slimlm.core.objective import Objective
 from slimlm.core import arguments
+from slimlm.core.errors import DataError, RecipeError, SlimlmError
+from slimlm.core.objective import Objective
 from slimlm.data.documents import DEFAULT_DATA, Source, name_of
 from slimlm.data.windows import check_seed
 from slimlm.distributed.environment import local_rank, world_size
@@ -148,21 +148,21 @@ def _recipe(given: object) -> str | Recipe:
     if isinstance(given, dict) and all(isinstance(key, str) for key in given):
         return recipe_from_dict({"name": "given", **given}, source="`recipe`")
     raise RecipeError(
-        f"`recipe` is of type {type(given).__name__}; give the name of a shipped recipe, a .toml file, its content as a dict, or "
-        "a Recipe"
+        f"`recipe` is of type {type(given).__name__}; give the name of a shipped recipe, a .toml file, its content as a dict, "
+        "or a Recipe"
     )
 
 
 def _data(given: object) -> Source | None:
-    if given is None or isinstance(given, str) and given:
+    if given is None or (isinstance(given, str) and given):
         return given
     if isinstance(given, os.PathLike):
         return str(arguments.path(given, "data", DataError))
     if isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given):
         return tuple(given)
     raise DataError(
-        f"`data` is {'empty' if not given else f'of type {type(given).__name__}'}; give the name of a text (a file, a folder, a "
-        'hub data set, "stdlib" or "self"), or a list of texts'
+        f"`data` is {'empty' if not given else f'of type {type(given).__name__}'}; give the name of a text (a file, a folder, "
+        'a hub data set, "stdlib" or "self"), or a list of texts'
     )
 
 
@@ -178,9 +178,7 @@ def _embedding_bits(given: object) -> int | None:
 
 _CHECKS: dict[str, Callable[[object], Any]] = {
     "recipe": _recipe,
-    "bits": lambda given: (
-        None if given is None else arguments.real_number(given, "bits", example=4, refusal=RecipeError)
-    ),
+    "bits": lambda given: None if given is None else arguments.real_number(given, "bits", example=4, refusal=RecipeError),
     "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
     "embedding_bits": _embedding_bits,
     "data": _data,

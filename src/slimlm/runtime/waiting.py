@@ -1,4 +1,4 @@
-"""How torch's threads wait for work: asleep, unless the user has chosen otherwise. Imports neither torch nor anything of slimlm.
+"""How torch's threads wait for work: asleep, unless the user has chosen otherwise. Nothing heavy is imported here.
 
 Between two parallel operations OpenMP's threads spin, for some milliseconds each time. On a machine with other work that takes
 the processor from the threads that compute, and a run becomes slower by a factor of ten and more; asleep they cost about 10

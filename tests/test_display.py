@@ -7,9 +7,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from slimlm.cli.app import app
+from slimlm.display import Display, Lines, Progress, duration, progress_on
 from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
-from slimlm.report.live import Display, Lines, Progress, duration, progress_on
 
 
 class Clock:
@@ -47,7 +47,26 @@ def test_the_time_left_is_that_of_the_finished_blocks_for_those_to_come() -> Non
     assert progress.seconds_left == pytest.approx(4 * 15)
     clock.now += 5  # into the third block
     assert progress.seconds_left == pytest.approx(4 * 15 - 5)
-    clock.now += 1000  # it takes far longer than it should
+    clock.now += 995  # it takes far longer than it should: those after it still take their time, and it a tenth more
+    assert progress.seconds_left == pytest.approx(3 * 15 + 100)
+
+
+def test_the_time_before_the_first_block_is_no_part_of_it_and_the_last_block_never_takes_nothing() -> None:
+    clock = Clock()
+    progress = Progress(clock)
+    progress(Event("compress", 0, 2))
+    clock.now += 500  # the embedding
+    progress(Event("compress", 0, 2, "read", "layers.0"))
+    clock.now += 6
+    assert progress.seconds_left is None and progress.least_seconds_left == pytest.approx(6)
+    assert progress.time_left == ", at least 6 s left"
+    progress(Event("compress", 0, 2, "measure", "layers.0"))
+    clock.now += 4
+    progress(Event("compress", 1, 2, blocks=(block(1, 10, 0.2),)))
+    assert progress.seconds_left == pytest.approx(10) and progress.least_seconds_left is None
+    clock.now += 40
+    assert progress.seconds_left == pytest.approx(4)
+    progress(Event("compress", 2, 2, blocks=(block(2, 40, 0.2),)))
     assert progress.seconds_left == 0
 
 
@@ -87,7 +106,7 @@ def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -
     assert file.getvalue().splitlines() == [
         "open the model",
         "block 1/3 layers.0: finished by an earlier run, as are the blocks before it",
-        "block 2/3 layers.1: error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
+        "block 2/3 layers.1: diagonal error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
         "block 3/3 layers.2: nothing to compress (mean so far 0.5000), 30.0 s, about 0 s left",
     ]
 
@@ -165,6 +184,6 @@ def test_both_observers_hear_everything() -> None:
 def test_quiet_shows_no_progress(llama_folder, text_file, tmp_path) -> None:  # type: ignore[no-untyped-def]
     line = ["compress", str(llama_folder), "--recipe", "absmax", "--data", str(text_file), "--samples", "4", "--length", "32"]
     plain = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "one")])
-    assert plain.exit_code == 0 and "block 2/2 model.layers.1: error" in plain.stderr
+    assert plain.exit_code == 0 and "block 2/2 model.layers.1: diagonal error" in plain.stderr
     silent = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "two"), "--quiet"])
     assert silent.exit_code == 0 and silent.stderr == "" and "written and verified" in silent.stdout

@@ -8,20 +8,11 @@ from slimlm.core.errors import first_line
 _TIMEOUT = 10
 """Seconds, as huggingface_hub waits for an answer."""
 
-_MODELS_WITHOUT_OWNER = frozenset(
-    [
-        "gpt2",
-        "gpt2-medium",
-        "gpt2-large",
-        "gpt2-xl",
-        "distilgpt2",
-        "openai-gpt",
-        "ctrl",
-        "transfo-xl-wt103",
-        "xlnet-base-cased",
-        "xlnet-large-cased",
-    ]
+_OLD_NAMES = (
+    ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt"),
+    ("ctrl", "transfo-xl-wt103", "xlnet-base-cased", "xlnet-large-cased"),
 )
+_MODELS_WITHOUT_OWNER = frozenset(name for names in _OLD_NAMES for name in names)
 """Causal language models whose names have no owner; the hub gives no more such names."""
 
 

@@ -31,8 +31,8 @@ class LayerRecord:
     """The rank of the adapter; 0: there is none."""
     error: float
     """The diagonal error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together. It is the relative
-    output error of inputs that are uncorrelated. Methods that use correlations of the inputs (GPTQ, for example) make it larger where
-    they make the output error smaller, so it compares layers and not recipes."""
+    output error of inputs that are uncorrelated. Methods that use correlations of the inputs (GPTQ, for example) make it
+    larger where they make the output error smaller, so it compares layers and not recipes."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the layer was compressed."""
     reconstruction: tuple[float, float] | None = None
@@ -159,9 +159,9 @@ def quality_warning(record: Record) -> str | None:
     named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
     return (
         f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
-        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that is "
-        "more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or exclude them "
-        f"(ignore = [...] in the recipe): {named}"
+        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
+        "is more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or "
+        f"exclude them (ignore = [...] in the recipe): {named}"
     )
 
 

@@ -32,7 +32,7 @@ DEFAULT_DATA = "allenai/c4:en"
 
 def label_of(source: Source) -> str:
     """A source as messages name it: as the user does, or how many texts."""
-    return source if isinstance(source, str) else f"the {len(source)} given texts"
+    return source if isinstance(source, str) else f"{len(source)} given texts"
 
 
 def name_of(source: Source) -> str:

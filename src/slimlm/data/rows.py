@@ -121,7 +121,10 @@ def _message(given: Any, what: str) -> dict[str, str]:
     """One message of either format, with its text parts joined."""
     if not isinstance(given, dict):
         raise _NoTextError(f"{what} is {_kind(given)}")
-    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    # Parquet files hold every key of every row, with null in place of those that a row does not have.
+    role, content = given.get("role") or given.get("from"), given.get("content")
+    if content is None:
+        content = given.get("value")
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):

@@ -228,7 +228,7 @@ def _of_parquet(path: Path, reading: Reading) -> Iterator[Piece]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
     columns = _columns(file.schema_arrow.names, path)

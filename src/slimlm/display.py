@@ -247,7 +247,7 @@ def shown(progress: Show) -> Iterator[Observer]:
     if callable(progress):
         yield progress
         return
-    if not isinstance(progress, bool) and progress != "auto":
+    if not isinstance(progress, bool) and not (isinstance(progress, str) and progress == "auto"):
         raise SlimlmError(
             f'`progress` is of type {type(progress).__name__}; give True, False, "auto" or a function of an Event'
         )

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -334,10 +335,11 @@ def _shipped_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def open_recipe(name: str) -> Recipe:
+def open_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a .toml file."""
+    path = arguments.path(name, "recipe", RecipeError)
+    name = str(path)
     if name.endswith(".toml"):
-        path = arguments.path(name, "recipe", RecipeError)
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
         content, source, own = path.read_bytes(), name, path.stem

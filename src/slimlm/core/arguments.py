@@ -11,6 +11,8 @@ from slimlm.core.errors import CheckpointError, ModelError, SlimlmError
 
 Refusal = type[SlimlmError]
 
+_MOST = 2**63
+"""Where the sizes end that torch calculates with."""
 _UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -52,11 +54,10 @@ def _refuse_unusable(text: str, name: str, refusal: Refusal) -> None:
 def whole_number(value: object, name: str, *, least: int | None, example: int, refusal: Refusal) -> int:
     """A whole number, numpy's included; raises the refusal for anything else, and below `least`."""
     asked = "a whole number" if least is None else f"a whole number of at least {least}"
-    if not isinstance(value, bool) and isinstance(value, SupportsIndex):
-        number = operator.index(value)
-        if least is None or number >= least:
-            return number
-    raise refusal(f"`{name}={value!r}`: give {asked}, such as {example}")
+    number = _index(value)
+    if number is not None and (least is None or least <= number < _MOST):
+        return number
+    raise refusal(f"`{name}={_short(value)}`: give {asked}, such as {example}")
 
 
 def real_number(value: object, name: str, *, example: float, refusal: Refusal) -> float:
@@ -73,13 +74,11 @@ def real_number(value: object, name: str, *, example: float, refusal: Refusal) -
 
 def size(value: object, name: str) -> int:
     """A number of bytes, given as such or as text with a unit ("8GiB", "500MB"); raises SlimlmError for anything else."""
-    number = 0
+    number = _index(value) or 0
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
         if found is not None and found[2] in _UNITS:
             number = int(float(found[1]) * _UNITS[found[2]])
-    elif not isinstance(value, bool) and isinstance(value, SupportsIndex):
-        number = operator.index(value)
     if number < 1:
         raise SlimlmError(f"`{name}={_short(value)}`: give a number of bytes, or a size such as 8GiB, 500MB or 2.5G")
     return number
@@ -103,6 +102,16 @@ def function(value: object, name: str, given: str) -> None:
     """Raise SlimlmError for anything that cannot be called."""
     if not callable(value):
         raise SlimlmError(f"`{name}={_short(value)}`: give a function that is called with {given}")
+
+
+def _index(value: object) -> int | None:
+    """A whole number as Python's; None for anything else, True and False included."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of several elements
+        return None
 
 
 def _short(value: object) -> str:

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from slimlm.core import arguments
 from slimlm.core.errors import DataError, first_line
 from slimlm.data.files import Piece, files_in, is_readable, pieces_in, pieces_of, readable_endings
 from slimlm.data.rows import Reading
@@ -65,7 +66,7 @@ def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece
         )
     if source == "stdlib":
         return (piece for text in stdlib_documents(purpose) for piece in pieces_of(text))
-    path = Path(source)
+    path = arguments.path(source, "data" if purpose == "calibration" else "text", DataError)
     if path.is_dir():
         files = files_in(path, reading)
         if not files:

@@ -9,26 +9,27 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from slimlm.core.errors import CheckpointError, SlimlmError
+from slimlm.core import arguments
+from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.fields import Json, dtype_name
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
 from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import fetch, quantization_of, read_config, without_progress_bars
 from slimlm.models.structure import swap
+from slimlm.runtime.arguments import device as device_of
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
-from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
@@ -84,9 +85,10 @@ def load(
         KernelError: kernels that were asked for by name do not take some layer.
         SlimlmError: there is no such GPU.
     """
-    source, where = str(source), torch.device(device)
-    if (reason := absent(where)) is not None:
-        raise SlimlmError(f'device = "{where}": {reason}; device="cpu" would do')
+    source, where = arguments.model_source(source), device_of(device)
+    arguments.one_of(kernels, "kernels", get_args(Kernels))
+    arguments.flag(keep, "keep")
+    arguments.function(notify, "notify", "each message for the user")
     refuse_other(source)
     try:
         folder = fetch(source)

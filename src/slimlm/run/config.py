@@ -160,9 +160,9 @@ def _data(given: object) -> Source | None:
         return str(arguments.path(given, "data", DataError))
     if isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given):
         return tuple(given)
+    found = "empty" if isinstance(given, str | list | tuple) and not given else f"of type {type(given).__name__}"
     raise DataError(
-        f"`data` is {'empty' if not given else f'of type {type(given).__name__}'}; give the name of a text (a file, a folder, "
-        'a hub data set, "stdlib" or "self"), or a list of texts'
+        f'`data` is {found}; give the name of a text (a file, a folder, a hub data set, "stdlib" or "self"), or a list of texts'
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from slimlm.core.arguments import path
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
@@ -28,6 +29,7 @@ from slimlm.models.opening import open_tokenizer, without_progress_bars
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import Quality, Record, quality_warning
+from slimlm.runtime import arguments
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
@@ -140,7 +142,10 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     Raises:
         CheckpointError: The folder is no checkpoint, or too damaged to be read.
     """
-    opened = _Opened.of(Path(folder))
+    device = arguments.device(device)
+    if samples is not None:
+        arguments.refuse_no_token_ids(samples, "samples")
+    opened = _Opened.of(path(folder, "folder"))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()
     packed = set(opened.about.packed_names())

@@ -1,13 +1,15 @@
 """What is shown of a run: figures that follow from its events, on a clock that the test turns."""
 
 import io
+from typing import Literal
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from slimlm.cli.app import app
-from slimlm.display import Display, Lines, Progress, duration, progress_on
+from slimlm.core.errors import SlimlmError
+from slimlm.display import Display, Lines, Progress, duration, progress_on, shown
 from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
 
@@ -187,3 +189,54 @@ def test_quiet_shows_no_progress(llama_folder, text_file, tmp_path) -> None:  # 
     assert plain.exit_code == 0 and "block 2/2 model.layers.1: diagonal error" in plain.stderr
     silent = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "two"), "--quiet"])
     assert silent.exit_code == 0 and silent.stderr == "" and "written and verified" in silent.stdout
+
+
+def test_a_long_block_has_lines_of_its_own_that_say_how_long_the_run_will_take_at_least() -> None:
+    clock, file = Clock(), io.StringIO()
+    lines = Lines(file, clock)
+    lines(Event("compress", 0, 3))
+    progress = BlockProgress(lines, "layers.0", 0, 3)
+    progress.doing("read")
+    clock.now += 20
+    progress.doing("measure", "q0")
+    clock.now += 5
+    progress.doing("steps", "q0")
+    clock.now += 5
+    progress.doing("propagate")
+    assert file.getvalue().splitlines() == [
+        "compress",
+        "block 1/3 layers.0: measure the inputs of layers, at least 40 s left",
+        "block 1/3 layers.0: compute the block's outputs, at least 60 s left",
+    ]
+
+
+@pytest.mark.parametrize(("progress", "said"), [(True, "open the model\n"), (False, ""), ("auto", "")])
+def test_progress_is_shown_where_it_is_asked_for(
+    progress: bool | Literal["auto"], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with shown(progress) as observer:
+        observer(Event("open the model", 0, 1))
+    assert capsys.readouterr().err == said
+
+
+def test_on_a_terminal_progress_is_shown_unasked_and_in_a_notebook_as_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    with shown("auto") as observer:
+        assert isinstance(observer, Display)
+    monkeypatch.setattr("slimlm.display.Console", lambda **_: Console(force_jupyter=True))
+    with shown("auto") as observer:
+        assert isinstance(observer, Lines)
+
+
+def test_ranks_other_than_the_first_show_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("slimlm.display.global_rank", lambda: 1)
+    with shown(True) as observer:
+        observer(Event("open the model", 0, 1))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_show_progress_is_refused() -> None:
+    with pytest.raises(SlimlmError, match="`progress` is of type int"), shown(7):  # type: ignore[arg-type]
+        pass

@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from slimlm.calibration.measurement import POOLED
@@ -116,7 +117,7 @@ def compress(
         new_parent(folder, notify),
         open_run(folder, restart=restart, progress=observer, notify=notify) as run,
     ):
-        if (warning := spinning_on_a_busy_machine()) is not None:
+        if (warning := spinning_on_a_busy_machine(torch.get_num_threads())) is not None:
             run.notify(warning)
         prepared = decide(prepare(config, run), run)
         if run.journal.blocks:

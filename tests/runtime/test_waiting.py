@@ -30,9 +30,10 @@ def test_the_user_is_warned_of_threads_that_spin_on_a_busy_machine(monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(os, "getloadavg", lambda: (4.0, 9.0, 9.0))
-    assert waiting.spinning_on_a_busy_machine() is None
+    assert waiting.spinning_on_a_busy_machine(2) is None
     monkeypatch.setattr(os, "getloadavg", lambda: (6.5, 0.0, 0.0))
-    message = waiting.spinning_on_a_busy_machine()
+    message = waiting.spinning_on_a_busy_machine(2)
     assert message is not None and "load 6.5, 4 cores" in message
+    assert waiting.spinning_on_a_busy_machine(1) is None
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert waiting.spinning_on_a_busy_machine() is None
+    assert waiting.spinning_on_a_busy_machine(2) is None

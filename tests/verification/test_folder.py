@@ -1,6 +1,7 @@
 """`slimlm verify` finds what is wrong with a folder and names it; compressing compares what it reads back."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -220,12 +221,46 @@ def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed:
     assert not Compared(10.0, float("inf"), 1).ok and Compared(10.0, 20.0, 1).ok
 
 
-def test_compress_tells_of_an_quality_warning(packed: Path, tmp_path: Path, text_file: Path) -> None:
+def test_a_failed_quality_check_is_told_recorded_and_apart_from_whether_the_folder_is_sound(
+    packed: Path, tmp_path: Path, text_file: Path
+) -> None:
     told: list[str] = []
     with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
-        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS).path
-        assert any("quality check failed: the perplexity rose" in words for words in told)
-        assert any("quality check failed: the perplexity rose" in words for words in slimlm.verify(out).notes)
+        result = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS)
+        assert any("quality check failed: the perplexity rose from" in words for words in told)
+        assert result.record.quality == checkpoint.read_record(result.path)["quality"] == "failed"
+        end = json.loads((tmp_path / "o.log.jsonl").read_text().splitlines()[-1])
+        assert (end["event"], end["quality"]) == ("end", "failed")
+        found = slimlm.verify(result.path)
+        assert found.sound and found.quality == "failed" and found.to_dict()["quality"] == "failed"
+        assert any("quality check failed: the perplexity rose" in words for words in found.notes)
+    assert slimlm.verify(result.path).quality == "ok"
+
+
+def test_without_a_notify_function_warnings_are_logged(
+    packed: Path, tmp_path: Path, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), **OPTIONS)
+    warnings = [record.getMessage() for record in caplog.records if (record.name, record.levelname) == ("slimlm", "WARNING")]
+    assert any("the quality check failed" in words for words in warnings)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_line_ends_with_a_code_of_its_own_after_a_failed_quality_check(
+    line: Line, packed: Path, tmp_path: Path, text_file: Path, as_json: bool
+) -> None:
+    asked = ["--recipe", "absmax", "--data", text_file, "--samples", 4, "--length", 32, *(["--json"] if as_json else [])]
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        code, out, err = line("compress", packed.parent / "dense", "--out", tmp_path / "o", *asked)
+    assert code == 3 and "note: the quality check failed: the perplexity rose from" in err and "--samples" in err
+    if as_json:
+        assert json.loads(out)["quality"] == "failed"
+    else:
+        assert f"written; quality check failed (see the note above): {tmp_path / 'o'}" in out and "verified" not in out
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        code, out, _ = line("verify", tmp_path / "o")
+    assert code == 0 and re.search(r"integrity +sound", out) and re.search(r"quality +failed, as the run measured it", out)
 
 
 @pytest.mark.parametrize(("part", "words"), [("block", "outputs of the blocks"), ("head", "logits of the model")])
@@ -252,7 +287,7 @@ def test_compress_fails_where_what_is_read_back_gives_other_logits(
 def test_the_verb_prints_what_it_found(packed: Path, text_file: Path, line: Line) -> None:
     status, out, _ = line("verify", packed, "--text", text_file, "--max-tokens", 100)
     assert status == 0
-    assert "15 compressed, 0 dense" in out and "tokens of the text" in out and out.split()[-1] == "sound"
+    assert "15 compressed, 0 dense" in out and "tokens of the text" in out and re.search(r"integrity +sound", out)
     status, out, _ = line("verify", packed, "--json")
     assert status == 0 and json.loads(out)["sound"] is True
 

@@ -18,9 +18,9 @@ def sleep_while_waiting() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def spinning_on_a_busy_machine() -> str | None:
-    """A message for the user where threads spin and other programs want the processor; None elsewhere."""
-    if _chosen() or not hasattr(os, "getloadavg"):
+def spinning_on_a_busy_machine(threads: int) -> str | None:
+    """A message for the user where several threads spin and other programs want the processor; None elsewhere."""
+    if threads < 2 or _chosen() or not hasattr(os, "getloadavg"):
         return None
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load <= cores:

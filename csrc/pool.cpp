@@ -48,7 +48,15 @@ public:
         claim();
         open_.store(false);
         // A thread that is inside may still be at a job; one that comes later finds the call closed.
-        while (inside_.load() > 0) relax();
+        int spins = 0;
+        while (inside_.load() > 0 && ++spins < kSpins) relax();
+        if (inside_.load() > 0) {
+            // The system holds that thread back: to spin on would keep a processor from it.
+            std::unique_lock<std::mutex> lock(mutex_);
+            waiting_.store(true);
+            left_.wait(lock, [&] { return inside_.load() == 0; });
+            waiting_.store(false);
+        }
         return !failed_.exchange(false);
     }
 
@@ -89,7 +97,10 @@ private:
             seen = epoch_.load();
             inside_.fetch_add(1);
             if (open_.load() && index < helpers_) claim();
-            inside_.fetch_sub(1);
+            if (inside_.fetch_sub(1) == 1 && waiting_.load()) {
+                { std::lock_guard<std::mutex> lock(mutex_); }
+                left_.notify_one();
+            }
         }
     }
 
@@ -101,10 +112,10 @@ private:
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> epoch_{0};
     alignas(64) std::atomic<int> inside_{0};
-    std::atomic<bool> open_{false}, failed_{false};
+    std::atomic<bool> open_{false}, failed_{false}, waiting_{false};
     std::atomic<int> sleeping_{0};
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, left_;
 };
 
 std::atomic<Pool*> pool{nullptr};

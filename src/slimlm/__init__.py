@@ -5,7 +5,8 @@ import slimlm
 result = slimlm.compress("path-or-hub-name", "out", data="text.txt")
 model = slimlm.load("out")
 
-Public names are imported when they are first used, so that the command line's help does not wait for torch.
+Public names are imported when they are first used, so that the command line's help does not wait for torch. Where torch is not
+imported yet, this lets its threads sleep while they wait (slimlm.runtime.waiting).
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimlm.core.errors import SlimlmError
 from slimlm.inference import registration
+from slimlm.runtime import waiting
 
 if TYPE_CHECKING:
     from slimlm.events import Event, Notify, Observer
@@ -69,6 +71,7 @@ _HOMES = {
 }
 """The modules that define the public names."""
 
+waiting.sleep_while_waiting()
 registration.register()
 
 

@@ -6,9 +6,10 @@
 
     slimlm.compress(model, out, progress=observer, notify=print)
 
-The command line's displays (slimlm.report.live) and the log next to the output (slimlm.run.log) are observers.
+The displays (slimlm.display) and the log next to the output (slimlm.run.log) are observers.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ Notify = Callable[[str], None]
 
 def silent(message: str) -> None:
     """Ignore the message."""
+
+
+def logged(message: str) -> None:
+    """Log the message as a warning of the logger "slimlm", which Python prints to standard error where nobody configured it."""
+    logging.getLogger("slimlm").warning(message)
 
 
 Doing = Literal["read", "measure", "steps", "reconstruct", "propagate"]
@@ -57,7 +63,7 @@ class BlockDone:
 
     @property
     def error(self) -> float | None:
-        """Mean of its layers' relative output errors; None where the recipe ignores all its layers."""
+        """Mean of its layers' diagonal errors (`LayerRecord.error`); None where the recipe ignores all its layers."""
         return sum(record.error for record in self.records) / len(self.records) if self.records else None
 
 

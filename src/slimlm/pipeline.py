@@ -25,20 +25,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from slimlm.calibration.measurement import POOLED
+from slimlm.core import arguments
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import RecipeError
-from slimlm.events import Event, Notify, Observer, both, quiet, silent
+from slimlm.display import Show, shown
+from slimlm.events import Event, Notify, both, logged
 from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
 from slimlm.models.structure import blocks_of
 from slimlm.planner.plan import Plan
-from slimlm.preflight.checks import existing, free_on_disk, problems_of
+from slimlm.preflight.checks import check_place, existing, free_on_disk, new_parent, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
-from slimlm.record import Record, explosion
+from slimlm.record import Record, quality_warning
 from slimlm.run.assemble import assemble, contents_of, peak_memory, verify_written
 from slimlm.run.block import BlockTask, commit_block, compress_block, reconstruct_block, remaining_blocks, starting_streams
 from slimlm.run.config import RunConfig, RunOptions, pick_device
@@ -54,6 +57,7 @@ from slimlm.run.prepare import (
     warn_of_guesses,
 )
 from slimlm.run.resume import Run, open_run
+from slimlm.runtime.waiting import spinning_on_a_busy_machine
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, Journal
 
@@ -76,8 +80,8 @@ def compress(
     out: str | Path,
     *,
     restart: bool = False,
-    progress: Observer = quiet,
-    notify: Notify = silent,
+    progress: Show = "auto",
+    notify: Notify = logged,
     **options: Unpack[RunOptions],
 ) -> Result:
     """Compress a causal language model and write it to a folder.
@@ -91,30 +95,42 @@ def compress(
         model: A folder or a hub name.
         out: The folder to write, which must not hold anything.
         restart: Drop the journal of an unfinished run and start again.
-        progress: An observer of the run's events.
-        notify: A function that is given messages for the user.
+        progress: True: a display on a terminal, lines elsewhere; False: nothing; "auto": a display on a terminal, lines in a
+            notebook, nothing elsewhere; or an observer of the run's events.
+        notify: A function that is given messages for the user; without one they are warnings of the logger "slimlm".
         **options: The fields of `RunConfig`, with the same defaults:
-            recipe: A shipped name ("best"), a .toml file or a Recipe.
+            recipe: A shipped name ("best"), a .toml file, its content as a dict, or a Recipe.
             bits: Average bits per weight that may be spent, everything counted; how each layer is stored is then planned.
             objective: What that budget counts: "size" or "speed".
             embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
-            data: The calibration text: a file, a folder, a hub data set, "stdlib" or "self".
+            data: The calibration text: a file, a folder, a hub data set, "stdlib", "self", or a list of texts.
             samples: The number of calibration samples (128).
             length: Tokens per sample (2048), at most the model's context.
             seed: The seed by which samples are drawn.
             device: "auto", "cpu", "cuda" or "cuda:N"; one block at a time is worked on there.
-            memory: Bytes that calibration activations may take before they stay on the disk; None: half of the free memory.
+            memory: Bytes ("8GiB") that calibration activations may take before they stay on the disk; None: half of the free
+                memory.
 
     Returns:
-        The folder and the record of what was done.
+        The folder and the record of what was done; `record.quality` says whether the perplexity rose too far.
 
     Raises:
         SlimlmError: The model, the recipe, the text or the machine does not suit the run; raised before the work begins
             wherever that can be known.
     """
-    config = RunConfig(model=str(model), out=Path(out), **options)
+    arguments.flag(restart, "restart")
+    arguments.function(notify, "notify", "each message for the user")
+    config = RunConfig.of(model, out, **options)
+    folder = arguments.path(out, "out")
     read_config(config.model)  # A path that is no model is refused before any folder is made.
-    with open_run(Path(out), restart=restart, progress=progress, notify=notify) as run:
+    check_place(folder, Path(config.model))
+    with (
+        shown(progress) as observer,
+        new_parent(folder, notify),
+        open_run(folder, restart=restart, progress=observer, notify=notify) as run,
+    ):
+        if (warning := spinning_on_a_busy_machine(torch.get_num_threads())) is not None:
+            run.notify(warning)
         prepared = prepare(config, run)
         if run.group.first:
             warn_of_guesses(prepared, run)
@@ -138,7 +154,7 @@ def compress(
             log.end(record)
         run.journal.remove()
     _warn(record, run.notify)
-    return Result(Path(out), record)
+    return Result(folder, record)
 
 
 def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
@@ -164,7 +180,7 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
 
 
 def _warn(record: Record, notify: Notify) -> None:
-    """Notify the user of pooled experts, an exploded perplexity and an exceeded budget."""
+    """Notify the user of pooled experts, a failed quality check and an exceeded budget."""
     pooled = [layer.name for layer in record.layers if POOLED in layer.notes]
     if pooled:
         more = f" and {len(pooled) - _NAMED_LAYERS} more, which slimlm.json names" if len(pooled) > _NAMED_LAYERS else ""
@@ -173,7 +189,7 @@ def _warn(record: Record, notify: Notify) -> None:
             f"compressed by the inputs of all experts of their block: {', '.join(pooled[:_NAMED_LAYERS])}{more}. With more "
             "text or `samples` each is measured on its own inputs"
         )
-    if (warning := explosion(record)) is not None:
+    if (warning := quality_warning(record)) is not None:
         notify(warning)
     spent, plan_ = record.bits_per_weight, record.plan
     if plan_ is not None and plan_["objective"] == "size" and spent > plan_["asked_bits"]:
@@ -185,14 +201,14 @@ def _warn(record: Record, notify: Notify) -> None:
 
 @usual_defaults()
 def plan(
-    model: str | Path, *, progress: Observer = quiet, notify: Notify = silent, **options: Unpack[RunOptions]
+    model: str | Path, *, progress: Show = "auto", notify: Notify = logged, **options: Unpack[RunOptions]
 ) -> tuple[Plan, Recipe]:
     """Choose how each layer is stored within a budget; the whole model is in memory meanwhile, in float32.
 
     Args:
         model: A folder or a hub name.
-        progress: An observer of the plan's events.
-        notify: A function that is given messages for the user.
+        progress: As for `compress`.
+        notify: As for `compress`.
         **options: As for `compress`; with `bits` left out the recipe must say rank = "auto".
 
     Returns:
@@ -201,21 +217,22 @@ def plan(
     Raises:
         SlimlmError: As for `compress`.
     """
-    config = RunConfig(model=str(model), **options)
-    with TemporaryDirectory() as scratch:
-        prepared = prepare(config, Run(Journal(Path(scratch)), progress=progress, notify=notify))
+    arguments.function(notify, "notify", "each message for the user")
+    config = RunConfig.of(model, **options)
+    with TemporaryDirectory() as scratch, shown(progress) as observer:
+        prepared = prepare(config, Run(Journal(Path(scratch)), progress=observer, notify=notify))
         if prepared.budget is None:
             raise RecipeError(
                 f'there is nothing to plan: give `bits`, or a recipe with rank = "auto" ({prepared.recipe.name} has none)'
             )
         warn_of_guesses(prepared, Run(prepared.activations.journal, notify=notify))
-        found = plan_within_budget(prepared, progress)
+        found = plan_within_budget(prepared, observer)
     return found, found.recipe(prepared.recipe)
 
 
 @usual_defaults()
 def estimate(
-    model: str | Path, out: str | Path | None = None, *, notify: Notify = silent, **options: Unpack[RunOptions]
+    model: str | Path, out: str | Path | None = None, *, notify: Notify = logged, **options: Unpack[RunOptions]
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
@@ -226,7 +243,7 @@ def estimate(
     Args:
         model: A folder or a hub name.
         out: The folder that would be written: its disk is checked, and that nothing is there.
-        notify: A function that is given messages for the user.
+        notify: As for `compress`.
         **options: As for `compress`; a file or folder in `data` must exist.
 
     Returns:
@@ -235,7 +252,8 @@ def estimate(
     Raises:
         SlimlmError: The recipe does not suit the model, as for `compress`.
     """
-    config = RunConfig(model=str(model), out=None if out is None else Path(out), **options)
+    arguments.function(notify, "notify", "each message for the user")
+    config = RunConfig.of(model, out, **options)
     device = pick_device(config.device)
     config.budget()  # Raises where the budget makes no sense.
     with TemporaryDirectory() as scratch:

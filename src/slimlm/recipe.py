@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from slimlm.core import registry
+from slimlm.core import arguments, registry
 from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.statistics.base import Needs, Stats
@@ -335,10 +335,11 @@ def _shipped_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def open_recipe(name: str) -> Recipe:
+def open_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a .toml file."""
+    path = arguments.path(name, "recipe", RecipeError)
+    name = str(path)
     if name.endswith(".toml"):
-        path = Path(name)
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
         content, source, own = path.read_bytes(), name, path.stem

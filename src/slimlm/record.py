@@ -1,8 +1,9 @@
 """The record of a compression: what each layer became, and the totals. Plain data; saved as slimlm.json."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -29,12 +30,17 @@ class LayerRecord:
     rank: int
     """The rank of the adapter; 0: there is none."""
     error: float
-    """The relative output error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together."""
+    """The diagonal error ||(W - W') D|| / ||W D||, D = diag(rms of the inputs), W' all parts together. It is the relative
+    output error of inputs that are uncorrelated. Methods that use correlations of the inputs (GPTQ, for example) make it
+    larger where they make the output error smaller, so it compares layers and not recipes."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the layer was compressed."""
     reconstruction: tuple[float, float] | None = None
     """The squared output error of its block over its squared output, on samples held back, before and after block
     reconstruction."""
+    output_error: float | None = None
+    """The relative output error ||(W - W') X|| / ||W X|| on the calibration inputs X `[in, tokens]`, from their covariance;
+    None where the recipe does not measure that, and after block reconstruction."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -61,13 +67,16 @@ class Compared:
     """The number of tokens that were predicted."""
 
     @property
-    def exploded(self) -> bool:
-        """Whether the perplexity grew so much that something is likely to be wrong."""
-        return not self.compressed <= _EXPLODED * self.dense
+    def ok(self) -> bool:
+        """Whether the perplexity rose so little that the compressed model is likely to be of use."""
+        return self.compressed <= _MOST_GROWTH * self.dense
 
 
-_EXPLODED = 2.0
-"""The factor of growth in perplexity from which the user is warned: 0.69 nats per token."""
+_MOST_GROWTH = 2.0
+"""The factor of growth in perplexity up to which the quality check succeeds: 0.69 nats per token."""
+
+Quality = Literal["ok", "failed", "not measured"]
+"""The result of the quality check: the perplexity on a few calibration samples before and after."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +155,17 @@ class Record:
         weights = sum(r.shape[0] * r.shape[1] for r in self.layers)
         return sum(r.bits for r in self.layers) / weights
 
+    @property
+    def quality(self) -> Quality:
+        """The result of the quality check."""
+        if self.perplexity is None:
+            return "not measured"
+        return "ok" if self.perplexity.ok else "failed"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, totals included."""
         data = dataclasses.asdict(self)
-        data["bits_per_weight"] = self.bits_per_weight
-        return data
+        return {**data, "bits_per_weight": self.bits_per_weight, "quality": self.quality}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Record":
@@ -171,23 +186,30 @@ class Record:
         return record
 
 
-def explosion(record: Record) -> str | None:
-    """A warning where the perplexity exploded, with the layers of the largest output errors; None: it did not."""
+def quality_warning(record: Record) -> str | None:
+    """What a failed quality check found and what to do, with the layers of the largest errors; None: it did not fail."""
     found = record.perplexity
-    if found is None or not found.exploded:
+    if found is None or found.ok:
         return None
     worst = sorted(record.layers, key=lambda row: row.error, reverse=True)[:3]
     named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
     return (
-        f"the perplexity exploded: {found.dense:.4g} before, {found.compressed:.4g} after, on {found.tokens} tokens of the "
-        f"calibration text. The layers with the largest relative output errors: {named}. Give them more bits with a rule, "
-        "or exclude them (ignore = [...] in the recipe), or calibrate on more text"
+        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
+        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
+        "is more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or "
+        f"exclude them (ignore = [...] in the recipe): {named}"
     )
 
 
 @profiled("record")
-def record_of(layer: Layer, second_moment: Tensor) -> LayerRecord:
-    """The record of a layer that all steps were applied to; `second_moment` `[in]` is the mean square of its inputs."""
+def record_of(layer: Layer, second_moment: Tensor, covariance: Tensor | None) -> LayerRecord:
+    """The record of a layer that all steps were applied to.
+
+    Args:
+        layer: The layer.
+        second_moment: The mean square of its inputs, `[in]`.
+        covariance: The covariance of its inputs, `[in, in]`; None: it was not measured.
+    """
     parts = layer.parts()
     return LayerRecord(
         name=layer.name,
@@ -198,11 +220,12 @@ def record_of(layer: Layer, second_moment: Tensor) -> LayerRecord:
         rank=parts.describe().added_rank,
         error=relative_error(layer.original, layer.original - layer.error, second_moment),
         notes=layer.notes,
+        output_error=None if covariance is None else output_error(layer.original, layer.error, covariance),
     )
 
 
 def relative_error(weight: Tensor, found: Tensor, second_moment: Tensor) -> float:
-    """The relative output error ||(W - W') D|| / ||W D||, D = diag(second_moment)^(1/2); 0 where W D is zero.
+    """The diagonal error ||(W - W') D|| / ||W D||, D = diag(second_moment)^(1/2); 0 where W D is zero.
 
     Args:
         weight: The original weight W, `[out, in]`.
@@ -212,3 +235,19 @@ def relative_error(weight: Tensor, found: Tensor, second_moment: Tensor) -> floa
     root = second_moment.to(weight).sqrt()
     size = (weight * root).norm()
     return float(((weight - found) * root).norm() / size) if float(size) > 0 else 0.0
+
+
+def output_error(weight: Tensor, error: Tensor, covariance: Tensor) -> float:
+    """The relative output error ||E X|| / ||W X||, from the covariance H of the inputs X: ||E X||^2 ~ tr(E H E^T).
+
+    Args:
+        weight: The original weight W, `[out, in]`.
+        error: What the parts lack of it, E = W - W', `[out, in]`.
+        covariance: H, `[in, in]`.
+
+    Returns:
+        The square root of the ratio; 0 where W X is zero.
+    """
+    covariance = covariance.to(weight)
+    size, lost = (float(((matrix @ covariance) * matrix).sum()) for matrix in (weight, error.to(weight)))
+    return math.sqrt(max(0.0, lost) / size) if size > 0 else 0.0

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import slimlm
 from slimlm.cli.app import app
 from slimlm.core.errors import DataError
+from slimlm.data.documents import name_of
 from slimlm.pipeline import estimate
-from slimlm.run.config import name_of
 from tests.conftest import Line
 
 SHORT = ("--recipe", "absmax", "--samples", 2, "--length", 16)

@@ -1,8 +1,12 @@
 """Documents and token windows."""
 
 import json
+import re
 import shutil
+import tracemalloc
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -12,9 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimlm
 from slimlm.core.errors import DataError
-from slimlm.data.documents import documents
+from slimlm.data.documents import documents, pieces
+from slimlm.data.files import PIECE, pieces_of
+from slimlm.data.rows import Reading
 from slimlm.data.stdlib import split_of, stdlib_documents
-from slimlm.data.windows import choose_windows, token_stream, windows_of
+from slimlm.data.windows import choose_windows, token_stream, tokens_of, windows_of
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
 from tests.conftest import ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
@@ -70,9 +76,12 @@ def test_a_folder_s_text_is_the_same_after_a_run_that_writes_into_it(tmp_path: P
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match="not UTF-8"):
+    (tmp_path / "bad.txt").write_bytes(b"fine\nca\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8 text: invalid start byte in line 2, byte 7 of"):
         list(documents(str(tmp_path / "bad.txt"), "evaluation"))
+    (tmp_path / "cut.txt").write_bytes("cut".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="not UTF-16 text"):
+        list(documents(str(tmp_path / "cut.txt"), "evaluation"))
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a parquet file"):
         list(documents(str(tmp_path / "bad.parquet"), "evaluation"))
@@ -84,6 +93,178 @@ def test_each_document_begins_with_the_start_token_and_windows_cut_the_stream() 
     stream = token_stream(tokenizer, ["ab", "", "ba"])
     assert stream.tolist() == [tokenizer.bos_token_id, a, b, tokenizer.bos_token_id, b, a]
     assert windows_of(stream, 4, source="x").tolist() == [[tokenizer.bos_token_id, a, b, tokenizer.bos_token_id]]
+
+
+@pytest.mark.parametrize("at", [PIECE - 2, PIECE + 3, 3 * PIECE + 1])
+def test_bytes_that_are_no_text_are_found_wherever_they_are(tmp_path: Path, at: int) -> None:
+    # Characters of two bytes, so that one lies across the end of what is read at once.
+    before = ("\u00e4" * 49 + "\n").encode() * (at // 99 + 1)
+    before = before[: at // 99 * 99] + b"x" * (at % 99)
+    (tmp_path / "bad.txt").write_bytes(before + b"\xff")
+    with pytest.raises(DataError, match=rf"in line {at // 99 + 1}, byte {at} of"):
+        list(documents(str(tmp_path / "bad.txt"), "evaluation"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_byte_order_mark_says_how_a_file_is_read_and_is_no_text(tmp_path: Path, encoding: str, ending: str) -> None:
+    path = tmp_path / f"data{ending}"
+    content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode(encoding)
+    with pyarrow.output_stream(path, compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix)) as file:
+        file.write(content)
+    reading = Reading()
+    assert list(documents(str(path), "calibration", reading)) == TEXTS
+    told = [] if encoding == "utf-8-sig" else [f"{path} is read as {encoding.upper()}, by its byte order mark"]
+    assert list(reading.notes("data")) == told
+
+
+def test_a_compressed_file_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read"):
+        list(documents(str(tmp_path / "a.txt.gz"), "calibration"))
+
+
+@pytest.mark.parametrize("newlines", [0, 1, 3, PIECE + 7])
+def test_a_long_document_is_read_in_pieces_that_add_up_to_it(tmp_path: Path, newlines: int) -> None:
+    random = Random(0)
+    lines = ["".join(random.choices("ab \n", k=random.randrange(300))) for _ in range(PIECE // 50)]
+    text = "\n".join(["\n" * newlines, *lines[:3000], "\n" * newlines, *lines[3000:], "x" * (2 * PIECE), "\n" * newlines])
+    (tmp_path / "a.txt").write_text(text)
+    found = list(pieces(str(tmp_path / "a.txt"), "calibration", Reading()))
+    assert found == list(pieces_of(text.strip("\n")))
+    assert len(found) > 3 and [piece.begins for piece in found] == [True, *[False] * (len(found) - 1)]
+
+
+def test_a_large_file_costs_the_memory_of_what_is_read_of_it(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("w") as file:
+        for _ in range(60):
+            file.write("one two three four\n" * 50_000)
+    tracemalloc.start()
+    first = next(pieces(str(tmp_path / "a.txt"), "calibration", Reading()))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(first.text) == PIECE and most < 16 * PIECE, "the file has 57 MB"
+
+
+ROWS_WITHOUT_TEXT = [
+    ({"text": None}, 'its "text" is null, not text'),
+    ({"text": ["a"]}, 'its "text" is a list, not text'),
+    ({"text": ""}, '"text" is empty'),
+    (None, "it is null; expected a field"),
+    (7, "it is a number; expected a field"),
+    ({"instruction": "a", "output": "b"}, "it has the fields instruction, output; expected"),
+    ({}, r"it has the fields \(none\)"),
+    ({"messages": []}, 'its "messages" is empty'),
+    ({"messages": "hello"}, 'its "messages" is text, not a list of messages'),
+    ({"messages": [{"role": "user", "content": None}]}, ".* has the role 'user' and null as its content"),
+    ({"messages": [7]}, 'a message of its "messages" is a number'),
+]
+
+
+@pytest.mark.parametrize(("row", "why"), ROWS_WITHOUT_TEXT)
+def test_rows_without_text_are_skipped_and_counted_and_refused_where_there_are_no_others(
+    tmp_path: Path, row: object, why: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one"}) + "\n\n" + 2 * (json.dumps(row) + "\n") + json.dumps("two") + "\n")
+    reading = Reading()
+    assert list(documents(str(path), "calibration", reading)) == ["one", "two"]
+    (note,) = reading.notes("a.jsonl")
+    assert re.search(rf"2 of 4 rows were skipped; the first, .*line 3: {why}", note)
+    path.write_text(2 * (json.dumps(row) + "\n"))
+    with pytest.raises(DataError, match=f"none of its 2 rows has text; the first, .*line 1: {why}"):
+        list(documents(str(path), "calibration"))
+
+
+def test_parquet_rows_without_text_are_skipped_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, "one", "", "two"]}), path)
+    reading = Reading()
+    assert list(documents(str(path), "calibration", reading)) == ["one", "two"]
+    assert (reading.rows, reading.skipped) == (4, 2) and 'row 0: its "text" is null' in reading.first_skipped
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["one"], "id": [2]}), path)
+    with pytest.raises(DataError, match="has the columns prompt, id; expected"):
+        list(documents(str(path), "calibration"))
+
+
+TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+CONVERSATIONS = [
+    {"messages": TURNS},
+    {"messages": [{"role": "user", "content": [{"text": "a"}, {"text": "b"}]}, TURNS[1] | {"content": [{"text": "ba"}]}]},
+    {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "ba"}]},
+    {"prompt": "ab", "completion": "ba"},
+    {"prompt": TURNS[:1], "completion": TURNS[1:]},
+]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_are_written_by_the_chat_template_with_one_start_token(
+    tmp_path: Path, row: dict[str, Any], kind: str
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(2 * (json.dumps(row) + "\n"))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
+    tokenizer, told = byte_tokenizer(), []
+    with pytest.raises(DataError, match=r"(line 1|row 0) is a conversation, and the model's tokenizer has no chat template"):
+        tokens_of(tokenizer, str(path), "calibration")
+    tokenizer.chat_template = TEMPLATE
+    one = [tokenizer.bos_token_id, *tokenizer("u:ab\na:ba\n", add_special_tokens=False)["input_ids"]]
+    assert tokens_of(tokenizer, str(path), "calibration", notify=told.append).tolist() == 2 * one
+    assert told == [f"{path}: 2 conversations were written as text by the tokenizer's chat template"]
+
+
+def test_a_conversation_that_the_template_does_not_accept_is_skipped(tmp_path: Path) -> None:
+    path, tokenizer, told = tmp_path / "a.jsonl", byte_tokenizer(), []
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    path.write_text(
+        json.dumps({"messages": [{"role": "system", "content": "a"}]}) + "\n" + json.dumps({"messages": TURNS}) + "\n"
+    )
+    assert len(tokens_of(tokenizer, str(path), "calibration", notify=told.append)) == 2
+    assert any("1 of 2 rows were skipped" in note and "no system role" in note for note in told)
+
+
+def test_text_that_begins_with_the_start_token_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer()
+    plain = token_stream(tokenizer, ["ab", "ba"])
+    assert torch.equal(token_stream(tokenizer, [f"{tokenizer.bos_token}ab", "ba"]), plain)
+
+
+def test_texts_may_be_given_themselves(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    assert torch.equal(tokens_of(tokenizer, ("ab", "ba"), "calibration"), token_stream(tokenizer, ["ab", "ba"]))
+    folder = save(random_model("llama"), tmp_path / "m")
+    texts = ["some text that is long enough " * 20, "and another one of them " * 20]
+    result = slimlm.compress(folder, tmp_path / "o", recipe="absmax", data=texts, samples=4, length=32)
+    assert result.record.calibration["data"] == "2 given texts"
+
+
+def test_files_about_a_data_set_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "inner").mkdir()
+    for name in ("README.md", "inner/LICENSE.txt", ".cache/a.txt", ".hidden.txt"):
+        (folder / name).write_text("no data")
+    with pytest.raises(DataError, match=r"left out README\.md, inner/LICENSE\.txt: about the data set"):
+        documents(str(folder), "calibration")
+    (folder / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    (folder / "inner" / "b.md").write_text("two")
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["three"]}), folder / "inner" / "c.parquet")
+    reading = Reading()
+    assert list(documents(str(folder), "calibration", reading)) == ["one", "two", "three"]
+    assert list(reading.notes("x")) == [
+        f"{folder}: left out README.md, inner/LICENSE.txt: about the data set, not part of its text"
+    ]
+    assert list(documents(str(folder / "README.md"), "calibration")) == ["no data"], "a file that is named itself is read"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.data.documents.unreachable", lambda: "https://huggingface.co does not answer: no network")
+    with pytest.raises(DataError, match="does not answer: no network; with HF_HUB_OFFLINE=1 its cache is used"):
+        list(documents("allenai/c4:en", "calibration"))
 
 
 def test_windows_are_drawn_without_repetition_and_by_seed() -> None:

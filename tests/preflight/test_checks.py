@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import slimlm
 from slimlm.cli.app import app
-from slimlm.core.errors import DoesNotFitError
+from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
@@ -153,3 +153,40 @@ def test_the_command_shows_it_as_a_table_and_as_json(llama_folder: Path) -> None
 
 def test_there_is_nothing_to_save_without_a_plan(line: Line, llama_folder: Path, tmp_path: Path) -> None:
     assert "no plan to save" in line.refused("plan", llama_folder, "--save", tmp_path / "r.toml")
+
+
+def test_an_output_inside_the_model_s_folder_is_refused(llama_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(llama_folder, model)
+    before = sorted(model.rglob("*"))
+    (tmp_path / "link").symlink_to(model)
+    for out in (model / "q", model / "deep" / "q", tmp_path / "link" / "q"):
+        with pytest.raises(CheckpointError, match=r"lies inside the model's folder .*, such as .*m-q"):
+            slimlm.compress(model, out, recipe="absmax", data=text_file, samples=2, length=16)
+        estimated = slimlm.estimate(model, out, recipe="absmax", data=text_file)
+        assert any("inside the model's folder" in problem for problem in estimated.problems)
+    assert sorted(model.rglob("*")) == before
+
+
+def test_one_missing_folder_above_the_output_is_made_and_named_and_goes_again_where_the_run_fails(
+    llama_folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    asked = {"recipe": "absmax", "samples": 2, "length": 16}
+    with pytest.raises(CheckpointError, match=r"neither .*no.such nor the folder above it exists.*below "):
+        slimlm.compress(llama_folder, tmp_path / "no" / "such" / "q", data=text_file, **asked)
+    with pytest.raises(DataError, match="no text at"):
+        slimlm.compress(llama_folder, tmp_path / "one" / "q", data=str(tmp_path / "none.txt"), **asked)
+    assert not list(tmp_path.iterdir())
+    told: list[str] = []
+    slimlm.compress(llama_folder, tmp_path / "one" / "q", data=text_file, notify=told.append, **asked)
+    assert f"{tmp_path / 'one'} does not exist yet and is made" in told and (tmp_path / "one" / "q" / "config.json").is_file()
+
+
+def test_the_user_is_notified_where_threads_would_spin(
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("slimlm.pipeline.spinning_on_a_busy_machine", lambda threads: "threads spin")
+    asked = {"recipe": "absmax", "samples": 2, "length": 16}
+    slimlm.compress(llama_folder, tmp_path / "o", data=text_file, notify=told.append, **asked)
+    assert "threads spin" in told

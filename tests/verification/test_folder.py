@@ -1,6 +1,7 @@
 """`slimlm verify` finds what is wrong with a folder and names it; compressing compares what it reads back."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.dense import open_dense
 from slimlm.models.lazy import open_lazy
-from slimlm.record import Compared, Record, explosion
+from slimlm.record import Compared, Record, quality_warning
 from slimlm.run import assemble
 from slimlm.storage import checkpoint
 from tests.conftest import Line, random_model, save
@@ -202,7 +203,7 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
     recorded = Record.from_dict(checkpoint.read_record(packed)).perplexity
     assert recorded is not None
     original = open_lazy(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
-    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]))
+    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]), pytest.fail)
     dense = perplexity(open_dense(str(packed.parent / "dense")).model, chosen)
     after = perplexity(slimlm.load(packed, kernels="reference", dtype=torch.float32), chosen)
     assert recorded.tokens == dense.tokens
@@ -211,21 +212,55 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
 
 def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed: Path) -> None:
     record = Record.from_dict(checkpoint.read_record(packed))
-    assert explosion(record) is None
+    assert quality_warning(record) is None
     data = record.to_dict() | {"perplexity": {"dense": 10.0, "compressed": 20.5, "tokens": 100}}
-    words = explosion(Record.from_dict(data))
-    assert words is not None and "20.5 after" in words
+    words = quality_warning(Record.from_dict(data))
+    assert words is not None and "rose from 10 to 20.5" in words
     worst = max(record.layers, key=lambda row: row.error)
-    assert f"errors: {worst.name} (" in words
-    assert Compared(10.0, float("inf"), 1).exploded and not Compared(10.0, 20.0, 1).exploded
+    assert f"in the recipe): {worst.name} (" in words
+    assert not Compared(10.0, float("inf"), 1).ok and Compared(10.0, 20.0, 1).ok
 
 
-def test_compress_tells_of_an_explosion(packed: Path, tmp_path: Path, text_file: Path) -> None:
+def test_a_failed_quality_check_is_told_recorded_and_apart_from_whether_the_folder_is_sound(
+    packed: Path, tmp_path: Path, text_file: Path
+) -> None:
     told: list[str] = []
-    with mock.patch("slimlm.record._EXPLODED", 0.1):
-        out = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS).path
-        assert any("the perplexity exploded" in words for words in told)
-        assert any("the perplexity exploded" in words for words in slimlm.verify(out).notes)
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        result = slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), notify=told.append, **OPTIONS)
+        assert any("quality check failed: the perplexity rose from" in words for words in told)
+        assert result.record.quality == checkpoint.read_record(result.path)["quality"] == "failed"
+        end = json.loads((tmp_path / "o.log.jsonl").read_text().splitlines()[-1])
+        assert (end["event"], end["quality"]) == ("end", "failed")
+        found = slimlm.verify(result.path)
+        assert found.sound and found.quality == "failed" and found.to_dict()["quality"] == "failed"
+        assert any("quality check failed: the perplexity rose" in words for words in found.notes)
+    assert slimlm.verify(result.path).quality == "ok"
+
+
+def test_without_a_notify_function_warnings_are_logged(
+    packed: Path, tmp_path: Path, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        slimlm.compress(packed.parent / "dense", tmp_path / "o", data=str(text_file), **OPTIONS)
+    warnings = [record.getMessage() for record in caplog.records if (record.name, record.levelname) == ("slimlm", "WARNING")]
+    assert any("the quality check failed" in words for words in warnings)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_line_ends_with_a_code_of_its_own_after_a_failed_quality_check(
+    line: Line, packed: Path, tmp_path: Path, text_file: Path, as_json: bool
+) -> None:
+    asked = ["--recipe", "absmax", "--data", text_file, "--samples", 4, "--length", 32, *(["--json"] if as_json else [])]
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        code, out, err = line("compress", packed.parent / "dense", "--out", tmp_path / "o", *asked)
+    assert code == 3 and "note: the quality check failed: the perplexity rose from" in err and "--samples" in err
+    if as_json:
+        assert json.loads(out)["quality"] == "failed"
+    else:
+        assert f"written; quality check failed (see the note above): {tmp_path / 'o'}" in out and "verified" not in out
+    with mock.patch("slimlm.record._MOST_GROWTH", 0.1):
+        code, out, _ = line("verify", tmp_path / "o")
+    assert code == 0 and re.search(r"integrity +sound", out) and re.search(r"quality +failed, as the run measured it", out)
 
 
 @pytest.mark.parametrize(("part", "words"), [("block", "outputs of the blocks"), ("head", "logits of the model")])
@@ -252,7 +287,7 @@ def test_compress_fails_where_what_is_read_back_gives_other_logits(
 def test_the_verb_prints_what_it_found(packed: Path, text_file: Path, line: Line) -> None:
     status, out, _ = line("verify", packed, "--text", text_file, "--max-tokens", 100)
     assert status == 0
-    assert "15 compressed, 0 dense" in out and "tokens of the text" in out and out.split()[-1] == "sound"
+    assert "15 compressed, 0 dense" in out and "tokens of the text" in out and re.search(r"integrity +sound", out)
     status, out, _ = line("verify", packed, "--json")
     assert status == 0 and json.loads(out)["sound"] is True
 

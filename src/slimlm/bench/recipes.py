@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlm.data.documents import documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import OpenModel, open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.events import Event, Observer, quiet
@@ -108,7 +107,7 @@ def compare_recipes(source: str | Path, trials: Sequence[Trial], setting: Settin
             refuse_occupied(trial.out)
     original = open_any(str(source))
     at_most = setting.measured_samples * setting.length
-    tokens = token_stream(original.tokenizer, documents(setting.data, "evaluation"), at_most=at_most)
+    tokens = tokens_of(original.tokenizer, setting.data, "evaluation", at_most=at_most)
     samples = windows_of(tokens, setting.length, source=setting.data)
     rows = [_row("original", "as it was trained", original, samples, 0.0, progress)]
     continuations = {"original": _continuation(original, setting.prompt)}

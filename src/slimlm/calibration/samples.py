@@ -7,9 +7,9 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, DataError
 from slimlm.core.profiling import profiled
-from slimlm.data.documents import DEFAULT_DATA, documents
-from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, token_stream, windows_of
-from slimlm.events import Event, Observer
+from slimlm.data.documents import DEFAULT_DATA, Source, label_of
+from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, tokens_of, windows_of
+from slimlm.events import Event, Notify, Observer
 from slimlm.models.dense import DenseModel
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import context_length
@@ -23,8 +23,8 @@ _READ_AHEAD = 8
 class Calibration:
     """Where the calibration text comes from and how much of it is used."""
 
-    data: str = DEFAULT_DATA
-    """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", or "self" (text that the model writes)."""
+    data: Source = DEFAULT_DATA
+    """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", "self" (text that the model writes), or texts."""
     samples: int = 128
     """The number of samples."""
     length: int = 2048
@@ -40,7 +40,12 @@ class Calibration:
 
 
 def calibration_samples(
-    dense: LazyModel, whole: DenseModel | None, wanted: Calibration, journal: Journal, progress: Observer
+    dense: LazyModel,
+    whole: DenseModel | None,
+    wanted: Calibration,
+    journal: Journal,
+    progress: Observer,
+    notify: Notify,
 ) -> Tensor:
     """The calibration samples of a run, stored in the journal.
 
@@ -52,6 +57,7 @@ def calibration_samples(
         wanted: The text and how much of it is used.
         journal: The journal of the run.
         progress: An observer of the events.
+        notify: Is given what the user should know about the text.
 
     Returns:
         Token ids `[count, length]`.
@@ -67,14 +73,14 @@ def calibration_samples(
             stored = generate_samples(whole, wanted, progress)
             journal.note_tensor(OWN_TEXT, stored)
         return stored
-    samples = draw_samples(dense, wanted)
+    samples = draw_samples(dense, wanted, notify)
     stored = journal.noted_tensor(TEXT)
     if stored is None:
         journal.note_tensor(TEXT, samples)
     elif not torch.equal(stored, samples):
         raise CheckpointError(
-            f"the run in {journal.folder} was begun on other calibration text: {wanted.data} has changed since, or the "
-            "tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
+            f"the run in {journal.folder} was begun on other calibration text: {label_of(wanted.data)} has changed since, or "
+            "the tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
         )
     return samples
 
@@ -91,13 +97,13 @@ def generate_samples(dense: DenseModel, wanted: Calibration, progress: Observer)
 
 
 @profiled("read text")
-def draw_samples(dense: LazyModel, wanted: Calibration) -> Tensor:
+def draw_samples(dense: LazyModel, wanted: Calibration, notify: Notify) -> Tensor:
     """Samples `[count, length]` drawn from a text; raises DataError for tokens that the model does not have."""
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
     length = min(wanted.length, context_length(dense.model) or wanted.length)
-    texts = documents(wanted.data, "calibration")
-    tokens = token_stream(dense.tokenizer, texts, at_most=_READ_AHEAD * wanted.samples * length)
-    chosen = choose_windows(windows_of(tokens, length, source=wanted.data), wanted.samples, wanted.seed)
+    ahead = _READ_AHEAD * wanted.samples * length
+    tokens = tokens_of(dense.tokenizer, wanted.data, "calibration", at_most=ahead, notify=notify)
+    chosen = choose_windows(windows_of(tokens, length, source=label_of(wanted.data)), wanted.samples, wanted.seed)
     refuse_unknown_tokens(chosen, dense.model, dense.tokenizer)
     return chosen

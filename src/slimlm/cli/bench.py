@@ -58,8 +58,8 @@ def bench(
     import torch
 
     from slimlm.bench.model_speed import QUICK, Settings, model_speed, write_json
+    from slimlm.display import progress_on
     from slimlm.events import Event
-    from slimlm.report.live import progress_on
     from slimlm.report.speed import generation_speed_table, layer_speed_table, speed_notes, speed_picture
 
     usual = QUICK if quick else Settings()
@@ -90,8 +90,8 @@ def bench(
 
 def _tune(context: typer.Context, folder: Path, *, as_json: bool) -> None:
     from slimlm.bench.gpu_tiles import tune_kernels
+    from slimlm.display import progress_on
     from slimlm.events import Event
-    from slimlm.report.live import progress_on
     from slimlm.report.speed import tiles_table
 
     with progress_on(notes) as observer:

@@ -10,6 +10,9 @@ from slimlm.cli.console import notes, notifier, output, print_json, say
 from slimlm.distributed.environment import global_rank
 from slimlm.recipes import DEFAULT_RECIPE
 
+QUALITY_FAILED = 3
+"""Exit code where the model was written, and its perplexity on the calibration text rose too far."""
+
 
 def compress(
     context: typer.Context,
@@ -36,8 +39,8 @@ def compress(
     limit = options.bytes_of(memory)
 
     from slimlm.cli.opened import kernels_for
+    from slimlm.display import progress_on
     from slimlm.pipeline import compress as compress_model
-    from slimlm.report.live import progress_on
     from slimlm.report.tables import summary_table
 
     with progress_on(notes, silent=quiet) as observer:
@@ -63,6 +66,9 @@ def compress(
     kernels = kernels_for(result.path)
     if as_json:
         print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
-        return
+        raise typer.Exit(QUALITY_FAILED if result.record.quality == "failed" else 0)
     output.print(summary_table(result.record, kernels))
+    if result.record.quality == "failed":
+        say(f"\nwritten; quality check failed (see the note above): {result.path}")
+        raise typer.Exit(QUALITY_FAILED)
     say(f"\nwritten and verified: {result.path}")

@@ -31,9 +31,9 @@ def demo(
 ) -> None:
     """Compress the bundled model in several ways and compare them with the original; offline, about a minute."""
     from slimlm.bench.recipes import compare_recipes
+    from slimlm.display import progress_on
     from slimlm.models.bundled import NAME, bundled_model
     from slimlm.report.comparison import comparison_table
-    from slimlm.report.live import progress_on
 
     with progress_on(notes) as observer:
         found = compare_recipes(bundled_model(), _trials(out, full=full), _setting(full=full), progress=observer)

@@ -36,9 +36,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity on a text, of one model or of two side by side; auto uses the precise kernels on a CPU."""
     from slimlm.cli.opened import refuse_cpu_kernels, show_kernels, text_samples
+    from slimlm.display import progress_on
     from slimlm.evaluation.compare import open_any, same_tokens
     from slimlm.models.structure import context_length
-    from slimlm.report.live import progress_on
     from slimlm.report.tables import plain_table, size
     from slimlm.run.config import pick_device
     from slimlm.storage import checkpoint

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimlm.cli.console import say_on_stderr
 from slimlm.core.errors import DataError, KernelError
-from slimlm.data.documents import documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import OpenModel
 from slimlm.inference.load import read_description
 from slimlm.runtime.kernel_names import Kernels
@@ -67,6 +66,6 @@ def text_samples(
     limit = sys.maxsize if context is None else context
     if length is not None and length > limit:
         raise DataError(f"--length {length} is more than the model's context of {limit} tokens")
-    tokens = token_stream(tokenizer, documents(text, "evaluation"), at_most=at_most)
+    tokens = tokens_of(tokenizer, text, "evaluation", at_most=at_most, notify=say_on_stderr)
     usual = min(limit, MOST_LENGTH, len(tokens) if shrink else MOST_LENGTH)
     return windows_of(tokens, length or usual, source=text)

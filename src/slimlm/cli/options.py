@@ -4,13 +4,12 @@ A parameter of a verb has the name of the library's argument that it becomes, so
 with its flag (slimlm.cli.verb).
 """
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from slimlm.core.errors import SlimlmError
+from slimlm.core import arguments
 from slimlm.core.objective import Objective
 from slimlm.data.documents import DEFAULT_DATA
 from slimlm.runtime.kernel_names import Kernels
@@ -67,15 +66,7 @@ MeasuredLength = Annotated[
     typer.Option(min=2, help="Tokens per sample of the text.", show_default="the model's context, at most 2048"),
 ]
 
-_UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
-_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
 
 def bytes_of(text: str | None) -> int | None:
     """The size that --memory names, in bytes; raises SlimlmError where it names none."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in _UNITS or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
-        raise SlimlmError(f"--memory {text!r}: give a size such as 8GiB, 500MB or 2.5G")
-    return size
+    return None if text is None else arguments.size(text, "memory")

@@ -46,11 +46,11 @@ def plan(
     _refuse_file(save)
     limit = options.bytes_of(memory)
 
+    from slimlm.display import progress_on
     from slimlm.pipeline import estimate
     from slimlm.pipeline import plan as make_plan
     from slimlm.recipe import open_recipe, to_toml
     from slimlm.report.estimate import estimate_table
-    from slimlm.report.live import progress_on
 
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}

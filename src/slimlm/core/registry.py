@@ -1,6 +1,7 @@
-"""Methods and statistics by name: the folder is the list.
+"""Methods and statistics by name: the folder is the list, and other packages add to it.
 
-A method's name is its file's name, and its class is the file's only public dataclass; likewise for statistics.
+A method's name is its file's name, and its class is the file's only public dataclass; likewise for statistics. Other packages
+register methods by entry points (`GROUP`); a statistic of theirs is found by the `needs` of a method.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import inspect
 import pkgutil
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import cast
 
@@ -20,11 +22,43 @@ KINDS = {"quantize": "quantizer", "prune": "pruner", "compensate": "compensator"
 """The key of a step in a recipe, which is also its folder in slimlm.methods, and what such a method is called."""
 
 
+GROUP = "slimlm.methods"
+"""The group of entry points by which other packages add methods: KIND.NAME = "module:Class"."""
+
+
 @cache
 def names(kind: str) -> tuple[str, ...]:
-    """The names of all methods of a kind, sorted."""
+    """The names of all methods of a kind, sorted: slimlm's own and those of other packages."""
+    return tuple(sorted({*_own_names(kind), *(name for of, name in _entry_points() if of == kind)}))
+
+
+def _own_names(kind: str) -> list[str]:
     package = importlib.import_module(f"slimlm.methods.{kind}")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+    return [module.name for module in pkgutil.iter_modules(package.__path__)]
+
+
+@cache
+def _entry_points() -> dict[tuple[str, str], list[EntryPoint]]:
+    """The methods of other packages, by kind and name; more than one of a name are refused when the name is used.
+
+    Raises:
+        RecipeError: An entry point's name is not KIND.NAME.
+    """
+    found: dict[tuple[str, str], list[EntryPoint]] = {}
+    # A package may be found twice, as where its folder stands twice on the path.
+    for entry in dict.fromkeys(entry_points(group=GROUP)):
+        kind, _, name = entry.name.partition(".")
+        if kind not in KINDS or not name.isidentifier():
+            raise RecipeError(
+                f"{_package_of(entry)} registers {entry.name!r} as a method of slimlm; the name must be KIND.NAME, such as "
+                f"quantize.mine, with one of these kinds: {', '.join(KINDS)}"
+            )
+        found.setdefault((kind, name), []).append(entry)
+    return found
+
+
+def _package_of(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name}" if entry.dist is not None else "a package"
 
 
 @cache
@@ -32,16 +66,44 @@ def find(kind: str, name: str) -> type[Step]:
     """The class of a method.
 
     Raises:
-        RecipeError: there is no method of this name; the message suggests a similar one.
+        RecipeError: There is no method of this name (the message suggests a similar one) or more than one, or the package that
+            registers it cannot be imported.
     """
     if name not in names(kind):
         near = get_close_matches(name, names(kind), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names(kind))}"
         raise RecipeError(f"no {KINDS[kind]} is called {name!r}; {hint}")
-    module = importlib.import_module(f"slimlm.methods.{kind}.{name}")
-    methods = cast("list[type[Step]]", [cls for cls in _public_classes(module) if dataclasses.is_dataclass(cls)])
-    assert len(methods) == 1, f"{module.__name__} must define exactly one public dataclass"
-    return methods[0]
+    entries = _entry_points().get((kind, name), [])
+    if not entries:
+        module = importlib.import_module(f"slimlm.methods.{kind}.{name}")
+        methods = _methods_in(module)
+        assert len(methods) == 1, f"{module.__name__} must define exactly one public dataclass"
+        return methods[0]
+    owners = [*(["slimlm"] if name in _own_names(kind) else []), *map(_package_of, entries)]
+    if len(owners) > 1:
+        raise RecipeError(f"{' and '.join(owners)} each have a {KINDS[kind]} {name!r}; rename or uninstall one of them")
+    return _method_of(entries[0])
+
+
+def _method_of(entry: EntryPoint) -> type[Step]:
+    """The class that another package registers."""
+    where = f"{_package_of(entry)} registers the method {entry.name} = {entry.value!r}"
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{where}, which cannot be imported: {error}") from error
+    if isinstance(found, ModuleType):
+        found = next(iter(_methods_in(found)), None)
+    if not (inspect.isclass(found) and dataclasses.is_dataclass(found) and hasattr(found, "needs") and hasattr(found, "brief")):
+        raise RecipeError(
+            f"{where}, which is no method; name a frozen dataclass that derives from slimlm.core.step.StepDefaults and has "
+            "`needs` and a call"
+        )
+    return cast("type[Step]", found)
+
+
+def _methods_in(module: ModuleType) -> list[type[Step]]:
+    return cast("list[type[Step]]", [cls for cls in _public_classes(module) if dataclasses.is_dataclass(cls)])
 
 
 @cache

@@ -1,140 +1,113 @@
-"""Documents from a source given by name.
+"""Documents from a source given by name, or given themselves.
 
 file.txt            one document, or several separated by lines that hold only <|endoftext|>
-file.jsonl          one document a line, in the field "text" (or "content")
-file.parquet        one document a row, in the column "text" (or "content")
-a folder            all such files in it, in order of name, except for what slimlm wrote there: checkpoints, runs and their logs
+file.jsonl          one document a line: text or a conversation (slimlm.data.rows)
+file.parquet        one document a row, likewise
+a folder            all such files in it, in order of name (slimlm.data.files says which are left out)
 stdlib              the source of Python's standard library: its calibration or its evaluation part
 anything else       a hub data set, NAME or NAME:CONFIG (split: train for calibration, test for evaluation)
+
+Files may be compressed: file.jsonl.gz, file.txt.zst.
 """
 
-import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from slimlm.core.errors import DataError
+from slimlm.core import arguments
+from slimlm.core.errors import DataError, first_line
+from slimlm.data.files import Piece, files_in, is_readable, pieces_in, pieces_of, readable_endings
+from slimlm.data.rows import Reading
 from slimlm.data.stdlib import stdlib_documents
+from slimlm.hub import unreachable
 
 Purpose = Literal["calibration", "evaluation"]
+
+Source = str | tuple[str, ...]
+"""A source by name, or the texts themselves."""
 
 DEFAULT_DATA = "allenai/c4:en"
 """The default of calibration, as in the papers; it is downloaded from the hub."""
 
-SEPARATOR = "<|endoftext|>"
-_READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
-_FIELDS = ("text", "content")
-_LOG, _LOG_BEGINS = ".log.jsonl", b'{"event": "run"'
-"""The end of the name of a run's log (slimlm.run.log), and the start of the file."""
-_RECORD = "slimlm.json"
-"""The file that makes a folder a checkpoint (slimlm.storage.checkpoint)."""
+
+def label_of(source: Source) -> str:
+    """A source as messages name it: as the user does, or how many texts."""
+    return source if isinstance(source, str) else f"{len(source)} given texts"
 
 
-def documents(source: str, purpose: Purpose) -> Iterator[str]:
-    """The documents of a source, read lazily and in order.
+def name_of(source: Source) -> str:
+    """A source as it is recorded: of a path the last name, because folders above it are private; a hub name unchanged."""
+    return Path(source).resolve().name if isinstance(source, str) and Path(source).exists() else label_of(source)
+
+
+def documents(source: Source, purpose: Purpose, reading: Reading | None = None) -> Iterator[str]:
+    """The documents of a source, read lazily and in order; see `pieces`."""
+    return _joined(pieces(source, purpose, reading or Reading()))
+
+
+def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece]:
+    """The documents of a source in pieces, read lazily and in order.
 
     Args:
-        source: one of those in this module's docstring.
-        purpose: which part to read of a source that has one for calibration and one for evaluation.
+        source: One of those in this module's docstring, or texts.
+        purpose: Which part to read of a source that has one for calibration and one for evaluation.
+        reading: How rows are read; what is found is counted there.
 
     Raises:
-        DataError: there is no text at the source, or it cannot be read; for some sources this is raised only when the
+        DataError: There is no text at the source, or it cannot be read; for some sources this is raised only when the
             documents are read.
     """
+    if isinstance(source, tuple):
+        return (piece for text in source for piece in pieces_of(text))
     if source == "self":
         raise DataError(
             "'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on"
         )
     if source == "stdlib":
-        return stdlib_documents(purpose)
-    path = Path(source)
+        return (piece for text in stdlib_documents(purpose) for piece in pieces_of(text))
+    path = arguments.path(source, "data" if purpose == "calibration" else "text", DataError)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _READABLE and not _own_output(p, path))
+        files = files_in(path, reading)
         if not files:
+            left_out = "".join(f"; {remark}" for remark in reading.remarks)
             raise DataError(
-                f"{source} holds no file that ends in {', '.join(_READABLE)} (what slimlm wrote there does not count)"
+                f"{source} holds no file that ends in {readable_endings()} (what slimlm wrote there does not count){left_out}"
             )
-        return (text for file in files for text in _of_file(file))
+        return _not_nothing((piece for file in files for piece in pieces_in(file, reading)), source, reading)
     if path.is_file():
-        if path.suffix not in _READABLE:
-            raise DataError(f"{source}: text is read from files that end in {', '.join(_READABLE)}")
-        return _of_file(path)
-    if path.suffix in _READABLE or source.startswith((".", "/", "~")):
+        if not is_readable(path):
+            raise DataError(f"{source}: text is read from files that end in {readable_endings()}")
+        return _not_nothing(pieces_in(path, reading), source, reading)
+    if is_readable(path) or source.startswith((".", "/", "~")):
         raise DataError(f"no text at {source}")
-    return _of_hub(source, purpose)
+    return _not_nothing(_of_hub(source, purpose, reading), source, reading)
 
 
-def _own_output(file: Path, folder: Path) -> bool:
-    """Whether slimlm wrote a file below this folder: a run's log, or a file in a run's folder or in a checkpoint."""
-    if file.name.endswith(_LOG) and file.is_file():
-        with file.open("rb") as log:
-            if log.read(len(_LOG_BEGINS)) == _LOG_BEGINS:
-                return True
-    between = file.parents[: file.parents.index(folder)]
-    return any(".partial" in (p.suffix, p.suffix.partition("-")[0]) or (p / _RECORD).is_file() for p in between)
+def _joined(pieces: Iterator[Piece]) -> Iterator[str]:
+    document: list[str] = []
+    for piece in pieces:
+        if piece.begins and document:
+            yield "".join(document)
+            document = []
+        document.append(piece.text)
+    if document:
+        yield "".join(document)
 
 
-def _of_file(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".jsonl":
-            yield from _of_jsonl(path)
-        elif path.suffix == ".parquet":
-            yield from _of_parquet(path)
-        else:
-            yield from _of_text(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+def _not_nothing(pieces: Iterator[Piece], source: str, reading: Reading) -> Iterator[Piece]:
+    """The same pieces; raises DataError where all rows of a source were skipped."""
+    found = False
+    for piece in pieces:
+        found = True
+        yield piece
+    if not found and reading.skipped:
+        raise DataError(f"{source}: none of its {reading.rows} rows has text; the first, {reading.first_skipped}")
 
 
-def _of_text(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip() == SEPARATOR:
-                yield "".join(lines).strip("\n")
-                lines = []
-            else:
-                lines.append(line)
-    yield "".join(lines).strip("\n")
-
-
-def _of_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-            yield _text_of(row, f"{path}, line {number}")
-
-
-def _of_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    names = [name for name in _FIELDS if name in file.schema_arrow.names]
-    if not names:
-        raise DataError(f'{path} has no column "text" or "content"; it has {", ".join(file.schema_arrow.names)}')
-    number = 0
-    try:
-        for batch in file.iter_batches(columns=names[:1]):
-            for text in batch.column(0).to_pylist():
-                yield _text_of(text, f"{path}, row {number}")
-                number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged at row {number}: {error}") from error
-
-
-def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
+def _of_hub(name: str, purpose: Purpose, reading: Reading) -> Iterator[Piece]:
+    if (reason := unreachable()) is not None:
+        raise DataError(_no_hub_data(name, purpose, f"{reason}; with HF_HUB_OFFLINE=1 its cache is used"))
     import datasets
 
     repository, _, config = name.partition(":")
@@ -149,28 +122,18 @@ def _of_hub(name: str, purpose: Purpose) -> Iterator[str]:
         if rows is None:
             raise missing
         for number, row in enumerate(rows):
-            yield _text_of(row, f"{name}, row {number}")
+            if (text := reading.text_of(row, f"{name}, row {number}")) is not None:
+                yield from pieces_of(text)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(_no_hub_data(name, purpose, error)) from error
+        raise DataError(_no_hub_data(name, purpose, first_line(error))) from error
 
 
-def _no_hub_data(name: str, purpose: Purpose, error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
+def _no_hub_data(name: str, purpose: Purpose, reason: str) -> str:
     named = f"{name!r} (the default)" if name == DEFAULT_DATA else repr(name)
     argument = "data" if purpose == "calibration" else "text"
     own = ", or 'self' (text that the model writes)" if purpose == "calibration" else ""
     near = " Did you mean 'stdlib'?" if get_close_matches(name, ["stdlib"]) else ""
     return (
-        f"{named} is no file here, and the hub gave no data set of that name ({first}). Without a network, name a text "
+        f"{named} is no file here, and the hub gave no data set of that name ({reason}). Without a network, name a text "
         f"in `{argument}`: a .txt, .jsonl or .parquet file or folder, 'stdlib' (Python's own source){own}.{near}"
     )
-
-
-def _text_of(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    for field in _FIELDS:
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            return str(row[field])
-    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise DataError(f'{where}: no text in a field "text" or "content"; found {found}')

@@ -1,18 +1,52 @@
 """Token windows: a stream of documents cut into pieces of equal length that do not overlap.
 
-Every document is preceded by the tokenizer's beginning-of-sequence token, if it has one; the last, incomplete window is
-dropped. This is the usual protocol for perplexity. Calibration samples are windows drawn at random.
+Every document is preceded by the tokenizer's beginning-of-sequence token, if it has one and the document does not begin with
+it; the last, incomplete window is dropped. This is the usual protocol for perplexity. Calibration samples are windows drawn at
+random.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimlm.core.errors import DataError
+from slimlm.core.errors import DataError, first_line
+from slimlm.data.documents import Purpose, Source, label_of, pieces
+from slimlm.data.files import PIECE, Piece, pieces_of
+from slimlm.data.rows import ChatTemplate, Conversation, Reading
+from slimlm.events import Notify, silent
 
-_CHARACTERS_AT_ONCE = 2**20
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    purpose: Purpose,
+    *,
+    at_most: int | None = None,
+    notify: Notify = silent,
+) -> Tensor:
+    """The tokens of a source; conversations in it are written as text by the tokenizer's chat template.
+
+    Args:
+        tokenizer: The model's.
+        source: The texts, or their name (slimlm.data.documents).
+        purpose: Which part of the source is read.
+        at_most: Stop reading after this many tokens.
+        notify: Is given what the user should know: rows and files that were left out, conversations.
+
+    Returns:
+        int64 `[tokens]`.
+
+    Raises:
+        DataError: There is no text, or it cannot be read.
+    """
+    reading = Reading(chat_template_of(tokenizer))
+    tokens = _stream(tokenizer, pieces(source, purpose, reading), at_most)
+    for note in reading.notes(label_of(source)):
+        notify(note)
+    return tokens
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
@@ -20,21 +54,42 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at
 
     Args:
         tokenizer: the model's.
-        texts: documents; each one is preceded by the beginning-of-sequence token.
+        texts: documents; each one is preceded by the beginning-of-sequence token, unless it begins with its text.
         at_most: stop reading after this many tokens.
 
     Returns:
         int64 `[tokens]`.
     """
+    return _stream(tokenizer, (piece for text in texts for piece in pieces_of(text)), at_most)
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The tokenizer's chat template as a function; None where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError
+
+    def chat(conversation: Conversation) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:  # templates raise what they like
+            raise DataError(f"the chat template does not accept the conversation ({first_line(error)})") from error
+
+    return chat
+
+
+def _stream(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], at_most: int | None) -> Tensor:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tokens: list[int] = []
-    for batch in _batches(texts):
-        rows = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (first, _), row in zip(batch, rows, strict=True):
-            tokens += (start if first else []) + row
+    tokens = array("q")
+    for batch in _batches(pieces):
+        rows = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for piece, row in zip(batch, rows, strict=True):
+            # A chat template, or the text itself, may write the token already.
+            tokens.extend(start if piece.begins and row[:1] != start else [])
+            tokens.extend(row)
         if at_most is not None and len(tokens) >= at_most:
-            return torch.tensor(tokens[:at_most])
-    return torch.tensor(tokens, dtype=torch.int64)
+            break
+    return torch.frombuffer(tokens, dtype=torch.int64)[:at_most] if tokens else torch.empty(0, dtype=torch.int64)
 
 
 def windows_of(tokens: Tensor, length: int, *, source: str) -> Tensor:
@@ -143,16 +198,15 @@ def sample_from_model(model: PreTrainedModel, *, samples: int, length: int, seed
             )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
-    """Lists of pieces of text, each with whether it begins a document; a long document is cut, and tokenized in pieces."""
-    batch: list[tuple[bool, str]] = []
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces, which are tokenized together."""
+    batch: list[Piece] = []
     characters = 0
-    for text in texts:
-        for begin in range(0, len(text), _CHARACTERS_AT_ONCE):
-            batch.append((begin == 0, text[begin : begin + _CHARACTERS_AT_ONCE]))
-            characters += len(batch[-1][1])
-            if characters >= _CHARACTERS_AT_ONCE:
-                yield batch
-                batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= PIECE:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch

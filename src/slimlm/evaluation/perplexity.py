@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import NumericsError
 from slimlm.data.windows import refuse_unknown_tokens
+from slimlm.runtime.arguments import refuse_no_module, refuse_no_token_ids
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**27
@@ -42,6 +43,8 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
         DataError: a token has no row in the model's embedding.
         NumericsError: the logits hold NaN.
     """
+    refuse_no_module(model)
+    refuse_no_token_ids(windows, "windows")
     refuse_unknown_tokens(windows, model)
     device = next(model.parameters()).device
     total, predicted = 0.0, 0

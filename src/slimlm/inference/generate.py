@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from slimlm.core import arguments
 from slimlm.core.errors import DataError, NumericsError, SlimlmError
 from slimlm.data.windows import refuse_unknown_tokens
 from slimlm.inference.decode import selection
 from slimlm.inference.decode.cuda_graph import CudaGraphDecoder
 from slimlm.models.structure import context_length
+from slimlm.runtime.arguments import refuse_no_module, refuse_no_token_ids
 
 NextLogits = Callable[[Tensor], Tensor]
 """A function from one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
@@ -104,6 +106,13 @@ def generate(
         DataError: prompts are empty, fill the context or hold tokens that the model does not have.
         NumericsError: logits are not finite.
     """
+    refuse_no_module(model, PreTrainedModel)
+    refuse_no_token_ids(prompt, "prompt")
+    max_new_tokens = arguments.whole_number(max_new_tokens, "max_new_tokens", least=None, example=64, refusal=SlimlmError)
+    temperature = float(arguments.real_number(temperature, "temperature", example=0.8, refusal=SlimlmError))
+    seed = arguments.whole_number(seed, "seed", least=None, example=0, refusal=SlimlmError)
+    if each is not None:
+        arguments.function(each, "each", "the tokens of a step")
     if max_new_tokens < 1 or temperature < 0:
         raise SlimlmError(f"at least 1 new token and a temperature of 0 or more; got {max_new_tokens} and {temperature}")
     batch, length = prompt.shape
@@ -111,7 +120,7 @@ def generate(
         raise DataError("the prompt is empty; a model continues at least one token")
     refuse_unknown_tokens(prompt, model)
     count = min(max_new_tokens, room_for(model, length))
-    stops = stop_tokens_of(model) if stop_tokens is None else stop_tokens
+    stops = stop_tokens_of(model) if stop_tokens is None else _stop_tokens(stop_tokens)
     choose = _chooser(temperature, seed, prompt.device)
     reason = selection.refuses(model, length + count - 1)
     texts = _Texts(batch, torch.tensor(stops, dtype=torch.long, device=prompt.device), each)
@@ -128,6 +137,13 @@ def generate(
     stopped: Literal["end", "length", "context"] = "end" if texts.done else "length" if count == max_new_tokens else "context"
     tokens = torch.stack(texts.columns, dim=1).cpu()
     return Generated(tokens, batch, length, prefilled - began, finished - prefilled, stopped, path())
+
+
+def _stop_tokens(given: object) -> list[int]:
+    """Token ids that a user gives; raises SlimlmError for anything else."""
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise SlimlmError(f"`stop_tokens` is of type {type(given).__name__}; give a list of token ids")
+    return [arguments.whole_number(token, "stop_tokens", least=0, example=2, refusal=SlimlmError) for token in given]
 
 
 class _Texts:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimlm.core import arguments
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.core.parts.fields import Json, dtype_name
@@ -27,12 +28,12 @@ from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import fetch, open_generation_config, quantization_of, read_config, without_progress_bars
 from slimlm.models.outputs import name_outputs
 from slimlm.models.structure import swap
+from slimlm.runtime.arguments import device as device_of
 from slimlm.runtime.backends import cpu
 from slimlm.runtime.cpu.bindings import LAYOUT, is_valid
 from slimlm.runtime.dense import widen_activations
-from slimlm.runtime.dispatch import refuse_unknown_kernels, uses_cpu_kernels
+from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
-from slimlm.runtime.gpu.device import absent
 from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import packed_layers, unpacking_reason, use_kernels
@@ -92,39 +93,31 @@ def load(
         KernelError: kernels that were asked for by name do not take some layer.
         SlimlmError: there is no such GPU, dtype or folder.
     """
-    where = _device(device)
-    _refuse_unknown(dtype, kernels)
+    folder, where = arguments.model_source(source), device_of(device)
+    _refuse_unknown(dtype)
+    arguments.one_of(kernels, "kernels", get_args(Kernels))
+    arguments.flag(keep, "keep")
+    arguments.flag(mmap, "mmap")
+    arguments.function(notify, "notify", "each message for the user")
     if isinstance(source, Path) and not source.exists():
         raise CheckpointError(f"there is no folder {source}")
     with _OPENING, usual_defaults():
-        return _load(str(source), dtype, where, kernels, keep=keep, mmap=mmap, notify=notify)
+        return _load(folder, dtype, where, kernels, keep=keep, mmap=mmap, notify=notify)
 
 
 _OPENING = RLock()
 """Held while a model is opened: transformers changes settings of the whole process meanwhile, such as the default dtype."""
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """The device that is asked for; raises SlimlmError where there is none."""
-    try:
-        where = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise SlimlmError(f'`device={device!r}` is no device of torch; give "cpu", "cuda" or "cuda:1"') from error
-    if (reason := absent(where)) is not None:
-        raise SlimlmError(f'device = "{where}": {reason}; device="cpu" would do')
-    return where
-
-
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes in which a model can be opened."""
 
 
-def _refuse_unknown(dtype: torch.dtype | str, kernels: str) -> None:
-    """Raise SlimlmError where a model cannot be opened in this dtype, and KernelError where there are no such kernels."""
+def _refuse_unknown(dtype: torch.dtype | str) -> None:
+    """Raise SlimlmError where a model cannot be opened in this dtype."""
     name, choices = str(dtype).removeprefix("torch."), ", ".join(_DTYPES)
     if dtype != "auto" and name not in _DTYPES:
         raise SlimlmError(f'`dtype={name!r}`: activations are floating-point numbers; give "auto" or one of {choices}')
-    refuse_unknown_kernels(kernels)
 
 
 def _load(

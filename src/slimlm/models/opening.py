@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError, first_line
+from slimlm.hub import can_be_model, unreachable
 from slimlm.models.beside import BELONGING
 
 _TOKENIZER_FILES = (
@@ -51,12 +52,18 @@ def read_config(source: str) -> dict[str, Any]:
         raise ModelError(f"{source} is a file; {_of_file(folder)}")
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
+    if not can_be_model(source):
+        raise ModelError(
+            f"{source!r} is neither a folder here nor a name that a model on the hub can have (OWNER/NAME). "
+            "Give the path of a downloaded model folder, or check the name"
+        )
+    silent = unreachable()
     try:
         # Unchanged from the file: whether transformers has its class is checked later, with a better message.
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config, _ = PreTrainedConfig.get_config_dict(source, local_files_only=silent is not None)
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
-            f"{source!r} is neither a folder here nor a model that the hub gave ({first_line(error)}). "
+            f"{source!r} is neither a folder here nor a model that the hub gave ({silent or first_line(error)}). "
             "Give the path of a downloaded model folder, or check the name and the network"
         ) from error
     return dict(config)

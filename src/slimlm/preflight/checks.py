@@ -1,13 +1,15 @@
 """Checks of memory, disk and folders before a run: too little is refused, and the user is warned of little."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
-from slimlm.data.documents import documents
+from slimlm.data.documents import Source, documents
+from slimlm.events import Notify
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds, folder_bytes
 from slimlm.runtime.memory import format_bytes, total_and_free
@@ -133,19 +135,53 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     return None
 
 
-def check_place(out: Path) -> None:
-    """Raise CheckpointError where `out` cannot be written because something is there; nothing is created."""
+def check_place(out: Path, model: Path) -> None:
+    """Raise CheckpointError where `out` cannot be written; nothing is created.
+
+    Args:
+        out: The output folder. Something may be there, it may lie inside the model's folder, or too far below what exists.
+        model: The model's folder, or its name on the hub.
+    """
+    source, place = model.resolve(), out.resolve()
+    if model.is_dir() and source in place.parents:
+        raise CheckpointError(
+            f"`out={out}` lies inside the model's folder {model}, whose files would no longer be the original's alone; give a "
+            f"folder elsewhere, such as {source.with_name(f'{source.name}-{out.name}')}"
+        )
+    parent = out.absolute().parent
+    if not parent.exists() and not parent.parent.exists():
+        raise CheckpointError(
+            f"`out={out}`: neither {parent} nor the folder above it exists, so the path may be mistyped; make {parent} first, "
+            f"or give an `out` below {existing(out)}"
+        )
     checkpoint.refuse_taken(out)
 
 
-def check_text(data: str) -> None:
+@contextmanager
+def new_parent(out: Path, notify: Notify) -> Iterator[None]:
+    """Within this context the folder above `out` may be made; the user is notified, and where the run fails it goes again."""
+    parent = out.absolute().parent
+    made = not parent.exists()
+    if made:
+        notify(f"{parent} does not exist yet and is made")
+    try:
+        yield
+    except BaseException:
+        if made:
+            # An unfinished run, which stays, or another program's file may be in it.
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_text(data: Source) -> None:
     """Raise DataError where the file or folder of the text does not exist; nothing is read or downloaded."""
     if data != "self":
         documents(data, "calibration")
 
 
 def problems_of(
-    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: str | None = None
+    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: Source | None = None
 ) -> tuple[str, ...]:
     """The messages of everything that the checks before a run would refuse or warn of."""
     checks: list[Callable[[], str | None]] = [
@@ -153,7 +189,7 @@ def problems_of(
         lambda: check_memory(memory_of(run, allowed), allowed),
         lambda: check_whole(run.dense.whole_bytes, allowed) if run.planned else None,
         lambda: None if out is None else check_disk(run, out, journal_folder(out)),
-        lambda: None if out is None else check_place(out),
+        lambda: None if out is None else check_place(out, run.dense.folder),
         lambda: None if data is None else check_text(data),
     ]
     found = []

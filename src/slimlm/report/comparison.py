@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from slimlm.report.live import duration
+from slimlm.display import duration
 from slimlm.report.tables import plain_table, size
 
 if TYPE_CHECKING:

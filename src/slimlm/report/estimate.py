@@ -4,8 +4,8 @@ from collections import Counter
 
 from rich.table import Table
 
+from slimlm.display import duration
 from slimlm.preflight.estimate import Estimate, Memory
-from slimlm.report.live import duration
 from slimlm.report.tables import pairs_table, size
 from slimlm.runtime.memory import format_bytes
 

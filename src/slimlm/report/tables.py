@@ -48,7 +48,7 @@ def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def layers_table(record: "Record") -> Table:
-    """A row per compressed layer; embedding and lm_head last where they are compressed."""
+    """A row per compressed layer; embedding and lm_head last where they are compressed. `LayerRecord` defines the errors."""
     rows = (
         (
             r.name,
@@ -58,10 +58,11 @@ def layers_table(record: "Record") -> Table:
             f"{r.sparsity:.1%}",
             str(r.rank),
             f"{r.error:.4f}",
+            "" if r.output_error is None else f"{r.output_error:.4f}",
         )
         for r in (*record.layers, *record.embeddings)
     )
-    columns = ("layer", "out x in", "parts", "bits/weight", "sparsity", "rank", "error")
+    columns = ("layer", "out x in", "parts", "bits/weight", "sparsity", "rank", "diagonal error", "output error")
     return plain_table(None, columns, rows, left=3)
 
 
@@ -129,8 +130,6 @@ def summary_table(record: "Record", kernels: str) -> Table:
         record: The record.
         kernels: A description of the kernels that would run its layers on this machine.
     """
-    errors = sorted(r.error for r in record.layers)
-    worst = max(record.layers, key=lambda r: r.error)
     calibration = record.calibration
     asked = calibration.get("asked", calibration["samples"])
     fewer = "" if asked == calibration["samples"] else f" (asked for {asked}; the text gives no more)"
@@ -146,7 +145,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
             f" ({record.stored_bytes / record.original_bytes:.1%} of the original)",
         ),
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
-        ("relative output error", f"median {errors[len(errors) // 2]:.4f}, largest {worst.error:.4f} ({worst.name})"),
+        *_error_rows(record),
         *_perplexity_row(record),
         *_reconstruction_row(record),
         *_plan_row(record),
@@ -181,6 +180,22 @@ def _source_rows(record: "Record") -> list[tuple[str, str]]:
     ]
 
 
+def _error_rows(record: "Record") -> list[tuple[str, str]]:
+    """The errors of layers: on the measured inputs where their covariance is known, and as if inputs were uncorrelated."""
+    kinds = {
+        "output error": [(r.output_error, r.name) for r in record.layers if r.output_error is not None],
+        "diagonal error": [(r.error, r.name) for r in record.layers],
+    }
+    rows = []
+    for kind, errors in kinds.items():
+        if errors:
+            errors.sort()
+            median, (worst, name) = errors[len(errors) // 2][0], errors[-1]
+            meaning = ", of inputs taken as uncorrelated: compares layers, not recipes" if kind == "diagonal error" else ""
+            rows.append((kind, f"median {median:.4f}, largest {worst:.4f} ({name}){meaning}"))
+    return rows
+
+
 def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
     found = record.perplexity
     if found is None:
@@ -189,7 +204,7 @@ def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
 
 
 def verified_table(found: "Verified") -> Table:
-    """The findings on a checkpoint's folder, and whether it is sound."""
+    """The findings on a checkpoint's folder: whether it is what was written, and whether that was of use."""
     dense = "".join(f", {name}" for name in _first(found.skipped))
     rows = [
         ("folder", found.folder),
@@ -205,7 +220,9 @@ def verified_table(found: "Verified") -> Table:
         rows.append(("perplexity", f"{measured['value']:.4f} on {measured['tokens']} tokens of the text"))
     rows += [("note", text) for text in found.notes]
     rows += [("problem", text) for text in found.problems]
-    return pairs_table([*rows, ("verdict", "sound" if found.sound else f"not sound: {len(found.problems)} problems")])
+    integrity = "sound" if found.sound else f"not sound: {len(found.problems)} problems"
+    quality = {"ok": "ok, as the run measured it", "failed": "failed, as the run measured it"}.get(found.quality, found.quality)
+    return pairs_table([*rows, ("integrity", integrity), ("quality", quality)])
 
 
 def _first(names: Iterable[str]) -> list[str]:

@@ -266,7 +266,8 @@ def compress_layer(task: BlockTask, name: str, linear: nn.Module, stats: Stats) 
     except NumericsError as error:
         raise NumericsError(f"{full}: {error}") from error
     module = CompressedLinear.from_parts(layer.parts(), _bias_of(linear))
-    return module, LayerDone(record_of(layer, stats[MeanSquare]), stats.tokens, time.monotonic() - began)
+    covariance = stats.get(Covariance) if Covariance in stats.values else None
+    return module, LayerDone(record_of(layer, stats[MeanSquare], covariance), stats.tokens, time.monotonic() - began)
 
 
 def _broadcast_layer(
@@ -343,7 +344,7 @@ def _rerecorded(task: BlockTask, layer: CompressedLayer, losses: tuple[float, fl
     assert isinstance(module, CompressedLinear)
     parts = module.parts()
     error = relative_error(weight_of(task.original_block.get_submodule(name)), parts.dense(), layer.second_moment)
-    record = dataclasses.replace(layer.record, bits=parts.storage_bits(), error=error, reconstruction=losses)
+    record = dataclasses.replace(layer.record, bits=parts.storage_bits(), error=error, output_error=None, reconstruction=losses)
     return dataclasses.replace(layer, record=record)
 
 

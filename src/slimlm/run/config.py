@@ -1,41 +1,44 @@
 """The configuration of a run: the options of `compress`, `plan` and `estimate`, in one object."""
 
 import dataclasses
+import os
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict, Unpack, get_args
 
 import torch
 
 from slimlm.calibration.samples import Calibration
-from slimlm.core.errors import RecipeError, SlimlmError
+from slimlm.core import arguments
+from slimlm.core.errors import DataError, RecipeError, SlimlmError
 from slimlm.core.objective import Objective
-from slimlm.data.documents import DEFAULT_DATA
+from slimlm.data.documents import DEFAULT_DATA, Source, name_of
 from slimlm.data.windows import check_seed
 from slimlm.distributed.environment import local_rank, world_size
 from slimlm.planner.options import Budget, options_of
 from slimlm.planner.plan import asked_budget
-from slimlm.recipe import Recipe, check_embedding_bits, open_recipe
+from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.recipes import DEFAULT_RECIPE
 from slimlm.storage.identity import files_identity
 
 
 class RunOptions(TypedDict, total=False):
-    """The options of a run; `RunConfig` documents them and their defaults."""
+    """The options of a run as users give them; `RunConfig` documents them and their defaults."""
 
-    recipe: str | Recipe
+    recipe: str | Path | dict[str, Any] | Recipe
     bits: float | None
     objective: Objective
     embedding_bits: int | None
-    data: str | None
+    data: str | Path | Sequence[str] | None
     samples: int
     length: int
     seed: int
-    device: str
-    memory: int | None
+    device: str | torch.device
+    memory: int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,8 @@ class RunConfig:
     """The unit of a budget: stored bits ("size"), or bytes and operations ("speed")."""
     embedding_bits: int | None = None
     """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's."""
-    data: str | None = None
-    """The calibration text: a file, a folder, a hub data set, "stdlib" or "self"; None: the default data set."""
+    data: Source | None = None
+    """The calibration text: a file, a folder, a hub data set, "stdlib", "self" or texts; None: the default data set."""
     samples: int = 128
     """The number of calibration samples."""
     length: int = 2048
@@ -71,6 +74,14 @@ class RunConfig:
     """The device that one block at a time is worked on: "auto", "cpu", "cuda" or "cuda:N"."""
     memory: int | None = None
     """Bytes that calibration activations may take before they stay on the disk; None: half of the free memory."""
+
+    @classmethod
+    def of(cls, model: str | Path, out: str | Path | None = None, **options: Unpack[RunOptions]) -> Self:
+        """The configuration that a user asks for; refuses, by name, arguments that make no sense."""
+        given: dict[str, Any] = dict(options)
+        checked = {name: _CHECKS[name](value) if name in _CHECKS else value for name, value in given.items()}
+        folder = None if out is None else arguments.path(out, "out")
+        return cls(model=arguments.model_source(model), out=folder, **checked)
 
     def __post_init__(self) -> None:
         check_seed(self.calibration.seed)
@@ -129,9 +140,55 @@ class RunConfig:
         }
 
 
-def name_of(source: str) -> str:
-    """The last name of a path, because folders above it are private; a hub name unchanged."""
-    return Path(source).resolve().name if Path(source).exists() else source
+def _recipe(given: object) -> str | Recipe:
+    if isinstance(given, str | Recipe):
+        return given
+    if isinstance(given, os.PathLike):
+        return str(arguments.path(given, "recipe", RecipeError))
+    if isinstance(given, dict) and all(isinstance(key, str) for key in given):
+        return recipe_from_dict({"name": "given", **given}, source="`recipe`")
+    raise RecipeError(
+        f"`recipe` is of type {type(given).__name__}; give the name of a shipped recipe, a .toml file, its content as a dict, "
+        "or a Recipe"
+    )
+
+
+def _data(given: object) -> Source | None:
+    if given is None or (isinstance(given, str) and given):
+        return given
+    if isinstance(given, os.PathLike):
+        return str(arguments.path(given, "data", DataError))
+    if isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given):
+        return tuple(given)
+    found = "empty" if isinstance(given, str | list | tuple) and not given else f"of type {type(given).__name__}"
+    raise DataError(
+        f'`data` is {found}; give the name of a text (a file, a folder, a hub data set, "stdlib" or "self"), or a list of texts'
+    )
+
+
+def _device(given: object) -> str:
+    if isinstance(given, str | torch.device):
+        return str(given)
+    raise SlimlmError(f'`device` is of type {type(given).__name__}; give "auto", "cpu", "cuda" or "cuda:N"')
+
+
+def _embedding_bits(given: object) -> int | None:
+    return None if given is None else check_embedding_bits(given, "`embedding_bits`")
+
+
+_CHECKS: dict[str, Callable[[object], Any]] = {
+    "recipe": _recipe,
+    "bits": lambda given: None if given is None else arguments.real_number(given, "bits", example=4, refusal=RecipeError),
+    "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
+    "embedding_bits": _embedding_bits,
+    "data": _data,
+    "samples": lambda given: arguments.whole_number(given, "samples", least=1, example=128, refusal=DataError),
+    "length": lambda given: arguments.whole_number(given, "length", least=2, example=2048, refusal=DataError),
+    "seed": lambda given: arguments.whole_number(given, "seed", least=None, example=0, refusal=DataError),
+    "device": _device,
+    "memory": lambda given: None if given is None else arguments.size(given, "memory"),
+}
+"""What makes a value of each option from what a user gives, or refuses it."""
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -4,10 +4,10 @@
 
     {"event": "run", ...}     when compressing begins or is resumed: time (UTC), recipe, model, calibration, device, versions,
                               blocks, and `after`, the number of blocks that an earlier run had finished
-    {"event": "layer", ...}   block (its number), name, shape, parts, bits, bits_per_weight, sparsity, rank, error, tokens,
-                              seconds, reconstruction, notes
+    {"event": "layer", ...}   block (its number), name, shape, parts, bits, bits_per_weight, sparsity, rank, error,
+                              output_error (see LayerRecord), tokens, seconds, reconstruction, notes
     {"event": "block", ...}   block, name, error (mean of its layers), seconds; after the lines of its layers
-    {"event": "end", ...}     bits_per_weight, stored_bytes, seconds of all runs together, peak_memory
+    {"event": "end", ...}     bits_per_weight, stored_bytes, quality, seconds of all runs together, peak_memory
     {"event": "stopped", ...} in place of `end`: why (the class of the error, without its message)
 
 Lines are only ever appended, so the log survives a killed process, is continued when a run is resumed, and stays when the run
@@ -93,6 +93,7 @@ class RunLog:
                 "event": "end",
                 "bits_per_weight": record.bits_per_weight,
                 "stored_bytes": record.stored_bytes,
+                "quality": record.quality,
                 "seconds": round(record.seconds, 3),
                 "peak_memory": record.peak_memory,
             }
@@ -109,6 +110,7 @@ def _figures(record: LayerRecord) -> dict[str, Any]:
         "sparsity": record.sparsity,
         "rank": record.rank,
         "error": record.error,
+        "output_error": record.output_error,
     }
 
 

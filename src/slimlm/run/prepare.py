@@ -18,6 +18,7 @@ from slimlm.calibration.capture import batches_of, shares_of
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
+from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
 from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
 from slimlm.events import Event, Observer
@@ -34,7 +35,7 @@ from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.refusals import compressible, refuse_early, warn_of_few_tokens, without_embeddings
 from slimlm.preflight.rehearsal import refuse_shared_weights, rehearse, rehearse_files
 from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
-from slimlm.run.config import RunConfig, name_of, pick_device
+from slimlm.run.config import RunConfig, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
 from slimlm.runtime.memory import format_bytes
@@ -129,7 +130,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
-        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress)
+        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress, run.notify)
     )
     shares = shares_of(samples, run.group.size)
     _check_sample_count(len(samples), recipe, planned=budget is not None)

@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
 
+from slimlm.core.arguments import one_of
 from slimlm.core.errors import KernelError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, PartEntries
+from slimlm.runtime.arguments import refuse_no_module
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.backends.reference import DenseWeight
 from slimlm.runtime.cpu import bindings, native
@@ -61,6 +63,8 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     Raises:
         KernelError: kernels that were asked for by name do not take some layer; nothing is changed then.
     """
+    refuse_no_module(model)
+    one_of(kernels, "kernels", get_args(Kernels))
     layers = packed_layers(model)
     for name, layer in layers.items():
         try:

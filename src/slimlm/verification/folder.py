@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimlm.core.arguments import path
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
@@ -29,7 +30,8 @@ from slimlm.models.opening import open_generation_config, open_tokenizer, withou
 from slimlm.models.outputs import plain_outputs
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
-from slimlm.record import COPIED, Record, Source, explosion
+from slimlm.record import COPIED, Quality, Record, Source, quality_warning
+from slimlm.runtime import arguments
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
@@ -69,6 +71,8 @@ class Verified:
     """The perplexity before and after that the run recorded."""
     measured: dict[str, Any] | None
     """The perplexity on the samples given."""
+    quality: Quality
+    """The quality check of the run that wrote the folder, which is apart from whether the folder is what was written."""
 
     @property
     def sound(self) -> bool:
@@ -141,7 +145,10 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     Raises:
         CheckpointError: The folder is no checkpoint, or too damaged to be read.
     """
-    opened = _Opened.of(Path(folder))
+    device = arguments.device(device)
+    if samples is not None:
+        arguments.refuse_no_token_ids(samples, "samples")
+    opened = _Opened.of(path(folder, "folder"))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()
     packed = set(opened.about.packed_names())
@@ -156,7 +163,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     if record is not None:
         problems += _unlike_record(record, opened.about, skipped)
         problems += _unlike_source(record.source, opened, empty)
-        if (warning := explosion(record)) is not None:
+        if (warning := quality_warning(record)) is not None:
             notes.append(warning)
     beside, about_them = _beside(opened.folder)
     problems += beside
@@ -182,6 +189,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
         embeddings=len(opened.about.embeddings),
         recorded=compared,
         measured=None if measured is None else dataclasses.asdict(measured),
+        quality="not measured" if record is None else record.quality,
     )
 
 

@@ -1,15 +1,17 @@
 """What is shown of a run: figures that follow from its events, on a clock that the test turns."""
 
 import io
+from typing import Literal
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from slimlm.cli.app import app
+from slimlm.core.errors import SlimlmError
+from slimlm.display import Display, Lines, Progress, duration, progress_on, shown
 from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
-from slimlm.report.live import Display, Lines, Progress, duration, progress_on
 
 
 class Clock:
@@ -47,7 +49,26 @@ def test_the_time_left_is_that_of_the_finished_blocks_for_those_to_come() -> Non
     assert progress.seconds_left == pytest.approx(4 * 15)
     clock.now += 5  # into the third block
     assert progress.seconds_left == pytest.approx(4 * 15 - 5)
-    clock.now += 1000  # it takes far longer than it should
+    clock.now += 995  # it takes far longer than it should: those after it still take their time, and it a tenth more
+    assert progress.seconds_left == pytest.approx(3 * 15 + 100)
+
+
+def test_the_time_before_the_first_block_is_no_part_of_it_and_the_last_block_never_takes_nothing() -> None:
+    clock = Clock()
+    progress = Progress(clock)
+    progress(Event("compress", 0, 2))
+    clock.now += 500  # the embedding
+    progress(Event("compress", 0, 2, "read", "layers.0"))
+    clock.now += 6
+    assert progress.seconds_left is None and progress.least_seconds_left == pytest.approx(6)
+    assert progress.time_left == ", at least 6 s left"
+    progress(Event("compress", 0, 2, "measure", "layers.0"))
+    clock.now += 4
+    progress(Event("compress", 1, 2, blocks=(block(1, 10, 0.2),)))
+    assert progress.seconds_left == pytest.approx(10) and progress.least_seconds_left is None
+    clock.now += 40
+    assert progress.seconds_left == pytest.approx(4)
+    progress(Event("compress", 2, 2, blocks=(block(2, 40, 0.2),)))
     assert progress.seconds_left == 0
 
 
@@ -87,7 +108,7 @@ def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -
     assert file.getvalue().splitlines() == [
         "open the model",
         "block 1/3 layers.0: finished by an earlier run, as are the blocks before it",
-        "block 2/3 layers.1: error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
+        "block 2/3 layers.1: diagonal error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
         "block 3/3 layers.2: nothing to compress (mean so far 0.5000), 30.0 s, about 0 s left",
     ]
 
@@ -165,6 +186,57 @@ def test_both_observers_hear_everything() -> None:
 def test_quiet_shows_no_progress(llama_folder, text_file, tmp_path) -> None:  # type: ignore[no-untyped-def]
     line = ["compress", str(llama_folder), "--recipe", "absmax", "--data", str(text_file), "--samples", "4", "--length", "32"]
     plain = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "one")])
-    assert plain.exit_code == 0 and "block 2/2 model.layers.1: error" in plain.stderr
+    assert plain.exit_code == 0 and "block 2/2 model.layers.1: diagonal error" in plain.stderr
     silent = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "two"), "--quiet"])
     assert silent.exit_code == 0 and silent.stderr == "" and "written and verified" in silent.stdout
+
+
+def test_a_long_block_has_lines_of_its_own_that_say_how_long_the_run_will_take_at_least() -> None:
+    clock, file = Clock(), io.StringIO()
+    lines = Lines(file, clock)
+    lines(Event("compress", 0, 3))
+    progress = BlockProgress(lines, "layers.0", 0, 3)
+    progress.doing("read")
+    clock.now += 20
+    progress.doing("measure", "q0")
+    clock.now += 5
+    progress.doing("steps", "q0")
+    clock.now += 5
+    progress.doing("propagate")
+    assert file.getvalue().splitlines() == [
+        "compress",
+        "block 1/3 layers.0: measure the inputs of layers, at least 40 s left",
+        "block 1/3 layers.0: compute the block's outputs, at least 60 s left",
+    ]
+
+
+@pytest.mark.parametrize(("progress", "said"), [(True, "open the model\n"), (False, ""), ("auto", "")])
+def test_progress_is_shown_where_it_is_asked_for(
+    progress: bool | Literal["auto"], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with shown(progress) as observer:
+        observer(Event("open the model", 0, 1))
+    assert capsys.readouterr().err == said
+
+
+def test_on_a_terminal_progress_is_shown_unasked_and_in_a_notebook_as_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    with shown("auto") as observer:
+        assert isinstance(observer, Display)
+    monkeypatch.setattr("slimlm.display.Console", lambda **_: Console(force_jupyter=True))
+    with shown("auto") as observer:
+        assert isinstance(observer, Lines)
+
+
+def test_ranks_other_than_the_first_show_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("slimlm.display.global_rank", lambda: 1)
+    with shown(True) as observer:
+        observer(Event("open the model", 0, 1))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_show_progress_is_refused() -> None:
+    with pytest.raises(SlimlmError, match="`progress` is of type int"), shown(7):  # type: ignore[arg-type]
+        pass

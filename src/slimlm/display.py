@@ -1,5 +1,7 @@
 """The progress of a run, on standard error: one live display on a terminal, a line per block elsewhere.
 
+    slimlm.compress(model, out, progress=True)
+
 Both are observers (slimlm.events) that compute their state from events with `Progress`.
 """
 
@@ -8,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console, ConsoleRenderable, Group
 from rich.live import Live
@@ -16,10 +18,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from slimlm.core.errors import SlimlmError
+from slimlm.distributed.environment import global_rank
 from slimlm.events import BlockDone, Doing, Event, Observer, quiet
 from slimlm.record import LayerRecord
 
 Clock = Callable[[], float]
+
+Show = Observer | bool | Literal["auto"]
+"""What shows a run's progress: an observer of its events; True: a display on a terminal, lines elsewhere; False: nothing;
+"auto": a display on a terminal, lines in a notebook, nothing elsewhere."""
 
 _DOING: dict[Doing, str] = {
     "read": "read the weights",
@@ -29,7 +37,9 @@ _DOING: dict[Doing, str] = {
     "propagate": "compute the block's outputs",
 }
 _LINE_EVERY = 10.0
-"""Seconds between two lines of a stage other than compression, which has a line per block."""
+"""Seconds between two lines of a stage, or of a block that takes so long."""
+_OVERTIME = 0.1
+"""A block that takes longer than the mean is taken to need this share of its time so far in addition."""
 
 
 @dataclass
@@ -50,6 +60,8 @@ class Progress:
     finished: list[BlockDone] = field(default_factory=list)
     _done_before: int = 0
     """Units of the stage that were done when this run began it."""
+    _block_began: float = 0.0
+    """The time when the work on the current block began."""
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -58,6 +70,9 @@ class Progress:
         if event.stage != self.stage:
             self.began, self._done_before = self.clock(), event.done
             self.finished, self.last = [], None
+        # What goes on before the first block, and between blocks, is no part of one.
+        if event.blocks or (event.doing is not None and event.name != self.name):
+            self._block_began = self.clock()
         self.stage, self.done, self.total = event.stage, event.done, event.total
         self.doing, self.name, self.layers = event.doing, event.name, event.layers
         self.finished += event.blocks
@@ -66,7 +81,7 @@ class Progress:
 
     @property
     def error(self) -> float | None:
-        """Mean relative output error of the layers of all finished blocks."""
+        """Mean diagonal error of the layers of all finished blocks."""
         errors = [record.error for block in self.finished for record in block.records]
         return sum(errors) / len(errors) if errors else None
 
@@ -78,13 +93,35 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until the stage ends, at the mean time of the units that this run has finished; None before the first."""
-        units = self.done - self._done_before
+        units, to_come = self.done - self._done_before, self.total - self.done
         if units <= 0:
             return None
         spent = [block.seconds for block in self.finished if block.seconds is not None]
-        mean = sum(spent) / len(spent) if spent else self.elapsed / units
-        accounted = sum(spent) if spent else self.elapsed
-        return max(0.0, mean * (self.total - self.done) - max(0.0, self.elapsed - accounted))
+        if not spent:
+            return self.elapsed / units * to_come
+        if to_come == 0:
+            return 0.0
+        mean, current = sum(spent) / len(spent), self._in_block
+        return mean * (to_come - 1) + max(mean - current, _OVERTIME * current)
+
+    @property
+    def least_seconds_left(self) -> float | None:
+        """During the first block of this run: the seconds left if no block takes longer than it has taken so far."""
+        if self.doing is None or self.done > self._done_before:
+            return None
+        return self._in_block * (self.total - self.done - 1)
+
+    @property
+    def time_left(self) -> str:
+        """What is known of the time left, after a comma; empty where nothing is."""
+        if (seconds := self.seconds_left) is not None:
+            return f", about {duration(seconds)} left"
+        least = self.least_seconds_left
+        return "" if least is None or least < 1 else f", at least {duration(least)} left"
+
+    @property
+    def _in_block(self) -> float:
+        return self.clock() - self._block_began
 
 
 def duration(seconds: float) -> str:
@@ -116,8 +153,7 @@ class Display:
             ProgressBar(total=max(1, progress.total), completed=progress.done, width=40),
             Text(f"{progress.done} of {progress.total} {unit}".rstrip()),
         )
-        remaining = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
-        rows = [("time", f"{duration(progress.elapsed)}{remaining}")]
+        rows = [("time", f"{duration(progress.elapsed)}{progress.time_left}")]
         if progress.doing is not None:
             layers = f": {', '.join(progress.layers)}" if progress.layers else ""
             rows.insert(0, (f"block {progress.done + 1}", progress.name))
@@ -126,7 +162,7 @@ class Display:
         if progress.last is not None:
             errors.append(f"last {progress.last.error:.4f} ({progress.last.name.rpartition('.')[2]})")
         if errors:
-            rows.insert(-1, ("error", ", ".join(errors)))
+            rows.insert(-1, ("diagonal error", ", ".join(errors)))
         grid = Table.grid(padding=(0, 2))
         for name, text in rows:
             grid.add_row(Text(name, style="dim"), Text(text, overflow="ellipsis", no_wrap=True))
@@ -139,7 +175,7 @@ def _layers(progress: Progress) -> str:
 
 
 class Lines:
-    """A line per finished block; for other stages a line as they begin and then at most one every ten seconds."""
+    """A line per finished block; for other stages, and in long blocks, at most one every ten seconds."""
 
     def __init__(self, file: TextIO, clock: Clock = time.monotonic) -> None:
         self.progress, self.file = Progress(clock), file
@@ -153,12 +189,18 @@ class Lines:
             self._say(self._of_blocks())
         elif new:
             self._say(self.progress.stage)
-        elif (
-            event.doing is None
-            and 0 < event.done < event.total
-            and (self._last_line is None or now - self._last_line >= _LINE_EVERY)
-        ):
-            self._say(f"{event.stage} {event.done}/{event.total}{self._remaining()}")
+        elif self._last_line is not None and now - self._last_line < _LINE_EVERY:
+            return
+        elif event.doing is not None:
+            self._say(self._of_current_block())
+        elif 0 < event.done < event.total:
+            self._say(f"{event.stage} {event.done}/{event.total}{self.progress.time_left}")
+
+    def _of_current_block(self) -> str:
+        """What is being done to the block that is not finished yet."""
+        progress = self.progress
+        assert progress.doing is not None
+        return f"block {progress.done + 1}/{progress.total} {progress.name}: {_DOING[progress.doing]}{progress.time_left}"
 
     def _of_blocks(self) -> str:
         """The block finished last, and the mean error of all so far."""
@@ -166,13 +208,9 @@ class Lines:
         what = f"block {block.number}/{progress.total} {block.name}"
         if block.seconds is None:
             return f"{what}: finished by an earlier run, as are the blocks before it"
-        error = "nothing to compress" if block.error is None else f"error {block.error:.4f}"
+        error = "nothing to compress" if block.error is None else f"diagonal error {block.error:.4f}"
         mean = "" if progress.error is None else f" (mean so far {progress.error:.4f})"
-        return f"{what}: {error}{mean}, {block.seconds:.1f} s{self._remaining()}"
-
-    def _remaining(self) -> str:
-        seconds = self.progress.seconds_left
-        return "" if seconds is None else f", about {duration(seconds)} left"
+        return f"{what}: {error}{mean}, {block.seconds:.1f} s{progress.time_left}"
 
     def _say(self, text: str) -> None:
         self._last_line = self.progress.clock()
@@ -181,13 +219,40 @@ class Lines:
 
 
 @contextmanager
-def progress_on(console: Console, *, silent: bool = False) -> Iterator[Observer]:
-    """An observer that shows a run's progress on this console while the context lasts; with `silent`, nothing."""
+def progress_on(console: Console, *, silent: bool = False, lines: bool = False) -> Iterator[Observer]:
+    """An observer that shows a run's progress on this console while the context lasts.
+
+    Args:
+        console: A terminal gets a live display, anything else lines on standard error.
+        silent: Show nothing.
+        lines: Show lines in any case.
+    """
     if silent:
         yield quiet
-    elif not console.is_terminal:
+    elif lines or not console.is_terminal:
         yield Lines(sys.stderr)
     else:
         display = Display()
         with Live(display, console=console, refresh_per_second=4, transient=True):
             yield display
+
+
+@contextmanager
+def shown(progress: Show) -> Iterator[Observer]:
+    """The observer of a run's progress that is asked for, while the context lasts; ranks other than the first show nothing.
+
+    Raises:
+        SlimlmError: It is neither an observer nor one of the values of `Show`.
+    """
+    if callable(progress):
+        yield progress
+        return
+    if not isinstance(progress, bool) and not (isinstance(progress, str) and progress == "auto"):
+        raise SlimlmError(
+            f'`progress` is of type {type(progress).__name__}; give True, False, "auto" or a function of an Event'
+        )
+    console = Console(stderr=True)
+    wanted = progress is True or (progress == "auto" and (console.is_terminal or console.is_jupyter))
+    # In a notebook a live display would need the notebook's own widgets.
+    with progress_on(console, silent=not wanted or global_rank() > 0, lines=console.is_jupyter) as observer:
+        yield observer

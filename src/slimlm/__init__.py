@@ -9,7 +9,6 @@ Public names are imported when they are first used, so that the command line's h
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from slimlm.core.errors import SlimlmError
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from slimlm.runtime.whole_model import use_kernels
     from slimlm.verification.folder import Verified, verify
 
-__version__ = version("slimlm")
+    __version__: str
+
 __all__ = [
     "Estimate",
     "Event",
@@ -71,6 +71,8 @@ registration.register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("slimlm")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(_HOMES[name]), name)

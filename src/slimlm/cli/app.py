@@ -1,5 +1,6 @@
 """The command line's verbs, its entry point and its exit codes. Progress goes to standard error, results to standard output."""
 
+import io
 import os
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from slimlm.cli import STOPPED, say_stopped
 from slimlm.cli.bench import bench
 from slimlm.cli.compress import compress
 from slimlm.cli.demo import demo
@@ -19,10 +21,10 @@ from slimlm.cli.generate import generate
 from slimlm.cli.inspect import inspect
 from slimlm.cli.methods import methods
 from slimlm.cli.plan import plan
-from slimlm.cli.verb import Verb
+from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
 from slimlm.core.errors import SlimlmError
-from slimlm.distributed.environment import reports, world_size
+from slimlm.distributed.environment import global_rank, reports, world_size
 
 VERBS = (
     ("compress", compress),
@@ -79,7 +81,9 @@ def main() -> None:
     """Entry point: an error of slimlm's is one message and exit code 2; `--debug`, anywhere on the line, adds the traceback."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    _escape_what_cannot_be_shown()
     try:
+        _refuse_undecodable(arguments)
         with _errors_of_transformers_alone():
             _run(arguments)
     except SlimlmError as error:
@@ -96,6 +100,25 @@ def main() -> None:
     except ImportError as error:
         # Libraries are imported at their first use, where the loader may find no memory to map one.
         _end(f"a library cannot be imported: {error}; memory ran out, or the installation is incomplete", debug=debug)
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Print a character that an output's encoding lacks as an escape (\\u4f60); a way that PYTHONIOENCODING names stays."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_undecodable(arguments: list[str]) -> None:
+    """Raise SlimlmError where an argument's bytes are no text, which tokenizers and JSON could not take."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise SlimlmError(
+                f"{ascii(argument)} holds bytes that are no {sys.getfilesystemencoding()} text (the first: "
+                f"{argument[error.start]!a}); give text and file names in the terminal's encoding, or set LC_ALL=C.UTF-8"
+            ) from None
 
 
 @contextmanager
@@ -116,7 +139,9 @@ def _run(arguments: list[str]) -> None:
     """Run a verb; ends in SystemExit once all output is written."""
     try:
         app(args=arguments)
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code in (STOPPED, TERMINATED) and global_rank() == 0:
+            say_stopped()
         # An error in writing buffered output when Python ends would have no message of slimlm's.
         sys.stdout.flush()
         raise

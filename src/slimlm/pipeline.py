@@ -86,6 +86,7 @@ def compress(
             bits: Average bits per weight that may be spent, everything counted; how each layer is stored is then planned.
             objective: What that budget counts: "size" or "speed".
             embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
+            ignore: A pattern on the full names of layers that are not compressed ("*.down_proj"), or several.
             data: The calibration text: a file, a folder, a hub data set, "stdlib" or "self".
             samples: The number of calibration samples (128).
             length: Tokens per sample (2048), at most the model's context.

@@ -28,6 +28,7 @@ order in which their inputs are computed, each measured on the outputs of the co
 import dataclasses
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -148,6 +149,19 @@ class Recipe:
     def ignores(self, layer: str) -> bool:
         """Whether a layer, by its full name, is not compressed."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+    def ignoring(self, patterns: str | Sequence[str]) -> "Recipe":
+        """The recipe that also ignores the layers whose full names fit one of these patterns.
+
+        Raises:
+            RecipeError: `patterns` is no text and no list of texts.
+        """
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(listed, list | tuple) or not all(isinstance(pattern, str) and pattern for pattern in listed):
+            raise RecipeError(
+                f'`ignore` = {patterns!r}: give a pattern on the full names of layers, such as "*.down_proj", or several'
+            )
+        return dataclasses.replace(self, ignore=(*self.ignore, *(p for p in listed if p not in self.ignore)))
 
     def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot take the recipe, or None."""

@@ -42,6 +42,14 @@ EmbeddingBits = Annotated[
         show_default="those of the recipe",
     ),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Do not compress layers whose full name fits, such as '*.down_proj'; may be given several times.",
+        show_default="those that the recipe ignores",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -30,6 +30,7 @@ def plan(
         typer.Option("--out", "-o", help="Folder that compress would write; its disk is checked.", show_default="no check"),
     ] = None,
     recipe: options.RecipeName = DEFAULT_RECIPE,
+    ignore: options.Ignore = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = 2048,
@@ -54,7 +55,15 @@ def plan(
 
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}
-    asked |= {"data": data, "samples": samples, "length": length, "seed": seed, "device": device, "memory": limit}
+    asked |= {
+        "ignore": ignore,
+        "data": data,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "device": device,
+        "memory": limit,
+    }
     asked["notify"] = notifier(context)
     planning = bits is not None or opened.needs_plan
     if save is not None and not planning:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,8 +73,9 @@ def _flag(parameter: Parameter) -> str:
 
 
 def _unquoted(value: str) -> str:
+    """A text as a shell takes it, without its Python quotes; other values as they are."""
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return value[1:-1] if quoted else value
+    return shlex.quote(value[1:-1]) if quoted else value
 
 
 class _TerminatedError(KeyboardInterrupt):

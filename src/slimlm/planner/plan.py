@@ -141,7 +141,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
     for name, shape in shapes.items():
         fitting = [option for option in budget.options if option.refuses(shape) is None]
         if not fitting:
-            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; exclude it (ignore = [...])")
+            raise RecipeError(f'none of the plan\'s options fits {name} of shape {shape}; exclude it (`ignore="{name}"`)')
         cheapest += min(option.cost(shape, objective) for option in fitting)
     own = list(shapes.values())
     if cheapest > budget.cost(own):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -30,6 +31,7 @@ class RunOptions(TypedDict, total=False):
     bits: float | None
     objective: Objective
     embedding_bits: int | None
+    ignore: str | Sequence[str] | None
     data: str | None
     samples: int
     length: int
@@ -59,6 +61,8 @@ class RunConfig:
     """The unit of a budget: stored bits ("size"), or bytes and operations ("speed")."""
     embedding_bits: int | None = None
     """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's."""
+    ignore: str | Sequence[str] | None = None
+    """Patterns on the full names of layers that are not compressed, besides those that the recipe ignores."""
     data: str | None = None
     """The calibration text: a file, a folder, a hub data set, "stdlib" or "self"; None: the default data set."""
     samples: int = 128
@@ -78,8 +82,10 @@ class RunConfig:
 
     @cached_property
     def opened_recipe(self) -> Recipe:
-        """The recipe, with the bits of embedding and head that `embedding_bits` gives."""
+        """The recipe, with the bits of embedding and head that `embedding_bits` gives, and what `ignore` adds."""
         recipe = open_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        if self.ignore is not None:
+            recipe = recipe.ignoring(self.ignore)
         if self.embedding_bits is None:
             return recipe
         return dataclasses.replace(recipe, embedding_bits=check_embedding_bits(self.embedding_bits, "embedding_bits"))

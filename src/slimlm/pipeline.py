@@ -43,20 +43,36 @@ from slimlm.run.config import RunConfig, RunOptions, pick_device
 from slimlm.run.log import open_log
 from slimlm.run.prepare import Prepared, decide, plan_within_budget, prepare, run_needs
 from slimlm.run.resume import Run, open_run
+from slimlm.runtime.memory import format_bytes
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, Journal
 
 _NAMED_LAYERS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """The result of `compress`."""
+    """The result of `compress`; printed, it is a few lines."""
 
     path: Path
     """The folder that was written."""
     record: Record
     """The figures of each compressed layer, and the totals."""
+
+    def __repr__(self) -> str:
+        """Where the model is, its bits, its sizes and its perplexity; `record` has the rest."""
+        record = self.record
+        share = f"{record.stored_bytes / record.original_bytes:.1%} of the original"
+        lines = [
+            f"slimlm.Result: {record.model} by recipe {record.recipe['name']}",
+            f"path             {self.path}",
+            f"bits per weight  {record.bits_per_weight:.3f} in {len(record.layers)} layers",
+            f"size             {format_bytes(record.original_bytes)} -> {format_bytes(record.stored_bytes)} ({share})",
+        ]
+        if (found := record.perplexity) is not None:
+            of = f"on {found.tokens} tokens of the calibration text"
+            lines.append(f"perplexity       {found.dense:.3f} -> {found.compressed:.3f} {of}")
+        return "\n".join(lines)
 
 
 def compress(

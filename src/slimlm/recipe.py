@@ -351,21 +351,31 @@ def _shipped_names() -> list[str]:
 
 def open_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one from a .toml file."""
+    text = source_text(name)
+    own_file = name.endswith(".toml")
+    source, own = (name, Path(name).stem) if own_file else (f"recipe {name}", name)
+    try:
+        # The file's folders are private and must not go into the record, so only its name is passed on.
+        return recipe_from_dict({"name": own, **tomllib.loads(text)}, source=source)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not TOML: {error}") from error
+
+
+def source_text(name: str) -> str:
+    """The text of a shipped recipe's file by its name, or of a .toml file."""
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
-        content, source, own = path.read_bytes(), name, path.stem
+        content = path.read_bytes()
     else:
         names = _shipped_names()
         if name not in names:
             near = get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
             raise RecipeError(f"no recipe is called {name!r}; {hint} (a file of your own ends in .toml)")
-        content, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes(), f"recipe {name}"
-        own = name
+        content = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes()
     try:
-        # The file's folders are private and must not go into the record, so only its name is passed on.
-        return recipe_from_dict({"name": own, **tomllib.loads(content.decode())}, source=source)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is not TOML: {error}") from error
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not TOML: {error}") from error

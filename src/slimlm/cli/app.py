@@ -21,6 +21,7 @@ from slimlm.cli.generate import generate
 from slimlm.cli.inspect import inspect
 from slimlm.cli.methods import methods
 from slimlm.cli.plan import plan
+from slimlm.cli.recipes import recipes
 from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
 from slimlm.core.errors import SlimlmError
@@ -35,6 +36,7 @@ VERBS = (
     ("inspect", inspect),
     ("verify", verify),
     ("methods", methods),
+    ("recipes", recipes),
     ("demo", demo),
     ("doctor", doctor),
 )
@@ -48,7 +50,6 @@ app = typer.Typer(
     name="slimlm",
     help="Make language models smaller without retraining them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _name, _function in VERBS:
@@ -103,7 +104,7 @@ def main() -> None:
 
 
 def _escape_what_cannot_be_shown() -> None:
-    """Print a character that an output's encoding lacks as an escape (\\u4f60); a way that PYTHONIOENCODING names stays."""
+    """Print a character that an output's encoding lacks as an escape; an error handler that PYTHONIOENCODING names stays."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
@@ -116,7 +117,7 @@ def _refuse_undecodable(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError as error:
             raise SlimlmError(
-                f"{ascii(argument)} holds bytes that are no {sys.getfilesystemencoding()} text (the first: "
+                f"{argument!a} holds bytes that are no {sys.getfilesystemencoding()} text (the first: "
                 f"{argument[error.start]!a}); give text and file names in the terminal's encoding, or set LC_ALL=C.UTF-8"
             ) from None
 

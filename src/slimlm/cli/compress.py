@@ -1,12 +1,13 @@
 """`slimlm compress`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, output, print_json, say
+from slimlm.cli.console import notes, notifier, print_json, say, show
 from slimlm.distributed.environment import global_rank
 from slimlm.recipes import DEFAULT_RECIPE
 
@@ -66,5 +67,8 @@ def compress(
     if as_json:
         print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
         return
-    output.print(summary_table(result.record, kernels))
+    show(summary_table(result.record, kernels))
     say(f"\nwritten and verified: {result.path}")
+    folder = shlex.quote(str(result.path))
+    say(f"next: slimlm generate {folder} --prompt 'Some text'")
+    say(f"      slimlm eval {folder} --against {shlex.quote(model)} --text TEXT")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, output, print_json, say
+from slimlm.cli.console import notes, print_json, say, show
 
 if TYPE_CHECKING:
     from slimlm.bench.recipes import Setting, Trial
@@ -40,7 +40,7 @@ def demo(
     if as_json:
         print_json(found.to_dict())
         return
-    output.print(comparison_table(found, f"{NAME}, measured on {found.tokens} tokens"))
+    show(comparison_table(found, f"{NAME}, measured on {found.tokens} tokens"))
     say(f"\n{_EXPLANATION}")
     say(f"\n{found.prompt}[...]", style="bold")
     for name, continuation in found.continuations.items():

@@ -64,7 +64,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for calibration activations, such as 8GiB; more stay on the disk. A plan that needs more is refused.",
+        help="Memory for calibration activations, such as 8GB; more stay on the disk. A plan that needs more is refused.",
         show_default="half of the free memory",
     ),
 ]

@@ -89,7 +89,7 @@ def _stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _only_imports(frame):
-            # Nothing is under way that would have to be ended, and torch swallows an exception that is raised while it is imported.
+            # No work has begun, and torch may swallow an exception that is raised while it is imported.
             say_stopped()
             os._exit(codes[number])
         raise _TerminatedError if number == signal.SIGTERM else KeyboardInterrupt

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from slimlm.report.live import duration
-from slimlm.report.tables import plain_table, size
+from slimlm.report.tables import plain_table
+from slimlm.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from slimlm.bench.recipes import Comparison
@@ -19,7 +20,7 @@ def comparison_table(found: "Comparison", title: str) -> Table:
             row.name,
             row.what,
             f"{row.bits_per_weight:.2f}",
-            size(row.bytes),
+            format_bytes(row.bytes),
             f"{row.bytes / original.bytes:.0%}",
             f"{row.perplexity:.2f}",
             "" if row is original else f"{row.perplexity / original.perplexity - 1:+.1%}",

@@ -2,6 +2,8 @@
 
 import sys
 
+REFUSED = 2
+"""Exit code after an error that slimlm explains; typer's own for a command line that makes no sense."""
 STOPPED = 130
 """Exit code after Ctrl-C, as shells give it."""
 

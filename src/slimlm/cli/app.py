@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from slimlm.cli import STOPPED, say_stopped
+from slimlm.cli import REFUSED, STOPPED, say_stopped
 from slimlm.cli.bench import bench
 from slimlm.cli.compress import compress
 from slimlm.cli.demo import demo
@@ -24,6 +24,7 @@ from slimlm.cli.plan import plan
 from slimlm.cli.recipes import recipes
 from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
+from slimlm.cli.with_program import with_program
 from slimlm.core.errors import SlimlmError
 from slimlm.distributed.environment import global_rank, reports, world_size
 
@@ -41,8 +42,6 @@ VERBS = (
     ("doctor", doctor),
 )
 
-REFUSED = 2
-"""Exit code after an error that slimlm explains; typer's own for a command line that makes no sense."""
 UNREAD = 1
 """Exit code where the reader of standard output closed it."""
 
@@ -54,6 +53,11 @@ app = typer.Typer(
 )
 for _name, _function in VERBS:
     app.command(_name, cls=Verb)(_function)
+WITH = "with"
+app.command(
+    WITH,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(with_program)
 
 
 def _show_version(wanted: bool) -> None:
@@ -72,7 +76,7 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
-    if world_size() > 1 and context.invoked_subcommand != "compress":
+    if world_size() > 1 and context.invoked_subcommand not in ("compress", WITH):
         raise SlimlmError(
             f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
         )
@@ -80,8 +84,7 @@ def options(
 
 def main() -> None:
     """Entry point: an error of slimlm's is one message and exit code 2; `--debug`, anywhere on the line, adds the traceback."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments, debug = _without_debug(sys.argv[1:])
     _escape_what_cannot_be_shown()
     try:
         _refuse_undecodable(arguments)
@@ -101,6 +104,13 @@ def main() -> None:
     except ImportError as error:
         # Libraries are imported at their first use, where the loader may find no memory to map one.
         _end(f"a library cannot be imported: {error}; memory ran out, or the installation is incomplete", debug=debug)
+
+
+def _without_debug(typed: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it was there; what follows `with PROGRAM` belongs to that program."""
+    own = len(typed) if WITH not in typed[:2] else typed.index(WITH)
+    arguments = [a for a in typed[:own] if a != "--debug"]
+    return [*arguments, *typed[own:]], len(arguments) < own
 
 
 def _escape_what_cannot_be_shown() -> None:

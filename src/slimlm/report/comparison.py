@@ -9,7 +9,7 @@ from slimlm.report.tables import plain_table
 from slimlm.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
-    from slimlm.bench.recipes import Comparison
+    from slimlm.bench.recipes import Comparison, Row
 
 
 def comparison_table(found: "Comparison", title: str) -> Table:
@@ -30,3 +30,11 @@ def comparison_table(found: "Comparison", title: str) -> Table:
     ]
     columns = ("model", "what it is", "bits/weight", "size", "of original", "perplexity", "change", "time")
     return plain_table(title, columns, rows, left=2)
+
+
+def row_line(row: "Row", original: "Row") -> str:
+    """A row as a line of text, for a reader who waits for the others."""
+    text = f"{row.name}: {row.bits_per_weight:.2f} bits/weight, {format_bytes(row.bytes)}, perplexity {row.perplexity:.2f}"
+    if row is original:
+        return text
+    return f"{text} ({row.perplexity / original.perplexity - 1:+.1%}), {duration(row.seconds)}"

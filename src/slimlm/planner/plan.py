@@ -163,6 +163,11 @@ def refuse_few_samples(count: int) -> None:
         )
 
 
+def held_back(count: int, length: int, vocabulary: int) -> int:
+    """How many of so many calibration samples, of so many tokens, losses are measured on; as many check the choice."""
+    return max(1, min(count // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // length))
+
+
 def make_plan(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -195,7 +200,7 @@ def make_plan(
     refuse_few_samples(len(samples))
     options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
-    held = max(1, min(len(samples) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // samples.shape[1]))
+    held = held_back(len(samples), samples.shape[1], vocabulary)
     statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held], samples[-held:]
     divergence, check = _Divergence(model, judged), _Divergence(model, checked)
 

@@ -87,11 +87,9 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.seconds is None or found.total_seconds is None:
         return []
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
-    planning = ", without the planning" if found.planned else ""
     return [
         (
             "time",
-            f"about {duration(found.total_seconds)} at rates measured on this machine{planning}"
-            + (f" ({parts})" if parts else ""),
+            f"about {duration(found.total_seconds)} at rates measured on this machine" + (f" ({parts})" if parts else ""),
         )
     ]

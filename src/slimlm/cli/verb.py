@@ -85,7 +85,7 @@ class _TerminatedError(KeyboardInterrupt):
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into exit codes, after the run has notified the user of what is kept."""
-    codes = {signal.SIGINT: STOPPED, signal.SIGTERM: TERMINATED}
+    codes: dict[int, int] = {signal.SIGINT: STOPPED, signal.SIGTERM: TERMINATED}
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _only_imports(frame):

@@ -1,4 +1,4 @@
-"""Bad input: refused early, in words that say what would work, with exit status 2 and no traceback."""
+"""Bad input: refused early, with what would work, with exit status 2 and no traceback."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def recipe_file(folder: Path, text: str) -> Path:
     return path
 
 
-VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "demo", "doctor"]
+VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "recipes", "demo", "doctor", "with"]
 
 
 def test_the_verbs_are_these() -> None:

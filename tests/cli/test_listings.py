@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import slimlm
 from slimlm.core import registry
 from slimlm.recipe import open_recipe, shipped
 from slimlm.recipes import DEFAULT_RECIPE
 from slimlm.record import Record
+from slimlm.report.speed import generation_speed_table
 from slimlm.storage import checkpoint
 from tests.conftest import Line
 
@@ -57,3 +59,26 @@ def test_inspect_gives_bits_per_weight_of_each_layer_and_checksums_when_asked(li
 def test_no_line_of_a_table_ends_in_spaces(line: Line, packed: Path, verb: tuple[str, ...]) -> None:
     rows = line(*verb, packed)[1].splitlines()
     assert len(rows) > 3 and rows == [row.rstrip() for row in rows]
+
+
+def test_a_printed_result_is_a_few_lines(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    result = slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), samples=2, length=16)
+    shown = str(result)
+    assert len(shown.splitlines()) == 5 and len(shown) < 500
+    assert str(tmp_path / "o") in shown and f"{result.record.bits_per_weight:.3f}" in shown
+    assert result.record.perplexity is not None and f"{result.record.perplexity.compressed:.3f}" in shown
+
+
+def test_whole_models_are_compared_with_float32_at_the_same_batch() -> None:
+    common = {"prompt_tokens_per_second": 1.0, "new_tokens_per_second_bound": 1.0, "bytes_per_step": 1, "decode_path": "p"}
+    speeds = {("slimlm", 1): 30.0, ("slimlm", 4): 50.0, ("torch float32", 1): 10.0, ("torch float32", 4): 40.0}
+    rows = [
+        {"contender": own, "batch": batch, "new_tokens_per_second": rate, **common} for (own, batch), rate in speeds.items()
+    ]
+    ratios = list(generation_speed_table({"generation": rows}).columns[4].cells)
+    assert ratios == ["3.00", "1.25", "1.00", "1.00"]
+    assert list(generation_speed_table({"generation": rows[:1]}).columns[4].cells) == ["-"]
+
+
+def test_completion_can_be_installed(line: Line) -> None:
+    assert "--install-completion" in line("--help")[1]

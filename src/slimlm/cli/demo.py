@@ -39,7 +39,7 @@ def demo(
     from slimlm.bench.recipes import compare_recipes
     from slimlm.models.bundled import NAME, bundled_model
     from slimlm.report.comparison import comparison_table, row_line
-    from slimlm.report.live import progress_on
+    from slimlm.report.live import duration, progress_on
 
     rows: list[Row] = []
 
@@ -61,7 +61,7 @@ def demo(
         print_json(found.to_dict())
         return
     show(comparison_table(found, f"{NAME}, measured on {found.tokens} tokens"))
-    say(f"\n{_EXPLANATION}")
+    say(f"\n{_EXPLANATION} All {len(trials)} recipes took {duration(sum(row.seconds for row in found.rows))}.")
     if all(trial.recipe != DEFAULT_RECIPE or trial.bits is not None for trial in trials):
         say(_DEFAULT_ELSEWHERE)
     for i, prompt in enumerate(found.prompts):

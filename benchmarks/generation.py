@@ -44,8 +44,8 @@ from slimlm.bench import layer_speed
 from slimlm.bench.model_speed import opened
 from slimlm.inference.generate import generate
 from slimlm.report.tables import plain_table
-from slimlm.report.tables import size as size_words
 from slimlm.runtime.cpu import processor
+from slimlm.runtime.memory import format_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_LLAMA = "llama-cpp-python or gguf is not installed (python -m pip install llama-cpp-python gguf; the first is compiled)"
@@ -425,8 +425,8 @@ def table(results: Data) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
             f"{row['prompt_tokens_per_second']:.0f}",
             f"{row['new_tokens_per_second']:.1f}",
             f"{row['load_seconds']:.1f}",
-            size_words(row["peak_memory"] - row["memory_before"]),
-            size_words(row["file_bytes"]),
+            format_bytes(row["peak_memory"] - row["memory_before"]),
+            format_bytes(row["file_bytes"]),
             "" if row["elsewhere"] is None else f"{row['elsewhere']:.0%}",
         )
         for row in results["rows"]

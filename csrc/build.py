@@ -129,7 +129,8 @@ def build(library: Path, *, sources: Path = SOURCES, extra: Sequence[str] = (), 
         flags, left_out = _choose(files, tool, architecture, apple=apple)
         defines = [f"-DSLIMLM_NO_{variant.upper()}" for variant in left_out]
         common = [*COMMON, *defines, f"-I{sources}"]
-        wanted = [file for file in files if variant_of(file) in flags]
+        # From the end of the alphabet: the variants take longest, the portable one most of all, so they begin first.
+        wanted = [file for file in reversed(files) if variant_of(file) in flags]
 
         def compiled(file: Path) -> Path:
             made = folder / f"{file.stem}.o"

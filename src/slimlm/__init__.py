@@ -10,7 +10,6 @@ imported yet, this lets its threads sleep while they wait (slimlm.runtime.waitin
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from slimlm.core.errors import SlimlmError
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from slimlm.runtime.whole_model import prepare, use_kernels
     from slimlm.verification.folder import Verified, verify
 
-__version__ = version("slimlm")
+    __version__: str
+
 __all__ = [
     "Estimate",
     "Event",
@@ -76,6 +76,8 @@ registration.register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("slimlm")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -57,6 +57,7 @@ from slimlm.run.prepare import (
     warn_of_guesses,
 )
 from slimlm.run.resume import Run, open_run
+from slimlm.runtime.memory import format_bytes
 from slimlm.runtime.waiting import spinning_on_a_busy_machine
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import MOVING, Journal
@@ -64,14 +65,29 @@ from slimlm.storage.journal import MOVING, Journal
 _NAMED_LAYERS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """The result of `compress`."""
+    """The result of `compress`; printed, it is a few lines."""
 
     path: Path
     """The folder that was written."""
     record: Record
     """The figures of each compressed layer, and the totals."""
+
+    def __repr__(self) -> str:
+        """Where the model is, its bits, its sizes and its perplexity; `record` has the rest."""
+        record = self.record
+        share = f"{record.stored_bytes / record.original_bytes:.1%} of the original"
+        lines = [
+            f"slimlm.Result: {record.model} by recipe {record.recipe['name']}",
+            f"path             {self.path}",
+            f"bits per weight  {record.bits_per_weight:.3f} in {len(record.layers)} layers",
+            f"size             {format_bytes(record.original_bytes)} -> {format_bytes(record.stored_bytes)} ({share})",
+        ]
+        if (found := record.perplexity) is not None:
+            of = f"on {found.tokens} tokens of the calibration text"
+            lines.append(f"perplexity       {found.dense:.3f} -> {found.compressed:.3f} {of}")
+        return "\n".join(lines)
 
 
 @usual_defaults()
@@ -103,6 +119,7 @@ def compress(
             bits: Average bits per weight that may be spent, everything counted; how each layer is stored is then planned.
             objective: What that budget counts: "size" or "speed".
             embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
+            ignore: A pattern on the full names of layers that are not compressed ("*.down_proj"), or several.
             data: The calibration text: a file, a folder, a hub data set, "stdlib", "self", or a list of texts.
             samples: The number of calibration samples (128).
             length: Tokens per sample (2048), at most the model's context.

@@ -28,6 +28,7 @@ order in which their inputs are computed, each measured on the outputs of the co
 import dataclasses
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -148,6 +149,19 @@ class Recipe:
     def ignores(self, layer: str) -> bool:
         """Whether a layer, by its full name, is not compressed."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+    def ignoring(self, patterns: str | Sequence[str]) -> "Recipe":
+        """The recipe that also ignores the layers whose full names fit one of these patterns.
+
+        Raises:
+            RecipeError: `patterns` is no text and no list of texts.
+        """
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(listed, list | tuple) or not all(isinstance(pattern, str) and pattern for pattern in listed):
+            raise RecipeError(
+                f'`ignore` = {patterns!r}: give a pattern on the full names of layers, such as "*.down_proj", or several'
+            )
+        return dataclasses.replace(self, ignore=(*self.ignore, *(p for p in listed if p not in self.ignore)))
 
     def refuses(self, layer: str, shape: tuple[int, int]) -> str | None:
         """Why a layer of this shape (out, in) cannot take the recipe, or None."""
@@ -337,22 +351,31 @@ def _shipped_names() -> list[str]:
 
 def open_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a .toml file."""
-    path = arguments.path(name, "recipe", RecipeError)
-    name = str(path)
+    given = arguments.path(name, "recipe", RecipeError)
+    text = source_text(str(name))
+    source, own = (str(name), given.stem) if given.suffix == ".toml" else (f"recipe {name}", str(name))
+    try:
+        # The file's folders are private and must not go into the record, so only its name is passed on.
+        return recipe_from_dict({"name": own, **tomllib.loads(text)}, source=source)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not TOML: {error}") from error
+
+
+def source_text(name: str) -> str:
+    """The text of a shipped recipe's file by its name, or of a .toml file."""
+    path = Path(name)
     if name.endswith(".toml"):
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name}")
-        content, source, own = path.read_bytes(), name, path.stem
+        content = path.read_bytes()
     else:
         names = _shipped_names()
         if name not in names:
             near = get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
             raise RecipeError(f"no recipe is called {name!r}; {hint} (a file of your own ends in .toml)")
-        content, source = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes(), f"recipe {name}"
-        own = name
+        content = (resources.files("slimlm.recipes") / f"{name}.toml").read_bytes()
     try:
-        # The file's folders are private and must not go into the record, so only its name is passed on.
-        return recipe_from_dict({"name": own, **tomllib.loads(content.decode())}, source=source)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is not TOML: {error}") from error
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not TOML: {error}") from error

@@ -13,11 +13,13 @@ from slimlm.cli.demo import _trials
 from slimlm.core.errors import CheckpointError
 from slimlm.events import Event
 from slimlm.models.dense import open_dense
+from slimlm.record import Record
 from slimlm.report.comparison import comparison_table
+from slimlm.storage.checkpoint import read_record
 
 
 def setting(text: Path) -> Setting:
-    return Setting(str(text), samples=4, length=32, measured_samples=3, prompt="one two")
+    return Setting(str(text), samples=4, length=32, measured_samples=3, prompts=("one two", "three"))
 
 
 def test_each_trial_is_a_row_beside_the_original_and_its_model_is_kept_where_asked(
@@ -29,7 +31,17 @@ def test_each_trial_is_a_row_beside_the_original_and_its_model_is_kept_where_ask
         stages.append(event.stage)
 
     trials = (Trial("a", "rounded", "absmax", continues=True), Trial("b", "pruned", "slim", out=tmp_path / "kept"))
-    found = compare_recipes(llama_folder, trials, setting(text_file), progress=observer)
+    seen: list[str] = []
+    found = compare_recipes(
+        llama_folder,
+        trials,
+        setting(text_file),
+        store=tmp_path / "store",
+        progress=observer,
+        each=lambda row: seen.append(row.name),
+    )
+    assert seen == ["original", "a", "b"]
+    assert not list(tmp_path.glob("store*"))
     original, rounded, pruned = found.rows
     assert [row.name for row in found.rows] == ["original", "a", "b"]
     assert found.tokens == 3 * 31
@@ -37,9 +49,14 @@ def test_each_trial_is_a_row_beside_the_original_and_its_model_is_kept_where_ask
     assert 16 <= original.bits_per_weight <= 32 and 4 < rounded.bits_per_weight < 8
     assert all(math.isfinite(row.perplexity) for row in found.rows)
     assert original.seconds == 0 < min(rounded.seconds, pruned.seconds)
-    assert set(found.continuations) == {"original", "a"}
+    assert {name: len(texts) for name, texts in found.continuations.items()} == {"original": 2, "a": 2}
     assert slimlm.verify(tmp_path / "kept").sound
-    assert {"original: evaluate", "a: compress", "b: compress", "b: evaluate"} <= set(stages)
+    assert {
+        "original: evaluate",
+        "recipe 1 of 2, a: compress",
+        "recipe 2 of 2, b: compress",
+        "recipe 2 of 2, b: evaluate",
+    } <= set(stages)
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(comparison_table(found, "title"))
     text = console.export_text()
@@ -51,7 +68,36 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(llama_folder: Path, t
     (tmp_path / "mine").touch()
     trials = (Trial("a", "rounded", "absmax"), Trial("b", "pruned", "slim", out=tmp_path))
     with pytest.raises(CheckpointError, match="already holds something"):
-        compare_recipes(llama_folder, trials, setting(text_file), progress=lambda _: pytest.fail("work has begun"))
+        compare_recipes(
+            llama_folder, trials, setting(text_file), store=tmp_path, progress=lambda _: pytest.fail("work has begun")
+        )
+
+
+def test_a_comparison_that_was_stopped_continues_with_what_was_compressed(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    trials = (Trial("a", "rounded", "absmax"), Trial("b", "rounded in groups of 32", "gptq-32", out=tmp_path / "kept"))
+
+    def stop(event: Event) -> None:
+        if event.stage == "recipe 2 of 2, b: compress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_recipes(llama_folder, trials, setting(text_file), store=tmp_path / "store", progress=stop)
+    [finished] = [path for path in (tmp_path / "store").iterdir() if (path / "slimlm.json").is_file()]
+    assert finished.name.startswith("a-")
+    before = Record.from_dict(read_record(finished)).seconds
+    stages: list[str] = []
+    found = compare_recipes(
+        llama_folder,
+        trials,
+        setting(text_file),
+        store=tmp_path / "store",
+        progress=lambda event: stages.append(event.stage),
+    )
+    assert found.rows[1].seconds == before
+    assert "recipe 1 of 2, a: compress" not in stages and "recipe 2 of 2, b: compress" in stages
+    assert slimlm.verify(tmp_path / "kept").sound and not (tmp_path / "store").exists()
 
 
 def test_the_demo_shows_rounding_gptq_and_one_sparse_model_and_more_with_full() -> None:

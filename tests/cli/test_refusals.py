@@ -1,4 +1,4 @@
-"""Bad input: refused early, in words that say what would work, with exit status 2 and no traceback."""
+"""Bad input: refused early, with what would work, with exit status 2 and no traceback."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimlm
 from slimlm.cli.app import app
+from slimlm.core.errors import RecipeError
 from slimlm.events import Event
 from slimlm.storage import checkpoint
 from tests.conftest import Line, random_model, save
@@ -30,7 +31,7 @@ def recipe_file(folder: Path, text: str) -> Path:
     return path
 
 
-VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "demo", "doctor"]
+VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "recipes", "demo", "doctor", "with"]
 
 
 def test_the_verbs_are_these() -> None:
@@ -430,3 +431,31 @@ def test_a_wrong_model_name_with_restart_drops_nothing(line: Line, llama_folder:
     kept = sorted(path.name for path in (tmp_path / "o.partial").iterdir())
     assert "no model folder" in line.refused("compress", tmp_path / "typo", "-o", tmp_path / "o", "--restart")
     assert sorted(path.name for path in (tmp_path / "o.partial").iterdir()) == kept
+
+
+def test_layers_are_ignored_by_a_flag_or_an_argument(line: Line, llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    shared = ("--recipe", "absmax", "--data", text_file, "--samples", 2, "--length", 16)
+    ignored = ("--ignore", "*.down_proj", "--ignore", "*.layers.0.*")
+    status, _, _ = line("compress", llama_folder, "-o", tmp_path / "typed", *shared, *ignored)
+    assert status == 0
+    result = slimlm.compress(
+        llama_folder,
+        tmp_path / "called",
+        recipe="absmax",
+        data=str(text_file),
+        samples=2,
+        length=16,
+        ignore=("*.down_proj", "*.layers.0.*"),
+    )
+    names = [row.name for row in result.record.layers]
+    assert names and not any(name.endswith("down_proj") or ".layers.0." in name for name in names)
+    typed = json.loads((tmp_path / "typed/slimlm.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in typed["layers"]] == names
+    assert typed["recipe"]["ignore"] == ["*.down_proj", "*.layers.0.*"]
+
+
+def test_a_pattern_to_ignore_that_fits_nothing_is_named_by_its_flag(line: Line, llama_folder: Path, tmp_path: Path) -> None:
+    said = line.refused("plan", llama_folder, "--recipe", "absmax", "--ignore", "*.down_porj")
+    assert "--ignore '*.down_porj' fits no layer" in said
+    with pytest.raises(RecipeError, match="`ignore` = 3: give a pattern"):
+        slimlm.estimate(llama_folder, recipe="absmax", ignore=3)  # type: ignore[arg-type]

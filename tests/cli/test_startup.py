@@ -1,10 +1,12 @@
 """The command line answers at once: torch and transformers are imported when a verb runs, and not before."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +54,26 @@ def test_what_is_public_is_there_and_listed() -> None:
     assert set(slimlm._HOMES) | {"SlimlmError"} == set(slimlm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         slimlm.compres  # type: ignore[attr-defined]  # noqa: B018
+
+
+SWALLOWS = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:
+    pass
+raise SystemExit(7)
+"""
+
+
+def test_stopping_a_command_while_it_imports_is_one_line_even_where_a_library_swallows_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SWALLOWS)
+    code = "import sys; sys.argv = ['slimlm', 'verify', 'x']; from slimlm.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "slimlm: stopped\n")

@@ -16,7 +16,7 @@ def words_of(line: str) -> list[str] | None:
 
 def start() -> None:
     """Start the process that lines are forked from. With one thread, so that forking is sound."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["slimlm.cli", "tests.docs.typed"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["slimlm.cli.app", "tests.docs.typed"])
 
 
 def run(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What a run will store follows from shapes alone, and equals what it stores."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from slimlm.pipeline import estimate
 from slimlm.planner import forms
 from slimlm.planner.forms import brief, drawn_layer, fitting, form_of, resolved
 from slimlm.preflight.needs import RunNeeds
+from slimlm.preflight.rates import Rates, StepCost
+from slimlm.preflight.times import planning_seconds
 from slimlm.recipe import AS_STORED, apply_steps, open_recipe, shipped
 from tests.conftest import FAMILIES, random_model, save
 
@@ -118,3 +121,23 @@ def test_the_text_part_of_a_model_with_images_says_width_and_context() -> None:
     model.config = outer
     assert getattr(outer, "hidden_size", None) is None and context_length(model) == 64
     assert text_config(model).hidden_size == 48 and context_length(nn.Module()) is None
+
+
+def test_the_time_of_a_run_with_a_budget_counts_the_planning(llama_folder: Path) -> None:
+    alone, planned = (estimate(llama_folder, bits=bits, samples=8, length=32, recipe="gptq") for bits in (None, 4.0))
+    assert alone.seconds is not None and "plan" not in alone.seconds
+    assert planned.seconds is not None and planned.total_seconds is not None
+    assert 0 < planned.seconds["plan"] < planned.total_seconds == pytest.approx(sum(planned.seconds.values()))
+
+
+def test_a_plan_takes_as_much_longer_as_an_option_more_costs_in_every_layer(llama_folder: Path) -> None:
+    needs = dataclasses.replace(needs_of(llama_folder, "gptq"), bits=4.0)
+    # Products and passes cost next to nothing here, so that the steps are all that takes time.
+    rates, second = Rates(1e18, 1e18, 1e18), StepCost(1.0, 0.0, 0.0, 0.0)
+
+    def seconds(options: int) -> float:
+        return planning_seconds(needs, rates, lambda name: second, options)
+
+    assert seconds(10) - seconds(9) == pytest.approx(len(needs.shapes))
+    slow = dataclasses.replace(rates, products=1e3)
+    assert planning_seconds(needs, slow, lambda name: second, 9) > 2 * seconds(9)

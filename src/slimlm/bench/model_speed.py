@@ -29,7 +29,7 @@ from slimlm.models.structure import context_length, swap, weight_of
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.kernel_names import Kernels
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.runtime.memory import total_and_free
+from slimlm.runtime.memory import format_bytes, total_and_free
 from slimlm.runtime.whole_model import packed_layers, prefer_fast
 
 _DTYPES = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
@@ -141,7 +141,7 @@ def _dense_model(source: str, against: str | None, model: nn.Module) -> tuple[Pr
     needed, free = int(4 * 1.5 * (layers + others)), total_and_free()[1]
     if free is not None and needed > _ROOM * free:
         return None, [
-            f"no dense model is measured: in float32 it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            f"no dense model is measured: in float32 it needs {format_bytes(needed)}, and {format_bytes(free)} are free"
         ]
     if against is not None:
         found = open_dense(against).model

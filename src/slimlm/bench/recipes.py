@@ -1,8 +1,11 @@
 """A model compressed in several ways, each compared with the original."""
 
 import dataclasses
-import tempfile
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,13 @@ from slimlm.evaluation.compare import OpenModel, open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.events import Event, Observer, quiet
 from slimlm.pipeline import compress
-from slimlm.storage.checkpoint import refuse_occupied
+from slimlm.recipe import open_recipe
+from slimlm.record import Record
+from slimlm.run.config import versions
+from slimlm.run.log import log_path
+from slimlm.storage.checkpoint import RECORD, read_record, refuse_occupied
 
-_NEW_TOKENS = 80
+_NEW_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,9 @@ class Trial:
     bits: float | None = None
     """The budget in bits per weight; None: there is none."""
     continues: bool = False
-    """Whether the compressed model also continues the prompt."""
+    """Whether the compressed model also continues the prompts."""
     out: Path | None = None
-    """The folder to write; None: a temporary one."""
+    """The folder that the compressed model is moved to at the end; None: it is not kept."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ class Setting:
     """Tokens per sample, in calibration and evaluation."""
     measured_samples: int
     """The number of samples that the perplexity is measured on."""
-    prompt: str
-    """A text that some of the models continue."""
+    prompts: tuple[str, ...]
+    """Texts that some of the models continue."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +87,35 @@ class Comparison:
     """A row per model; the original is the first."""
     tokens: int
     """The number of tokens that were predicted."""
-    prompt: str
-    """The prompt."""
-    continuations: dict[str, str]
-    """Continuations of the prompt by some of the models, by row name."""
+    prompts: tuple[str, ...]
+    """The prompts."""
+    continuations: dict[str, tuple[str, ...]]
+    """Continuations of the prompts by some of the models, by row name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
 
 
-def compare_recipes(source: str | Path, trials: Sequence[Trial], setting: Setting, *, progress: Observer = quiet) -> Comparison:
+def compare_recipes(
+    source: str | Path,
+    trials: Sequence[Trial],
+    setting: Setting,
+    *,
+    store: Path,
+    progress: Observer = quiet,
+    each: Callable[[Row], None] | None = None,
+) -> Comparison:
     """Compress a model in several ways and compare each with the original.
 
     Args:
         source: Folder or hub name of the original.
         trials: The ways to compress it, in order.
         setting: The text.
-        progress: An observer of the events; stages are those of `compress` after the trial's name.
+        store: A folder for the compressed models until all are done. A call that was stopped continues with what is there, and
+            removes it when it is done.
+        progress: An observer of the events; stages are those of `compress` after the number and the name of the trial.
+        each: A function that is called with each row as soon as it is known.
 
     Raises:
         SlimlmError: As for `compress`; before any work, CheckpointError where a folder to write holds files.
@@ -109,32 +127,65 @@ def compare_recipes(source: str | Path, trials: Sequence[Trial], setting: Settin
     at_most = setting.measured_samples * setting.length
     tokens = tokens_of(original.tokenizer, setting.data, "evaluation", at_most=at_most)
     samples = windows_of(tokens, setting.length, source=setting.data)
-    rows = [_row("original", "as it was trained", original, samples, 0.0, progress)]
-    continuations = {"original": _continuation(original, setting.prompt)}
-    for trial, opened, seconds in _compressed(source, trials, setting, progress):
-        rows.append(_row(trial.name, trial.what, opened, samples, seconds, progress))
+    rows = [_row("original", "as it was trained", original, samples, 0.0, _named("original", progress))]
+    each = each or _ignore
+    each(rows[0])
+    continuations = {"original": _continuations(original, setting.prompts)}
+    folders = [store / f"{trial.name.replace(' ', '-')}-{_key(source, trial, setting)}" for trial in trials]
+    for number, (trial, folder) in enumerate(zip(trials, folders, strict=True), 1):
+        observer = _named(f"recipe {number} of {len(trials)}, {trial.name}", progress)
+        opened, seconds = _compressed(source, trial, setting, folder, observer)
+        rows.append(_row(trial.name, trial.what, opened, samples, seconds, observer))
+        each(rows[-1])
         if trial.continues:
-            continuations[trial.name] = _continuation(opened, setting.prompt)
-    return Comparison(tuple(rows), samples[:, 1:].numel(), setting.prompt, continuations)
+            continuations[trial.name] = _continuations(opened, setting.prompts)
+    for trial, folder in zip(trials, folders, strict=True):
+        if trial.out is not None:
+            if trial.out.is_dir():
+                trial.out.rmdir()
+            shutil.move(folder, trial.out)
+        shutil.rmtree(folder, ignore_errors=True)
+        log_path(folder).unlink(missing_ok=True)
+    with suppress(OSError):  # other calls may have folders there
+        store.rmdir()
+    return Comparison(tuple(rows), samples[:, 1:].numel(), setting.prompts, continuations)
+
+
+def _ignore(row: Row) -> None:
+    """Ignore the row."""
+
+
+def _key(source: str | Path, trial: Trial, setting: Setting) -> str:
+    """A name for what a compressed model depends on."""
+    about = {
+        "source": str(source),
+        "recipe": open_recipe(trial.recipe).to_dict(),
+        "bits": trial.bits,
+        "calibration": [setting.data, setting.samples, setting.length],
+        "versions": versions("slimlm", "torch", "transformers"),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _compressed(
-    source: str | Path, trials: Sequence[Trial], setting: Setting, progress: Observer
-) -> Iterator[tuple[Trial, OpenModel, float]]:
-    """Each trial with its compressed model and the seconds that it took."""
-    with tempfile.TemporaryDirectory(prefix="slimlm-recipes-") as scratch:
-        for number, trial in enumerate(trials):
-            result = compress(
-                source,
-                trial.out or Path(scratch) / str(number),
-                recipe=trial.recipe,
-                bits=trial.bits,
-                data=setting.data,
-                samples=setting.samples,
-                length=setting.length,
-                progress=_named(trial.name, progress),
-            )
-            yield trial, open_any(str(result.path)), result.record.seconds
+    source: str | Path, trial: Trial, setting: Setting, folder: Path, progress: Observer
+) -> tuple[OpenModel, float]:
+    """The compressed model of a trial, which an earlier call may have made, and the seconds that it took."""
+    if (folder / RECORD).is_file():
+        seconds = Record.from_dict(read_record(folder)).seconds
+    else:
+        result = compress(
+            source,
+            folder,
+            recipe=trial.recipe,
+            bits=trial.bits,
+            data=setting.data,
+            samples=setting.samples,
+            length=setting.length,
+            progress=progress,
+        )
+        seconds = result.record.seconds
+    return open_any(str(folder)), seconds
 
 
 def _named(name: str, progress: Observer) -> Observer:
@@ -143,25 +194,29 @@ def _named(name: str, progress: Observer) -> Observer:
 
 def _row(name: str, what: str, opened: OpenModel, samples: Tensor, seconds: float, progress: Observer) -> Row:
     def report(done: int, total: int) -> None:
-        progress(Event(f"{name}: evaluate", done, total))
+        progress(Event("evaluate", done, total))
 
     measured = perplexity(opened.model, samples, progress=report)
     return Row(name, what, opened.bits_per_weight, opened.bytes, measured.value, seconds)
 
 
-def _continuation(opened: OpenModel, prompt: str) -> str:
-    """A continuation of the prompt, drawn with a fixed seed, because the likeliest tokens would repeat themselves."""
+def _continuations(opened: OpenModel, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Continuations of the prompts, drawn with a fixed seed and fewer repetitions, because small models repeat themselves."""
     tokenizer = opened.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([[*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = opened.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=True,
-            temperature=0.8,
-            pad_token_id=0,
-        )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([[*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = opened.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_NEW_TOKENS,
+                do_sample=True,
+                temperature=0.7,
+                repetition_penalty=1.15,
+                pad_token_id=0,
+            )
+        found.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
+    return tuple(found)

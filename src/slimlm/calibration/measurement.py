@@ -94,7 +94,7 @@ def _measured_inputs(
         if layer not in pooled and owner.get(layer) not in stats:
             raise ModelError(
                 f"{name}.{layer} got no input during calibration: the model uses its weight in another way, or does not use it "
-                f'on plain text. Exclude it from the recipe (ignore = ["*.{layer}"])'
+                f'on plain text. Exclude it (`ignore="*.{layer}"`)'
             )
         found[layer] = pooled[layer] if layer in pooled else stats[owner[layer]]
     return found
@@ -141,7 +141,7 @@ class LayerTotals:
         if whole and not complete:
             raise ModelError(
                 f"{self.name} is given {len(rows)} of {batch_tokens} tokens (an expert); a step of the recipe needs "
-                f'{whole[0]}, which takes whole samples. Exclude such layers (ignore = ["*.experts.*"]) or use another recipe'
+                f'{whole[0]}, which takes whole samples. Exclude such layers (`ignore="*.experts.*"`) or use another recipe'
             )
         before = None if original is None else original.flatten(0, -2)
         paired = before is not None and before.shape == rows.shape and complete

@@ -1,5 +1,6 @@
 """The command line's verbs, its entry point and its exit codes. Progress goes to standard error, results to standard output."""
 
+import io
 import os
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from slimlm.cli import REFUSED, STOPPED, say_stopped
 from slimlm.cli.bench import bench
 from slimlm.cli.compress import compress
 from slimlm.cli.demo import demo
@@ -19,10 +21,12 @@ from slimlm.cli.generate import generate
 from slimlm.cli.inspect import inspect
 from slimlm.cli.methods import methods
 from slimlm.cli.plan import plan
-from slimlm.cli.verb import Verb
+from slimlm.cli.recipes import recipes
+from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
+from slimlm.cli.with_program import with_program
 from slimlm.core.errors import SlimlmError
-from slimlm.distributed.environment import reports, world_size
+from slimlm.distributed.environment import global_rank, reports, world_size
 
 VERBS = (
     ("compress", compress),
@@ -33,12 +37,11 @@ VERBS = (
     ("inspect", inspect),
     ("verify", verify),
     ("methods", methods),
+    ("recipes", recipes),
     ("demo", demo),
     ("doctor", doctor),
 )
 
-REFUSED = 2
-"""Exit code after an error that slimlm explains; typer's own for a command line that makes no sense."""
 UNREAD = 1
 """Exit code where the reader of standard output closed it."""
 
@@ -46,11 +49,15 @@ app = typer.Typer(
     name="slimlm",
     help="Make language models smaller without retraining them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _name, _function in VERBS:
     app.command(_name, cls=Verb)(_function)
+WITH = "with"
+app.command(
+    WITH,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(with_program)
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,7 +76,7 @@ def options(
 ) -> None:
     """Make language models smaller without retraining them."""
     # `main` takes --debug off the line before typer sees it; it is declared here for --help.
-    if world_size() > 1 and context.invoked_subcommand != "compress":
+    if world_size() > 1 and context.invoked_subcommand not in ("compress", WITH):
         raise SlimlmError(
             f"{context.invoked_subcommand} is work for one process; only compress divides it among several (torchrun)"
         )
@@ -77,9 +84,10 @@ def options(
 
 def main() -> None:
     """Entry point: an error of slimlm's is one message and exit code 2; `--debug`, anywhere on the line, adds the traceback."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments, debug = _without_debug(sys.argv[1:])
+    _escape_what_cannot_be_shown()
     try:
+        _refuse_undecodable(arguments)
         with _errors_of_transformers_alone():
             _run(arguments)
     except SlimlmError as error:
@@ -96,6 +104,32 @@ def main() -> None:
     except ImportError as error:
         # Libraries are imported at their first use, where the loader may find no memory to map one.
         _end(f"a library cannot be imported: {error}; memory ran out, or the installation is incomplete", debug=debug)
+
+
+def _without_debug(typed: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it was there; what follows `with PROGRAM` belongs to that program."""
+    own = len(typed) if WITH not in typed[:2] else typed.index(WITH)
+    arguments = [a for a in typed[:own] if a != "--debug"]
+    return [*arguments, *typed[own:]], len(arguments) < own
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Print a character that an output's encoding lacks as an escape; an error handler that PYTHONIOENCODING names stays."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_undecodable(arguments: list[str]) -> None:
+    """Raise SlimlmError where an argument's bytes are no text, which tokenizers and JSON could not take."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise SlimlmError(
+                f"{argument!a} holds bytes that are no {sys.getfilesystemencoding()} text (the first: "
+                f"{argument[error.start]!a}); give text and file names in the terminal's encoding, or set LC_ALL=C.UTF-8"
+            ) from None
 
 
 @contextmanager
@@ -116,7 +150,9 @@ def _run(arguments: list[str]) -> None:
     """Run a verb; ends in SystemExit once all output is written."""
     try:
         app(args=arguments)
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code in (STOPPED, TERMINATED) and global_rank() == 0:
+            say_stopped()
         # An error in writing buffered output when Python ends would have no message of slimlm's.
         sys.stdout.flush()
         raise

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, output, print_json, say
+from slimlm.cli.console import notes, notifier, print_json, say, show
 from slimlm.core.errors import SlimlmError
 from slimlm.runtime.kernel_names import Kernels
 
@@ -80,9 +80,9 @@ def bench(
     if as_json:
         print_json(result)
     else:
-        output.print(layer_speed_table(result))
-        output.print()
-        output.print(generation_speed_table(result))
+        show(layer_speed_table(result))
+        say("")
+        show(generation_speed_table(result))
     notify = notifier(context)
     for remark in remarks:
         notify(remark)
@@ -99,5 +99,5 @@ def _tune(context: typer.Context, folder: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    output.print(tiles_table(found))
+    show(tiles_table(found))
     say(f"\nwritten: {found['path']}; used from now on")

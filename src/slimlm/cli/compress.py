@@ -1,12 +1,13 @@
 """`slimlm compress`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, output, print_json, say
+from slimlm.cli.console import notes, notifier, print_json, say, show
 from slimlm.distributed.environment import global_rank
 from slimlm.recipes import DEFAULT_RECIPE
 
@@ -22,6 +23,7 @@ def compress(
     bits: options.Bits = None,
     objective: options.BudgetObjective = "size",
     embedding_bits: options.EmbeddingBits = None,
+    ignore: options.Ignore = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = 2048,
@@ -51,6 +53,7 @@ def compress(
             bits=bits,
             objective=objective,
             embedding_bits=embedding_bits,
+            ignore=ignore,
             notify=notifier(context),
             data=data,
             samples=samples,
@@ -67,8 +70,11 @@ def compress(
     if as_json:
         print_json({"path": str(result.path), "kernels": kernels, **result.record.to_dict()})
         raise typer.Exit(QUALITY_FAILED if result.record.quality == "failed" else 0)
-    output.print(summary_table(result.record, kernels))
+    show(summary_table(result.record, kernels))
     if result.record.quality == "failed":
         say(f"\nwritten; quality check failed (see the note above): {result.path}")
         raise typer.Exit(QUALITY_FAILED)
     say(f"\nwritten and verified: {result.path}")
+    folder = shlex.quote(str(result.path))
+    say(f"next: slimlm generate {folder} --prompt 'Some text'")
+    say(f"      slimlm eval {folder} --against {shlex.quote(model)} --text TEXT")

@@ -7,12 +7,20 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from slimlm.cli.verb import in_flags
 
 # Tables keep their width when piped; on a terminal they fit it.
 output = Console(width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True)
+
+
+def show(table: Table) -> None:
+    """Print a table as a result; no line ends in spaces."""
+    with output.capture() as captured:
+        output.print(table)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def say(text: str, *, style: str | None = None) -> None:

@@ -14,10 +14,10 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from rich.table import Table
 
-from slimlm.report.tables import pairs_table, size
+from slimlm.report.tables import pairs_table
 from slimlm.runtime.cpu import native, processor
 from slimlm.runtime.gpu import device as gpu
-from slimlm.runtime.memory import total_and_free
+from slimlm.runtime.memory import format_bytes, total_and_free
 
 _PACKAGES = ("slimlm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 _REINSTALL = "in slimlm's source folder: python -m pip install --force-reinstall --no-deps ."
@@ -143,7 +143,9 @@ def _cure(reason: str) -> str:
 def _about_disk(free: int | None) -> list[str]:
     if free is None or free >= _LITTLE_DISK:
         return []
-    return [f"{size(free)} are little for models from the hub: free some disk, or set HF_HOME to a folder on a larger one"]
+    return [
+        f"{format_bytes(free)} are little for models from the hub: free some disk, or set HF_HOME to a folder on a larger one"
+    ]
 
 
 def _version(name: str) -> str:
@@ -169,7 +171,7 @@ def _free(folder: Path) -> int | None:
 
 
 def _known(bytes_: int | None) -> str:
-    return "an unknown amount" if bytes_ is None else size(bytes_)
+    return "an unknown amount" if bytes_ is None else format_bytes(bytes_)
 
 
 def _of(free: int | None, total: int | None) -> str:

@@ -1,7 +1,7 @@
 """`slimlm doctor`."""
 
 from slimlm.cli import options
-from slimlm.cli.console import output, print_json, say
+from slimlm.cli.console import print_json, say, show
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -12,6 +12,6 @@ def doctor(as_json: options.Json = False) -> None:
     if as_json:
         print_json(found.to_dict())
         return
-    output.print(diagnosis.table(found))
+    show(diagnosis.table(found))
     for advice in found.advice or ("no problems found",):
         say(f"\n{advice}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, output, print_json
+from slimlm.cli.console import notes, notifier, print_json, show
 from slimlm.core.errors import DataError
 from slimlm.evaluation.activation_formats import ActivationFormat
 
@@ -39,8 +39,9 @@ def evaluate(
     from slimlm.display import progress_on
     from slimlm.evaluation.compare import open_any, same_tokens
     from slimlm.models.structure import context_length
-    from slimlm.report.tables import plain_table, size
+    from slimlm.report.tables import plain_table
     from slimlm.run.config import pick_device
+    from slimlm.runtime.memory import format_bytes
     from slimlm.storage import checkpoint
 
     where = pick_device(device)
@@ -66,9 +67,10 @@ def evaluate(
     title = f"{predicted} tokens of {text}, in samples of {samples.shape[1]}"
     columns = ("model", "activations", "bits/weight", "size", "perplexity")
     table = [
-        (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", size(r["bytes"]), f"{r['perplexity']:.4f}") for r in rows
+        (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", format_bytes(r["bytes"]), f"{r['perplexity']:.4f}")
+        for r in rows
     ]
-    output.print(plain_table(title, columns, table, left=2))
+    show(plain_table(title, columns, table, left=2))
 
 
 def _measured(

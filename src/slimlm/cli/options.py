@@ -41,6 +41,14 @@ EmbeddingBits = Annotated[
         show_default="those of the recipe",
     ),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Do not compress layers whose full name fits, such as '*.down_proj'; may be given several times.",
+        show_default="those that the recipe ignores",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +63,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for calibration activations, such as 8GiB; more stay on the disk. A plan that needs more is refused.",
+        help="Memory for calibration activations, such as 8GB; more stay on the disk. A plan that needs more is refused.",
         show_default="half of the free memory",
     ),
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, output, print_json, say
+from slimlm.cli.console import notes, notifier, print_json, say, show
 from slimlm.cli.verb import in_flags
 from slimlm.core.errors import RecipeError
 from slimlm.recipes import DEFAULT_RECIPE
@@ -30,6 +30,7 @@ def plan(
         typer.Option("--out", "-o", help="Folder that compress would write; its disk is checked.", show_default="no check"),
     ] = None,
     recipe: options.RecipeName = DEFAULT_RECIPE,
+    ignore: options.Ignore = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = 2048,
@@ -54,7 +55,15 @@ def plan(
 
     opened = open_recipe(recipe)
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}
-    asked |= {"data": data, "samples": samples, "length": length, "seed": seed, "device": device, "memory": limit}
+    asked |= {
+        "ignore": ignore,
+        "data": data,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "device": device,
+        "memory": limit,
+    }
     asked["notify"] = notifier(context)
     planning = bits is not None or opened.needs_plan
     if save is not None and not planning:
@@ -69,7 +78,7 @@ def plan(
         found = {} if planned is None else {**planned[0].to_dict(), "embedding_bits": planned[1].embedding_bits}
         print_json({"estimate": {**expected.to_dict(), "problems": problems}, **found})
         return
-    output.print(estimate_table(expected))
+    show(estimate_table(expected))
     for problem in problems:
         say(f"\n{problem}")
     if planned is not None:
@@ -83,10 +92,10 @@ def _show(planned: "Plan", recipe: "Recipe") -> None:
     from slimlm.report.tables import choices_table, options_table, plan_summary
 
     data = planned.to_dict()
-    output.print()
-    output.print(options_table(data))
-    output.print()
-    output.print(choices_table(data))
+    say("")
+    show(options_table(data))
+    say("")
+    show(choices_table(data))
     say(f"\n{plan_summary(data)}")
     stored = "as they are" if recipe.embedding_bits == AS_STORED else f"in {recipe.embedding_bits} bits"
     say(f"not counted: token embedding and lm_head, which are stored {stored}")

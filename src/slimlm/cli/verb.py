@@ -1,19 +1,26 @@
 """What all verbs have in common: errors that name flags, and the exit codes of a run that is stopped."""
 
+import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import typer
 from typer.core import TyperCommand
 
+from slimlm.cli import STOPPED, say_stopped
 from slimlm.core.errors import SlimlmError
 
-STOPPED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit codes after Ctrl-C and after SIGTERM, as shells give them."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as shells give it."""
 
+_HERE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -66,8 +73,9 @@ def _flag(parameter: Parameter) -> str:
 
 
 def _unquoted(value: str) -> str:
+    """A text as a shell takes it, without its Python quotes; other values as they are."""
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return value[1:-1] if quoted else value
+    return shlex.quote(value[1:-1]) if quoted else value
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -77,11 +85,16 @@ class _TerminatedError(KeyboardInterrupt):
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into exit codes, after the run has notified the user of what is kept."""
+    codes: dict[int, int] = {signal.SIGINT: STOPPED, signal.SIGTERM: TERMINATED}
 
-    def terminate(number: int, frame: object) -> None:
-        raise _TerminatedError
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _only_imports(frame):
+            # No work has begun, and torch may swallow an exception that is raised while it is imported.
+            say_stopped()
+            os._exit(codes[number])
+        raise _TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, stop) for number in codes}
     try:
         yield
     except _TerminatedError:
@@ -89,4 +102,17 @@ def _stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(STOPPED) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _only_imports(frame: FrameType | None) -> bool:
+    """Whether the verb is importing what it needs: no function of slimlm outside this package is running."""
+    importing = False
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith(_PACKAGE) and not file.startswith(_HERE) and name != "<module>":
+            return False
+        importing |= file.startswith("<frozen importlib")
+        frame = frame.f_back
+    return importing

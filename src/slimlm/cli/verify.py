@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import output, print_json
+from slimlm.cli.console import print_json, show
 from slimlm.core.errors import DataError, SlimlmError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def verify(
     if as_json:
         print_json(found.to_dict())
     else:
-        output.print(verified_table(found))
+        show(verified_table(found))
     found.raise_if_unsound()
 
 

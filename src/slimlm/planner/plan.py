@@ -141,7 +141,7 @@ def refuse_budget(shapes: dict[str, tuple[int, int]], budget: Budget) -> None:
     for name, shape in shapes.items():
         fitting = [option for option in budget.options if option.refuses(shape) is None]
         if not fitting:
-            raise RecipeError(f"none of the plan's options fits {name} of shape {shape}; exclude it (ignore = [...])")
+            raise RecipeError(f'none of the plan\'s options fits {name} of shape {shape}; exclude it (`ignore="{name}"`)')
         cheapest += min(option.cost(shape, objective) for option in fitting)
     own = list(shapes.values())
     if cheapest > budget.cost(own):
@@ -161,6 +161,11 @@ def refuse_few_samples(count: int) -> None:
         raise DataError(
             f"a plan needs at least {_LEAST_SAMPLES} calibration samples, for statistics and two checks; there are {count}"
         )
+
+
+def held_back(count: int, length: int, vocabulary: int) -> int:
+    """How many of so many calibration samples, of so many tokens, losses are measured on; as many check the choice."""
+    return max(1, min(count // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // length))
 
 
 def make_plan(
@@ -195,7 +200,7 @@ def make_plan(
     refuse_few_samples(len(samples))
     options, objective = budget.options, budget.objective
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
-    held = max(1, min(len(samples) // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // samples.shape[1]))
+    held = held_back(len(samples), samples.shape[1], vocabulary)
     statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held], samples[-held:]
     divergence, check = _Divergence(model, judged), _Divergence(model, checked)
 

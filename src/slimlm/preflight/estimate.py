@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from slimlm.core.solvers.inverse import tokens_needed
-from slimlm.planner.forms import Steps
+from slimlm.planner.forms import Steps, brief
+from slimlm.planner.options import options_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Clock, Rates, StepCost, measured_rates, measured_steps
-from slimlm.preflight.times import seconds_of
+from slimlm.preflight.times import planning_seconds, seconds_of
 from slimlm.runtime.memory import resident, total_and_free
 
 _LARGEST_TRIAL = 512
@@ -191,4 +192,13 @@ def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock
         largest[run.steps(name)] = min(_LARGEST_TRIAL, max(largest.get(run.steps(name), 0), *shape))
     for steps, side in largest.items():
         costs[steps] = measured_steps(steps, side, length=run.length, device=device, clock=clock)
-    return seconds_of(run, rates, lambda name: costs[run.steps(name)])
+    seconds = seconds_of(run, rates, lambda name: costs[run.steps(name)])
+    if not run.planned:
+        return seconds
+    trials = {
+        steps: measured_steps(brief(steps), side, length=run.length, device=device, clock=clock)
+        for steps, side in largest.items()
+    }
+    # What is counted, bits or operations, changes the number of options little.
+    options = len(options_of(run.recipe, run.bits, "size"))
+    return {"plan": planning_seconds(run, rates, lambda name: trials[run.steps(name)], options), **seconds}

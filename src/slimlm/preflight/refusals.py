@@ -53,12 +53,12 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
     known = [f"{block_name}.{name}" for block_name, block in blocks.items() for name in linears_of(block)]
     for pattern in recipe.ignore:
         if not fnmatch.filter(known, pattern):
-            raise RecipeError(f"ignore = {pattern!r} fits no layer of the model; its layers are named like {known[0]}")
+            raise RecipeError(f"`ignore={pattern!r}` fits no layer of the model; its layers are named like {known[0]}")
     for rule in recipe.rules:
         if unmatched := [pattern for pattern in rule.layers if not fnmatch.filter(known, pattern)]:
             raise RecipeError(f"a rule's {unmatched[0]!r} fits no layer of the model; its layers are named like {known[0]}")
     if all(map(recipe.ignores, known)):
-        raise RecipeError(f"ignore = {list(recipe.ignore)} excludes every layer; there is nothing to compress")
+        raise RecipeError("`ignore` excludes every layer; there is nothing to compress")
     refuse_experts([name for name in known if not recipe.ignores(name)], dense.experts, recipe)
     for block_name, block in blocks.items():
         for name, linear in linears_of(block).items():
@@ -68,7 +68,7 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
                 continue
             out, width = weight_of(linear).shape
             if not planning and (reason := recipe.refuses(full, (out, width))):
-                raise ModelError(f'{reason}; or exclude the layer from the recipe (ignore = ["*.{name}"])')
+                raise ModelError(f'{reason}; or exclude the layer (`ignore="*.{name}"`)')
         skipped |= {f"{block_name}.{name}": reason for name, reason in others_of(block).items()}
     return skipped
 
@@ -104,7 +104,7 @@ def refuse_experts(layers: list[str], experts: list[str], recipe: Recipe) -> Non
     if needing and (own := [n for n in layers if n.startswith(inside)]):
         raise ModelError(
             f"{own[0]} is an expert's, which is given only some of the tokens; {' and '.join(needing)} of the recipe needs "
-            'whole samples. Exclude such layers (ignore = ["*.experts.*"]) or use another recipe'
+            'whole samples. Exclude such layers (`ignore="*.experts.*"`) or use another recipe'
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from slimlm.core.statistics.base import Source
 from slimlm.models.structure import linears_of, weight_of
+from slimlm.planner.plan import held_back
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 
@@ -16,6 +17,8 @@ _UNPACKING = 12
 """The cost of unpacking a layer, in passes over its float32 weight."""
 _ELEMENTS = 6
 """The cost of a block's elementwise operations (norms, activations, sums, positions), in passes over its layers' outputs."""
+_DIVERGENCE = 6
+"""The cost of the divergence of two distributions, in passes over one."""
 _TUNING = 60
 """The cost of one step of block reconstruction (rounding forward and backward, Adam), in passes over the block's weights."""
 _BEFORE = (0.35, 0.5)
@@ -83,6 +86,26 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     if run.recipe.block_reconstruction is not None:
         times["reconstruct"] = blocks * _reconstruction(run, forward, rates)
     return {**times, "propagate": passed, "keep": kept, "write": written, "verify": checked}
+
+
+def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> float:
+    """Seconds of a plan: statistics, every option of every group of layers tried in the whole model, and two choices checked.
+
+    Args:
+        run: The needs of the run.
+        rates: The rates of this machine.
+        trial: The cost of a trial's steps for a layer, by its full name.
+        options: The number of options.
+    """
+    forward, blocks = forward_of(run, rates), len(run.blocks)
+    vocabulary = int(getattr(run.dense.model.config, "vocab_size", 1) or 1)
+    judged = held_back(run.sample_count, run.length, vocabulary) * run.length
+    logits = vocabulary * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
+    model = blocks * forward.seconds(judged) + judged * logits
+    statistics = blocks * (2 * forward.seconds(run.tokens) + _sums(run, rates))
+    steps = sum(trial(name).seconds(shape) for name, shape in run.shapes.items())
+    groups = blocks * len(run.inputs)
+    return 3 * statistics + (options + 2) * steps + (groups * options + 4) * model
 
 
 def _sums(run: RunNeeds, rates: Rates) -> float:

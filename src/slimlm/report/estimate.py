@@ -6,7 +6,7 @@ from rich.table import Table
 
 from slimlm.display import duration
 from slimlm.preflight.estimate import Estimate, Memory
-from slimlm.report.tables import pairs_table, size
+from slimlm.report.tables import pairs_table
 from slimlm.runtime.memory import format_bytes
 
 _NAMED = 6
@@ -21,7 +21,7 @@ def estimate_table(found: Estimate) -> Table:
         ("layers", f"{len(found.layers)} in {found.blocks} blocks, {weights / 1e6:.1f} million weights ({_shapes(found)})"),
         *[("not compressed" if i == 0 else "", text) for i, text in enumerate(_skipped(found.skipped))],
         ("bits per weight", f"{found.bits_per_weight:.3f}{planned}"),
-        ("size", f"{size(found.original_bytes)} -> {size(found.stored_bytes)} ({_share(found)})"),
+        ("size", f"{format_bytes(found.original_bytes)} -> {format_bytes(found.stored_bytes)} ({_share(found)})"),
         ("calibration", _tokens(found)),
         ("memory", _memory(found.memory)),
         *_whole(found),
@@ -87,11 +87,9 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.seconds is None or found.total_seconds is None:
         return []
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items() if seconds >= 0.5)
-    planning = ", without the planning" if found.planned else ""
     return [
         (
             "time",
-            f"about {duration(found.total_seconds)} at rates measured on this machine{planning}"
-            + (f" ({parts})" if parts else ""),
+            f"about {duration(found.total_seconds)} at rates measured on this machine" + (f" ({parts})" if parts else ""),
         )
     ]

@@ -35,20 +35,31 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
 
 
 def generation_speed_table(result: dict[str, Any]) -> Table:
-    """A row per model and batch: tokens per second, and the bound that reading the weights sets on new tokens."""
+    """A row per model and batch: tokens per second, that relative to float32, and the bound that reading the weights sets."""
+    dense = {row["batch"]: row["new_tokens_per_second"] for row in result["generation"] if row["contender"] == "torch float32"}
     rows = [
         (
             row["contender"],
             str(row["batch"]),
             f"{row['prompt_tokens_per_second']:.1f}",
             f"{row['new_tokens_per_second']:.1f}",
+            f"{row['new_tokens_per_second'] / dense[row['batch']]:.2f}" if row["batch"] in dense else "-",
             f"{row['new_tokens_per_second_bound']:.1f}",
             f"{row['bytes_per_step'] / 1e6:.1f}",
             row["decode_path"],
         )
         for row in result["generation"]
     ]
-    columns = ("whole model", "batch", "prompt tokens/s", "new tokens/s", "bandwidth bound", "MB per step", "decoder")
+    columns = (
+        "whole model",
+        "batch",
+        "prompt tokens/s",
+        "new tokens/s",
+        "x float32",
+        "bandwidth bound",
+        "MB per step",
+        "decoder",
+    )
     return plain_table("tokens per second of all texts of a batch together", columns, rows)
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from slimlm.runtime.memory import format_bytes
+
 if TYPE_CHECKING:
     # Importing these modules would take seconds.
     from slimlm.inference.generate import Generated
@@ -14,15 +16,6 @@ if TYPE_CHECKING:
 
 _NAMED = 5
 """The most names that a row lists before it counts the others."""
-
-
-def size(bytes_: float) -> str:
-    """A size to read: 1.23 MB (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if bytes_ < 1000 or unit == "GB":
-            return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.2f} {unit}"
-        bytes_ /= 1000
-    raise AssertionError
 
 
 def plain_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
@@ -141,7 +134,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
         ("calibration", f"{calibration['data']}, {calibration['samples']} samples of {calibration['length']} tokens{fewer}"),
         (
             "size",
-            f"{size(record.original_bytes)} -> {size(record.stored_bytes)}"
+            f"{format_bytes(record.original_bytes)} -> {format_bytes(record.stored_bytes)}"
             f" ({record.stored_bytes / record.original_bytes:.1%} of the original)",
         ),
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
@@ -154,7 +147,10 @@ def summary_table(record: "Record", kernels: str) -> Table:
         *_source_rows(record),
         ("kernels", kernels),
         *_notes_row(record),
-        ("time", f"{record.seconds:.1f} s" + (f", peak memory {size(record.peak_memory)}" if record.peak_memory else "")),
+        (
+            "time",
+            f"{record.seconds:.1f} s" + (f", peak memory {format_bytes(record.peak_memory)}" if record.peak_memory else ""),
+        ),
     ]
     return pairs_table(rows)
 
@@ -208,7 +204,7 @@ def verified_table(found: "Verified") -> Table:
     dense = "".join(f", {name}" for name in _first(found.skipped))
     rows = [
         ("folder", found.folder),
-        ("tensors", f"{found.tensors} in {found.shards} files, {size(found.bytes)}; checksums of {found.checksums}"),
+        ("tensors", f"{found.tensors} in {found.shards} files, {format_bytes(found.bytes)}; checksums of {found.checksums}"),
         ("linear layers", f"{found.compressed} compressed, {len(found.skipped)} dense{dense}"),
     ]
     if found.embeddings:

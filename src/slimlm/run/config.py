@@ -33,6 +33,7 @@ class RunOptions(TypedDict, total=False):
     bits: float | None
     objective: Objective
     embedding_bits: int | None
+    ignore: str | Sequence[str] | None
     data: str | Path | Sequence[str] | None
     samples: int
     length: int
@@ -62,6 +63,8 @@ class RunConfig:
     """The unit of a budget: stored bits ("size"), or bytes and operations ("speed")."""
     embedding_bits: int | None = None
     """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's."""
+    ignore: str | Sequence[str] | None = None
+    """Patterns on the full names of layers that are not compressed, besides those that the recipe ignores."""
     data: Source | None = None
     """The calibration text: a file, a folder, a hub data set, "stdlib", "self" or texts; None: the default data set."""
     samples: int = 128
@@ -89,8 +92,10 @@ class RunConfig:
 
     @cached_property
     def opened_recipe(self) -> Recipe:
-        """The recipe, with the bits of embedding and head that `embedding_bits` gives."""
+        """The recipe, with the bits of embedding and head that `embedding_bits` gives, and what `ignore` adds."""
         recipe = open_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        if self.ignore is not None:
+            recipe = recipe.ignoring(self.ignore)
         if self.embedding_bits is None:
             return recipe
         return dataclasses.replace(recipe, embedding_bits=check_embedding_bits(self.embedding_bits, "embedding_bits"))

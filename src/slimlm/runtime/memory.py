@@ -26,11 +26,11 @@ def total_and_free() -> tuple[int | None, int | None]:
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes with a unit, such as "1.5 GiB"."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    """A number of bytes with a decimal unit, such as "1.23 GB"."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"
 
 
 def resident() -> int | None:

@@ -1,0 +1,45 @@
+"""`slimlm with`: another program opens compressed folders, and all else is its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OPEN = """
+import sys
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, sys.argv[2:])
+"""
+
+
+def started(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "slimlm", "with", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(OPEN)
+    return path
+
+
+def test_a_program_that_does_not_import_slimlm_opens_a_checkpoint(packed: Path, program: Path) -> None:
+    bare = subprocess.run([sys.executable, program, packed], capture_output=True, text=True)
+    assert bare.returncode == 1 and "'import slimlm' before opening it" in bare.stderr
+    done = started(program, packed, "--debug", "--help")
+    assert (done.returncode, done.stdout) == (0, "LlamaForCausalLM ['--debug', '--help']\n"), done.stderr
+
+
+def test_console_scripts_and_modules_run_with_their_own_exit_codes(tmp_path: Path) -> None:
+    assert started("slimlm", "--version").stdout.startswith("slimlm ")
+    assert started("slimlm", "inspect", tmp_path / "none").returncode == 2
+    assert started("-m", "timeit", "-n", "1", "-r", "1", "pass").returncode == 0
+    (tmp_path / "fails.py").write_text("raise OSError('mine')")
+    failed = started(tmp_path / "fails.py")
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "OSError: mine" in failed.stderr
+
+
+def test_a_program_that_is_not_installed_is_named_with_a_similar_one() -> None:
+    done = started("slimlmm")
+    assert done.returncode == 2 and "no Python program named slimlmm" in done.stderr and "did you mean slimlm?" in done.stderr

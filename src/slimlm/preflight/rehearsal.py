@@ -48,7 +48,7 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
         NumericsError: Its logits hold NaN.
     """
     stored = StoredModel(dense.model, dense.weights, dense.release)
-    trial = _Trial(dense, compressed, [])
+    trial = _Trial(dense, compressed, list(dense.outer_tensors(blocks).values()), [])
     model = stored.around({name: partial(trial.run, name) for name in blocks})
     replaced = {name: model.get_submodule(name) for name in blocks}
     with dense.outer_tensors_filled(blocks):
@@ -116,8 +116,10 @@ class _Trial:
     """The model."""
     compressed: Container[str]
     """The layers that are to be compressed, by full name."""
+    outside: list[Tensor]
+    """The tensors outside the blocks, which a copy of a block does not have."""
     unfit: list[str]
-    """Gets the full names of those whose weight is not used by calls of the layer alone."""
+    """Gets the full names of layers whose weight is not used by calls of the layer alone."""
 
     def run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a block; raises ModelError where a copy of it does not give the same."""
@@ -134,42 +136,43 @@ class _Trial:
     def _compare(self, name: str, block: nn.Module, given: tuple[Any, Any], expected: Tensor) -> None:
         """Run copies of a block, whose output's hidden states are expected to be these, `[samples, length, width]`."""
         layers = [layer for layer in linears_of(block) if f"{name}.{layer}" in self.compressed]
-        alike, called = _copy_gives(block, layers, given, expected)
-        if not alike and not _copy_gives(block, [], given, expected)[0]:
+        alike, called = self._copy_gives(block, layers, given, expected)
+        if not alike and not self._copy_gives(block, [], given, expected)[0]:
             raise ModelError(
                 f"a copy of {name}, a {type(block).__name__}, gives other outputs than the block in its model: it reads "
                 "something outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot "
                 "compress this one"
             )
         # Where all of them together do not work, one after another shows which.
-        tried = {layer: (alike, called) if alike else _copy_gives(block, [layer], given, expected) for layer in layers}
+        tried = {own: (alike, called) if alike else self._copy_gives(block, [own], given, expected) for own in layers}
         for layer, (works, used) in tried.items():
             # An expert may be given none of a few tokens.
             if not works or (layer not in used and kind_of(block, layer) == layer):
                 self.unfit.append(f"{name}.{layer}")
 
+    def _copy_gives(
+        self, block: nn.Module, layers: list[str], given: tuple[Any, Any], expected: Tensor
+    ) -> tuple[bool, set[str]]:
+        """Run a copy of a block in which these layers can only be called; gives whether its output is the same, and which were.
 
-def _copy_gives(block: nn.Module, layers: list[str], given: tuple[Any, Any], expected: Tensor) -> tuple[bool, set[str]]:
-    """Run a copy of a block in which these layers can only be called; gives whether its output is the same, and which were.
-
-    Args:
-        block: The block, with its values, which the copy shares.
-        layers: The names of layers within it.
-        given: Its positional and keyword arguments.
-        expected: The hidden states of its output, `[samples, length, width]`.
-    """
-    copy = meta_copy(block)
-    for own, original in zip(_tensors(copy), _tensors(block), strict=True):
-        own.data = original.data
-    called: set[str] = set()
-    for layer in layers:
-        swap(copy, layer, _OnlyCalled(copy.get_submodule(layer), partial(called.add, layer)))
-    args, kwargs = copied(given, torch.clone)
-    try:
-        return same_values(hidden_of(copy(*args, **kwargs)), expected), called
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-        # The block uses what a compressed layer does not have; whoever asked names the layer.
-        return False, called
+        Args:
+            block: The block, with its values, which the copy shares.
+            layers: The names of layers within it.
+            given: Its positional and keyword arguments.
+            expected: The hidden states of its output, `[samples, length, width]`.
+        """
+        copy = meta_copy(block, self.outside)
+        for own, original in zip(_tensors(copy), _tensors(block), strict=True):
+            own.data = original.data
+        called: set[str] = set()
+        for layer in layers:
+            swap(copy, layer, _OnlyCalled(copy.get_submodule(layer), partial(called.add, layer)))
+        args, kwargs = copied(given, torch.clone)
+        try:
+            return same_values(hidden_of(copy(*args, **kwargs)), expected), called
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+            # The block uses what a compressed layer does not have; the caller names the layer.
+            return False, called
 
 
 class _OnlyCalled(nn.Module):

@@ -204,8 +204,8 @@ def estimate(
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read (except for old .bin files, which are converted first, and models that have to be opened
-    whole): calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this
+    No weight and no text is read (except for old .bin files, and tensors that transformers makes of several, which are
+    converted first): calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this
     machine, which takes some seconds.
 
     Args:

@@ -9,8 +9,8 @@ from slimlm.record import COPIED
 from tests.conftest import random_model, save
 
 COPIES = {
-    "LICENSE": "MIT", "NOTICE.txt": "x", "preprocessor_config.json": "{}", "processor_config.json": "{}", "tokenizer.model": "x",
-    "chat_template.json": "{}", "special.tiktoken": "x",
+    "LICENSE": "MIT", "NOTICE.txt": "x", "preprocessor_config.json": "{}", "processor_config.json": "{}",
+    "tokenizer.model": "x", "chat_template.json": "{}", "special.tiktoken": "x",
 }  # fmt: skip
 LEFT = {
     "README.md": "description", "model.py": "Python", "optimizer.pt": "training", "trainer_state.json": "training",

@@ -140,7 +140,7 @@ def test_a_sentencepiece_model_says_what_reads_it(
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     monkeypatch.setattr("slimlm.models.opening._installed", lambda _: installed)
-    words = "is not read as a SentencePiece model" if installed else r"pip install sentencepiece protobuf"
+    words = r"transformers cannot read tokenizer\.model, although" if installed else r"pip install sentencepiece protobuf"
     refused(folder, words, text_file)
 
 

@@ -138,17 +138,24 @@ def test_files_that_lack_an_expert_are_refused(tmp_path: Path) -> None:
         open_lazy(str(folder), folder / "converted", lambda _: None)
 
 
-def test_a_model_whose_files_are_joined_in_an_unknown_way_is_opened_whole_which_is_told(
+def test_tensors_that_transformers_makes_are_made_once_one_at_a_time_and_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save(random_model("mixtral"), tmp_path / "m")
+    folder = save(random_model("mixtral", torch.bfloat16), tmp_path / "m")
     expected = opened(folder)
     monkeypatch.setattr("slimlm.models.stacked_experts._stacks", lambda converter: False)
-    told: list[str] = []
-    found = open_lazy(str(folder), folder / "converted", told.append)
-    assert len(told) == 1 and "loaded as a whole" in told[0]
+    found = opened(folder)
     assert list(found.weights) == list(expected.weights) and found.dtypes == expected.dtypes
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+    assert found.bytes == expected.bytes and found.became.keys() == expected.became.keys()
+    first = "model.layers.0.mlp.experts.1.up_proj.weight"
+    source = next(name for name, names in expected.became.items() if first in names)
+    assert first in found.became[source]
+    made = folder / "converted" / "made.safetensors"
+    written = made.stat().st_mtime_ns
+    again = opened(folder)
+    assert made.stat().st_mtime_ns == written
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in again.weights.items())
 
 
 def test_several_shards_and_files_beside_them(tmp_path: Path, text_file: Path) -> None:
@@ -304,16 +311,18 @@ def test_a_head_that_is_stored_twice_and_the_same_is_tied(tmp_path: Path) -> Non
     assert lazy.config["tie_word_embeddings"] is True
 
 
-def test_a_tensor_without_dimensions_that_nothing_uses_is_passed_over(tmp_path: Path) -> None:
+def test_a_tensor_without_dimensions_that_nothing_uses_is_stored_as_it_is(tmp_path: Path) -> None:
     folder = save(random_model("llama"), tmp_path / "m")
     expected = opened(folder)
     state = load_file(folder / "model.safetensors")
     stray = {"model.scale": torch.tensor(1.5), "steps": torch.tensor(3)}
     save_file(state | stray, folder / "model.safetensors", metadata={"format": "pt"})
     slimlm.compress(folder, tmp_path / "o", recipe="absmax", data="self", samples=2, length=8)
-    found = opened(folder)
+    found = open_lazy(str(folder), folder / "converted", lambda _: None)
     assert list(found.weights) == list(expected.weights)
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
+    after = load_file(tmp_path / "o" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in stray.items())
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -191,7 +191,7 @@ def _why_unopened(folder: Path, error: Exception) -> str:
                 f"Install them (pip install {' '.join(lacking)}), or add a tokenizer.json to the folder"
             )
         return (
-            f"{own} cannot be read as a SentencePiece model ({first_line(error)}); download it again, or add a tokenizer.json"
+            f"transformers cannot read {own}, although its packages are installed; download it again, or add a tokenizer.json"
         )
     return first_line(error)
 

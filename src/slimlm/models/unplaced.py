@@ -102,7 +102,7 @@ def fate_of(around: Surroundings, without: Mapping[str, tuple[str, ...]], twice:
             found.left_out[name] = f"{around.kind} computes it"
         elif tensor is None:
             found.left_out[name] = f"its dtype is {around.unread[name][0]}, which slimlm does not read"
-        elif leaf == "bias" and not bool(tensor.any()):
+        elif leaf == "bias" and _owner(around, modules, target) is not None and not bool(tensor.any()):
             found.left_out[name] = f"a bias of zeros, which {around.kind} does not have"
         else:
             reasons.setdefault(_part(around, modules, name, target, ignored), []).append(name)
@@ -132,10 +132,9 @@ def _part(
         raise ModelError(_more_blocks(around, name, number + 1, count))
     if ignored(target):
         return _FURTHER if "mtp" in target else _outermost(around, target)
-    anchor = max((own for own in _prefixes(target) if own in modules), key=len, default="")
-    if anchor not in ("", around.model.base_model_prefix):
+    if (owner := _owner(around, modules, target)) is not None:
         raise ModelError(
-            f"the files of {around.source} hold {name}, and {anchor} of {around.kind} has no such tensor: the class would not "
+            f"the files of {around.source} hold {name}, and {owner} of {around.kind} has no such tensor: the class would not "
             "compute what the files were made for. Another version of transformers, or a config.json that fits, may know it; "
             "or remove that tensor from the files if the model does not need it"
         )
@@ -143,6 +142,13 @@ def _part(
     if any(word in named for word in _NO_LANGUAGE_MODELS):
         raise ModelError(_no_language_model(around, named, name))
     return _FURTHER if re.match(r"(\w+\.)?mtp\b", target) else _outermost(around, target)
+
+
+def _owner(around: Surroundings, modules: Mapping[str, nn.Module], target: str) -> str | None:
+    """The innermost module of the class that a tensor lies in; None where that is the whole model or its list of blocks."""
+    found = max((own for own in _prefixes(target) if own in modules), key=len, default="")
+    outside = ("", around.model.base_model_prefix)
+    return None if found in outside or _block_beyond(around.model, target) is not None else found
 
 
 def _prefixes(name: str) -> Iterator[str]:

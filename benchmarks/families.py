@@ -74,7 +74,7 @@ class Row:
     """the class that transformers opens"""
     outcome: Outcome = "fails"
     words: str = ""
-    """the message of a refusal, why no model was made, or what failed"""
+    """the message of a refusal, of `slimlm generate` alone where the model works; why no model was made; or what failed"""
     whole: bool = False
     """whether slimlm had to read the model as a whole, instead of block by block"""
     skipped: tuple[str, ...] = ()
@@ -124,10 +124,10 @@ def tried(row: Row, scratch: Path) -> Row:
         return failed(row, "compression", error)
     row = replace(row, whole=any("as a whole" in text for text in told), skipped=skipped(found.record))
     try:
-        compare(dense, folder, out, found.record)
+        words = compare(dense, out, found.record)
     except Exception as error:  # Whatever fails is a defect.
         return failed(row, "compressed and written", error)
-    return replace(row, outcome="works")
+    return replace(row, outcome="works", words=words)
 
 
 def is_work(event: Event) -> bool:
@@ -158,8 +158,12 @@ def skipped(record: Record) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def compare(dense: PreTrainedModel, folder: Path, out: Path, record: Record) -> None:
-    """Raise WrongError where the compressed model's logits, or what it writes, are not what the stored weights stand for."""
+def compare(dense: PreTrainedModel, out: Path, record: Record) -> str:
+    """Raise WrongError where the compressed model's logits, or what it writes, are not what the stored weights stand for.
+
+    Returns:
+        Why slimlm refuses to write with the model; empty where it writes.
+    """
     before = dense(tokens(), use_cache=False).logits
     for name in fused_in(dense):
         take_apart(dense, name)
@@ -176,7 +180,7 @@ def compare(dense: PreTrainedModel, folder: Path, out: Path, record: Record) -> 
         raise WrongError("four-bit weights change no logit: the comparison shows nothing")
     close("slimlm.load", ours(tokens(), use_cache=False).logits, expected)
     close("AutoModelForCausalLM", theirs(tokens(), use_cache=False).logits, expected)
-    same_text(dense, ours)
+    return same_text(dense, ours)
 
 
 def close(what: str, found: Tensor, expected: Tensor) -> None:
@@ -233,20 +237,26 @@ def only_routing(model: PreTrainedModel) -> set[str]:
         model.requires_grad_(False)
 
 
-def same_text(dense: PreTrainedModel, ours: PreTrainedModel) -> None:
+def same_text(dense: PreTrainedModel, ours: PreTrainedModel) -> str:
     """Raise WrongError where slimlm writes other tokens than the original class, computed anew for each without a cache.
+
+    Gives the message where slimlm refuses to write, else nothing.
 
     Models whose logits for a text change as it goes on (encoders, for example) are passed over.
     """
     text = tokens()[:, :8]
     whole = dense(tokens(), use_cache=False).logits[:, :8]
     if not torch.allclose(dense(text, use_cache=False).logits, whole, atol=CLOSE * float(whole.abs().max())):
-        return
+        return ""
     for _ in range(6):
         text = torch.cat((text, dense(text, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
-    written = generate(ours, text[:, :8], max_new_tokens=6, stop_tokens=[]).tokens
+    try:
+        written = generate(ours, text[:, :8], max_new_tokens=6, stop_tokens=[]).tokens
+    except SlimlmError as error:
+        return str(error)
     if not torch.equal(written, text[:, 8:]):
         raise WrongError(f"slimlm writes {written.tolist()}, the original class {text[:, 8:].tolist()}")
+    return ""
 
 
 # All of them
@@ -367,6 +377,7 @@ def section(path: Path) -> str:
         "| model type | class | matrices in the blocks that are not compressed |",
         "|---|---|---|",
         *(f"| {row.key} | {row.kind}{' (read whole)' * row.whole} | {matrices(row.skipped)} |" for row in found["works"]),
+        *(f"\n{row.key}: {row.words}." for row in found["works"] if row.words),
         "",
         "**Refused**, in these words (MODEL stands for the model's folder)",
         "",

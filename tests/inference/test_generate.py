@@ -166,17 +166,20 @@ def test_a_model_without_a_static_cache_gets_one_that_grows(monkeypatch: pytest.
     assert torch.equal(made.tokens, expected)
 
 
-@pytest.mark.parametrize("kind", ["minimax", "xlstm"])
-# Reading xLSTM's config warns of an old name.
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [("minimax", "the model's own kind of cache"), ("xlstm", "the model's own kind of cache"), ("bamba", "cache")],
+)
+# Some classes say that a faster implementation of theirs is missing.
 @pytest.mark.filterwarnings("default")
-def test_a_model_with_a_kind_of_cache_of_its_own_writes_what_it_writes_without_one(kind: str) -> None:
+def test_a_model_with_a_cache_of_another_kind_writes_what_it_writes_without_one(kind: str, cache: str) -> None:
     model = tiny_model(kind)
     text = prompt = prompt_of(2)
     for _ in range(6):
         text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
     made = generate(model, prompt, max_new_tokens=6, stop_tokens=[])
     assert torch.equal(made.tokens, text[:, 8:])
-    assert "the model's own kind of cache" in made.decode_path
+    assert cache in made.decode_path
 
 
 def test_each_step_is_reported_as_it_comes() -> None:

@@ -5,6 +5,7 @@ greedy tokens are those of transformers' `generate`.
 """
 
 import inspect
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -240,9 +241,10 @@ def _prefill(
         # The native decoder's path may change while it runs.
         return logits, decoder, lambda: decoder.path
     given, kind = _cache(model, length)
-    logits, cache = _forward(model, prompt, given)
+    logits, cache = _forward(model, prompt, given, 0)
     path = f"the model's forward with {kind} ({reason})"
-    return logits, lambda tokens: _forward(model, tokens[:, None], cache)[0], lambda: path
+    positions = itertools.count(prompt.shape[1])
+    return logits, lambda tokens: _forward(model, tokens[:, None], cache, next(positions))[0], lambda: path
 
 
 def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
@@ -261,8 +263,11 @@ def _cache(model: PreTrainedModel, length: int) -> tuple[Any, str]:
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward, and its cache."""
+def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any, first: int) -> tuple[Tensor, Any]:
+    """The logits `[batch, vocabulary]` after these tokens `[batch, count]`, by the model's own forward, and its cache.
+
+    first: The position of the first of the tokens in its text.
+    """
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     # A cache under another name than the model's own would be ignored in silence.
@@ -271,8 +276,21 @@ def _forward(model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[Tensor
         raise SlimlmError(
             f"{type(model).__name__} takes no cache by the name of {' or '.join(_CACHES)}; slimlm cannot generate with it"
         )
-    outputs = model(tokens, **{name: cache}, use_cache=True, **last)
+    outputs = model(tokens, **{name: cache}, use_cache=True, **last, **_positions(model, tokens, first))
     return outputs.logits[:, -1], outputs[name] if cache is None else cache
+
+
+def _positions(model: PreTrainedModel, tokens: Tensor, first: int) -> dict[str, Tensor]:
+    """The positions of the tokens `[batch, count]` as an argument, for models with rotary embeddings.
+
+    Not every class counts the tokens in its cache (Bamba does not). Models that learn positions may number them in their own
+    way, so those are not told any.
+    """
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
+    if not rotary or "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+    return {"position_ids": positions.expand(len(tokens), -1)}
 
 
 _CACHES = ("past_key_values", "cache_params")

@@ -94,7 +94,9 @@ def _stoppable() -> Iterator[None]:
             os._exit(codes[number])
         raise _TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in codes}
+    # A signal that the parent ignores (nohup, a job in a script's background) stays ignored.
+    heeded = [number for number in codes if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     except _TerminatedError:

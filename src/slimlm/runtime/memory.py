@@ -30,7 +30,7 @@ def format_bytes(size: int) -> str:
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
-    return f"{size} B"
+    return f"{size} bytes"
 
 
 def resident() -> int | None:

@@ -1,12 +1,13 @@
 """How much a busy machine slows a compression: `slim` on the bundled model, alone and beside one spinning process per core.
 
-    python benchmarks/busy.py [--model examples/pystd-5m] [--recipe slim] [--rounds 3] [--threads 0 1]
+    python benchmarks/busy.py [--model examples/pystd-5m] [--recipe slim] [--rounds 3] [--threads 0 1] [--spin]
 
 Each run is a process of its own: idle and busy by turns, with each number of threads (0: torch's default). Seconds are the wall
 clock's, of the call alone (imports are not in it). A spinning process takes all that the system gives it, so a program of one
 thread takes at least twice as long beside them where the system is fair. Ratios are those of the two runs of a round; medians
 are printed, and written to benchmarks/results/busy.json. Other programs disturb the idle runs most: run it on a quiet machine.
-The first line of the output says how many processes were ready to run when it began.
+The first line of the output gives the load before it began. With --spin threads wait as they would without slimlm's choice
+(slimlm.runtime.waiting), which can take very long.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import slimlm
 from results_file import Results, this_run
 
 RESULTS = Path(__file__).parent / "results" / "busy.json"
+_GNU_SPINS = "300000"
+"""What GNU's OpenMP takes where nothing is set."""
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pystd-5m"
 
 
@@ -42,6 +45,8 @@ def measured(arguments: argparse.Namespace, threads: int) -> float:
     """Seconds of one compression in a process of its own; 0 threads are torch's default."""
     environment = dict(os.environ)
     environment.pop("OMP_WAIT_POLICY", None)  # set by importing slimlm here; the child decides for itself
+    if arguments.spin:
+        environment["GOMP_SPINCOUNT"] = _GNU_SPINS
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, __file__, "--once", "--model", arguments.model, "--recipe", arguments.recipe]
@@ -71,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1], help="0: torch's default")
     parser.add_argument("--neighbours", type=int, default=os.cpu_count() or 1, help="spinning processes")
+    parser.add_argument("--spin", action="store_true", help="let waiting threads spin, as without slimlm's choice")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
@@ -86,7 +92,7 @@ def main() -> None:
                 beside[threads].append(measured(arguments, threads))
             seconds = f"{idle[threads][-1]:.1f} s alone, {beside[threads][-1]:.1f} s beside them"
             print(f"round {round_ + 1}, threads {threads or 'default'}: {seconds}", flush=True)
-    results = Results(RESULTS, ("model", "recipe", "threads", "neighbours"), this_run("busy.py"))
+    results = Results(RESULTS, ("model", "recipe", "threads", "neighbours", "spin"), this_run("busy.py"))
     for threads in arguments.threads:
         ratio = statistics.median(b / a for a, b in zip(idle[threads], beside[threads], strict=True))
         alone, other = statistics.median(idle[threads]), statistics.median(beside[threads])
@@ -99,6 +105,7 @@ def main() -> None:
                 "length": arguments.length,
                 "threads": threads,
                 "neighbours": arguments.neighbours,
+                "spin": arguments.spin,
                 "seconds_alone": idle[threads],
                 "seconds_beside": beside[threads],
                 "ratio": ratio,

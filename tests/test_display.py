@@ -1,5 +1,6 @@
 """What is shown of a run: figures that follow from its events, on a clock that the test turns."""
 
+import dataclasses
 import io
 from typing import Literal
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from slimlm.cli.app import app
 from slimlm.core.errors import SlimlmError
-from slimlm.display import Display, Lines, Progress, duration, progress_on, shown
+from slimlm.display import Display, Error, Lines, Progress, duration, progress_on, shown
 from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
 from slimlm.record import LayerRecord
 
@@ -76,9 +77,9 @@ def test_a_run_that_goes_on_counts_the_errors_of_all_blocks_and_the_pace_of_its_
     clock = Clock()
     progress = Progress(clock)
     progress(Event("compress", 3, 6, blocks=(block(1, None, 0.1), block(2, None, 0.2), block(3, None, 0.3))))
-    assert progress.seconds_left is None and progress.error == pytest.approx(0.2)
+    assert progress.seconds_left is None and progress.error == Error("diagonal error", pytest.approx(0.2))
     after(progress, clock, block(4, 7, 0.6))
-    assert progress.seconds_left == pytest.approx(2 * 7) and progress.error == pytest.approx(0.3)
+    assert progress.seconds_left == pytest.approx(2 * 7) and progress.error == Error("diagonal error", pytest.approx(0.3))
 
 
 def test_other_stages_have_a_pace_of_their_own() -> None:
@@ -240,3 +241,10 @@ def test_ranks_other_than_the_first_show_nothing(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_show_progress_is_refused() -> None:
     with pytest.raises(SlimlmError, match="`progress` is of type int"), shown(7):  # type: ignore[arg-type]
         pass
+
+
+def test_the_output_error_is_shown_where_all_layers_have_it() -> None:
+    measured = [dataclasses.replace(record(f"q{i}", 0.5), output_error=error) for i, error in enumerate((0.1, 0.3))]
+    assert Error.of(measured) == Error("output error", pytest.approx(0.2))
+    assert Error.of([*measured, record("q2", 0.8)]) == Error("diagonal error", pytest.approx(0.6))
+    assert Error.of([]) is None

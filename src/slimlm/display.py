@@ -7,7 +7,7 @@ Both are observers (slimlm.events) that compute their state from events with `Pr
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TextIO
@@ -40,6 +40,26 @@ _LINE_EVERY = 10.0
 """Seconds between two lines of a stage, or of a block that takes so long."""
 _OVERTIME = 0.1
 """A block that takes longer than the mean is taken to need this share of its time so far in addition."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """The mean error of some layers."""
+
+    kind: str
+    """"output error" where all of them have that, else "diagonal error"; `LayerRecord` defines both."""
+    mean: float
+    """The mean."""
+
+    @classmethod
+    def of(cls, records: Sequence[LayerRecord]) -> "Error | None":
+        """The mean error of these layers; None: there are none."""
+        if not records:
+            return None
+        measured = [record.output_error for record in records if record.output_error is not None]
+        complete = len(measured) == len(records)
+        errors = measured if complete else [record.error for record in records]
+        return cls("output error" if complete else "diagonal error", sum(errors) / len(errors))
 
 
 @dataclass
@@ -80,10 +100,9 @@ class Progress:
             self.last = event.layer.record
 
     @property
-    def error(self) -> float | None:
-        """Mean diagonal error of the layers of all finished blocks."""
-        errors = [record.error for block in self.finished for record in block.records]
-        return sum(errors) / len(errors) if errors else None
+    def error(self) -> "Error | None":
+        """Mean error of the layers of all finished blocks."""
+        return Error.of([record for block in self.finished for record in block.records])
 
     @property
     def elapsed(self) -> float:
@@ -158,11 +177,12 @@ class Display:
             layers = f": {', '.join(progress.layers)}" if progress.layers else ""
             rows.insert(0, (f"block {progress.done + 1}", progress.name))
             rows.insert(1, ("now", f"{_DOING[progress.doing]}{layers}"))
-        errors = [] if progress.error is None else [f"{progress.error:.4f} mean of {_layers(progress)}"]
-        if progress.last is not None:
-            errors.append(f"last {progress.last.error:.4f} ({progress.last.name.rpartition('.')[2]})")
-        if errors:
-            rows.insert(-1, ("diagonal error", ", ".join(errors)))
+        last = None if progress.last is None else Error.of([progress.last])
+        errors = [] if progress.error is None else [f"{progress.error.mean:.4f} mean of {_layers(progress)}"]
+        if progress.last is not None and last is not None:
+            errors.append(f"last {last.mean:.4f} ({progress.last.name.rpartition('.')[2]})")
+        if (shown := last or progress.error) is not None:
+            rows.insert(-1, (shown.kind, ", ".join(errors)))
         grid = Table.grid(padding=(0, 2))
         for name, text in rows:
             grid.add_row(Text(name, style="dim"), Text(text, overflow="ellipsis", no_wrap=True))
@@ -208,8 +228,9 @@ class Lines:
         what = f"block {block.number}/{progress.total} {block.name}"
         if block.seconds is None:
             return f"{what}: finished by an earlier run, as are the blocks before it"
-        error = "nothing to compress" if block.error is None else f"diagonal error {block.error:.4f}"
-        mean = "" if progress.error is None else f" (mean so far {progress.error:.4f})"
+        own = Error.of(block.records)
+        error = "nothing to compress" if own is None else f"{own.kind} {own.mean:.4f}"
+        mean = "" if progress.error is None else f" (mean so far {progress.error.mean:.4f})"
         return f"{what}: {error}{mean}, {block.seconds:.1f} s{progress.time_left}"
 
     def _say(self, text: str) -> None:

@@ -194,10 +194,10 @@ def test_a_missing_text_is_named(line: Line, packed: Path, tmp_path: Path) -> No
 
 
 def test_jsonl_without_text_says_which_line_and_what_it_has(line: Line, packed: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"body": "no"}\n')
+    (tmp_path / "rows.jsonl").write_text('\n{"body": "no"}\n')
     said = line.refused("eval", packed, "--text", tmp_path / "rows.jsonl")
-    assert "line 2: no text in a field" in said
-    assert "found body" in said
+    assert "none of its 1 rows has text; the first, " in said
+    assert 'line 2: it has the fields body; expected a field "text" or "content"' in said
 
 
 def test_the_traceback_appears_only_with_debug(line: Line, tmp_path: Path) -> None:

@@ -177,13 +177,19 @@ def _device(given: object) -> str:
     raise SlimlmError(f'`device` is of type {type(given).__name__}; give "auto", "cpu", "cuda" or "cuda:N"')
 
 
+def _bits(given: object) -> float | None:
+    if given is None or isinstance(given, float):
+        return given  # NaN and infinity are outside the range, which `budget` names
+    return arguments.real_number(given, "bits", example=4, refusal=RecipeError)
+
+
 def _embedding_bits(given: object) -> int | None:
     return None if given is None else check_embedding_bits(given, "`embedding_bits`")
 
 
 _CHECKS: dict[str, Callable[[object], Any]] = {
     "recipe": _recipe,
-    "bits": lambda given: None if given is None else arguments.real_number(given, "bits", example=4, refusal=RecipeError),
+    "bits": _bits,
     "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
     "embedding_bits": _embedding_bits,
     "data": _data,

@@ -253,10 +253,10 @@ def estimate(
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read (except for old .bin files, and tensors that transformers makes of several, which are converted
-    first), so the model is not run: whether its blocks can be run one at a time, `compress` and `plan` try. Calibration is
-    assumed to have as many samples as are asked for. The rates behind the times are measured on this machine, which takes
-    some seconds.
+    No weight and no text is read (except for old .bin files, and tensors that transformers makes of several, which are
+    converted first), so the model is not run: whether its blocks can be run one at a time, `compress` and `plan` try.
+    Calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this machine,
+    which takes some seconds.
 
     Args:
         model: A folder or a hub name.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.hub
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimlm
@@ -81,6 +82,24 @@ def test_packed_embeddings_are_saved_too(eight: Path, by: str, tmp_path: Path) -
     BY[by](eight).save_pretrained(tmp_path / "new")
     assert sound(tmp_path / "new") == record_of(eight)
     assert torch.equal(slimlm.load(tmp_path / "new")(IDS).logits, slimlm.load(eight)(IDS).logits)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_tensors_that_the_class_has_no_place_for_are_saved_too(
+    by: str, llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    weights = llama_folder / "model.safetensors"
+    more = {"mtp.fc.weight": torch.randn(48, 96, generator=torch.Generator().manual_seed(1))}
+    save_file(load_file(weights) | more, weights, metadata={"format": "pt"})
+    slimlm.compress(llama_folder, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
+    BY[by](tmp_path / "out").save_pretrained(tmp_path / "new")
+    assert sound(tmp_path / "new") == record_of(tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")["mtp.fc.weight"], more["mtp.fc.weight"])
+    model = BY[by](tmp_path / "new")
+    shutil.rmtree(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"no place for \(mtp\.fc\.weight, 1 in all\)"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_every_command_takes_the_folder(packed: Path, text_file: Path, tmp_path: Path, line: Line) -> None:

@@ -25,7 +25,7 @@ from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
 from slimlm.inference.compressed_model import Origin, become_compressed
 from slimlm.models.meta import meta_model, misfits
-from slimlm.models.opening import fetch, open_generation_config, quantization_of, read_config, without_progress_bars
+from slimlm.models.opening import fetch, loading_settings, open_generation_config, quantization_of, read_config
 from slimlm.models.outputs import name_outputs
 from slimlm.models.structure import swap
 from slimlm.runtime.arguments import device as device_of
@@ -260,7 +260,7 @@ def _filled(
     short = {"layers": _short(about.layers), "embeddings": _short(about.embeddings)}
     config.quantization_config = {**described, **short}
     given = {**others, **{f"{name}.weight": tensors["weight"] for name, tensors in packed.items()}}
-    with without_progress_bars():
+    with loading_settings():
         model, info = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=dtype, output_loading_info=True)
     for name, embedding in about.embeddings.items():
         activations = model.get_submodule(name).activations

@@ -27,6 +27,7 @@ from slimlm.models.experts import Experts
 from slimlm.runtime.whole_model import packed_modules
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
+from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.replacing import refuse_other_contents, replacing
 from slimlm.storage.streams import is_plain_name, sha256_of
 
@@ -101,7 +102,8 @@ def save(model: CompressedModel, origin: Origin, wanted: Wanted) -> None:
     Raises:
         CheckpointError: its tensors would make no sound checkpoint, or the disk refuses.
     """
-    description = _described(model)
+    others = _others(origin)
+    description = _described(model, tuple(others))
     tensors = _tensors(model, wanted.given, origin)
     _refuse_unsound(tensors, description, origin)
     same = all(tensor.dtype == origin.dtypes.get(name, tensor.dtype) for name, tensor in tensors.items())
@@ -112,17 +114,37 @@ def save(model: CompressedModel, origin: Origin, wanted: Wanted) -> None:
         config = {**config, "architectures": [type(model).__name__], "dtype": dtype}
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
-        _copy_others(origin, wanted.folder, partial)
-        files = checkpoint.write_weights(partial, tensors, shard_bytes=wanted.shard)
+        _copy_beside(origin, wanted.folder, partial)
+        files = checkpoint.write_weights(partial, {**tensors, **others}, shard_bytes=wanted.shard)
         checkpoint.write_config(partial, config, description)
         checkpoint.write_record(partial, _record(origin, description, files), files)
 
 
-def _described(model: PreTrainedModel) -> Description:
-    """The entries of the packed modules that a model holds now."""
+def _described(model: PreTrainedModel, others: tuple[str, ...]) -> Description:
+    """The entries of the packed modules that a model holds now, and the names of tensors that it has no place for."""
     layers, embeddings = packed_modules(model)
     experts = tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
-    return Description(layers, embeddings, experts)
+    return Description(layers, embeddings, experts, others)
+
+
+def _others(origin: Origin) -> dict[str, Tensor]:
+    """The stored tensors `[...]` that the model's class has no place for, views of the original checkpoint's files.
+
+    Raises:
+        CheckpointError: the original checkpoint is no longer there, or was changed.
+    """
+    if not origin.others:
+        return {}
+    try:
+        stored = MappedFiles.of(checkpoint.check_files(origin.folder)).tensors
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the model cannot be saved: tensors that its class has no place for ({origin.others[0]}, {len(origin.others)} in "
+            f"all) are only in the checkpoint that it was opened from, and that cannot be read ({error})"
+        ) from error
+    if lost := [name for name in origin.others if name not in stored]:
+        raise CheckpointError(f"the model cannot be saved: {lost[0]} is no longer in {origin.folder}")
+    return {name: stored[name] for name in origin.others}
 
 
 def _tensors(model: PreTrainedModel, given: Mapping[str, Tensor] | None, origin: Origin) -> dict[str, Tensor]:
@@ -174,7 +196,7 @@ def _refuse_unsound(tensors: dict[str, Tensor], description: Description, origin
             raise CheckpointError(f"{problem}; a model with such a tensor cannot be saved")
 
 
-def _copy_others(origin: Origin, out: Path, partial: Path) -> None:
+def _copy_beside(origin: Origin, out: Path, partial: Path) -> None:
     """Copy tokenizer files and the like into the new checkpoint: those of the output folder, or else the original's."""
     written = {"config.json", "generation_config.json", checkpoint.INDEX}
     recorded = origin.record.get("beside")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from slimlm.core.errors import ModelError, first_line
 from slimlm.core.parts.pack import StoredEntry
 from slimlm.models.experts import take_apart
-from slimlm.models.opening import OWN_ATTENTION, read_config, refuse_foreign_code, without_progress_bars
+from slimlm.models.opening import OWN_ATTENTION, loading_settings, read_config, refuse_foreign_code
 from slimlm.models.structure import LINEAR_KINDS, weight_of
 from slimlm.storage.entries import Description
 
@@ -52,7 +52,7 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
                     raise ModelError(
                         f"{folder} has {len(stored)} tensors of {rows} rows in all, and its config says {name} = {count}"
                     )
-        with without_progress_bars(), torch.device("meta"):
+        with loading_settings(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ModelError:
         raise

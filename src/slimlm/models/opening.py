@@ -1,6 +1,7 @@
 """A dense model, its config and its tokenizer, opened from a folder or the hub; code that comes with a model is never run."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -168,7 +169,8 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
+        # Invalid files, the model's config among them, can make transformers raise any exception.
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
@@ -236,15 +238,28 @@ def open_generation_config(folder: Path) -> GenerationConfig:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Within this context transformers shows no progress bars; slimlm reports its progress itself."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def loading_settings() -> Iterator[None]:
+    """Within this context transformers shows no progress bars, and loads tensors in the thread that calls it.
+
+    slimlm reports its progress itself. Threads gain nothing where tensors are views of files, and one that cannot be started
+    because memory runs out would be waited for without end.
+    """
+    shown, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_ONE_THREAD)
     transformers_logging.disable_progress_bar()
+    os.environ[_ONE_THREAD] = "1"
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+        if before is None:
+            os.environ.pop(_ONE_THREAD, None)
+        else:
+            os.environ[_ONE_THREAD] = before
+
+
+_ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
+"""The environment variable by which transformers loads tensors in the thread that calls it."""
 
 
 def config_to_write(folder: Path, model: PreTrainedModel) -> dict[str, Any]:

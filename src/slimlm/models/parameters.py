@@ -20,7 +20,7 @@ from slimlm.core.errors import ModelError, first_line
 from slimlm.models.conversion import Keep, Made, Places, make, places_of
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.meta import meta_model
-from slimlm.models.opening import read_config, without_progress_bars
+from slimlm.models.opening import loading_settings, read_config
 from slimlm.models.placeholders import drop_values, placeholder
 from slimlm.models.stacked_experts import Stack, stack_of
 from slimlm.models.unplaced import Surroundings, Unplaced, fate_of, refuse_integers, refuse_missing, refuse_quantized_tensors
@@ -129,7 +129,7 @@ def _tensors_for(empty: PreTrainedModel, places: Places, files: FileTensors, who
 def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> ResolvedModel | set[str]:
     """The model; or the names of the stacks of which some layer is no view of a tensor of the files."""
     given, keys = _placeholders(tensors, untied)
-    with without_progress_bars():
+    with loading_settings():
         model, info = type(around.model).from_pretrained(
             None, config=around.model.config, state_dict=given, dtype=torch.float32, output_loading_info=True
         )

@@ -26,7 +26,7 @@ from slimlm.evaluation.perplexity import Perplexity, perplexity
 from slimlm.inference.load import read_description, refuse_other, take, take_others
 from slimlm.models.experts import take_apart
 from slimlm.models.meta import meta_model, misfits
-from slimlm.models.opening import open_generation_config, open_tokenizer, without_progress_bars
+from slimlm.models.opening import loading_settings, open_generation_config, open_tokenizer
 from slimlm.models.outputs import plain_outputs
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
@@ -331,7 +331,7 @@ def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedMod
         given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with without_progress_bars():
+    with loading_settings():
         model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     for name in experts:

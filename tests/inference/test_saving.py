@@ -84,24 +84,6 @@ def test_packed_embeddings_are_saved_too(eight: Path, by: str, tmp_path: Path) -
     assert torch.equal(slimlm.load(tmp_path / "new")(IDS).logits, slimlm.load(eight)(IDS).logits)
 
 
-@pytest.mark.parametrize("by", BY)
-def test_tensors_that_the_class_has_no_place_for_are_saved_too(
-    by: str, llama_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    weights = llama_folder / "model.safetensors"
-    more = {"mtp.fc.weight": torch.randn(48, 96, generator=torch.Generator().manual_seed(1))}
-    save_file(load_file(weights) | more, weights, metadata={"format": "pt"})
-    slimlm.compress(llama_folder, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
-    BY[by](tmp_path / "out").save_pretrained(tmp_path / "new")
-    assert sound(tmp_path / "new") == record_of(tmp_path / "out")
-    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")["mtp.fc.weight"], more["mtp.fc.weight"])
-    model = BY[by](tmp_path / "new")
-    shutil.rmtree(tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"no place for \(mtp\.fc\.weight, 1 in all\)"):
-        model.save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
 def test_every_command_takes_the_folder(packed: Path, text_file: Path, tmp_path: Path, line: Line) -> None:
     slimlm.load(packed).save_pretrained(tmp_path / "new")
     for command in ("inspect", "verify"):
@@ -355,3 +337,21 @@ def test_a_stop_between_two_renames_leaves_a_folder_that_is_refused(copy: Path, 
     monkeypatch.undo()
     model.save_pretrained(copy)
     sound(copy)
+
+
+def test_tensors_that_no_class_has_a_place_for_are_copied(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(llama_folder, tmp_path / "dense"))
+    tensors = {**load_file(dense / "model.safetensors"), "mtp.layers.0.weight": torch.ones(4, 4)}
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    slimlm.compress(dense, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
+    for by, opened in BY.items():
+        opened(tmp_path / "out").save_pretrained(tmp_path / by)
+        assert sound(tmp_path / by) == record_of(tmp_path / "out")
+        assert torch.equal(load_file(tmp_path / by / "model.safetensors")["mtp.layers.0.weight"], torch.ones(4, 4))
+    model = slimlm.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    assert "edited" not in sound(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.weight is a tensor that no class .* no longer holds it"):
+        model.save_pretrained(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()

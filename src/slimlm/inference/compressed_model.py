@@ -39,7 +39,7 @@ class Origin:
     dtype: str | None
     """The dtype in config.json."""
     others: tuple[str, ...]
-    """The stored tensors that the model's class has no place for."""
+    """The names of stored tensors for which the model's class has no place, and which no model holds."""
 
     @classmethod
     def of(cls, folder: Path) -> "Origin":

@@ -28,7 +28,7 @@ from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run_through
 from slimlm.data.documents import documents
 from slimlm.data.windows import choose_windows, token_stream, windows_of
 from slimlm.events import Event
-from slimlm.models.opening import open_dense
+from slimlm.models.dense import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.recipe import open_recipe
 from slimlm.run.block import BlockTask, compress_block, stored_tensors

@@ -71,6 +71,38 @@ _EXPLODED = 2.0
 
 
 @dataclass(frozen=True)
+class Source:
+    """All that the original's folder held, and what became of it."""
+
+    tensors: dict[str, str]
+    """The dtype and shape of every tensor of its weight files, "BF16 [48, 88]", by its name there."""
+    became: dict[str, tuple[str, ...]]
+    """For tensors that are in the checkpoint under other names, or in several tensors, these names; all others that are not
+    left out are there under their own. A compressed layer stands for its `weight`."""
+    unplaced: tuple[str, ...]
+    """The names of those that the model's class has no place for, which are stored as they are."""
+    left_out: dict[str, str]
+    """The names of those that are not in the checkpoint, and why."""
+    files: dict[str, str]
+    """What became of every file and folder: read, copied, written anew, or left out, and why."""
+
+    def names_of(self, tensor: str) -> tuple[str, ...]:
+        """The names under which a tensor is in the checkpoint; none where it is left out."""
+        return () if tensor in self.left_out else self.became.get(tensor, (tensor,))
+
+    @property
+    def files_left_out(self) -> list[str]:
+        """The names of the files and folders that are not in the checkpoint."""
+        return [name for name, what in self.files.items() if what.startswith(LEFT_OUT)]
+
+
+READ = "read: its tensors are listed"
+"""What `Source.files` says of a weight file."""
+LEFT_OUT = "left out: "
+"""The beginning of what `Source.files` says of a file that is not in the checkpoint; the reason follows."""
+
+
+@dataclass(frozen=True)
 class Record:
     """A finished compression."""
 
@@ -101,6 +133,8 @@ class Record:
     those of the weights themselves. Bits per weight and coverage are about the blocks and do not count them."""
     plan: dict[str, Any] | None = None
     """Where bits or ranks were planned: the options, their measured losses, and which was chosen."""
+    source: Source | None = None
+    """All that the original's folder held; None in folders of older versions."""
     perplexity: Compared | None = None
     """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
 

@@ -12,7 +12,7 @@ from slimlm.bench.recipes import Setting, Trial, compare_recipes
 from slimlm.cli.demo import _trials
 from slimlm.core.errors import CheckpointError
 from slimlm.events import Event
-from slimlm.models.opening import open_dense
+from slimlm.models.dense import open_dense
 from slimlm.report.comparison import comparison_table
 
 

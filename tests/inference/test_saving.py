@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.hub
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimlm
@@ -336,3 +337,21 @@ def test_a_stop_between_two_renames_leaves_a_folder_that_is_refused(copy: Path, 
     monkeypatch.undo()
     model.save_pretrained(copy)
     sound(copy)
+
+
+def test_tensors_that_no_class_has_a_place_for_are_copied(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(llama_folder, tmp_path / "dense"))
+    tensors = {**load_file(dense / "model.safetensors"), "mtp.layers.0.weight": torch.ones(4, 4)}
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    slimlm.compress(dense, tmp_path / "out", recipe="absmax", data=str(text_file), samples=4, length=32)
+    for by, opened in BY.items():
+        opened(tmp_path / "out").save_pretrained(tmp_path / by)
+        assert sound(tmp_path / by) == record_of(tmp_path / "out")
+        assert torch.equal(load_file(tmp_path / by / "model.safetensors")["mtp.layers.0.weight"], torch.ones(4, 4))
+    model = slimlm.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    assert "edited" not in sound(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.weight is a tensor that no class .* no longer holds it"):
+        model.save_pretrained(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()

@@ -15,9 +15,9 @@ from slimlm import pipeline
 from slimlm.calibration.capture import arguments_of, enter, first_inputs
 from slimlm.cli.options import bytes_of
 from slimlm.core.errors import ModelError, SlimlmError
+from slimlm.models.dense import open_dense
 from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy, prefetched
-from slimlm.models.opening import open_dense
 from slimlm.models.structure import blocks_of
 from slimlm.run.block import BlockTask
 from tests.conftest import ALL_FAMILIES, MIXTURES, random_model, save

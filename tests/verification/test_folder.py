@@ -17,8 +17,8 @@ import slimlm.verification.folder
 from slimlm.calibration.samples import Calibration, draw_samples
 from slimlm.core.errors import CheckpointError
 from slimlm.evaluation.perplexity import perplexity
+from slimlm.models.dense import open_dense
 from slimlm.models.lazy import open_lazy
-from slimlm.models.opening import open_dense
 from slimlm.record import Compared, Record, explosion
 from slimlm.run import assemble
 from slimlm.storage import checkpoint

@@ -24,7 +24,7 @@ from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.core.parts.pack import PartEntries
 from slimlm.inference.generate import generate
 from slimlm.inference.load import load
-from slimlm.models.opening import open_dense
+from slimlm.models.dense import open_dense
 from slimlm.models.structure import context_length, swap, weight_of
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.kernel_names import Kernels

@@ -10,8 +10,8 @@ from slimlm.core.profiling import profiled
 from slimlm.data.documents import DEFAULT_DATA, documents
 from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, token_stream, windows_of
 from slimlm.events import Event, Observer
+from slimlm.models.dense import DenseModel
 from slimlm.models.lazy import LazyModel
-from slimlm.models.opening import DenseModel
 from slimlm.models.structure import context_length
 from slimlm.storage.journal import OWN_TEXT, TEXT, Journal
 

@@ -1,5 +1,6 @@
 """One linear layer between two steps: what was decided so far, and what a step may still decide."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,23 +12,35 @@ from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import pruned
 
+_LARGEST = 1e15
+"""The largest weight of a matrix that is worked on: the sum of the squares of some millions of these is finite in float32."""
+
 
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
-    """Check that a tensor holds no NaN or infinity.
+    """Check that a tensor holds no NaN or infinity, and a matrix no weight whose square float32 cannot hold.
 
     Args:
         name: of the tensor, for the message.
         tensor: of any shape, such as `[out, in]`.
 
     Raises:
-        NumericsError: it does; the message has its name and a count.
+        NumericsError: it does; the message has its name and a count, or the weight.
     """
+    if not tensor.numel():
+        return
     # The extremes include NaN and infinity, and take a sixtieth of the time of a test of every 16-bit weight.
-    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+    least, most = (float(extreme) for extreme in tensor.aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
         bad = int((~tensor.isfinite()).sum())
         raise NumericsError(
             f"{name} holds {bad} NaN or infinite weights of {tensor.numel()}; the model file is damaged or was "
             "saved in a dtype too narrow for it. Nothing was written; give a model without such weights"
+        )
+    if tensor.ndim == 2 and max(-least, most) > _LARGEST:
+        raise NumericsError(
+            f"{name} holds a weight of {most if most > -least else least:.3g}; float32 cannot hold the square of such weights, "
+            f"which errors are computed of, and trained weights are far below {_LARGEST:g}. The model file is damaged, or the "
+            "training diverged. Nothing was written; give a model without such weights"
         )
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimlm.core.errors import DataError
 from slimlm.events import Notify
 from slimlm.inference.load import load
-from slimlm.models.opening import folder_of, open_dense, open_tokenizer, quantization_of, read_config
+from slimlm.models.dense import open_dense
+from slimlm.models.opening import folder_of, open_tokenizer, quantization_of, read_config
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.gpu import device as gpu

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimlm.core.errors import ModelError, SlimlmError
-from slimlm.models.opening import read_config
+from slimlm.models.opening import quantization_of, read_config
 from slimlm.runtime.dense import WideEmbedding, widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import activation_dtype
 from slimlm.storage import checkpoint
+from slimlm.storage.entries import parse_description
 from slimlm.storage.mapping import MappedFiles
 
 
@@ -37,6 +38,8 @@ class Origin:
     """The dtype of each stored tensor, by name."""
     dtype: str | None
     """The dtype in config.json."""
+    others: tuple[str, ...]
+    """The names of stored tensors for which the model's class has no place, and which no model holds."""
 
     @classmethod
     def of(cls, folder: Path) -> "Origin":
@@ -44,7 +47,9 @@ class Origin:
         files = MappedFiles.of(checkpoint.check_files(folder))
         dtypes = {name: tensor.dtype for name, tensor in files.tensors.items()}
         config = read_config(str(folder))
-        return cls(folder.absolute(), checkpoint.read_record(folder), dtypes, config.get("dtype") or config.get("torch_dtype"))
+        others = parse_description(quantization_of(config, str(folder)), folder).others
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        return cls(folder.absolute(), checkpoint.read_record(folder), dtypes, dtype, others)
 
 
 class CompressedModel(PreTrainedModel):

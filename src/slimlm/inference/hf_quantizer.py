@@ -3,6 +3,7 @@
 That table is made while transformers' models are still being imported, so what needs them is imported when a model is opened.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ class SlimlmConfig(QuantizationConfigMixin):
         layers: dict[str, Any] | None = None,
         embeddings: dict[str, Any] | None = None,
         experts: list[str] | None = None,
+        others: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = checkpoint.METHOD
@@ -35,6 +37,7 @@ class SlimlmConfig(QuantizationConfigMixin):
         self.layers = layers or {}
         self.embeddings = embeddings or {}
         self.experts = experts or []
+        self.others = others or []
         checkpoint.check_format(format, "the checkpoint")
 
 
@@ -76,6 +79,7 @@ class SlimlmQuantizer(HfQuantizer):
                 layer = TiedLinear(model.get_submodule(names[entry.tied_to]), layer.bias)
             layer.kernels = "auto"
             swap(model, names[name], layer)
+        _pass_over(model, about.others)
         if about.embeddings:
             _exclude_from_tying(model, set(names.values()))
         return model
@@ -103,6 +107,12 @@ class SlimlmQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The packed tensors are frozen."""
         return False
+
+
+def _pass_over(model: "PreTrainedModel", others: list[str]) -> None:
+    """Let transformers not warn of these tensors of the files, which the model has no place for."""
+    if others:
+        model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(name)}$" for name in others}
 
 
 def _exclude_from_tying(model: "PreTrainedModel", packed: set[str]) -> None:

@@ -148,6 +148,7 @@ def _load(
             stored = {name: tensor.clone() for name, tensor in stored.items()}
         packed = {name: take(stored, name, entry.tensors) for name, entry in about.own().items()}
         all_of_them = {f"{n}.{key}": t for n, own in packed.items() for key, t in own.items()} | stored
+        take_others(stored, about)
         empty = meta_model(folder, all_of_them, about.experts)
         if wrong := next(misfits(empty, about, stored), None):
             raise CheckpointError(f"{source} does not fit its own description: {wrong}")
@@ -216,6 +217,17 @@ def take(stored: dict[str, Tensor], layer: str, described: Mapping[str, TensorEn
             raise CheckpointError(f"{layer}.{name} should be {expected}, but {kind} is stored; the checkpoint is damaged")
         found[name] = tensor
     return found
+
+
+def take_others(stored: dict[str, Tensor], about: Description) -> None:
+    """Remove the tensors `[...]` for which the model's class has no place from those stored.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    for name in about.others:
+        if stored.pop(name, None) is None:
+            raise CheckpointError(f"{name} is missing: the config lists it, and nothing is stored under that name")
 
 
 def _widened(stored: dict[str, Tensor], dtype: torch.dtype | str, release: Release) -> dict[str, Tensor]:

@@ -24,11 +24,13 @@ from slimlm.core.parts.fields import dtype_name
 from slimlm.core.parts.pack import TensorEntry
 from slimlm.inference.compressed_model import CompressedModel, Origin
 from slimlm.models.experts import Experts
+from slimlm.record import LEFT_OUT, READ
 from slimlm.runtime.whole_model import packed_modules
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
+from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.replacing import refuse_other_contents, replacing
-from slimlm.storage.streams import is_plain_name, sha256_of
+from slimlm.storage.streams import is_plain_name, sha256_of, tensor_sum
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `push_to_hub`, which `save_pretrained` takes, too."""
@@ -101,9 +103,10 @@ def save(model: CompressedModel, origin: Origin, wanted: Wanted) -> None:
     Raises:
         CheckpointError: its tensors would make no sound checkpoint, or the disk refuses.
     """
-    description = _described(model)
+    description = _described(model, origin)
     tensors = _tensors(model, wanted.given, origin)
     _refuse_unsound(tensors, description, origin)
+    tensors |= _others(origin)
     same = all(tensor.dtype == origin.dtypes.get(name, tensor.dtype) for name, tensor in tensors.items())
     dtype = origin.dtype if same and origin.dtype is not None else dtype_name(model.dtype)
     with replacing(wanted.folder) as partial:
@@ -115,14 +118,33 @@ def save(model: CompressedModel, origin: Origin, wanted: Wanted) -> None:
         _copy_others(origin, wanted.folder, partial)
         files = checkpoint.write_weights(partial, tensors, shard_bytes=wanted.shard)
         checkpoint.write_config(partial, config, description)
-        checkpoint.write_record(partial, _record(origin, description, files), files)
+        checkpoint.write_record(partial, _record(origin, description, files, partial), files)
 
 
-def _described(model: PreTrainedModel) -> Description:
-    """The entries of the packed modules that a model holds now."""
+def _described(model: PreTrainedModel, origin: Origin) -> Description:
+    """The entries of the packed modules that a model holds now, and the tensors that it has no place for."""
     layers, embeddings = packed_modules(model)
     experts = tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
-    return Description(layers, embeddings, experts)
+    return Description(layers, embeddings, experts, origin.others)
+
+
+def _others(origin: Origin) -> dict[str, Tensor]:
+    """The tensors, of any shapes `[...]`, that no model holds; raises CheckpointError where the original has them no longer."""
+    if not origin.others:
+        return {}
+    recorded = _sums(entry for entry in origin.record.get("files", {}).values() if "tensors" in entry)
+    try:
+        stored = MappedFiles.of(checkpoint.check_files(origin.folder)).tensors
+        found = {name: stored[name] for name in origin.others}
+    except (CheckpointError, OSError, KeyError):
+        found = {}
+    changed = [name for name in origin.others if name not in found or recorded.get(name) != tensor_sum(found[name])]
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} is a tensor that no class of transformers has a place for, so it is copied when a model is saved; "
+            f"{origin.folder}, which the model was opened from, no longer holds it"
+        )
+    return found
 
 
 def _tensors(model: PreTrainedModel, given: Mapping[str, Tensor] | None, origin: Origin) -> dict[str, Tensor]:
@@ -188,7 +210,7 @@ def _copy_others(origin: Origin, out: Path, partial: Path) -> None:
             shutil.copyfile(own, partial / name)
 
 
-def _record(origin: Origin, description: Description, files: checkpoint.Files) -> dict[str, Any]:
+def _record(origin: Origin, description: Description, files: checkpoint.Files, folder: Path) -> dict[str, Any]:
     """The record of the run, with the sizes of the files that were written and the names of tensors that are others now."""
     record = {key: value for key, value in origin.record.items() if key not in ("format", "files", "beside")}
     packed = description.own()
@@ -199,8 +221,16 @@ def _record(origin: Origin, description: Description, files: checkpoint.Files) -
         replaced |= {row["name"]: "replaced by a dense layer after the run" for row in rows if row["name"] not in packed}
     record["skipped"] = {**record.get("skipped", {}), **replaced}
     record["stored_bytes"] = sum(entry["bytes"] for entry in files.values())
+    if isinstance(source := record.get("source"), dict):
+        record["source"] = {**source, "files": {name: _now(folder / name, what) for name, what in source["files"].items()}}
     edited = set(record.get("edited", ())) | set(_changed(origin.record.get("files", {}), files))
     return {**record, "edited": sorted(edited)} if edited else record
+
+
+def _now(file: Path, what: str) -> str:
+    """What became of a file of the original's folder, now that the checkpoint is written again."""
+    gone = what != READ and not what.startswith(LEFT_OUT) and not file.is_file()
+    return f"{LEFT_OUT}the checkpoint that held it was gone when the model was saved again" if gone else what
 
 
 def _changed(before: Mapping[str, Any], after: checkpoint.Files) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """Which files of a folder hold a model's weights."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from slimlm.core.errors import ModelError
+from slimlm.core.errors import DoesNotFitError, ModelError
 from slimlm.models.bin_files import read_bin
 from slimlm.storage.streams import is_plain_name, write_tensors
 
@@ -13,6 +14,8 @@ _LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
 )
 """Index, single file and pattern of all files of each format, the preferred format first."""
+
+_OTHER_FORMATS = (".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".bin")
 
 
 def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> list[Path]:
@@ -38,33 +41,46 @@ def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> l
             return [folder / single]
         if (folder / index).is_file():
             return [folder / name for name in _indexed(folder / index)]
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(path for path in folder.glob(pattern) if not path.name.startswith("adapter_")):
             return files
-    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
+    found = f"; {others[0]} is in a format that slimlm does not read: convert it to safetensors" if others else ""
+    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin{found}")
 
 
-def safetensors_files(folder: Path, scratch: Path, notify: Callable[[str], None] | None = None) -> list[Path]:
-    """The weight files of a folder as safetensors files; old .bin files are converted, one at a time, and only once.
+def as_safetensors(paths: Iterable[Path], scratch: Path) -> list[Path]:
+    """Weight files as safetensors files; old .bin files are converted, one at a time, and only once.
 
     Args:
-        folder: the model's folder.
+        paths: the files, as `weight_files` gives them.
         scratch: the folder for converted files, created when it is needed.
-        notify: as in `weight_files`.
 
     Raises:
-        ModelError: as `weight_files` and `read_bin`.
+        ModelError: as `read_bin`.
+        DoesNotFitError: the disk is too small for a converted file.
     """
     files = []
-    for path in weight_files(folder, notify):
+    for path in paths:
         if path.suffix == ".safetensors":
             files.append(path)
             continue
         converted = scratch / f"{path.stem}.safetensors"
         if not converted.is_file():
+            refuse_full_disk(scratch, path.stat().st_size)
             scratch.mkdir(parents=True, exist_ok=True)
             write_tensors(converted, read_bin(path))
         files.append(converted)
     return files
+
+
+def refuse_full_disk(folder: Path, size: int) -> None:
+    """Raise DoesNotFitError where a folder's disk has no room for `size` bytes that a model's files are converted to."""
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    if (free := shutil.disk_usage(existing).free) < size:
+        raise DoesNotFitError(
+            f"the model's weights have to be converted to a file of {size / 1e9:.2f} GB in {folder} first, and "
+            f"{free / 1e9:.2f} GB are free there; give more room, or an `out` on another disk"
+        )
 
 
 def _indexed(index: Path) -> list[str]:

@@ -1,11 +1,12 @@
 """A dense model whose weights stay in their files: a meta model, and blocks that are read when they are asked for.
 
-The meta model has shapes and no values; `models.parameters` finds the tensor of the files for each of its parameters. Where
-there is no such tensor, the whole model is loaded into memory, and a message says so.
+The meta model has shapes and no values; `models.parameters` finds the tensor of the files for each of its parameters. Tensors
+that transformers makes of several of the files are made first, one at a time, and written to a file of their own.
 
 Old .bin files are converted to safetensors first, one at a time.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,19 +22,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.core.profiling import profiled
 from slimlm.events import Notify
-from slimlm.models.files import safetensors_files
+from slimlm.models.bin_files import read_bin
+from slimlm.models.files import as_safetensors, refuse_full_disk, weight_files
 from slimlm.models.opening import (
     config_to_write,
-    open_dense,
     open_tokenizer,
     read_config,
+    refuse_adapter,
     refuse_foreign_code,
     refuse_quantized,
     weights_folder,
 )
 from slimlm.models.parameters import FileTensors, Release, resolve_parameters
 from slimlm.models.placeholders import drop_values, meta_copy
-from slimlm.storage.mapping import MappedFiles
+from slimlm.models.unplaced import Unplaced
+from slimlm.storage.mapping import MappedFile, MappedFiles, map_file
+from slimlm.storage.streams import NAMES, Described, described, write_stream
 
 Made = TypeVar("Made")
 
@@ -49,7 +53,7 @@ class LazyModel:
     """the meta model: its parameters have shapes and no values"""
     tokenizer: PreTrainedTokenizerBase | None
     weights: dict[str, Tensor]
-    """as stored, views of the files, by name in the model's state; float32 where the whole model had to be loaded"""
+    """as stored, views of the files, by name in the model's state"""
     dtypes: dict[str, torch.dtype]
     """of every tensor as stored, by name; casting back gives the stored values bit for bit"""
     release: Release
@@ -58,12 +62,20 @@ class LazyModel:
     """as it is to be written with a checkpoint"""
     experts: list[str]
     """the names of the modules whose experts were taken apart into linear layers"""
+    files: list[Path]
+    """the files of its weights"""
+    listed: dict[str, str]
+    """dtype and shape of every tensor of the files, "BF16 [48, 88]", by its name there"""
+    unplaced: Unplaced
+    """tensors of the files that the model's class has no place for; some are stored with a checkpoint as they are"""
+    became: dict[str, tuple[str, ...]]
+    """names in the files, and the names in the model's state of what those tensors are or were made into"""
 
     @property
     def bytes(self) -> int:
-        """Size of its tensors as stored; tied tensors count once."""
+        """Size of its tensors as stored, those that its class has no place for included; tied tensors count once."""
         sizes = {t.data_ptr(): t.numel() * self.dtypes[name].itemsize for name, t in self.weights.items()}
-        return sum(sizes.values())
+        return sum(sizes.values()) + self.unplaced.bytes
 
     @property
     def whole_bytes(self) -> int:
@@ -177,37 +189,37 @@ def prefetched(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Ma
 
 
 @profiled("open")
-def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
+def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
     """Open a causal language model without reading its weights; code that comes with it is never run.
 
     Args:
         source: a folder, or a name on the hub.
-        scratch: a folder for safetensors files made of old .bin files, created when it is needed.
-        notify: receives a message where the whole model has to be loaded, and where an index is ignored because the single
-            file that it would replace is there, too.
+        scratch: a folder for safetensors files made of old .bin files and of tensors that transformers joins, created when it
+            is needed; None: these tensors are kept in memory.
+        notify: receives a message where tensors of the files have no place in the model's class, and where an index is ignored
+            because the single file that it would replace is there, too.
 
     Raises:
-        ModelError: the model is missing, damaged, incomplete or already quantized.
+        ModelError: the model is missing, damaged, incomplete, already quantized, or not all of its files can be used.
+        DoesNotFitError: the disk of `scratch` is too small for converted files.
     """
     config = read_config(source)
     refuse_quantized(config, source)
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
+    refuse_quantized(config, source, folder)
+    refuse_adapter(folder, source)
+    paths = weight_files(folder, notify)
     try:
-        files = MappedFiles.of(safetensors_files(folder, scratch, notify), pass_over=True)
+        files = _file_tensors(paths, scratch)
     except CheckpointError as error:
         raise ModelError(
             f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
         ) from error
-    release = files.release
-    resolved = resolve_parameters(source, folder, FileTensors(files.tensors, files.unread, release))
+    resolved = resolve_parameters(source, folder, files)
     tokenizer = open_tokenizer(source)
-    if resolved is None:
-        notify(
-            f"{source} is loaded as a whole: transformers makes some of its weights of several tensors of the files, in a way "
-            "that slimlm does not know, so they cannot be read block by block"
-        )
-        return _from_dense(source, tokenizer)
+    if resolved.unplaced.message is not None:
+        notify(resolved.unplaced.message)
     return LazyModel(
         source,
         folder,
@@ -215,17 +227,58 @@ def open_lazy(source: str, scratch: Path, notify: Notify) -> LazyModel:
         tokenizer,
         resolved.weights,
         dtypes={name: tensor.dtype for name, tensor in resolved.weights.items()},
-        release=release,
+        release=files.release,
         config=config_to_write(folder, resolved.model),
         experts=resolved.experts,
+        files=paths,
+        listed=_listed(files),
+        unplaced=resolved.unplaced,
+        became=resolved.became,
     )
 
 
-def _from_dense(source: str, tokenizer: PreTrainedTokenizerBase | None) -> LazyModel:
-    """A model that is loaded as a whole, in the same form: its values are in `weights`, and in memory."""
-    dense = open_dense(source)
-    weights = {name: tensor.detach() for name, tensor in dense.model.state_dict().items()}
-    drop_values(dense.model.state_dict(keep_vars=True).values())
-    return LazyModel(
-        source, dense.folder, dense.model, tokenizer, weights, dense.dtypes, lambda _: 0, dense.config, dense.experts
-    )
+def _listed(files: FileTensors) -> dict[str, str]:
+    """Dtype and shape of every tensor of the files, by its name; of dtypes that slimlm does not read the size in bytes."""
+    read = {name: f"{NAMES[tensor.dtype]} {list(tensor.shape)}" for name, tensor in files.stored.items()}
+    return read | {name: f"{dtype}, {raw.numel()} bytes" for name, (dtype, raw) in files.unread.items()}
+
+
+def _file_tensors(paths: list[Path], scratch: Path | None) -> FileTensors:
+    """The tensors of weight files, none of them read yet."""
+    if scratch is None and paths[0].suffix != ".safetensors":
+        loaded = {name: tensor for path in paths for name, tensor in read_bin(path).items()}
+        return FileTensors(loaded, {}, lambda _: None, _in_memory)
+    files = MappedFiles.of(as_safetensors(paths, scratch) if scratch is not None else paths, pass_over=True)
+    if scratch is None:
+        return FileTensors(files.tensors, files.unread, files.release, _in_memory)
+    made = _MadeFile(scratch, files.release)
+    return FileTensors(files.tensors, files.unread, made.release, made.keep)
+
+
+def _in_memory(about: Described, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(about, tensors, strict=True))
+
+
+class _MadeFile:
+    """A file for tensors that are made of others, and the release of its pages and of those of the files they are made of."""
+
+    def __init__(self, scratch: Path, release: Release) -> None:
+        self._path = scratch / "made.safetensors"
+        self._release = release
+        self._file: MappedFile | None = None
+
+    def keep(self, about: Described, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The tensors as views of the file, which is written unless an earlier run has written the same."""
+        if not self._path.is_file() or described(map_file(self._path).tensors) != about:
+            refuse_full_disk(self._path.parent, sum(math.prod(shape) * dtype.itemsize for dtype, shape in about.values()))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_stream(self._path, about, tensors)
+        self._file = map_file(self._path)
+        return dict(self._file.tensors)
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Drop the memory pages of those of these tensors, of any shapes `[...]`, that are views of the files."""
+        views = list(tensors)
+        self._release(views)
+        if self._file is not None:
+            self._file.release(views)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from slimlm.core.errors import ModelError, first_line
 from slimlm.core.parts.pack import StoredEntry
 from slimlm.models.experts import take_apart
-from slimlm.models.opening import read_config, refuse_foreign_code, without_progress_bars
+from slimlm.models.opening import OWN_ATTENTION, read_config, refuse_foreign_code, without_progress_bars
 from slimlm.models.structure import LINEAR_KINDS, weight_of
 from slimlm.storage.entries import Description
 
@@ -43,6 +43,8 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
     rows = sum(len(tensor) if tensor.ndim else 1 for tensor in stored.values())
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if (named := config._attn_implementation) is not None and named not in OWN_ATTENTION:
+            config._attn_implementation = None
         for each in (config, *_inner_configs(config)):
             for name, most in (*dict.fromkeys(_BLOCKS, len(stored)).items(), *dict.fromkeys(_EXPERTS, rows).items()):
                 count = getattr(each, name, None)

@@ -3,20 +3,18 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from slimlm.core.errors import ModelError, first_line
-from slimlm.models.experts import fused_in, take_apart
+from slimlm.models.beside import COPIED
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,26 +24,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class DenseModel:
-    """A model in float32 on the CPU, with its stored dtypes and config, so that it can be written back unchanged."""
-
-    source: str
-    folder: Path
-    """where its files are: the folder given, or the hub's cache"""
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    dtypes: dict[str, torch.dtype]
-    """of every tensor as stored, by name; casting back gives the stored values bit for bit"""
-    bytes: int
-    """size of its tensors as stored; tied tensors count once"""
-    config: dict[str, Any]
-    """as it is to be written with a checkpoint"""
-    experts: list[str]
-    """the names of the modules whose experts were taken apart into linear layers"""
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -61,7 +39,7 @@ def read_config(source: str) -> dict[str, Any]:
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
-            raise ModelError(f"{source} is a folder without config.json; give a model folder or a hub name")
+            raise ModelError(f"{source} is a folder without config.json{_without_config(folder)}")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -69,6 +47,8 @@ def read_config(source: str) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ModelError(f"{path} holds no JSON object; the download may be damaged")
         return config
+    if folder.is_file():
+        raise ModelError(f"{source} is a file; {_of_file(folder)}")
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     try:
@@ -80,6 +60,65 @@ def read_config(source: str) -> dict[str, Any]:
             "Give the path of a downloaded model folder, or check the name and the network"
         ) from error
     return dict(config)
+
+
+def _of_file(path: Path) -> str:
+    """What would work in place of a file."""
+    if path.suffix == ".gguf":
+        return _GGUF
+    return "give the folder that holds a model's config.json and weights"
+
+
+_GGUF = (
+    "slimlm does not read GGUF files, whose weights are mostly quantized already. Give the folder of the original model; where "
+    "there is none, transformers can write one from a GGUF file: AutoModelForCausalLM.from_pretrained(folder, "
+    "gguf_file=name).save_pretrained(new), and the same for AutoTokenizer"
+)
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder without config.json holds instead, and what would work."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return f": it holds an adapter{_base_of(folder)} and no model. {_MERGE}"
+    if any(folder.glob("*.gguf")):
+        return f": it holds a GGUF file; {_GGUF}"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"; there is one in its folder {inner[0]}: give {folder / inner[0]}"
+    return "; give a model folder or a hub name"
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which transformers and peft find an adapter."""
+_MERGE = (
+    "Merge it into its base model first: with peft, PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+    ".save_pretrained(folder); then compress that folder"
+)
+
+
+def _base_of(folder: Path) -> str:
+    """Which base model an adapter's config names."""
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        # The adapter is not read; its config only makes the message better.
+        return ""
+    return f" for {base}" if isinstance(base, str) and base else ""
+
+
+def refuse_adapter(folder: Path, source: str) -> None:
+    """Raise ModelError where a folder holds an adapter, which transformers would apply and slimlm does not read."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    weights = [name for name in files if not name.startswith("adapter")]
+    held = f"{source} holds an adapter{_base_of(folder)} ({ADAPTER_CONFIG})"
+    if not weights:
+        raise ModelError(f"{held} and no weights of a model. {_MERGE}")
+    raise ModelError(
+        f"{held} beside the full model: with peft installed, transformers applies it, so the folder would stand for two "
+        f"different models. {_MERGE}; or remove {ADAPTER_CONFIG} and the adapter's weights to compress the model without it"
+    )
 
 
 def folder_of(source: str) -> Path:
@@ -106,9 +145,9 @@ def weights_folder(source: str) -> Path:
     if path.is_dir():
         return path
     try:
-        folder = fetch(source)
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", *COPIED]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*.bin", *COPIED]))
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(f"the hub does not give the files of {source!r} ({first_line(error)}); check the network") from error
     return folder
@@ -126,7 +165,50 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        raise ModelError(f"the tokenizer of {source} cannot be opened: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer of {source} cannot be opened: {_why_unopened(folder, error)}") from error
+
+
+def _why_unopened(folder: Path, error: Exception) -> str:
+    """Why transformers cannot open a tokenizer, and what would work."""
+    if code := _code_of_tokenizer(folder):
+        return (
+            f"it comes with Python code of its own ({code}), and slimlm runs no code that comes with a model. What works: a "
+            "tokenizer.json in the folder, which is read without that code, and a tokenizer_config.json without auto_map"
+        )
+    own = next((name for name in ("tokenizer.model", "spiece.model") if (folder / name).is_file()), None)
+    if own is not None and not (folder / "tokenizer.json").is_file():
+        lacking = [name for name in _SENTENCEPIECE if not _installed(name)]
+        if lacking:
+            return (
+                f"{own} is a SentencePiece model, which transformers reads with the packages {' and '.join(_SENTENCEPIECE)}. "
+                f"Install them (pip install {' '.join(lacking)}), or add a tokenizer.json to the folder"
+            )
+        return (
+            f"{own} cannot be read as a SentencePiece model ({first_line(error)}); download it again, or add a tokenizer.json"
+        )
+    return first_line(error)
+
+
+_SENTENCEPIECE = ("sentencepiece", "protobuf")
+"""Packages that SentencePiece models are read with."""
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _code_of_tokenizer(folder: Path) -> str | None:
+    """The class of its own that a tokenizer's config names; None where it names none."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = config["auto_map"]["AutoTokenizer"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return ", ".join(str(name) for name in named if name) if isinstance(named, list) else str(named)
 
 
 @contextmanager
@@ -139,40 +221,6 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def open_dense(source: str) -> DenseModel:
-    """Load a causal language model in float32; code that comes with it is never run.
-
-    Args:
-        source: a folder, or a name on the hub.
-
-    Raises:
-        ModelError: the model is missing, damaged, incomplete or already quantized.
-    """
-    config = read_config(source)
-    refuse_quantized(config, source)
-    refuse_foreign_code(config, source)
-    try:
-        with without_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-            )
-            folder = folder_of(source)
-            dtypes = _stored_dtypes(folder, model) or _guessed_dtypes(source)
-    except SafetensorError as error:
-        raise ModelError(f"a weight file of {source} is damaged or cut short ({error}); download it again") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
-    refuse_missing(info, source, type(model).__name__)
-    size = sum({t.data_ptr(): t.numel() * dtypes[name].itemsize for name, t in model.state_dict().items()}.values())
-    model = model.eval().requires_grad_(False)
-    experts = fused_in(model)
-    for name in experts:
-        dtypes |= {weight: dtypes[share.fused] for weight, share in take_apart(model, name).items()}
-    dtypes = {name: dtypes[name] for name in model.state_dict()}
-    config = config_to_write(folder, model)
-    return DenseModel(source, folder, model, open_tokenizer(source), dtypes, size, config, experts)
 
 
 def config_to_write(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -190,6 +238,9 @@ def config_to_write(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """
     stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     stored.pop("_name_or_path", None)
+    for each in (stored, *(inner for inner in stored.values() if isinstance(inner, dict))):
+        for key in [key for key, value in each.items() if "attn_implementation" in key and value not in OWN_ATTENTION]:
+            del each[key]
     state = model.state_dict(keep_vars=True)
     pairs = {n: o for n, o in model.get_expanded_tied_weights_keys(all_submodels=True).items() if n in state and o in state}
     untied = [name for name, other in pairs.items() if state[name] is not state[other]]
@@ -219,11 +270,32 @@ def quantization_of(config: dict[str, Any], source: str) -> dict[str, Any]:
     return about
 
 
-def refuse_quantized(config: dict[str, Any], source: str) -> None:
-    """Raise ModelError where a config says that the weights are already quantized."""
+def refuse_quantized(config: dict[str, Any], source: str, folder: Path | None = None) -> None:
+    """Raise ModelError where a config, or a file beside it in the folder, says that the weights are already quantized."""
     if about := quantization_of(config, source):
-        method = about.get("quant_method", "unknown")
-        raise ModelError(f"{source} is already quantized ({method}); slimlm starts from the original weights")
+        raise ModelError(_quantized(source, about.get("quant_method", "unknown")))
+    if compression := config.get("compression_config"):
+        raise ModelError(_quantized(source, f"compression_config: {_method_of(compression)}"))
+    for key, inner in config.items():
+        if isinstance(inner, dict) and any(inner.get(name) for name in ("quantization_config", "compression_config")):
+            own = inner.get("quantization_config") or inner["compression_config"]
+            raise ModelError(_quantized(source, f"{_method_of(own)}, by the quantization_config in {key}"))
+    for name in _QUANTIZATION_FILES:
+        if folder is not None and (folder / name).is_file():
+            raise ModelError(_quantized(source, f"it has a {name}"))
+
+
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which GPTQ, AWQ and ModelOpt say how they quantized a model."""
+
+
+def _quantized(source: str, how: str) -> str:
+    return f"{source} is already quantized ({how}); slimlm starts from the original weights"
+
+
+def _method_of(about: object) -> str:
+    found = about.get("quant_method") or about.get("format") if isinstance(about, dict) else None
+    return str(found or "unknown")
 
 
 def refuse_foreign_code(config: dict[str, Any], source: str) -> None:
@@ -259,58 +331,11 @@ _IMPLEMENTATIONS = (
 )
 
 
+OWN_ATTENTION = ("eager", "sdpa")
+"""The implementations of attention that need no package beside torch. Another one that a config names is not used: which one
+computes is a matter of the machine, not of the model."""
+
+
 def _names_repository(value: Any) -> bool:
     values = value.values() if isinstance(value, dict) else [value]
     return any(isinstance(each, str) and "/" in each for each in values)
-
-
-def refuse_missing(info: dict[str, Any], source: str, kind: str) -> None:
-    """Raise ModelError where transformers did not find all tensors of a model.
-
-    Args:
-        info: what `from_pretrained` gives as loading info.
-        source: the model's name in messages.
-        kind: the name of its class.
-    """
-    lost = sorted(info["missing_keys"])
-    if lost:
-        raise ModelError(
-            f"{source} lacks {len(lost)} tensors that {kind} needs, {lost[0]} among them; "
-            "transformers would fill them with random numbers. Download the model again"
-        )
-
-
-def _stored_dtypes(folder: Path, model: PreTrainedModel) -> dict[str, torch.dtype] | None:
-    """The dtype of every tensor in the files, by its name in the model; None where there are no safetensors files.
-
-    The files decide, not the config: a model may keep its norms in float32 with weights in bfloat16.
-    """
-    stored: dict[str, torch.dtype] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, no mapping
-                kind = tensors.get_slice(key).get_dtype()
-                if kind in _DTYPES:
-                    stored[key] = _DTYPES[kind]
-    state = model.state_dict()
-    if not stored:
-        return None
-    if len(set(stored.values())) == 1:
-        one = next(iter(stored.values()))
-        return {name: one if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    by_memory = {state[name].data_ptr(): dtype for name, dtype in stored.items() if name in state}
-    prefix = model.base_model_prefix + "."
-    by_memory |= {state[prefix + n].data_ptr(): dtype for n, dtype in stored.items() if prefix + n in state}
-    lost = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.data_ptr() not in by_memory]
-    if lost:
-        raise ModelError(
-            f"the files in {folder} mix dtypes and do not name {lost[0]} as {type(model).__name__} does, so it could not be "
-            "written back as it was; convert the model to one dtype first"
-        )
-    return {name: by_memory.get(tensor.data_ptr(), tensor.dtype) for name, tensor in state.items()}
-
-
-def _guessed_dtypes(source: str) -> dict[str, torch.dtype]:
-    """For old .bin files: the dtypes that transformers gives the model."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
-    return {name: tensor.dtype for name, tensor in model.state_dict().items()}

@@ -2,24 +2,28 @@
 
 Transformers itself loads the model, from placeholders in place of the files' tensors. So the names of tensors in the files,
 which of them are tied, and what a model computes for itself (rotary tables) are decided by transformers. Experts that
-transformers would stack into one tensor stay the separate tensors of the files (`models.stacked_experts`).
+transformers would stack into one tensor stay the separate tensors of the files (`models.stacked_experts`); other tensors that
+it makes of several are made once, before (`models.conversion`). Every tensor of the files is accounted for (`models.unplaced`).
 """
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimlm.core.errors import ModelError, first_line
+from slimlm.models.conversion import Keep, Made, Places, make, places_of
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.meta import meta_model
-from slimlm.models.opening import refuse_missing, without_progress_bars
-from slimlm.models.placeholders import placeholder
-from slimlm.models.stacked_experts import Stack, stacks_in, taken_as_they_are, taken_of
+from slimlm.models.opening import read_config, without_progress_bars
+from slimlm.models.placeholders import drop_values, placeholder
+from slimlm.models.stacked_experts import Stack, stack_of
+from slimlm.models.unplaced import Surroundings, Unplaced, fate_of, refuse_integers, refuse_missing, refuse_quantized_tensors
 from slimlm.storage.mapping import unknown_dtype
 
 Release = Callable[[Iterable[Tensor]], Any]
@@ -36,6 +40,8 @@ class FileTensors:
     """tensors of dtypes that slimlm does not read: the dtype, and the bytes"""
     release: Release
     """frees the memory pages of those of its tensors that are views of a file"""
+    keep: Keep
+    """keeps tensors that are made of several of these"""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,13 @@ class ResolvedModel:
     """views of the files, by name in the model's state"""
     experts: list[str]
     """the names of the modules whose experts were taken apart into linear layers"""
+    unplaced: Unplaced
+    """what becomes of the tensors of the files that the model does not have"""
+    became: dict[str, tuple[str, ...]]
+    """names in the files, and the names in the model's state of what those tensors are or were made into"""
 
 
-def resolve_parameters(source: str, folder: Path, files: FileTensors) -> ResolvedModel | None:
+def resolve_parameters(source: str, folder: Path, files: FileTensors) -> ResolvedModel:
     """The meta model of a folder, and the tensor of the files that each of its parameters is.
 
     Args:
@@ -58,40 +68,156 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
         folder: holds its config.
         files: its tensors, of any shapes `[...]`.
 
-    Returns:
-        The model; None where transformers makes a parameter of several tensors in a way that slimlm does not know.
-
     Raises:
-        ModelError: transformers cannot open the model, a tensor is missing or has another shape, or the model takes a tensor of
-            a dtype that slimlm does not read.
+        ModelError: transformers cannot open the model, a tensor is missing, has another shape or is no weight of the model, or
+            the model takes a tensor of a dtype that slimlm does not read.
     """
     stored = files.stored
     try:
         empty = meta_model(folder, stored | {name: raw for name, (_, raw) in files.unread.items()})
-        for name in taken_of(empty, files.unread)[:1]:
-            raise ModelError(f"{name} in the files of {source} {unknown_dtype(files.unread[name][0])}")
-        stacks = {name: stack for name, stack in stacks_in(empty, stored).items() if stack.shape(stored) is not None}
-        names = taken_as_they_are(empty, stored)
-        _refuse_other_shapes(source, empty, names, stored)
-        given, keys = _placeholders(stored, stacks, _untied(empty, names, files))
-        with without_progress_bars():
-            model, info = type(empty).from_pretrained(
-                None, config=empty.config, state_dict=given, dtype=torch.float32, output_loading_info=True
-            )
+        around = Surroundings(source, empty, read_config(str(folder)), stored, files.unread)
+        places = places_of(empty, [*stored, *files.unread])
+        _refuse_unread(around, places)
+        refuse_integers(around, _sources(places))
+        refuse_quantized_tensors(around, places.without)
+        _refuse_other_shapes(source, empty, places.plain, stored)
+        untied = _untied(empty, places.plain, files)
+        whole: set[str] = set()
+        while True:
+            found = _resolved(around, _tensors_for(empty, places, files, whole), untied)
+            if isinstance(found, ResolvedModel):
+                return found
+            # Of these stacks some layer is no view of a tensor of the files: they are made as a whole.
+            whole |= found
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
-    refuse_missing(info, source, type(model).__name__)
-    keys_of = {name: keys.get(tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors that a model is made of."""
+
+    places: Places
+    """where the tensors of the files belong"""
+    files: Mapping[str, Tensor]
+    """the tensors of the files"""
+    plain: dict[str, Tensor]
+    """those of the files that are taken as they are, by their names there"""
+    made: Made
+    """those that were made of several, by name in the model"""
+    stacks: dict[str, Stack]
+    """those that stay stacks of several, by name in the model"""
+
+    def of(self, key: str, share: Share | None) -> Tensor | None:
+        """A tensor of the model, or its share of one: a view of the files; None where it is a view of none."""
+        if key in self.stacks:
+            return None if share is None else self.stacks[key].share(share, self.files)
+        whole = self.made.tensors[key] if key in self.made.tensors else self.plain[key]
+        return whole if share is None else share.view(whole[share.expert])
+
+
+def _tensors_for(empty: PreTrainedModel, places: Places, files: FileTensors, whole: set[str]) -> _Tensors:
+    """The tensors that a model is made of; those named in `whole` stay no stacks."""
+    stored, shapes = files.stored, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    found = {name: stack_of(step) for name, step in places.converted.items() if name not in whole}
+    stacks = {name: stack for name, stack in found.items() if stack is not None and stack.shape(stored) == shapes[name]}
+    steps = [step for name, step in places.converted.items() if name not in stacks]
+    plain = {name: stored[name] for name in places.plain.values()}
+    return _Tensors(places, stored, plain, make(empty, steps, stored, files.keep), stacks)
+
+
+def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> ResolvedModel | set[str]:
+    """The model; or the names of the stacks of which some layer is no view of a tensor of the files."""
+    given, keys = _placeholders(tensors, untied)
+    with without_progress_bars():
+        model, info = type(around.model).from_pretrained(
+            None, config=around.model.config, state_dict=given, dtype=torch.float32, output_loading_info=True
+        )
+    refuse_missing(around, info["missing_keys"], tensors.places.without)
+    unplaced = fate_of(around, tensors.places.without, tensors.places.twice)
+    keys_of = _keys_of(model, keys, tensors)
     experts = fused_in(model)
     shares = {name: share for fused in experts for name, share in take_apart(model, fused).items()}
-    weights = {}
-    for name in model.state_dict():
+    weights: dict[str, Tensor] = {}
+    stuck: set[str] = set()
+    for name, own in model.state_dict(keep_vars=True).items():
         key = keys_of[shares[name].fused] if name in shares else keys_of[name]
-        tensor = None if key is None else _tensor_of(key, shares.get(name), stored, stacks)
-        if tensor is None:
-            return None
-        weights[name] = tensor
-    return ResolvedModel(model.eval().requires_grad_(False), weights, experts)
+        tensor = None if key is None else tensors.of(key, shares.get(name))
+        if key is None:
+            weights[name] = _computed(around, name, own)
+        elif tensor is None:
+            stuck.add(key)
+        else:
+            weights[name] = tensor
+    if stuck:
+        return stuck
+    drop_values(model.state_dict(keep_vars=True).values())
+    became = _became(tensors, weights, shares)
+    return ResolvedModel(model.eval().requires_grad_(False), weights, experts, unplaced, became)
+
+
+def _keys_of(model: PreTrainedModel, by_address: dict[int, str], tensors: _Tensors) -> dict[str, str | None]:
+    """For each name in the model's state the key of the tensor that it was given; None where it was given none.
+
+    Transformers gives a few tensors another address, because it pads biases, and converts what was made once more: these are
+    found by name, and what is tied to them as the same parameter.
+    """
+    by_name = {**tensors.places.plain, **{name: name for name in tensors.made.tensors}}
+    state = model.state_dict(keep_vars=True)
+    found = {name: by_address.get(tensor.data_ptr(), by_name.get(name)) for name, tensor in state.items()}
+    by_identity = {id(state[name]): key for name, key in found.items() if key is not None}
+    return {name: key or by_identity.get(id(state[name])) for name, key in found.items()}
+
+
+def _computed(around: Surroundings, name: str, tensor: Tensor) -> Tensor:
+    """A buffer that the class computes where the files do not hold it; ModelError for a parameter."""
+    if isinstance(tensor, nn.Parameter):
+        raise ModelError(
+            f"no tensor of the files of {around.source} is {name} of {around.kind}, and transformers fills it with values of "
+            "its own; slimlm compresses models whose parameters are all in the files"
+        )
+    return tensor.clone()
+
+
+def _became(tensors: _Tensors, weights: Mapping[str, Tensor], shares: Mapping[str, Share]) -> dict[str, tuple[str, ...]]:
+    """What became of each tensor of the files that has a place: the names in the model's state, by its name in the files."""
+    found: dict[str, list[str]] = {}
+    starts, names = _by_address(tensors.files)
+    for name, tensor in weights.items():
+        place = bisect_right(starts, tensor.data_ptr()) - 1
+        if tensor.numel() and place >= 0 and tensor.data_ptr() < starts[place] + tensors.files[names[place]].nbytes:
+            found.setdefault(names[place], []).append(name)
+    parts: dict[str, list[str]] = {}
+    for name in weights:
+        parts.setdefault(shares[name].fused if name in shares else name, []).append(name)
+    for target, sources in tensors.made.of.items():
+        for source in sources:
+            found.setdefault(source, [])
+            found[source] += [name for name in parts[target] if name not in found[source]]
+    for target, source in tensors.places.plain.items():
+        # Empty tensors, and those that are tied to an equal one.
+        found.setdefault(source, parts[target])
+    return {name: tuple(became) for name, became in found.items()}
+
+
+def _by_address(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[str]]:
+    """The addresses of tensors that are not empty, in order, and their names."""
+    pairs = sorted((tensor.data_ptr(), name) for name, tensor in tensors.items() if tensor.numel())
+    return [address for address, _ in pairs], [name for _, name in pairs]
+
+
+def _refuse_unread(around: Surroundings, places: Places) -> None:
+    """Raise ModelError where the model takes a tensor of a dtype that slimlm does not read."""
+    for _, names in _sources(places):
+        for name in names:
+            if name in around.unread:
+                raise ModelError(f"{name} in the files of {around.source} {unknown_dtype(around.unread[name][0])}")
+
+
+def _sources(places: Places) -> Iterator[tuple[str, list[str]]]:
+    """Names in the model, and the names in the files of what each is made of."""
+    yield from ((target, [name]) for target, name in places.plain.items())
+    yield from ((target, step.names()) for target, step in places.converted.items())
 
 
 def _refuse_other_shapes(source: str, empty: PreTrainedModel, names: dict[str, str], stored: dict[str, Tensor]) -> None:
@@ -131,26 +257,16 @@ def _equal(one: Tensor, other: Tensor, release: Release) -> bool:
         release([one, other])
 
 
-def _placeholders(
-    stored: dict[str, Tensor], stacks: dict[str, Stack], untied: set[str]
-) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Placeholders for the tensors of the files, or for what they are stacked into, by name, and their names by address.
+def _placeholders(tensors: _Tensors, untied: set[str]) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Placeholders for the tensors that a model is made of, by name, and their names by address.
 
     Transformers ties what has equal values: those of the tensors in `untied` are ones, all others are zeros.
     """
-    stacked = {name for stack in stacks.values() for name in stack.names()}
-    like = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items() if name not in stacked}
-    for name, stack in stacks.items():
-        like[name] = stack.shape(stored) or (), stored[stack.names()[0]].dtype
+    like = {name: (tuple(t.shape), t.dtype) for name, t in (tensors.plain | tensors.made.tensors).items()}
+    for name, stack in tensors.stacks.items():
+        like[name] = stack.shape(tensors.files) or (), tensors.files[stack.names()[0]].dtype
     given = {
         name: placeholder(shape, torch.float32 if dtype.is_floating_point else dtype, int(name in untied))
         for name, (shape, dtype) in like.items()
     }
     return given, {tensor.data_ptr(): name for name, tensor in given.items()}
-
-
-def _tensor_of(key: str, share: Share | None, stored: dict[str, Tensor], stacks: dict[str, Stack]) -> Tensor | None:
-    """A tensor of the model, or its share of one: a view of the files; None where it is a view of none."""
-    if key not in stacks:
-        return stored[key] if share is None else share.view(stored[key][share.expert])
-    return None if share is None else stacks[key].share(share, stored)

@@ -33,7 +33,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     sized = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in lists]
     if not sized:
         raise ModelError(f"{type(model).__name__} has no list of blocks (nn.ModuleList); slimlm compresses stacks of blocks")
-    _, name, stack = max(sized, key=lambda entry: entry[0])
+    weights, name, stack = max(sized, key=lambda entry: entry[0])
+    if not weights:
+        count = getattr(text_config(model), "num_hidden_layers", None)
+        asked = "" if count is None else f": the config says num_hidden_layers = {count}"
+        raise ModelError(f"{type(model).__name__} has no blocks{asked}; there is nothing to compress")
     return {f"{name}.{i}": block for i, block in enumerate(stack)}
 
 

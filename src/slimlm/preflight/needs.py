@@ -107,7 +107,7 @@ class RunNeeds:
         outside = [name for name in self.dense.outside(self.blocks) if name not in replaced]
         kept = {self.dense.weights[name].data_ptr(): name for name in outside}
         rest = sum(self.dense.weights[name].numel() * self.dense.dtypes[name].itemsize for name in kept.values())
-        return self.blocks_bytes + self.embeddings_bytes + rest
+        return self.blocks_bytes + self.embeddings_bytes + rest + self.dense.unplaced.bytes
 
     @cached_property
     def stages(self) -> list[list[str]]:

@@ -7,7 +7,6 @@ are read back, one after another.
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import few_of, perplexity_of, pieces_of
 from slimlm.inference.load import load
+from slimlm.models.beside import copy_beside
 from slimlm.models.embeddings import Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import vocabulary_size
-from slimlm.record import Compared, LayerRecord, Record
+from slimlm.record import Compared, LayerRecord, Record, Source
 from slimlm.run.config import environment
 from slimlm.run.embeddings import compress_embeddings
 from slimlm.run.prepare import Prepared
@@ -97,8 +97,10 @@ def contents_of(prepared: Prepared, journal: Journal) -> Contents:
     layers = {name: LayerEntry.parse(entry) for block in journal.blocks for name, entry in block.layers.items()}
     outside = packed.description
     return Contents(
-        tensors={**tensors, **spilled.tensors, **finished.tensors},
-        description=Description({**layers, **outside.layers}, outside.embeddings, tuple(dense.experts)),
+        tensors={**tensors, **spilled.tensors, **finished.tensors, **dense.unplaced.stored},
+        description=Description(
+            {**layers, **outside.layers}, outside.embeddings, tuple(dense.experts), tuple(dense.unplaced.stored)
+        ),
         layer_records=tuple(LayerRecord.from_dict(row) for block in journal.blocks for row in block.records),
         embedding_records=packed.records,
         sources=(dense.release, spilled.release, finished.release),
@@ -155,7 +157,7 @@ def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> 
     Returns:
         The record, and the sizes and checksums of the weight files.
     """
-    files = _write(folder, prepared.dense, contents)
+    files, beside = _write(folder, prepared.dense, contents)
     inside = sum(p.numel() for block in prepared.blocks.values() for p in block.parameters() if p.ndim > 1)
     record = Record(
         model=prepared.config.model_name,
@@ -171,12 +173,26 @@ def assemble(folder: Path, contents: Contents, prepared: Prepared, run: Run) -> 
         peak_memory=None,
         versions=environment(),
         plan=prepared.plan,
+        source=source_of(prepared.dense, beside),
     )
     checkpoint.write_record(folder, record.to_dict(), files)
     return record, files
 
 
-def _write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Files:
+def source_of(dense: LazyModel, files: dict[str, str]) -> Source:
+    """What the original's folder held, and what became of it; `files` says that of each file."""
+    unplaced = dense.unplaced
+    return Source(
+        tensors=dense.listed,
+        became={name: names for name, names in dense.became.items() if names != (name,)},
+        unplaced=tuple(unplaced.stored),
+        left_out=unplaced.left_out,
+        files=files,
+    )
+
+
+def _write(folder: Path, dense: LazyModel, contents: Contents) -> tuple[checkpoint.Files, dict[str, str]]:
+    """Write weights, config and tokenizer, and copy what belongs with them; says what became of each file of the original."""
     files = checkpoint.write_weights(folder, contents.tensors, contents.release)
     checkpoint.write_config(folder, dense.config, contents.description)
     if dense.tokenizer is not None:
@@ -187,9 +203,7 @@ def _write(folder: Path, dense: LazyModel, contents: Contents) -> checkpoint.Fil
                 raise
             # The tokenizers library raises a plain Exception where the disk refuses.
             raise OSError(f"the tokenizer cannot be written: {error}") from error
-    if (dense.folder / "generation_config.json").is_file():
-        shutil.copyfile(dense.folder / "generation_config.json", folder / "generation_config.json")
-    return files
+    return files, copy_beside(dense.folder, folder, dense.files)
 
 
 def peak_memory() -> int | None:

@@ -17,10 +17,10 @@ from slimlm.core.errors import CheckpointError, DataError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.distributed.group import Group
 from slimlm.events import Event, Observer
+from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
 from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy
-from slimlm.models.opening import DenseModel, open_dense
 from slimlm.models.structure import blocks_of, context_length, text_config
 from slimlm.planner.options import Budget
 from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples

@@ -21,6 +21,8 @@ class Description:
     """The entries of embeddings."""
     experts: tuple[str, ...] = ()
     """The modules whose experts are stored one by one, where the model's class has them in one tensor."""
+    others: tuple[str, ...] = ()
+    """The tensors that are stored as the original's files hold them, for which the model's class has no place."""
 
     def to_json(self) -> dict[str, Json]:
         """The inverse of `parse_description`, for a `quantization_config`."""
@@ -29,6 +31,8 @@ class Description:
             found["embeddings"] = {name: entry.to_json() for name, entry in self.embeddings.items()}
         if self.experts:
             found["experts"] = list(self.experts)
+        if self.others:
+            found["others"] = list(self.others)
         return found
 
     def own(self) -> dict[str, StoredEntry]:
@@ -55,12 +59,16 @@ def parse_description(about: Mapping[str, object], where: object) -> Description
     for name, layer in layers.items():
         if layer.tied_to is not None:
             _check_tie(name, layer, embeddings, where)
-    experts = about.get("experts", [])
-    if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
-        raise CheckpointError(f"{where} does not list experts by name; the checkpoint is damaged")
+    experts, others = (_names(about.get(kind, []), kind, where) for kind in ("experts", "others"))
     if twice := sorted(set(layers) & set(embeddings)):
         raise CheckpointError(f"{where} describes {twice[0]!r} both as a layer and as an embedding; the checkpoint is damaged")
-    return Description(layers, embeddings, tuple(experts))
+    return Description(layers, embeddings, experts, others)
+
+
+def _names(listed: object, kind: str, where: object) -> tuple[str, ...]:
+    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+        raise CheckpointError(f"{where} does not list {kind} by name; the checkpoint is damaged")
+    return tuple(listed)
 
 
 def _parsed(entries: object, kind: str, parse: Callable[[object], T], where: object) -> dict[str, T]:

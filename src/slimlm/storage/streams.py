@@ -33,7 +33,10 @@ KINDS = {
     "BOOL": torch.bool,
 }
 """The dtypes that slimlm reads and writes, by their names in safetensors files."""
-_NAMES = {dtype: name for name, dtype in KINDS.items()}
+NAMES = {dtype: name for name, dtype in KINDS.items()}
+"""The inverse of `KINDS`."""
+_ALIGNMENT = 64
+"""Bytes: the tensors of a file begin at a multiple of this, so that how they lie in memory does not depend on the header."""
 NEW = ".new"
 """The suffix of files that are not complete yet."""
 
@@ -67,9 +70,9 @@ def write_stream(path: Path, about: Described, pieces: Iterable[Tensor], metadat
     end = 0
     for name, (dtype, shape) in about.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-(8 + len(head)) % _ALIGNMENT)
     sum_of = hashlib.sha256()
     with written(path) as file:
         for data in (len(head).to_bytes(8, "little"), head):

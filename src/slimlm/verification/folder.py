@@ -22,13 +22,13 @@ from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
-from slimlm.inference.load import read_description, refuse_other, take
+from slimlm.inference.load import read_description, refuse_other, take, take_others
 from slimlm.models.experts import take_apart
 from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import open_tokenizer, without_progress_bars
 from slimlm.models.placeholders import placeholder
 from slimlm.models.structure import linears_of, vocabulary_size
-from slimlm.record import Record, explosion
+from slimlm.record import LEFT_OUT, READ, Record, Source, explosion
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
@@ -144,12 +144,17 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()
     packed = set(opened.about.packed_names())
-    others = {name: tensor for name, tensor in opened.files.tensors.items() if name not in packed}
-    problems += misfits(empty, opened.about, others)
+    rest = {name: tensor for name, tensor in opened.files.tensors.items() if name not in packed}
+    try:
+        take_others(rest, opened.about)
+    except CheckpointError as error:
+        problems.append(str(error))
+    problems += misfits(empty, opened.about, rest)
     skipped = tuple(name for name in linears_of(empty) if name not in opened.about.layers)
     record, notes = _record_of(opened.record)
     if record is not None:
         problems += _unlike_record(record, opened.about, skipped)
+        problems += _unlike_source(record.source, opened, empty)
         if (warning := explosion(record)) is not None:
             notes.append(warning)
     beside, about_them = _beside(opened.folder)
@@ -248,7 +253,7 @@ def _index(opened: _Opened) -> Iterator[str]:
 
 def _packed(opened: _Opened) -> Iterator[str]:
     """Problems of single tensors: invalid ones of packed layers, and NaN or infinity in the others."""
-    rest, release = dict(opened.files.tensors), opened.files.release
+    rest, release, others = dict(opened.files.tensors), opened.files.release, set(opened.about.others)
     for name, entry in opened.about.own().items():
         try:
             own = take(rest, name, entry.tensors)
@@ -259,7 +264,8 @@ def _packed(opened: _Opened) -> Iterator[str]:
             yield f"{name}: {problem}"
         release(own.values())
     for name, tensor in rest.items():
-        yield from not_finite(name, tensor)
+        if name not in others:
+            yield from not_finite(name, tensor)
         release([tensor])
 
 
@@ -290,6 +296,25 @@ def _unlike_record(record: Record, about: Description, skipped: tuple[str, ...])
         ):
             if ours != theirs:
                 yield f"{name}: {what} {ours}, and the record says {theirs}"
+
+
+def _unlike_source(source: Source | None, opened: _Opened, empty: PreTrainedModel) -> Iterator[str]:
+    """What the original held and the folder does not: tensors that were not left out, and files that were copied."""
+    if source is None:
+        return
+    entries = {**opened.about.layers, **opened.about.embeddings}
+    held = {*opened.files.tensors, *(f"{name}.weight" for name in entries)}
+    state = empty.state_dict(keep_vars=True)
+    tied = {id(state[name]) for name in held if name in state}
+    for tensor in source.tensors:
+        for name in source.names_of(tensor):
+            if name not in held and not (name in state and id(state[name]) in tied):
+                yield f"{tensor} of the original should be here as {name}, and is not"
+    for name in sorted({*source.unplaced} ^ {*opened.about.others}):
+        yield f"{name} is stored as it was in the original by only one of config.json and {checkpoint.RECORD}"
+    for file, what in source.files.items():
+        if not what.startswith(LEFT_OUT) and what != READ and not (opened.folder / file).is_file():
+            yield f"{file} of the original is {what} by {checkpoint.RECORD}, and is not here"
 
 
 def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:

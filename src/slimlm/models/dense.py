@@ -1,0 +1,55 @@
+"""A dense model whose weights are all in memory, in float32."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimlm.core.errors import ModelError, first_line
+from slimlm.events import silent
+from slimlm.models.lazy import open_lazy
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A model in float32 on the CPU, with its stored dtypes and config, so that it can be written back unchanged."""
+
+    source: str
+    folder: Path
+    """where its files are: the folder given, or the hub's cache"""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    dtypes: dict[str, torch.dtype]
+    """of every tensor as stored, by name; casting back gives the stored values bit for bit"""
+    bytes: int
+    """size of its tensors as stored; tied tensors count once"""
+    config: dict[str, Any]
+    """as it is to be written with a checkpoint"""
+    experts: list[str]
+    """the names of the modules whose experts were taken apart into linear layers"""
+
+
+def open_dense(source: str) -> DenseModel:
+    """Load a causal language model in float32; code that comes with it is never run.
+
+    Args:
+        source: a folder, or a name on the hub.
+
+    Raises:
+        ModelError: the model is missing, damaged, incomplete or already quantized.
+    """
+    lazy = open_lazy(source, None, silent)
+    for name, tensor in lazy.model.state_dict(keep_vars=True).items():
+        stored = lazy.weights[name]
+        tensor.data = stored.to(torch.float32 if stored.is_floating_point() else stored.dtype, copy=True)
+        lazy.release([stored])
+    model = lazy.model
+    model.name_or_path = model.config.name_or_path = source
+    if (lazy.folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(lazy.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"generation_config.json of {source} cannot be opened: {first_line(error)}") from error
+    return DenseModel(source, lazy.folder, model, lazy.tokenizer, lazy.dtypes, lazy.bytes, lazy.config, lazy.experts)

@@ -62,19 +62,9 @@ class PackedLayer(nn.Module):
         """The selected backend."""
         return self._selection or self.use_kernels(self.kernels)
 
+    @profiled("unpacking")
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
-        return self.ready()[1]
-
-    def ready(self) -> Ready:
-        """The selected backend and the layer as it packs it, which happens now unless it is done."""
-        ready = self._ready
-        if ready is None or not self._has_bias_of_before():
-            ready = self._made_ready()
-        return ready
-
-    @profiled("unpacking")
-    def _made_ready(self) -> Ready:
         with _CHANGING:
             if self._ready is None or not self._has_bias_of_before():
                 bias = self._own_bias()
@@ -85,7 +75,16 @@ class PackedLayer(nn.Module):
                 self.preparations += 1
                 if isinstance(prepared, cpu.PreparedOnCpu):
                     self._blob = prepared.blob
-            return self._ready
+            return self._ready[1]
+
+    def ready(self) -> Ready:
+        """The selected backend and the layer as it packs it, which happens now unless it is done."""
+        ready = self._ready
+        while ready is None or not self._has_bias_of_before():
+            self.prepare()
+            # None where another thread dropped it meanwhile.
+            ready = self._ready
+        return ready
 
     def _own_bias(self) -> Tensor | None:
         bias = self.bias
@@ -240,6 +239,11 @@ class Shared(PackedLayer):
         """The selected backend."""
         self._check_sources()
         return super().selection()
+
+    def prepare(self) -> Any:
+        """Repack for the selected backend now, unless that is done, rather than at the first product."""
+        self._check_sources()
+        return super().prepare()
 
     def ready(self) -> Ready:
         """The selected backend and the layer as it packs it, which happens now unless it is done."""

@@ -166,7 +166,7 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
 
 
 def _warn(record: Record, notify: Notify) -> None:
-    """Notify the user of pooled experts, an exploded perplexity and an exceeded budget."""
+    """Notify the user of pooled experts, a perplexity that rose too far and an exceeded budget."""
     pooled = [layer.name for layer in record.layers if POOLED in layer.notes]
     if pooled:
         more = f" and {len(pooled) - _NAMED_LAYERS} more, which slimlm.json names" if len(pooled) > _NAMED_LAYERS else ""

@@ -13,7 +13,7 @@ from slimlm.report.live import Display, Lines, Progress, duration, progress_on
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass when a test says so."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -491,7 +491,7 @@ def ablation_table(results: Data, lines: Sequence[Line]) -> Shown:
 
 
 def verdict_table(results: Data, lines: Sequence[Line]) -> Shown:
-    """At each budget slimlm beside the best baseline that needs no more bits."""
+    """At each budget slimlm and the best baseline that needs no more bits."""
     columns = ("budget", "best baseline", "its bits", "its perplexity", "slimlm's bits", "slimlm's perplexity", "difference")
     rows = []
     for line in sorted((line for line in lines if line.kind == "budget"), key=budget_of):
@@ -585,7 +585,7 @@ def _points(axes: Any, lines: Sequence[Line], **style: Any) -> None:
 
 
 def _labels(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
-    """Names beside their points, each in the nearest place where it covers no other name and no point."""
+    """Names next to their points, each in the nearest place where it covers no other name and no point."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     spots = [tuple(axes.transData.transform((line.bits, _height(line.rise)))) for line in lines]
@@ -689,7 +689,7 @@ def main() -> None:
 
 
 def measure_all(ground: Ground, settings: Data, entries: list[Entry], arguments: argparse.Namespace, path: Path) -> list[str]:
-    """Measure entry by entry into the results file; gives what failed, in words."""
+    """Measure entry by entry into the results file; gives messages on what failed."""
     there = {(row["entry"], row["seed"]) for row in opened_results(path, settings)["rows"]} if arguments.missing else set()
     dense = figures(ground.dense, ground.windows)
     add(path, settings, dense)

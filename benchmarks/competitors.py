@@ -19,7 +19,7 @@ _AT_ONCE = 16_000_000
 
 
 class MissingError(Exception):
-    """Why a competitor is not measured, in words."""
+    """Why a competitor is not measured."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Where the time of a compression goes: per layer and per stage, beside the arithmetic that each stage cannot do without.
+"""Where the time of a compression goes: per layer and per stage, and the arithmetic that each stage cannot do without.
 
     python benchmarks/compression.py [--recipe slim] [--width 2048] [--blocks 3] [--tokens 4096] [--label after]
 
 Makes a Llama of random weights (width x 2.75 inside, as TinyLlama) in a temporary folder, compresses it on random tokens with
 the real `slimlm.compress`, and times the stages of that run, each without the stages inside it: the sections that
-slimlm.core.profiling announces. Clocks are the process's CPU time on one thread; work beside it slows memory and shared cores,
+slimlm.core.profiling announces. Clocks are the process's CPU time on one thread; other work slows memory and shared cores,
 so ratios within one run are what counts.
 
 A stage's floor is the floating-point operations that its algorithm needs (the formulas stand in `FLOORS`; a symmetric product

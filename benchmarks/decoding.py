@@ -1,4 +1,4 @@
-"""What one token costs per block beside its matrix products: transformers' forward and slimlm's torch decoder.
+"""What one token costs per block besides its matrix products: transformers' forward and slimlm's torch decoder.
 
     python benchmarks/decoding.py [--threads 1] [--steps 40] [--batch 1]
 

@@ -1,4 +1,4 @@
-"""Estimates beside real runs: `slimlm plan` says, `slimlm compress` does, both on one thread, in seconds of CPU time.
+"""Estimates compared with real runs: `slimlm plan` says, `slimlm compress` does, both on one thread, in seconds of CPU time.
 
     python benchmarks/estimates.py examples/pystd-5m --data stdlib --samples 32 --length 512 --recipes slim gptq
 

@@ -347,7 +347,7 @@ def peak_memory() -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """Of a file, or of a folder's weight files; what kernels keep beside a checkpoint does not count."""
+    """Of a file, or of a folder's weight files; what kernels keep next to a checkpoint does not count."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.glob("*.safetensors"))
 
 

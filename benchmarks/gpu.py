@@ -1,4 +1,4 @@
-"""The GPU kernels beside cuBLAS, other 4-bit kernels and what the GPU allows, in 500 seconds.
+"""The GPU kernels compared with cuBLAS, other 4-bit kernels and what the GPU allows, in 500 seconds.
 
     python benchmarks/gpu.py                       # everything
     python benchmarks/gpu.py --batches 1 16        # some of it; rows that are not measured again stay
@@ -303,7 +303,7 @@ def answer(process: "subprocess.Popen[str]", most: float) -> list[dict[str, Any]
 
 
 def check_or_why(name: str, where: torch.device) -> list[dict[str, Any]] | str:
-    """The rows, or what went wrong in words."""
+    """The rows, or a message on what went wrong."""
     try:
         return check(name, where)
     except Exception as error:
@@ -337,7 +337,7 @@ def check(name: str, where: torch.device) -> list[dict[str, Any]]:
         rows.append({"contender": name, "dtype": str(dtype).removeprefix("torch."), "error": worst})
     rows.append({"contender": f"{name}, two at once", "dtype": "bfloat16", "error": check_together(name, shape, where)})
     if where.type == "cuda":
-        # So many rows that the inputs are not split: other kernels, compiled here beside the others.
+        # So many rows that the inputs are not split: other kernels, compiled here besides the others.
         tall = [random_ready((40960, 512), KINDS[name], where) for _ in range(2)]
         for batch in BATCHES:
             gpu.matmul(torch.randn(batch, 512, device=where, dtype=torch.bfloat16), tall[0])
@@ -527,7 +527,7 @@ class Run:
 
 
 def unfit(where: torch.device) -> str | None:
-    """Why nothing more can be measured on a GPU after something failed there, in words; None: it can."""
+    """Why nothing more can be measured on a GPU after something failed there; None: it can."""
     if where.type == "cpu":
         return None
     try:

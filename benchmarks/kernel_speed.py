@@ -1,4 +1,4 @@
-"""How fast one product x W^T is: slimlm's kernels beside torch, ONNX Runtime and llama.cpp's ggml, on this processor.
+"""How fast one product x W^T is: slimlm's kernels compared with torch, ONNX Runtime and llama.cpp's ggml, on this processor.
 
     python benchmarks/kernel_speed.py                        # three shapes, four batches, one and two threads: twenty minutes
     python benchmarks/kernel_speed.py --quick                # one small shape, a minute

@@ -1,4 +1,4 @@
-"""What the journal and streaming cost: a compression with them, beside the same steps on a model that is whole in memory.
+"""What the journal and streaming cost: a compression with them, and the same steps on a model that is whole in memory.
 
     python benchmarks/overhead.py                                        # random Llamas, two sizes, recipe slim
     python benchmarks/overhead.py --model examples/pystd-5m --samples 64

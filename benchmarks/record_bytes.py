@@ -19,7 +19,7 @@ tokens after a fixed prompt, the SHA-256 of the logits of each of these steps, a
 Names may change: a tensor or figure that is gone and one that is new and holds the same are reported as renamed. All else that
 differs, is missing or was added fails (exit 1); of figures, those that were added are only reported.
 
-The file is written after every case, and cases that it holds are passed over, so that an interrupted recording goes on.
+The file is written after every case, and cases that it holds are passed over, so that an interrupted recording resumes.
 Everything runs in this process, by default with one thread: sums are made in the same order, whatever else the machine does.
 """
 
@@ -214,7 +214,7 @@ def logits_of(model: PreTrainedModel, name: str) -> Data:
 
 
 def runnable() -> list[str]:
-    """The variants of the CPU kernels, beside the active one, that this processor can run."""
+    """The variants of the CPU kernels, besides the active one, that this processor can run."""
     found = []
     for variant in native.NEEDS:
         with suppress(KernelError):
@@ -501,7 +501,7 @@ def main() -> None:
     recording.add_argument("--into", type=Path, required=True, help="the record, which grows case by case")
     recording.add_argument("--data", type=Path, help="folder that holds the trained models of the group real")
     recording.add_argument("--text", type=Path, help="text file that these are calibrated on")
-    recording.add_argument("--again", action="store_true", help="record cases anew that the file holds")
+    recording.add_argument("--again", action="store_true", help="record again cases that the file holds")
     recording.add_argument("--threads", type=int, default=1)
     recording.set_defaults(run=record)
     comparing = verbs.add_parser("compare", help="two records: equal or not")

@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --width 2560 --blocks 40 --recipe slim --folder big      # 3.0 billion weights, 6.0 GB
 
 Each run is a process of its own; its peak is what the system counted for it (VmHWM), pages of mapped files included. With
---folder model and output are kept there, and a run that was stopped goes on; its seconds are then those since it went on.
+--folder model and output are kept there, and a run that was stopped resumes; its seconds are then those since it resumed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time of one layer's solver steps, beside the time of the matrix products that they cannot do without.
+"""Time of one layer's solver steps, compared with the time of the matrix products that they cannot do without.
 
     python benchmarks/sweep.py [--size 4096] [--threads 1] [--profile]
 

@@ -39,7 +39,7 @@ WAYS = ("auto", "require", "off")
 
 
 class NotBuiltError(Exception):
-    """Why there is no library, in words."""
+    """Why there is no library."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ PORTABLE = "portable"
 
 @dataclass(frozen=True)
 class Record:
-    """What was built, or why nothing was. It lies beside the library as JSON, and `slimlm doctor` reads it."""
+    """What was built, or why nothing was. It lies next to the library as JSON, and `slimlm doctor` reads it."""
 
     reason: str | None = None
     """why there is no library; None where there is one"""
@@ -88,7 +88,7 @@ class Record:
 
 
 def install(library: Path, way: str, *, sources: Path = SOURCES, load: bool = True) -> Record:
-    """Build the library as SLIMLM_KERNELS asks, and write its record beside it.
+    """Build the library as SLIMLM_KERNELS asks, and write its record next to it.
 
     An older library in that place never survives: it is replaced, or removed where nothing was built.
 
@@ -307,7 +307,7 @@ def _put(made: Path, library: Path) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Build slimlm's CPU kernels.")
-    parser.add_argument("--out", type=Path, default=LIBRARY, help="the library to write; its record goes beside it")
+    parser.add_argument("--out", type=Path, default=LIBRARY, help="the library to write; its record goes next to it")
     parser.add_argument("--extra", default="", help="flags for every compilation and the link, in one string")
     parser.add_argument("--no-load", action="store_true", help="do not try to open the library (for cross-compilers)")
     parser.add_argument("--compiler", action="store_true", help="print the compiler that would be taken and build nothing")

@@ -27,7 +27,7 @@ private:
     // Queries of one key head that go through its keys and values together.
     static constexpr int kQueries = 4;
 
-    // What a pass works with, beside its arguments.
+    // What a pass works with, besides its arguments.
     const SlimlmDecoder* about_ = nullptr;
     int64_t tokens_ = 0, position_ = 0, rows_ = 0, query_width_ = 0, key_width_ = 0;
     int32_t precision_ = 0, threads_ = 1;

@@ -1,7 +1,7 @@
 """A GPU that is not there: its tensors lie in the CPU's memory, report another device, and refuse what a GPU refuses.
 
 `FakeGpuTensor` wraps a CPU tensor. Inside `fake_gpu()` operations on such tensors run on the wrapped ones, and tensors that are
-made on `FAKE_GPU` are wrapped. That is the device "meta", the only one beside "cpu" to which a torch built for the CPU can
+made on `FAKE_GPU` are wrapped. That is the device "meta", the only one besides "cpu" to which a torch built for the CPU can
 switch. An operation that mixes them with CPU tensors fails, as on a GPU, except for what a GPU allows: tensors without
 dimensions, and indices on the CPU. So code that forgets a device is found without a GPU. Values read in Python
 (`float(tensor)`, `tolist`), each of which makes the CPU wait for a GPU, are counted.

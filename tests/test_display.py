@@ -16,7 +16,7 @@ from slimlm.record import LayerRecord
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass when a test says so."""
 
     def __init__(self) -> None:
         self.now = 1000.0

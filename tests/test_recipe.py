@@ -1,4 +1,4 @@
-"""Recipes: shipped ones work, written ones come back, and whatever makes no sense is refused in words."""
+"""Recipes: shipped ones work, written ones come back, and whatever makes no sense is refused with a message."""
 
 import tomllib
 from pathlib import Path

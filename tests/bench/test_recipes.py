@@ -1,4 +1,4 @@
-"""Several ways to compress one model beside the original, as the demo shows them."""
+"""Several ways to compress one model, compared with the original, as the demo shows them."""
 
 import io
 import math

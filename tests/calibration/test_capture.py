@@ -504,7 +504,7 @@ def test_only_a_recipe_that_says_so_measures_stage_by_stage(sequential: bool, mo
 def compressed_with(
     llama_folder: Path, text_file: Path, out: Path, step: dict[str, Any], windows: int, leave: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """What is told while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
+    """The messages while compressing on that many windows of 32 tokens, and every layer's notes in the record on disk."""
     told: list[str] = []
     recipe = recipe_from_dict({"steps": [step], "ignore": list(leave)}, source="test")
     slimlm.compress(llama_folder, out, recipe=recipe, data=str(text_file), samples=windows, length=32, notify=told.append)
@@ -533,7 +533,7 @@ def test_fewer_tokens_than_two_for_each_input_are_told_once_and_noted_for_the_la
     assert all(own == () for name, own in notes.items() if name not in wide)
 
 
-def test_tokens_enough_for_every_layer_that_is_compressed_are_no_matter_to_tell(
+def test_tokens_enough_for_every_layer_that_is_compressed_need_no_message(
     llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     for number, (step, windows, leave) in enumerate(

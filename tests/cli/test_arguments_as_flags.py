@@ -29,7 +29,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     ("verb", "text", "said"),
     [
         ("compress", "give more text or `samples`", "give more text or --samples"),
-        ("compress", "or give `restart=True` to begin anew", "or give --restart to begin anew"),
+        ("compress", "or give `restart=True` to start again", "or give --restart to start again"),
         ("compress", '`device="gpu"`: give `device=\'cpu\'`', "--device gpu: give --device cpu"),
         ("compress", "`embedding_bits=3`: 4 to 8", "--embedding-bits 3: 4 to 8"),
         ("compress", "`model` and `out` are alike", "MODEL and --out are alike"),

@@ -1,4 +1,4 @@
-"""slimlm doctor tells the facts and what to do; nothing that is missing makes it fail."""
+"""slimlm doctor shows the facts and what to do; nothing that is missing makes it fail."""
 
 import json
 import sys
@@ -88,7 +88,7 @@ def test_a_faster_variant_that_the_compiler_refused_is_told_of(monkeypatch: pyte
     status = replace(NOTHING, reason=None, active="avx2", variants=tuple(known.get(v.name, v) for v in VARIANTS))
     (advice,) = diagnosis._about_kernels(status)
     assert "could run the variant avx512, but it was not built: the compiler refuses -mavx512vnni" in advice
-    # A processor that could not run it is told nothing.
+    # A processor that could not run it gets no message.
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2", "fma", "f16c"}))
     assert diagnosis._about_kernels(status) == []
 
@@ -106,6 +106,6 @@ def test_a_gpu_without_its_kernels_is_told_of() -> None:
     assert diagnosis._about_gpu(("a card",), None) == []
 
 
-@pytest.mark.parametrize(("free", "told"), [(1_000_000_000, 1), (50_000_000_000, 0), (None, 0)])
-def test_little_disk_is_told_of(free: int | None, told: int) -> None:
-    assert len(diagnosis._about_disk(free)) == told
+@pytest.mark.parametrize(("free", "pieces"), [(1_000_000_000, 1), (50_000_000_000, 0), (None, 0)])
+def test_little_disk_is_reported(free: int | None, pieces: int) -> None:
+    assert len(diagnosis._about_disk(free)) == pieces

@@ -1,4 +1,4 @@
-"""`--kernels`: who multiplies is chosen on the command line, and said."""
+"""`--kernels`: kernels are chosen on the command line, and shown."""
 
 import json
 from pathlib import Path

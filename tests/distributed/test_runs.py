@@ -1,4 +1,4 @@
-"""Several processes give what one gives, and one that dies ends the others in words and costs no finished block."""
+"""Several processes give what one gives, and one that dies ends the others with a message and costs no finished block."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def options(text: Path) -> dict[str, Any]:
 # Who does what
 
 
-def test_layers_go_to_the_rank_with_the_least_to_do_the_dearest_first() -> None:
+def test_layers_go_to_the_rank_with_the_least_to_do_the_most_expensive_first() -> None:
     costs = {"q": 1.0, "k": 0.25, "v": 0.25, "down": 7.6, "up": 2.75, "gate": 2.75}
     assert assign(costs, 2) == {"down": 0, "up": 1, "gate": 1, "q": 1, "k": 1, "v": 1}
     assert assign(costs, 3) == {"down": 0, "up": 1, "gate": 2, "q": 1, "k": 2, "v": 2}
@@ -204,7 +204,7 @@ def test_batches_that_are_divided_give_the_same_but_for_rounding(
         assert logits < 0.01 and errors < 0.001, recipe
 
 
-# Who dies
+# Ranks that end
 
 
 @contextmanager
@@ -329,7 +329,7 @@ def test_ranks_in_two_network_namespaces_give_the_bytes_of_one_process(
         done = run_ranks(
             2,
             tmp_path / "two",
-            # Gloo takes the interface that it is told; a host's own name leads nowhere in a bare namespace.
+            # Gloo takes the interface that it is given; a host's own name leads nowhere in a bare namespace.
             wrap=lambda rank: ["ip", "netns", "exec", names[rank], "env", f"GLOO_SOCKET_IFNAME={ends[rank]}"],
             place={"MASTER_ADDR": "10.77.0.1"},
             recipes=["slim"],

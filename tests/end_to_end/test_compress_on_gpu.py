@@ -1,4 +1,4 @@
-"""Compression on a real card beside the CPU's: `python -m pytest -m gpu` where there is one. No card has run these yet.
+"""Compression on a real GPU compared with the CPU's: `python -m pytest -m gpu` where there is one. No card has run these yet.
 
 A card adds in another order, so that figures differ by rounding, and a weight or a mask may fall the other way where two
 choices are as good. What is held to is what they lead to: statistics to 1e-5, low-rank residuals to 1e-4, and the sum of all

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused in words, or work: see tests/fuzz.py. The 10,000: `pytest -m slow tests/test_fuzz.py`."""
+"""Damaged checkpoints are refused, or work: see tests/fuzz.py. The 10,000: `pytest -m slow tests/test_fuzz.py`."""
 
 import json
 import subprocess

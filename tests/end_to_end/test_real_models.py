@@ -15,7 +15,7 @@ from slimlm.recipe import Recipe, recipe_from_dict
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL = DATA / "models" / "stories260K-hf"
 
-pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the real models are not beside this checkout")
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the real models are not next to this checkout")
 
 
 @pytest.fixture(scope="module")

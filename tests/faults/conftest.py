@@ -62,7 +62,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bench:
-    """One test's runs: each writes `out`, unless told otherwise."""
+    """One test's runs: each writes `out`, unless it is given another folder."""
 
     lines: Lines
     references: dict[str, Undisturbed]
@@ -103,7 +103,7 @@ class Bench:
         return self.start(line, moment, limits, *more).ended()
 
     def undisturbed(self, line: str = "matched") -> Undisturbed:
-        """The same line where nothing goes wrong."""
+        """The same command where nothing goes wrong."""
         if line not in self.references:
             out = self.lines.folder / line
             began = time.monotonic()
@@ -112,13 +112,13 @@ class Bench:
         return self.references[line]
 
     def same(self, line: str = "matched", out: Path | None = None) -> None:
-        """Check that what was written is what an undisturbed run writes, and that nothing is left beside it."""
+        """Check that what was written is what an undisturbed run writes, and that nothing is left next to it."""
         written = out or self.out
         same(self.undisturbed(line).out, written)
         assert not list(written.parent.glob("*.partial*")) and not list(written.parent.glob(".*.partial*"))
 
     def goes_on(self, line: str = "matched") -> Ended:
-        """Check that the same line goes on with what is kept, makes nothing of it again, and gives the same bytes."""
+        """Check that the same command resumes with what is kept, makes nothing of it again, and gives the same bytes."""
         before = kept(self.journal)
         ended = self.run(line).done()
         if before:

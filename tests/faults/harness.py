@@ -53,7 +53,7 @@ class Limits:
     since: str | None = None
     """a function, as module:name, at whose calls they begin to hold, over what the process has then; None: from the start"""
     disk_free: int | None = None
-    """what the check before a run is told is free, as where somebody else fills the disk after it"""
+    """what the check before a run is given as free, as where somebody else fills the disk after it"""
 
 
 class Child(Protocol):
@@ -79,7 +79,7 @@ class Ended:
     """on standard output and error, white space joined"""
 
     def refused(self, *words: str) -> "Ended":
-        """Check that it ended in words and not in a traceback, these among them."""
+        """Check that it ended with a message and not in a traceback, these among them."""
         assert self.code == 2, self
         assert "Traceback" not in self.said, self.said
         assert "slimlm: " in self.said, self.said
@@ -95,7 +95,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that goes on."""
+    """A run that resumes."""
 
     process: Child
     said: Path

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or another one: the run says so, keeps what is finished, and goes on when there is room."""
+"""A disk that is full, read-only or another one: the run says so, keeps what is finished, and resumes when there is room."""
 
 import shutil
 import signal
@@ -43,7 +43,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def grown(bench: Bench, disk: Disk, sizes: list[str], needed: str) -> list[int]:
-    """Type the same line on a disk that grows, until it fits; gives how many blocks were kept after each refusal."""
+    """Give the same command on a disk that grows, until it fits; gives how many blocks were kept after each refusal."""
     written = bench.lines("matched", disk.path / "o")
     journal = disk.path / "o.partial"
     found: list[int] = []
@@ -89,7 +89,7 @@ def test_a_disk_that_grows_by_a_page_at_a_time(bench: Bench, disk: Disk) -> None
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_from_the_start(bench: Bench, disk: Disk) -> None:
-    """Every size is met by a run that begins, not by one that goes on: some forty starts."""
+    """Every size is met by a run that begins, not by one that resumes: some forty starts."""
     for size in range(8, 1000, 24):
         disk.mount(f"size={size}k")
         first = bench.run(bench.lines("matched", disk.path / "o"), None, Limits(disk_free=2**40))

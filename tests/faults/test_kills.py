@@ -66,7 +66,7 @@ def test_a_run_killed_while_it_moves_files_to_a_folder_that_is_there(number: int
 def test_a_run_killed_when_its_output_is_in_place_ends_when_its_line_is_typed_again(bench: Bench) -> None:
     assert bench.run("matched", Moment(("os:rename",), after=True)).code == -signal.SIGKILL
     same(bench.undisturbed().out, bench.out)
-    # To begin anew would drop a finished checkpoint.
+    # To start again would drop a finished checkpoint.
     bench.run("matched", None, None, "--restart").refused("already holds something")
     same(bench.undisturbed().out, bench.out)
     assert len(kept(bench.journal)) == BLOCKS
@@ -135,7 +135,7 @@ def killed_at_random(bench: Bench, kills: int, seed: int) -> None:
                 blocks = now
                 continue
             ended = bench.run()
-        # A kill while the journal was dropped, the output being whole, leaves what is refused in words.
+        # A kill while the journal was dropped, the output being whole, leaves what is refused with a message.
         if ended.code != 0:
             ended.refused("already holds something")
             shutil.rmtree(bench.journal, ignore_errors=True)

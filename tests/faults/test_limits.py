@@ -1,4 +1,4 @@
-"""Too few files or too little memory: words, no traceback, and more of it is all that the same line needs."""
+"""Too few files or too little memory: a message, no traceback, and more of it is all that the same command needs."""
 
 import signal
 
@@ -9,7 +9,7 @@ from tests.faults.harness import Ended, Limits, kept
 
 
 def raised(bench: Bench, limits: list[Limits]) -> int:
-    """Type the same line under limits that are raised until it comes to its end; gives how often it was refused."""
+    """Give the same command under limits that are raised until it comes to its end; gives how often it was refused."""
     for number, limit in enumerate(limits):
         before = kept(bench.journal)
         ended = bench.run("matched", None, limit)
@@ -48,7 +48,7 @@ def test_memory_that_runs_out_on_the_way(where: str, bench: Bench) -> None:
 
 
 def in_words_or_killed(ended: Ended) -> None:
-    """Check that a run without memory ended in words; native libraries may end the process where they find none."""
+    """Check that a run without memory ended with a message; native libraries may end the process where they find none."""
     # 127: the dynamic loader, which has no room for a library's thread-local data.
     if ended.code not in (-signal.SIGSEGV, -signal.SIGABRT, 127):
         ended.refused()

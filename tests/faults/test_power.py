@@ -1,4 +1,4 @@
-"""A loss of power, as far as it can be told without one: what a name stands for is on the disk before the name is.
+"""A loss of power, as far as it can be tested without one: what a name stands for is on the disk before the name is.
 
 The syncs and renames of a run are written down and gone through.
 """
@@ -39,7 +39,7 @@ def calls_of(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tu
     return [(what, path) for what, path in calls if path.is_relative_to(folder)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the files of a process are not told here")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the files of a process are not listed here")
 @pytest.mark.parametrize("there", [False, True])
 def test_what_is_renamed_was_synced_and_its_folder_is_before_the_next(
     there: bool, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

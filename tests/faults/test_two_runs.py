@@ -1,4 +1,4 @@
-"""Two runs on one output: one writes, the other is refused in words, whatever the moment."""
+"""Two runs on one output: one writes, the other is refused with a message, whatever the moment."""
 
 import signal
 

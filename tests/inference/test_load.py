@@ -66,7 +66,7 @@ def copy(packed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of layers of random parts, 0.4 to 1.7 MB each, beside embeddings of 8 MB in bfloat16."""
+    """A checkpoint of layers of random parts, 0.4 to 1.7 MB each, and embeddings of 8 MB in bfloat16."""
     width, inner = 1024, 4096
     config = LlamaConfig(
         hidden_size=width,
@@ -350,7 +350,7 @@ def test_a_copy_of_a_model_gives_the_same_and_a_move_elsewhere_forgets_the_bytes
 
 
 @needs_kernels
-def test_other_weights_are_packed_anew(copy: Path) -> None:
+def test_other_weights_are_packed_again(copy: Path) -> None:
     slimlm.load(copy)
     record = checkpoint.read_record(copy)
     record["files"]["model.safetensors"]["sha256"] = "0" * 64

@@ -45,7 +45,7 @@ def orders() -> list[tuple[Name, ...]]:
     """All methods of one, two or three different verbs in every order, and the verbs of the recipe `slim`."""
     verbs = [kinds for length in (1, 2, 3) for kinds in permutations(registry.KINDS, length)]
     verbs.append(("quantize", "prune", "compensate", "quantize", "compensate"))
-    # A joint solver chooses the mask itself; a recipe that prunes beside it is refused.
+    # A joint solver chooses the mask itself; a recipe that prunes, too, is refused.
     verbs = [kinds for kinds in verbs if not {"prune", "joint"} <= set(kinds)]
     found = []
     for kinds in verbs:

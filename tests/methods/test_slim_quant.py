@@ -74,7 +74,7 @@ def test_quantizing_what_is_quantized_changes_no_weight(  # law 1
         # Two float32 roundings; float16 scales come back exactly.
         torch.testing.assert_close(twice, once, rtol=2.0**-22, atol=0)
     else:
-        # A refitted scale may fall beside the float16 that it came from: 2^-11.
+        # A refitted scale may fall next to the float16 that it came from: 2^-11.
         torch.testing.assert_close(twice, once, rtol=2.0**-11, atol=0)
 
 
@@ -137,7 +137,7 @@ def test_algorithm_one_finds_nearly_the_least_of_its_own_cost(bits: int) -> None
         return float(torch.where(x <= alpha, (x / alpha * steps).round() * alpha / steps - x, alpha - x).square().mean())
 
     least = min(cost(float(alpha)) for alpha in torch.linspace(0.05, 1, 200) * weight.abs().max())
-    # Ten fine samples over two coarse steps are 2.2 % of max|w| apart; at most half of that beside the optimum.
+    # Ten fine samples over two coarse steps are 2.2 % of max|w| apart; at most half of that from the optimum.
     assert cost(float(alpha_of_paper(weight, bits))) <= 1.02 * least
 
 

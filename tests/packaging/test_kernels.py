@@ -1,4 +1,4 @@
-"""csrc/build.py: what can be built is built, and whatever cannot is told in words."""
+"""csrc/build.py: what can be built is built, and for the rest there is a reason."""
 
 import ctypes
 import json

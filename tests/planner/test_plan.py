@@ -1,4 +1,4 @@
-"""Plans on a tiny model: the budget holds, the model comes out unharmed, the recipe says it all, refusals in words."""
+"""Plans on a tiny model: the budget holds, the model comes out unharmed, the recipe says it all, refusals with a message."""
 
 import dataclasses
 import json

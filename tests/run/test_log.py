@@ -1,4 +1,4 @@
-"""The log beside the output: every layer once, whatever happens to the run."""
+"""The log next to the output: every layer once, whatever happens to the run."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def dead(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def died(dead: Path, tmp_path: Path) -> Path:
-    """What that run was to write, in a folder to go on in."""
+    """What that run was to write, in a folder to resume in."""
     shutil.copytree(dead, tmp_path, dirs_exist_ok=True)
     return tmp_path / "o"
 
@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_adds_to_the_log_and_makes_up_for_lost_lines(
     assert lines[-1]["event"] == "end"
 
 
-def test_a_run_that_begins_anew_has_lines_of_its_own(model: Path, text_file: Path, died: Path) -> None:
+def test_a_run_that_starts_again_has_lines_of_its_own(model: Path, text_file: Path, died: Path) -> None:
     slimlm.compress(model, died, **options(text_file), restart=True)
     lines = entries(died.with_name("o.log.jsonl"))
     assert kinds(lines) == [*WHOLE[:-1], *WHOLE]

@@ -118,7 +118,7 @@ def on_fake_gpu(tensor: Tensor) -> Tensor:
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("order", [("embed", "head"), ("head", "embed")], ids=lambda order: f"{order[0]} first")
-def test_a_tied_head_that_moved_to_another_device_chooses_anew(order: tuple[str, str]) -> None:
+def test_a_tied_head_that_moved_to_another_device_chooses_again(order: tuple[str, str]) -> None:
     model = ends(order)
     head = model["head"]
     head.use_kernels("auto")

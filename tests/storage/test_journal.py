@@ -56,7 +56,7 @@ def test_a_plan_is_kept(model: Path, text_file: Path, tmp_path: Path, monkeypatc
     same(tmp_path / "undisturbed", tmp_path / "o")
 
 
-def test_another_recipe_model_or_text_is_refused_and_said_and_restart_begins_anew(
+def test_another_recipe_model_or_text_is_refused_and_said_and_restart_starts_again(
     line: Line,
     model: Path,
     text_file: Path,

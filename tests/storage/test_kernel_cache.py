@@ -1,4 +1,4 @@
-"""Packed layers are made once, kept whole or not at all, and whatever stands in the way is told."""
+"""Packed layers are made once, kept whole or not at all, and whatever stands in the way is reported."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def blob(name: str) -> Tensor:
 
 
 class Told(list[str]):
-    """Hears what is told."""
+    """Collects the messages."""
 
     def __call__(self, text: str) -> None:
         self.append(text)
@@ -90,7 +90,7 @@ def test_layers_are_made_one_at_a_time_and_none_is_held(tmp_path: Path) -> None:
     ("change", "words"),
     [({"print_": "f2"}, "was made from another checkpoint"), ({"layout": "fake-2"}, "layout fake-1, not 1, fake-2")],
 )
-def test_a_stale_cache_is_named_and_made_anew(tmp_path: Path, change: dict[str, str], words: str) -> None:
+def test_a_stale_cache_is_named_and_made_again(tmp_path: Path, change: dict[str, str], words: str) -> None:
     made(tmp_path)
     path = cache_path(tmp_path, "fake-1")
     if "layout" in change:
@@ -101,7 +101,7 @@ def test_a_stale_cache_is_named_and_made_anew(tmp_path: Path, change: dict[str, 
     assert made(tmp_path, never, **change)[1] == []
 
 
-def test_a_cache_of_other_layers_is_made_anew(tmp_path: Path) -> None:
+def test_a_cache_of_other_layers_is_made_again(tmp_path: Path) -> None:
     told = Told()
     load_or_pack(tmp_path, "fake-1", "f1", list(SIZES)[:2], blob, sound, told)
     found, said = made(tmp_path)
@@ -117,7 +117,7 @@ def test_a_cache_of_more_layers_serves_those_asked_for(tmp_path: Path) -> None:
     assert list(found) == some and told == []
 
 
-def test_layers_whose_bytes_are_not_sound_are_named_and_made_anew(tmp_path: Path) -> None:
+def test_layers_whose_bytes_are_not_sound_are_named_and_made_again(tmp_path: Path) -> None:
     made(tmp_path)
     damaged = list(SIZES)[2]
     told = Told()
@@ -128,7 +128,7 @@ def test_layers_whose_bytes_are_not_sound_are_named_and_made_anew(tmp_path: Path
 
 
 @pytest.mark.parametrize("spoil", ["cut", "empty", "text", "header"])
-def test_a_damaged_cache_is_named_and_made_anew(tmp_path: Path, spoil: str) -> None:
+def test_a_damaged_cache_is_named_and_made_again(tmp_path: Path, spoil: str) -> None:
     made(tmp_path)
     path = cache_path(tmp_path, "fake-1")
     data = path.read_bytes()

@@ -1,6 +1,6 @@
 """Run another Python program with slimlm imported: `slimlm with` starts `python -m slimlm.cli.program PROGRAM [ARGUMENTS]`.
 
-A process that is started anew with this module as its main one (multiprocessing's "spawn") imports slimlm, too.
+A process that is started with this module as its main one (multiprocessing's "spawn") imports slimlm, too.
 """
 
 import runpy

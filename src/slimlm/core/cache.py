@@ -24,7 +24,7 @@ class Cache:
 
         Args:
             kind: The value's type; keys of different types are independent.
-            key: What the value depends on beside the statistics, such as a damping.
+            key: What the value depends on besides the statistics, such as a damping.
             compute: Gives the value, which must not be changed afterwards.
 
         Returns:

@@ -68,7 +68,7 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
     if weights > 8 * size + _SPARE:
         raise ModelError(f"the config in {folder} asks for {weights} weights, and its tensors have {size} bytes")
     if computed > 16 * size + _SPARE:
-        raise ModelError(f"the config in {folder} asks for tables of {computed} bytes beside tensors of {size} bytes")
+        raise ModelError(f"the config in {folder} asks for tables of {computed} bytes besides tensors of {size} bytes")
     for name in experts:
         if name not in dict(model.named_modules()):
             raise ModelError(f"the config in {folder} names experts in {name}, which {type(model).__name__} does not have")

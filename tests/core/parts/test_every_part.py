@@ -152,7 +152,7 @@ def test_a_missing_tensor_or_row_is_refused(part: Part) -> None:  # law 23
 
 
 def dense_of(operand: KernelOperand) -> Tensor:
-    """The matrix that kernels are told of, by the definition in kernel_layout.py."""
+    """The matrix that kernels are given, by the definition in kernel_layout.py."""
     if isinstance(operand, ProductOperand):
         return dense_of(operand.left).T @ dense_of(operand.right)
     layout, values = operand.layout, operand.elements

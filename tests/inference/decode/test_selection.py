@@ -179,7 +179,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_changed_is_captured_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changed_is_captured_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, model = counted_captures(monkeypatch), llama()
     written(model)
     CHANGES[change](model)
@@ -211,7 +211,7 @@ def compressed() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("change", ["other kernels", "moved", "loaded"])
-def test_a_kept_decoder_is_dropped_as_soon_as_layers_select_their_backends_anew(
+def test_a_kept_decoder_is_dropped_as_soon_as_layers_select_their_backends_again(
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, model = counted_captures(monkeypatch), compressed()
@@ -229,7 +229,7 @@ def test_a_kept_decoder_is_dropped_as_soon_as_layers_select_their_backends_anew(
     assert len(made) == 2
 
 
-def test_layers_that_were_repacked_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_were_repacked_are_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a cast, after which the selection is the same and what the kernels read lies elsewhere."""
     made, model = counted_captures(monkeypatch), compressed()
     written(model)

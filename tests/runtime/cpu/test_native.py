@@ -1,4 +1,4 @@
-"""The kernels' library: found, opened once, and where it cannot be used, a reason in words."""
+"""The kernels' library: found, opened once, and where it cannot be used, a reason."""
 
 import json
 import shutil

@@ -5,7 +5,7 @@ Needs Triton and no GPU: its package carries the assembler and the disassembler.
     python -m tests.runtime.gpu.machine_code 90                       # print the counts for sm_90
     python -m tests.runtime.gpu.machine_code 90 '2:4 fp16 batch 1'    # of one variant
     python -m tests.runtime.gpu.machine_code --record                 # write machine_code.json, which the test compares with
-    python -m tests.runtime.gpu.machine_code --record 'unpack 2:4 bf16'   # only that of one variant anew
+    python -m tests.runtime.gpu.machine_code --record 'unpack 2:4 bf16'   # only that of one variant again
     python -m tests.runtime.gpu.machine_code --room 86                # shared memory that the largest kernels take
 """
 

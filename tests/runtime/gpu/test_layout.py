@@ -1,4 +1,4 @@
-"""What the GPU layout takes and refuses, in words, and how it lies; no Triton is needed."""
+"""What the GPU layout takes and refuses, and how it lies; no Triton is needed."""
 
 import re
 import subprocess

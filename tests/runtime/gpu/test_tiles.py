@@ -1,4 +1,4 @@
-"""Tiles that were measured: found with a stand-in for the clock, kept in the user's cache, used, refused in words."""
+"""Tiles that were measured: found with a stand-in for the clock, kept in the user's cache, used, refused with a message."""
 
 import dataclasses
 import json

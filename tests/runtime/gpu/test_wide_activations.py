@@ -87,7 +87,7 @@ def test_activations_of_16_bits_are_multiplied_packed_and_nothing_is_said(
     assert str(describe(model)).startswith("gpu a GPU;") and "activations" not in str(describe(model))
 
 
-def test_a_selection_for_other_activations_is_made_anew(on_fake_gpu: Callable[..., PreTrainedModel]) -> None:
+def test_a_selection_for_other_activations_is_made_again(on_fake_gpu: Callable[..., PreTrainedModel]) -> None:
     model = on_fake_gpu(torch.float32)
     use_kernels(model, "auto")
     model.get_input_embeddings().bfloat16()

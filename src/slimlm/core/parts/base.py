@@ -53,7 +53,7 @@ class Expected:
 
 
 class Entry(ABC):
-    """What a checkpoint's config says of a part: a frozen dataclass of the JSON object's fields beside `kind`."""
+    """What a checkpoint's config says of a part: a frozen dataclass of the JSON object's fields besides `kind`."""
 
     kind: ClassVar[str]
     """the kind's name, which is its file's"""

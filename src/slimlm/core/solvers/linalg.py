@@ -148,7 +148,7 @@ def balanced(left: Tensor, right: Tensor, input_weights: Tensor) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """The least-squares problem of a left factor beside a right one R `[rank, in]`, for an error E `[out, in]` under H."""
+    """The least-squares problem of a left factor with a right one R `[rank, in]`, for an error E `[out, in]` under H."""
 
     inner: Tensor
     """R H R^T `[rank, rank]`, float64"""

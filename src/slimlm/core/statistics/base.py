@@ -5,7 +5,7 @@ A file of this folder derives one class from `Mean` or `Largest` and writes the 
     class MeanAbs(Mean):
         def of(self, batch): return batch.inputs.abs().sum(dim=0, dtype=torch.float64)
 
-What a statistic needs of a batch beside the inputs, and so for which layers it exists, is its `Source`.
+What a statistic needs of a batch besides the inputs, and so for which layers it exists, is its `Source`.
 """
 
 from abc import ABC, abstractmethod
@@ -40,7 +40,7 @@ class Source(Enum):
 
     @property
     def compares(self) -> bool:
-        """Whether the original block has to run beside the compressed one, on the inputs that it has in the original model."""
+        """Whether the original block has to run as well, on the inputs that it has in the original model."""
         return self in (Source.ORIGINAL_INPUTS, Source.OUTPUT_RESIDUALS)
 
 
@@ -99,7 +99,7 @@ class Statistic(ABC):
 
     @classmethod
     def operations(cls, sizes: Sizes) -> float:
-        """Multiplications and additions per token; 0 where they are few beside those of the layer."""
+        """Multiplications and additions per token; 0 where they are few compared with those of the layer."""
         del sizes
         return 0.0
 

@@ -7,7 +7,7 @@ inputs that the layer has in the compressed model and G the reference,
 
     minimise tr((G - B - L R) H (G - B - L R)^T)
 
-by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.solvers.sweep) of G - L R, its mask and scales chosen anew; L R
+by turns: B is the sweep (SparseGPT and GPTQ in one, slimlm.core.solvers.sweep) of G - L R, mask and scales chosen again; L R
 is the best product for G - B (QERA's optimum, slimlm.core.solvers.linalg). After the sweeps, coordinate descent improves the
 base and the factors are rounded afresh in each round, and refitted in the best. At last base and codes of 4- and 8-bit factors
 are improved together: coordinate descent on both, in turn. The result is the best iterate. Alternation of this kind for sparse

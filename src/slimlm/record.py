@@ -197,7 +197,7 @@ def quality_warning(record: Record) -> str | None:
         f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
         "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
         "is more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or "
-        f"exclude them (ignore = [...] in the recipe): {named}"
+        f"exclude them (`ignore`): {named}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is no full, unquantized model is refused with a message that say what was found and what would work."""
+"""What is no full, unquantized model is refused with a message that says what was found and what would work."""
 
 import json
 import shutil

@@ -25,7 +25,7 @@ STAGES = {
     "activations are passed on": ("matched", Moment(("slimlm.run.block:run_through",), 6), 2),
     "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 3, half=True), 1),
     "activations are written": ("matched", Moment(("slimlm.storage.activations:write_stream",), 3, half=True), 1),
-    "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 5, after=True), 2),
+    "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 6, after=True), 2),
     "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_embeddings",), after=True), BLOCKS),
     "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",)), BLOCKS),
     "it is verified": ("matched", Moment(("slimlm.pipeline:verify_written",)), BLOCKS),

@@ -1,4 +1,4 @@
-"""What a run reads is changed while it is stopped: refused with an error that name it, and resumed when it is brought back."""
+"""What a run reads is changed while it is stopped: refused with an error that names it, and resumed when it is brought back."""
 
 import json
 import shutil

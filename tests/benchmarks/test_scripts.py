@@ -207,7 +207,7 @@ def test_rows_are_medians_and_a_way_that_fails_is_named(tmp_path: Path, monkeypa
     [row] = found["rows"]
     assert (row["way"], row["new_tokens_per_second"], row["rounds"]) == ("transformers float32", 2.0, 3)
     shown = generation.markdown(found)
-    assert "| tiny | transformers float32 | 2 | 1 | 2 | 2.0 | 2.0 | 2 B |" in shown
+    assert "| tiny | transformers float32 | 2 | 1 | 2 | 2.0 | 2.0 | 2 bytes |" in shown
     assert "not measured: slimlm fast (tiny): failed: out of patience" in shown
 
 

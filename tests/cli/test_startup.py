@@ -58,6 +58,7 @@ def test_what_is_public_is_there_and_listed() -> None:
 
 
 SWALLOWS = """
+import time
 print("importing", flush=True)
 try:
     time.sleep(60)

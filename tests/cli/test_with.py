@@ -26,7 +26,7 @@ def program(tmp_path: Path) -> Path:
 
 def test_a_program_that_does_not_import_slimlm_opens_a_checkpoint(packed: Path, program: Path) -> None:
     bare = subprocess.run([sys.executable, program, packed], capture_output=True, text=True)
-    assert bare.returncode == 1 and "'import slimlm' before opening it" in bare.stderr
+    assert bare.returncode == 1 and "'import slimlm' before opening" in bare.stderr
     done = started(program, packed, "--debug", "--help")
     assert (done.returncode, done.stdout) == (0, "LlamaForCausalLM ['--debug', '--help']\n"), done.stderr
 

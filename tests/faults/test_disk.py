@@ -107,7 +107,7 @@ def test_a_tokenizer_that_does_not_fit(bench: Bench, disk: Disk) -> None:
     """The library that writes it has errors of its own."""
     disk.mount("size=2m")
     written = bench.lines("matched", disk.path / "o")
-    held = bench.start(written, Moment(("slimlm.storage.checkpoint:write_config",), after=True, signal=signal.SIGSTOP))
+    held = bench.start(written, Moment(("slimlm.storage.checkpoint:write_config",), 2, after=True, signal=signal.SIGSTOP))
     held.stopped()
     with (disk.path / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
         while True:

@@ -27,7 +27,7 @@ STAGES = {
     "activations are written": ("matched", Moment(("slimlm.storage.activations:write_stream",), 3, half=True), 1),
     "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 6, after=True), 2),
     "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_embeddings",), after=True), BLOCKS),
-    "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",)), BLOCKS),
+    "the checkpoint is written": ("matched", Moment(("slimlm.storage.checkpoint:write_config",), 2), BLOCKS),
     "it is verified": ("matched", Moment(("slimlm.pipeline:verify_written",)), BLOCKS),
     "it is moved": ("matched", Moment(("os:rename",)), BLOCKS),
 }

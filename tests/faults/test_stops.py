@@ -12,7 +12,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 MOMENTS = {
     "in a block": Moment(("slimlm.run.block:measure",), 2),
     "while the journal is written": Moment(("os:fsync",), 8),
-    "while the checkpoint is written": Moment(("slimlm.storage.checkpoint:write_config",)),
+    "while the checkpoint is written": Moment(("slimlm.storage.checkpoint:write_config",), 2),
 }
 
 

@@ -167,8 +167,8 @@ def test_several_shards_and_files_beside_them(tmp_path: Path, text_file: Path) -
     # A second copy of the weights, as some repositories have it; the index does not name it.
     save_file({"tok_embeddings.weight": torch.zeros(3)}, many / "consolidated.safetensors")
     for folder in (one, many):
-        slimlm.compress(folder, folder / "o", data=str(text_file), **OPTIONS)
-    ours, theirs = (load_file(folder / "o" / "model.safetensors") for folder in (one, many))
+        slimlm.compress(folder, tmp_path / f"{folder.name}-out", data=str(text_file), **OPTIONS)
+    ours, theirs = (load_file(tmp_path / f"{folder.name}-out" / "model.safetensors") for folder in (one, many))
     assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 

@@ -217,7 +217,7 @@ def test_an_exploded_perplexity_is_a_warning_that_names_the_worst_layers(packed:
     words = quality_warning(Record.from_dict(data))
     assert words is not None and "rose from 10 to 20.5" in words
     worst = max(record.layers, key=lambda row: row.error)
-    assert f"in the recipe): {worst.name} (" in words
+    assert f"exclude them (`ignore`): {worst.name} (" in words
     assert not Compared(10.0, float("inf"), 1).ok and Compared(10.0, 20.0, 1).ok
 
 

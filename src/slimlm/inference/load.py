@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from slimlm.core import arguments
 from slimlm.core.defaults import usual_defaults
-from slimlm.core.errors import CheckpointError, SlimlmError
+from slimlm.core.errors import CheckpointError, KernelError, SlimlmError
 from slimlm.core.parts.fields import Json, dtype_name
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
 from slimlm.events import Notify
@@ -95,7 +95,7 @@ def load(
     """
     folder, where = arguments.model_source(source), device_of(device)
     _refuse_unknown(dtype)
-    arguments.one_of(kernels, "kernels", get_args(Kernels))
+    arguments.one_of(kernels, "kernels", get_args(Kernels), KernelError)
     arguments.flag(keep, "keep")
     arguments.flag(mmap, "mmap")
     arguments.function(notify, "notify", "each message for the user")

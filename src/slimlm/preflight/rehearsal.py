@@ -197,7 +197,7 @@ def _refuse_unfit(layers: list[str], dense: LazyModel) -> None:
     """Raise ModelError where layers that are to be compressed are not used by calls alone."""
     if not layers:
         return
-    more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+    more = f" (one of {len(layers)} layers)" if len(layers) > 1 else ""
     patterns = json.dumps(sorted({"*." + ".".join(layer.split(".")[-2:]) for layer in layers}))
     raise ModelError(
         f"{type(dense.model).__name__} reads the weight of {layers[0]}{more} in another way than by calling the layer, or does "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from slimlm.core.arguments import one_of
 from slimlm.core.errors import KernelError
 from slimlm.runtime.backends import Backend, Stored
 from slimlm.runtime.backends.cpu import Cpu
@@ -40,12 +41,6 @@ def reference_because(reason: str) -> Selection:
     return Selection(_REFERENCE, reason)
 
 
-def refuse_unknown_kernels(kernels: str) -> None:
-    """Raise KernelError where there are no kernels of this name."""
-    if kernels not in get_args(Kernels):
-        raise KernelError(f"kernels = {kernels!r}: give one of {', '.join(get_args(Kernels))}")
-
-
 def select_backend(stored: Stored, kernels: Kernels) -> Selection:
     """Select the backend of a layer.
 
@@ -56,7 +51,7 @@ def select_backend(stored: Stored, kernels: Kernels) -> Selection:
     Raises:
         KernelError: `kernels` is none of the choices, or names kernels that do not take this layer.
     """
-    refuse_unknown_kernels(kernels)
+    one_of(kernels, "kernels", get_args(Kernels), KernelError)
     if kernels == "reference":
         return Selection(_REFERENCE, None)
     automatic = "gpu" if stored.device.type == "cuda" else "precise"

@@ -64,7 +64,7 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
         KernelError: kernels that were asked for by name do not take some layer; nothing is changed then.
     """
     refuse_no_module(model)
-    one_of(kernels, "kernels", get_args(Kernels))
+    one_of(kernels, "kernels", get_args(Kernels), KernelError)
     layers = packed_layers(model)
     for name, layer in layers.items():
         try:

@@ -109,14 +109,17 @@ def open_cache(
     The arguments are those of `load_or_pack`.
 
     Returns:
-        uint8 `[bytes]` by the layer's name; None where there is no cache, or none that fits, of which `notify` receives a
-        message.
+        uint8 `[bytes]` by the layer's name; None where there is no cache, where it lacks layers, or where it does not fit, of
+        which `notify` receives a message.
     """
     path = cache_path(folder, layout)
     if not path.is_file():
         return None
     try:
         found = map_file(path)
+        if set(names) - _layers(found).keys() and _misfit(found, layout, fingerprint, (), is_valid) is None:
+            # Made for a load in which these layers had no kernels, and now made again with them.
+            return None
         wrong = _misfit(found, layout, fingerprint, names, is_valid)
     except (CheckpointError, OSError) as error:
         wrong = f"is damaged: {error}"
@@ -136,8 +139,6 @@ def _misfit(
     if about.get("fingerprint") != fingerprint:
         return "was made from another checkpoint"
     layers = _layers(found)
-    if missing := set(names) - layers.keys():
-        return f"lacks {len(missing)} of the layers, {min(missing)} among them"
     if any(t.dtype != torch.uint8 or t.ndim != 1 or t.data_ptr() % ALIGNMENT for t in layers.values() if t.numel()):
         return "holds tensors that are no packed layers"
     if damaged := [name for name in names if not is_valid(layers[name])]:

@@ -274,16 +274,18 @@ def estimate(
     config = RunConfig.of(model, out, **options)
     device = pick_device(config.device)
     config.budget()  # Raises where the budget makes no sense.
-    with TemporaryDirectory() as scratch:
+    folder = None if config.out is None else existing(config.out)
+    free = None if folder is None else free_on_disk(folder)
+    # On the disk that `compress` would use, whose room is checked; that of temporary files may be in memory.
+    with TemporaryDirectory(prefix="slimlm-", dir=folder) as scratch:
         dense = open_lazy(config.model, Path(scratch), notify)
         refuse_unfit_model(dense, blocks_of(dense.model))
         needs = run_needs(config, dense)
-        folder = None if config.out is None else existing(config.out)
         return estimate_of(
             needs,
             name=config.model_name,
             memory=memory_of(needs, config.memory),
-            disk_free=None if folder is None else free_on_disk(folder),
+            disk_free=free,
             seconds=timed(needs, folder, device),
             problems=problems_of(needs, device, config.out, config.memory, config.data),
         )

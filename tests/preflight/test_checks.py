@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import slimlm
 from slimlm.cli.app import app
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
+from slimlm.events import Notify
+from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
+from slimlm.run.config import RunConfig
+from slimlm.run.prepare import run_needs
 from slimlm.storage import checkpoint
 from tests.conftest import Line, random_model, save
 from tests.preflight.test_needs import needs_of
@@ -79,6 +85,48 @@ def test_the_disk_is_refused_where_output_and_journal_do_not_fit(
     journal.mkdir()
     (journal / "block-0001.safetensors").write_bytes(b"x")
     assert check_disk(needs, tmp_path / "o", journal) is not None, "what an unfinished run has written already counts"
+
+
+def in_bin_files(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    return copy
+
+
+def test_converted_weights_are_needed_until_the_end(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, journal = in_bin_files(llama_folder, tmp_path / "m"), tmp_path / "o.partial"
+    dense = open_lazy(str(folder), journal / "original", pytest.fail)
+    needs = run_needs(RunConfig(model=str(folder), recipe="absmax", samples=8, length=32), dense)
+    converted = sum(path.stat().st_size for path in (journal / "original").iterdir())
+    assert dense.converted_bytes == converted > 0
+    plain = needs_of(llama_folder, "absmax")
+    assert needs.disk_bytes - plain.disk_bytes == converted
+    # What is written already takes no more room, and none of it becomes free for the rest.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, plain.disk_bytes))
+    assert check_disk(needs, tmp_path / "o", journal) is not None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, plain.disk_bytes - 1))
+    with pytest.raises(DoesNotFitError, match="of converted weights"):
+        check_disk(needs, tmp_path / "o", journal)
+
+
+def test_an_estimate_converts_on_the_disk_of_the_output_and_counts_it(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = in_bin_files(llama_folder, tmp_path / "m"), []
+
+    def opened(source: str, scratch: Path, notify: Notify) -> LazyModel:
+        made.append(scratch)
+        return open_lazy(source, scratch, notify)
+
+    monkeypatch.setattr("slimlm.pipeline.open_lazy", opened)
+    monkeypatch.setattr("slimlm.pipeline.timed", lambda *_: None)
+    found = estimate(folder, tmp_path / "o", **OPTIONS)
+    plain = estimate(llama_folder, tmp_path / "o", **OPTIONS)
+    assert made[0].parent == tmp_path and not made[0].exists()
+    assert found.disk - plain.disk > 0.9 * (llama_folder / "model.safetensors").stat().st_size
 
 
 def test_a_run_takes_no_more_disk_than_was_said(

@@ -79,7 +79,8 @@ def refuse_full_disk(folder: Path, size: int) -> None:
     if (free := shutil.disk_usage(existing).free) < size:
         raise DoesNotFitError(
             f"the model's weights have to be converted to a file of {size / 1e9:.2f} GB in {folder} first, and "
-            f"{free / 1e9:.2f} GB are free there; give more room, or an `out` on another disk"
+            f"{free / 1e9:.2f} GB are free there. Free more of that disk, or choose another one: by `out`, next to which it "
+            "is written; where nothing is compressed and no `out` is given, by the environment variable TMPDIR"
         )
 
 

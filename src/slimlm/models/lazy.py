@@ -71,6 +71,13 @@ class LazyModel:
     """tensors of the files that the model's class has no place for; some are stored with a checkpoint as they are"""
     became: dict[str, tuple[str, ...]]
     """names in the files, and the names in the model's state of what those tensors are or were made into"""
+    converted: tuple[Path, ...]
+    """the files that were made of old .bin files and of tensors that transformers joins"""
+
+    @property
+    def converted_bytes(self) -> int:
+        """Size of the files that were made of the model's own."""
+        return sum(path.stat().st_size for path in self.converted)
 
     @property
     def bytes(self) -> int:
@@ -219,6 +226,7 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         listed=_listed(files),
         unplaced=resolved.unplaced,
         became=resolved.became,
+        converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
     )
 
 

@@ -106,22 +106,30 @@ def check_disk(run: RunNeeds, out: Path, journal: Path) -> str | None:
     Args:
         run: The needs of the run.
         out: The output folder.
-        journal: The journal's folder; files of an unfinished run in it count as free.
+        journal: The journal's folder; files of an unfinished run in it count as free, because the needs count them, too.
 
     Raises:
         DoesNotFitError: The disk does not suffice.
     """
-    free = free_on_disk(existing(out)) + folder_bytes(journal)
-    needed = run.disk_bytes
+    free = free_on_disk(existing(out)) + folder_bytes(journal) + _converted_elsewhere(run, existing(out), journal)
+    needed, converted = run.disk_bytes, run.dense.converted_bytes
     if needed > free:
         raise DoesNotFitError(
             f"the disk does not suffice: writing {out} takes {format_bytes(needed)} at most "
             f"({format_bytes(run.stored_bytes)} for the output; finished blocks and {format_bytes(run.activations_bytes)} of "
-            f"activations in the journal), and {format_bytes(free)} are free. Give an `out` on another disk, or fewer `samples`"
+            f"activations in the journal{f', and {format_bytes(converted)} of converted weights' if converted else ''}), and "
+            f"{format_bytes(free)} are free. Give an `out` on another disk, or fewer `samples`"
         )
     if needed > _TIGHT * free:
         return f"the disk will be nearly full: {format_bytes(needed)} at most, of {format_bytes(free)} that are free"
     return None
+
+
+def _converted_elsewhere(run: RunNeeds, disk: Path, journal: Path) -> int:
+    """Bytes of converted files on the disk of the folder `disk` that are not in the journal, as an estimate makes them."""
+    device, inside = disk.stat().st_dev, journal.resolve()
+    sizes = [path.stat() for path in run.dense.converted if inside not in path.resolve().parents]
+    return sum(about.st_size for about in sizes if about.st_dev == device)
 
 
 def check_whole(size: int, allowed: int | None) -> str | None:

@@ -279,10 +279,14 @@ class RunNeeds:
 
     @property
     def disk_bytes(self) -> int:
-        """The most bytes of output and journal: while the last block is stored, or while the checkpoint is written."""
+        """The most bytes of output and journal: while the last block is stored, or while the checkpoint is written.
+
+        Files that the model's own were converted to are in the journal until the end.
+        """
         spilled = 0 if self.recipe.block_reconstruction is None else self.tokens * self.width * 4
         block = self.blocks_bytes + 2 * self.activations_bytes + spilled
-        return max(block, self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes)
+        written = self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes
+        return max(block, written) + self.dense.converted_bytes
 
 
 def folder_bytes(folder: Path) -> int:

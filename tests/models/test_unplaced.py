@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import slimlm
 from slimlm.core.errors import ModelError
 from slimlm.models.lazy import LazyModel, open_lazy
+from slimlm.models.structure import blocks_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.run.config import RunConfig
 from slimlm.run.prepare import run_needs
@@ -23,6 +24,7 @@ from tests.conftest import ENDS, LLAMA_LIKE, random_model, save
 Tensors = dict[str, Tensor]
 QUICK: dict[str, Any] = {"recipe": "absmax", "samples": 4, "length": 16}
 HEAD = "v_head.summary.weight"
+F8 = torch.zeros(4).to(torch.float8_e4m3fn)
 
 
 def changed(folder: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
@@ -124,13 +126,40 @@ def test_a_vision_tower_is_stored_beside_the_language_model(tmp_path: Path, text
     [
         ({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, "LlamaForCausalLM computes it"),
         ({"model.layers.0.self_attn.k_norm.bias": torch.zeros(6)}, "a bias of zeros, which LlamaForCausalLM does not have"),
-        ({"odd.scale": torch.zeros(4).to(torch.float8_e4m3fn)}, "its dtype is F8_E4M3, which slimlm does not read"),
+        ({"model.layers.1.self_attn.k_norm.bias": F8}, "a bias of zeros, which LlamaForCausalLM does not have"),
     ],
 )
 def test_what_is_left_out_is_named_with_the_reason(extra: Tensors, reason: str, tmp_path: Path) -> None:
     lazy = opened(changed(tmp_path / "m", lambda tensors: tensors | extra))
     assert lazy.unplaced.left_out == dict.fromkeys(extra, reason)
     assert lazy.unplaced.stored == {} and lazy.bytes == opened(changed(tmp_path / "p", dict)).bytes
+
+
+def test_what_is_left_out_because_of_its_dtype_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    lazy = opened(changed(tmp_path / "m", lambda tensors: with_mtp(tensors) | {"mtp.up.weight": F8, "odd.scale": F8}), told)
+    assert lazy.unplaced.left_out == dict.fromkeys(
+        ("mtp.up.weight", "odd.scale"), "its dtype is F8_E4M3, which slimlm does not read"
+    )
+    assert lazy.unplaced.stored.keys() == {"mtp.fc.weight"} and len(told) == 1
+    assert told[0].startswith("1 tensors of the files (0.01 MB) have no place")
+    assert "2 tensors of the files have no place in LlamaForCausalLM and will not be in the checkpoint" in told[0]
+    assert "(F8_E4M3): 1 of multi-token prediction (mtp.up.weight); 1 of odd (odd.scale)" in told[0]
+
+
+def test_the_blocks_are_counted_once_however_many_tensors_have_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[object] = []
+
+    def counted(model: nn.Module) -> dict[str, nn.Module]:
+        walks.append(model)
+        return blocks_of(model)
+
+    monkeypatch.setattr("slimlm.models.unplaced.blocks_of", counted)
+    many = {f"mtp.layers.{i}.weight": torch.ones(2) for i in range(50)}
+    assert len(opened(changed(tmp_path / "m", lambda tensors: tensors | many), []).unplaced.stored) == 50
+    assert len(walks) <= 2
 
 
 def test_a_tensor_that_is_there_twice_is_left_out_once(tmp_path: Path) -> None:
@@ -157,6 +186,18 @@ def quantized(tensors: Tensors) -> Tensors:
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a block that the config does not count": (
         another_block, {}, r"hold 3 blocks or more \(model\.layers\.2\.\S+\), and LlamaForCausalLM has 2 .*_hidden_layers to 3"
+    ),
+    "such a block in a dtype that slimlm does not read": (
+        lambda t: t | {"model.layers.2.mlp.up_proj.weight": F8}, {}, r"hold 3 blocks or more \(model\.layers\.2\.\S+\)"
+    ),
+    "such a norm in it": (
+        lambda t: t | {"model.layers.0.self_attn.q_norm.weight": F8}, {}, r"q_norm\.weight, and model\.layers\.0\.self_attn of"
+    ),
+    "a copy in it": (lambda t: t | {"model.layers.0.mlp.up_proj.weight": F8, "layers.0.mlp.up_proj.weight":
+        t["model.layers.0.mlp.up_proj.weight"]}, {}, r"hold both .* differ"),
+    "a model of more than text": (
+        renamed("text_model."), {"architectures": ["LlamaForConditionalGeneration"]},
+        r"names LlamaForConditionalGeneration, a model of more than text, .* \(text_model\.lm_head\.weight for"
     ),
     "a norm inside a module of the class": (
         lambda t: t | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, {},
@@ -188,7 +229,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "an adapter that is not merged": (
         lambda t: t | {f"{Q}.lora_A.default.weight": torch.ones(4, 48)}, {}, r"not merged .*merge_and_unload"
     ),
-    "codes of GPTQ": (quantized, {}, rf"already quantized: its files hold {Q}\.qweight beside the codes of {Q}"),
+    "codes of GPTQ": (quantized, {}, rf"already quantized: its files hold {Q}\.qweight, which belongs to the codes of {Q}"),
     "a scale": (lambda t: t | {f"{Q}.weight_scale_inv": torch.ones(1, 1)}, {}, "already quantized: its files hold"),
     "weights of another program": (
         lambda t: {n.replace("self_attn", "attention"): v for n, v in t.items()}, {}, r"tensors of other names instead, such as"

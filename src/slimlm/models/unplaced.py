@@ -9,6 +9,7 @@ compute something else than the files were made for: that is refused.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ _QUANTIZED = frozenset(
         "scale_inv", "bitsandbytes__nf4", "bitsandbytes__fp4",
     )
 )  # fmt: skip
-"""Last parts of names of tensors that formats of quantized weights store beside the codes of a layer."""
+"""Last parts of names of tensors that formats of quantized weights store with the codes of a layer."""
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 """Parts of names that programs add which wrap a model: DistributedDataParallel, torch.compile, FSDP, DeepSpeed."""
 _NO_LANGUAGE_MODELS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
+_MULTIMODAL = "ForConditionalGeneration"
 _FURTHER = "multi-token prediction"
 _NAMED = 2
 """The most names of each part that a message gives."""
@@ -46,7 +48,7 @@ class Unplaced:
     left_out: dict[str, str] = field(default_factory=dict)
     """the names in the files of the others, and why they are left out"""
     message: str | None = None
-    """what the user should know of those that are stored"""
+    """what the user should know of those that are stored, and of those that slimlm cannot read"""
 
     @property
     def bytes(self) -> int:
@@ -74,6 +76,12 @@ class Surroundings:
         """The name of the class."""
         return type(self.model).__name__
 
+    @cached_property
+    def stack(self) -> tuple[str, int]:
+        """The name of the list of blocks, and the number of blocks."""
+        blocks = list(blocks_of(self.model))
+        return blocks[0].rpartition(".")[0], len(blocks)
+
 
 def fate_of(around: Surroundings, without: Mapping[str, tuple[str, ...]], twice: Iterable[tuple[str, str]]) -> Unplaced:
     """Decide what becomes of the tensors of the files that the class has no place for.
@@ -90,7 +98,8 @@ def fate_of(around: Surroundings, without: Mapping[str, tuple[str, ...]], twice:
     computed = {name for name, _ in around.model.named_buffers()} - set(around.model.state_dict())
     ignored = _ignored_by(around.model)
     found = Unplaced()
-    reasons: dict[str, list[str]] = {}
+    stored: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}
     for name, (target, *_) in without.items():
         leaf = target.rpartition(".")[2]
         tensor = around.stored.get(name)
@@ -100,21 +109,26 @@ def fate_of(around: Surroundings, without: Mapping[str, tuple[str, ...]], twice:
             or (ignored(target) and tensor is not None and not tensor.is_floating_point())
         ):
             found.left_out[name] = f"{around.kind} computes it"
-        elif tensor is None:
-            found.left_out[name] = f"its dtype is {around.unread[name][0]}, which slimlm does not read"
-        elif leaf == "bias" and _owner(around, modules, target) is not None and not bool(tensor.any()):
+        elif (
+            leaf == "bias"
+            and _owner(around, modules, target) is not None
+            and not bool((around.unread[name][1] if tensor is None else tensor).any())
+        ):
             found.left_out[name] = f"a bias of zeros, which {around.kind} does not have"
+        elif tensor is None:
+            unread.setdefault(_part(around, modules, name, target, ignored), []).append(name)
+            found.left_out[name] = f"its dtype is {around.unread[name][0]}, which slimlm does not read"
         else:
-            reasons.setdefault(_part(around, modules, name, target, ignored), []).append(name)
+            stored.setdefault(_part(around, modules, name, target, ignored), []).append(name)
             found.stored[name] = tensor
     for first, second in twice:
-        if not _alike(around.stored[first], around.stored[second]):
+        if second in around.unread or not _alike(around.stored[first], around.stored[second]):
             raise ModelError(
                 f"the files of {around.source} hold both {first} and {second} for one tensor of {around.kind}, and they "
                 "differ; remove the one that is wrong"
             )
         found.left_out[second] = f"the same as {first}"
-    return Unplaced(found.stored, found.left_out, _message(around, reasons, found.bytes) if reasons else None)
+    return Unplaced(found.stored, found.left_out, _message(around, stored, unread, found.bytes))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -125,7 +139,7 @@ def _part(
     around: Surroundings, modules: Mapping[str, nn.Module], name: str, target: str, ignored: Callable[[str], bool]
 ) -> str:
     """Which part of the files a tensor belongs to that the class does not have; ModelError where it lies inside the class."""
-    if (beyond := _block_beyond(around.model, target)) is not None:
+    if (beyond := _block_beyond(around, target)) is not None:
         number, count = beyond
         if number < count + _declared(around.config) or ignored(target):
             return _FURTHER
@@ -148,7 +162,7 @@ def _owner(around: Surroundings, modules: Mapping[str, nn.Module], target: str) 
     """The innermost module of the class that a tensor lies in; None where that is the whole model or its list of blocks."""
     found = max((own for own in _prefixes(target) if own in modules), key=len, default="")
     outside = ("", around.model.base_model_prefix)
-    return None if found in outside or _block_beyond(around.model, target) is not None else found
+    return None if found in outside or _block_beyond(around, target) is not None else found
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -167,12 +181,11 @@ def _ignored_by(model: PreTrainedModel) -> Callable[[str], bool]:
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
-def _block_beyond(model: PreTrainedModel, target: str) -> tuple[int, int] | None:
+def _block_beyond(around: Surroundings, target: str) -> tuple[int, int] | None:
     """The number of the block that a tensor is in, and the number of blocks; None where it is in none beyond these."""
-    blocks = list(blocks_of(model))
-    stack = blocks[0].rpartition(".")[0]
+    stack, count = around.stack
     found = re.match(rf"{re.escape(stack)}\.(\d+)\.", target)
-    return (int(found[1]), len(blocks)) if found and int(found[1]) >= len(blocks) else None
+    return (int(found[1]), count) if found and int(found[1]) >= count else None
 
 
 def _declared(config: Mapping[str, Any]) -> int:
@@ -209,13 +222,36 @@ def _no_language_model(around: Surroundings, named: str, head: str) -> str:
     )
 
 
-def _message(around: Surroundings, reasons: Mapping[str, list[str]], size: int) -> str:
-    parts = [f"{len(names)} of {part} ({_first_of(names)})" for part, names in reasons.items()]
-    count = sum(map(len, reasons.values()))
-    return (
-        f"{count} tensors of the files ({size / 1e6:.2f} MB) have no place in {around.kind}: {'; '.join(parts)}. They are not "
-        "compressed, but stored with the checkpoint as they are"
-    )
+def _message(around: Surroundings, stored: Mapping[str, list[str]], unread: Mapping[str, list[str]], size: int) -> str | None:
+    """What the user should know, by the parts of the files that the tensors belong to; None where there is nothing.
+
+    Args:
+        around: the model and its files.
+        stored: names of tensors that are stored as they are, `size` bytes in all.
+        unread: names of tensors that are left out because slimlm does not read their dtypes.
+        size: bytes.
+    """
+    found = []
+    if stored:
+        found.append(
+            f"{_count(stored)} tensors of the files ({size / 1e6:.2f} MB) have no place in {around.kind}: {_parts(stored)}. "
+            "They are not compressed, but stored with the checkpoint as they are"
+        )
+    if unread:
+        dtypes = sorted({around.unread[name][0] for names in unread.values() for name in names})
+        found.append(
+            f"{_count(unread)} tensors of the files have no place in {around.kind} and will not be in the checkpoint, because "
+            f"slimlm does not read their dtypes ({', '.join(dtypes)}): {_parts(unread)}"
+        )
+    return ". ".join(found) or None
+
+
+def _count(names: Mapping[str, list[str]]) -> int:
+    return sum(map(len, names.values()))
+
+
+def _parts(parts: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{len(names)} of {part} ({_first_of(names)})" for part, names in parts.items())
 
 
 def _first_of(names: list[str]) -> str:
@@ -233,12 +269,13 @@ def refuse_quantized_tensors(around: Surroundings, names: Iterable[str]) -> None
                 f"the files of {around.source} hold an adapter that is not merged ({name}). Merge it first: with peft, "
                 "model.merge_and_unload().save_pretrained(folder)"
             )
+        if leaf not in _QUANTIZED and not leaf.endswith(("_scale", "_scale_inv", "_zero_point")):
+            continue
         layer = name.partition(".weight.")[0] if ".weight." in name else owner
-        inside = any(known == layer or known.endswith(f".{layer}") or layer.endswith(f".{known}") for known in modules if known)
-        if inside and (leaf in _QUANTIZED or leaf.endswith(("_scale", "_scale_inv", "_zero_point"))):
+        if any(known == layer or known.endswith(f".{layer}") or layer.endswith(f".{known}") for known in modules if known):
             raise ModelError(
-                f"{around.source} is already quantized: its files hold {name} beside the codes of {layer}. slimlm starts from "
-                "the original weights, in 16 or 32 bits"
+                f"{around.source} is already quantized: its files hold {name}, which belongs to the codes of {layer}. slimlm "
+                "starts from the original weights, in 16 or 32 bits"
             )
 
 
@@ -254,8 +291,8 @@ def refuse_integers(around: Surroundings, targets: Iterable[tuple[str, Iterable[
         for name in names:
             tensor = around.stored[name]
             if state[target].is_floating_point() and not tensor.is_floating_point():
-                beside = [n for n in around.stored if n != name and n.startswith(name.removesuffix("weight")) and "scale" in n]
-                scale = f" beside {beside[0]}" if beside else ""
+                scales = [n for n in around.stored if n != name and n.startswith(name.removesuffix("weight")) and "scale" in n]
+                scale = f", with {scales[0]}" if scales else ""
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ModelError(
                     f"the files of {around.source} hold {name} as {dtype}{scale}, and {around.kind} computes with "
@@ -265,7 +302,7 @@ def refuse_integers(around: Surroundings, targets: Iterable[tuple[str, Iterable[
 
 
 def refuse_missing(around: Surroundings, lost: Iterable[str], without: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise ModelError where tensors of the class are not in the files, in words that fit what is there instead.
+    """Raise ModelError where tensors of the class are not in the files; the message is about what is there instead.
 
     Args:
         around: the model and its files.
@@ -285,6 +322,14 @@ def refuse_missing(around: Surroundings, lost: Iterable[str], without: Mapping[s
             f"{_unwrapped(wrapped[0])}). Save the model itself: model.module.save_pretrained(folder) after "
             "DistributedDataParallel or DeepSpeed, model._orig_mod.save_pretrained(folder) after torch.compile; or rename the "
             "tensors in the files"
+        )
+    if 2 * len(missing) > len(state) and named.endswith(_MULTIMODAL) and named != around.kind:
+        found = next((name for name in unknown if name.endswith(f".{missing[0]}")), None)
+        instead = f" ({found} for {missing[0]})" if found else ""
+        raise ModelError(
+            f"{lacks}: config.json names {named}, a model of more than text, and the files name the tensors of its language "
+            f"model in another way{instead}. slimlm compresses causal language models: save the language model in it by "
+            "itself (save_pretrained), and give that folder"
         )
     if (prefix := _prefix(unknown, state)) is not None:
         raise ModelError(

@@ -104,6 +104,7 @@ def test_converted_weights_are_needed_until_the_end(
     assert dense.converted_bytes == converted > 0
     plain = needs_of(llama_folder, "absmax")
     assert needs.disk_bytes - plain.disk_bytes == converted
+    assert dense.whole_bytes - plain.dense.whole_bytes == converted, "a plan has them in memory as well"
     # What is written already takes no more room, and none of it becomes free for the rest.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, plain.disk_bytes))
     assert check_disk(needs, tmp_path / "o", journal) is not None

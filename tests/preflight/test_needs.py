@@ -15,7 +15,7 @@ from slimlm.core.parts.pruned import Pruned
 from slimlm.core.statistics.base import Sizes
 from slimlm.models.embeddings import embeddings_of
 from slimlm.models.lazy import LazyModel, open_lazy
-from slimlm.models.structure import blocks_of, context_length, text_config
+from slimlm.models.structure import blocks_of, context_length, text_config, vocabulary_size
 from slimlm.pipeline import estimate
 from slimlm.planner import forms
 from slimlm.planner.forms import brief, drawn_layer, fitting, form_of, resolved
@@ -116,11 +116,25 @@ def test_the_least_counts_the_covariances_that_are_held_together(family: str, tm
 
 
 def test_the_text_part_of_a_model_with_images_says_width_and_context() -> None:
-    outer = Gemma3Config(text_config={"hidden_size": 48, "max_position_embeddings": 64, "num_hidden_layers": 1})
+    sizes = {"hidden_size": 48, "max_position_embeddings": 64, "num_hidden_layers": 1, "vocab_size": 72}
+    outer = Gemma3Config(text_config=sizes)
     model = nn.Module()
     model.config = outer
     assert getattr(outer, "hidden_size", None) is None and context_length(model) == 64
     assert text_config(model).hidden_size == 48 and context_length(nn.Module()) is None
+    assert getattr(outer, "vocab_size", None) is None and vocabulary_size(model) == 72 and vocabulary_size(nn.Module()) == 1
+
+
+def test_a_plan_counts_the_vocabulary_of_the_text_part(llama_folder: Path) -> None:
+    needs = dataclasses.replace(needs_of(llama_folder, "gptq"), bits=4.0)
+    rates, nothing = Rates(1e9, 1e9, 1e9), StepCost(0.0, 0.0, 0.0, 0.0)
+
+    def seconds() -> float:
+        return planning_seconds(needs, rates, lambda name: nothing, 9)
+
+    usual, config = seconds(), needs.dense.model.config
+    needs.dense.model.config = Gemma3Config(text_config={"hidden_size": config.hidden_size, "vocab_size": config.vocab_size})
+    assert seconds() == usual
 
 
 def test_the_time_of_a_run_with_a_budget_counts_the_planning(llama_folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimlm.core.errors import NumericsError
 from slimlm.data.windows import refuse_unknown_tokens
+from slimlm.models.structure import vocabulary_size
 from slimlm.runtime.arguments import refuse_no_module, refuse_no_token_ids
 
 _TOKENS_AT_ONCE = 4096
@@ -48,8 +49,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
     refuse_unknown_tokens(windows, model)
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    batches = windows.split(max(1, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary) // windows.shape[1]))
+    batches = windows.split(max(1, min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary_size(model)) // windows.shape[1]))
     for done, batch in enumerate(batches, 1):
         ids = batch.to(device)
         with torch.no_grad():

@@ -87,8 +87,8 @@ class LazyModel:
 
     @property
     def whole_bytes(self) -> int:
-        """Size of the model as `open_dense` loads it, in float32."""
-        return sum({t.data_ptr(): t.numel() * 4 for t in self.weights.values()}.values())
+        """Size of the model as `open_dense` loads it: in float32, and what was converted in addition."""
+        return sum({t.data_ptr(): t.numel() * 4 for t in self.weights.values()}.values()) + self.converted_bytes
 
     def stored(self, name: str) -> Tensor:
         """A tensor in the dtype in which it is stored."""

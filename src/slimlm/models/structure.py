@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from slimlm.core.errors import ModelError
@@ -92,9 +92,9 @@ def swap(block: nn.Module, name: str, new: nn.Module) -> None:
     setattr(block.get_submodule(parent), leaf, new)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: nn.Module) -> int:
     """The number of tokens in a model's vocabulary, by its config; 1 where it does not say."""
-    return int(getattr(model.config.get_text_config(), "vocab_size", None) or 1)
+    return int(getattr(text_config(model), "vocab_size", None) or 1)
 
 
 def text_config(model: nn.Module) -> Any:

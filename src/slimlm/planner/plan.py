@@ -24,7 +24,7 @@ from slimlm.core.layer import Layer
 from slimlm.core.objective import Objective
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.events import Event, Observer
-from slimlm.models.structure import linears_of, put_weight, weight_of
+from slimlm.models.structure import linears_of, put_weight, vocabulary_size, weight_of
 from slimlm.planner.budget import choose_options
 from slimlm.planner.forms import brief, needs_of, resolved
 from slimlm.planner.options import Budget, Option, budget_of, options_of
@@ -199,8 +199,7 @@ def make_plan(
     """
     refuse_few_samples(len(samples))
     options, objective = budget.options, budget.objective
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
-    held = held_back(len(samples), samples.shape[1], vocabulary)
+    held = held_back(len(samples), samples.shape[1], vocabulary_size(model))
     statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held], samples[-held:]
     divergence, check = _Divergence(model, judged), _Divergence(model, checked)
 

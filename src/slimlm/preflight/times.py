@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slimlm.core.statistics.base import Source
-from slimlm.models.structure import linears_of, weight_of
+from slimlm.models.structure import linears_of, vocabulary_size, weight_of
 from slimlm.planner.plan import held_back
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
@@ -98,7 +98,7 @@ def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> 
         options: The number of options.
     """
     forward, blocks = forward_of(run, rates), len(run.blocks)
-    vocabulary = int(getattr(run.dense.model.config, "vocab_size", 1) or 1)
+    vocabulary = vocabulary_size(run.dense.model)
     judged = held_back(run.sample_count, run.length, vocabulary) * run.length
     logits = vocabulary * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
     model = blocks * forward.seconds(judged) + judged * logits

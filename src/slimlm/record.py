@@ -87,7 +87,9 @@ class Source:
     """The dtype and shape of every tensor of its weight files, "BF16 [48, 88]", by its name there."""
     became: dict[str, tuple[str, ...]]
     """For tensors that are in the checkpoint under other names, or in several tensors, these names; all others that are not
-    left out are there under their own. A compressed layer stands for its `weight`."""
+    left out are there under their own. A compressed layer stands for its `weight`. Names in `taken_apart` stand for others."""
+    taken_apart: dict[str, tuple[str, ...]]
+    """The names in the checkpoint of the parts of tensors of several experts, which are stored expert by expert."""
     unplaced: tuple[str, ...]
     """The names of those that the model's class has no place for, which are stored as they are."""
     left_out: dict[str, str]
@@ -97,7 +99,8 @@ class Source:
 
     def names_of(self, tensor: str) -> tuple[str, ...]:
         """The names under which a tensor is in the checkpoint; none where it is left out."""
-        return () if tensor in self.left_out else self.became.get(tensor, (tensor,))
+        names = () if tensor in self.left_out else self.became.get(tensor, (tensor,))
+        return tuple(part for name in names for part in self.taken_apart.get(name, (name,)))
 
     @property
     def files_left_out(self) -> list[str]:

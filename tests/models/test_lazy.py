@@ -21,7 +21,9 @@ from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy, prefetched
 from slimlm.models.structure import blocks_of
 from slimlm.preflight.rehearsal import rehearse
+from slimlm.run.assemble import source_of
 from slimlm.run.block import BlockTask
+from slimlm.storage.streams import write_stream
 from tests.conftest import ALL_FAMILIES, MIXTURES, random_model, save
 
 CPU = torch.device("cpu")
@@ -150,12 +152,47 @@ def test_tensors_that_transformers_makes_are_made_once_one_at_a_time_and_equal(
     assert found.bytes == expected.bytes and found.became.keys() == expected.became.keys()
     first = "model.layers.0.mlp.experts.1.up_proj.weight"
     source = next(name for name, names in expected.became.items() if first in names)
-    assert first in found.became[source]
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    assert found.became[source] == (fused,) and first in found.taken_apart[fused]
     made = folder / "converted" / "made.safetensors"
     written = made.stat().st_mtime_ns
     again = opened(folder)
     assert made.stat().st_mtime_ns == written
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in again.weights.items())
+
+
+def test_stacks_that_are_made_as_a_whole_are_written_once_and_named_once(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(random_model("mixtral", torch.bfloat16), tmp_path / "m")
+    expected = opened(folder)
+    assert not expected.taken_apart
+    written: list[Path] = []
+
+    def counted(path: Path, *args: Any) -> str:
+        written.append(path)
+        return write_stream(path, *args)
+
+    # The down projections are made in any case; those of gate and up, because a layer would be no view of the files.
+    monkeypatch.setattr("slimlm.models.stacked_experts._stacks", lambda converter: len(converter.source_patterns) == 2)
+    monkeypatch.setattr("slimlm.models.stacked_experts.Stack.share", lambda *_: None)
+    monkeypatch.setattr("slimlm.models.lazy.write_stream", counted)
+    found = opened(folder)
+    assert len(written) == 1
+    again = opened(folder)
+    assert len(written) == 1, "a run that is resumed writes nothing again"
+    for lazy in (found, again):
+        assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in lazy.weights.items())
+    source = source_of(found, {})
+    parts = [name for fused in source.taken_apart for name in source.taken_apart[fused]]
+    assert len(parts) == len(set(parts)) == sum(".experts." in name for name in found.weights)
+    assert all(len(names) == 1 for names in source.became.values()), "each tensor names only what it is a part of"
+    assert source.names_of("model.layers.0.block_sparse_moe.experts.1.w2.weight") == tuple(
+        f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(3)
+    )
+    record = slimlm.compress(folder, tmp_path / "o", **OPTIONS, data=str(text_file)).record
+    assert record.source is not None and record.source.taken_apart == source.taken_apart
+    assert slimlm.verify(tmp_path / "o").problems == ()
 
 
 def test_several_shards_and_files_beside_them(tmp_path: Path, text_file: Path) -> None:
@@ -367,8 +404,9 @@ def test_a_dtype_that_is_not_read_matters_only_where_the_model_takes_the_tensor(
     expected = opened(folder)
     state = load_file(folder / "model.safetensors")
     save_file(state | {"odd.scale": torch.zeros(4).to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
-    found = opened(folder)
-    assert list(found.weights) == list(expected.weights)
+    told: list[str] = []
+    found = open_lazy(str(folder), folder / "converted", told.append)
+    assert list(found.weights) == list(expected.weights) and ["1 of odd (odd.scale)" in text for text in told] == [True]
     assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in found.weights.items())
     taken = "model.layers.1.mlp.up_proj.weight"
     save_file(state | {taken: state[taken].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})

@@ -136,6 +136,15 @@ def fused_in(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if layout_of(module) is not None]
 
 
+def shares_of(model: nn.Module) -> Iterator[Share]:
+    """The parts that `take_apart` takes out of the model's fused tensors for the first expert; those of others are alike."""
+    for name in fused_in(model):
+        layout = layout_of(model.get_submodule(name))
+        assert layout is not None
+        for projection in layout.projections:
+            yield from (share for _, share in _shares(layout, name, 0, projection))
+
+
 def take_apart(model: nn.Module, name: str) -> dict[str, Share]:
     """Replace a fused module of the model by `Experts`, whose weights are views of the fused tensors.
 

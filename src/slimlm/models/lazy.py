@@ -70,7 +70,9 @@ class LazyModel:
     unplaced: Unplaced
     """tensors of the files that the model's class has no place for; some are stored with a checkpoint as they are"""
     became: dict[str, tuple[str, ...]]
-    """names in the files, and the names in the model's state of what those tensors are or were made into"""
+    """names in the files, and the names of what those tensors are or were made into, in the model or in `taken_apart`"""
+    taken_apart: dict[str, tuple[str, ...]]
+    """tensors of several experts that were made and then taken apart, and the names in the model's state of their parts"""
     converted: tuple[Path, ...]
     """the files that were made of old .bin files and of tensors that transformers joins"""
 
@@ -226,6 +228,7 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         listed=_listed(files),
         unplaced=resolved.unplaced,
         became=resolved.became,
+        taken_apart=resolved.taken_apart,
         converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
     )
 

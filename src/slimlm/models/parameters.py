@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimlm.core.errors import ModelError, first_line
 from slimlm.models.conversion import Keep, Made, Places, make, places_of
-from slimlm.models.experts import Share, fused_in, take_apart
+from slimlm.models.experts import Share, fused_in, shares_of, take_apart
 from slimlm.models.meta import meta_model
 from slimlm.models.opening import loading_settings, read_config
 from slimlm.models.placeholders import drop_values, placeholder
@@ -57,7 +57,9 @@ class ResolvedModel:
     unplaced: Unplaced
     """what becomes of the tensors of the files that the model does not have"""
     became: dict[str, tuple[str, ...]]
-    """names in the files, and the names in the model's state of what those tensors are or were made into"""
+    """names in the files, and the names of what those tensors are or were made into, in the model or in `taken_apart`"""
+    taken_apart: dict[str, tuple[str, ...]]
+    """tensors of several experts that were made and then taken apart, and the names in the model's state of their parts"""
 
 
 def resolve_parameters(source: str, folder: Path, files: FileTensors) -> ResolvedModel:
@@ -82,13 +84,7 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
         refuse_quantized_tensors(around, places.without)
         _refuse_other_shapes(source, empty, places.plain, stored)
         untied = _untied(empty, places.plain, files)
-        whole: set[str] = set()
-        while True:
-            found = _resolved(around, _tensors_for(empty, places, files, whole), untied)
-            if isinstance(found, ResolvedModel):
-                return found
-            # Of these stacks some layer is no view of a tensor of the files: they are made as a whole.
-            whole |= found
+        return _resolved(around, _tensors_for(empty, places, files), untied)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
 
@@ -108,26 +104,39 @@ class _Tensors:
     stacks: dict[str, Stack]
     """those that stay stacks of several, by name in the model"""
 
-    def of(self, key: str, share: Share | None) -> Tensor | None:
-        """A tensor of the model, or its share of one: a view of the files; None where it is a view of none."""
+    def of(self, key: str, share: Share | None) -> Tensor:
+        """A tensor of the model, or its share of one: a view of the files."""
         if key in self.stacks:
-            return None if share is None else self.stacks[key].share(share, self.files)
+            found = None if share is None else self.stacks[key].share(share, self.files)
+            assert found is not None, f"{key} stays a stack, and its layers are views of the files"
+            return found
         whole = self.made.tensors[key] if key in self.made.tensors else self.plain[key]
         return whole if share is None else share.view(whole[share.expert])
 
 
-def _tensors_for(empty: PreTrainedModel, places: Places, files: FileTensors, whole: set[str]) -> _Tensors:
-    """The tensors that a model is made of; those named in `whole` stay no stacks."""
+def _tensors_for(empty: PreTrainedModel, places: Places, files: FileTensors) -> _Tensors:
+    """The tensors that a model is made of.
+
+    A stack stays one where each layer that is taken out of it is a view of a tensor of the files; others are made as a whole.
+    """
     stored, shapes = files.stored, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    found = {name: stack_of(step) for name, step in places.converted.items() if name not in whole}
-    stacks = {name: stack for name, stack in found.items() if stack is not None and stack.shape(stored) == shapes[name]}
+    shares: dict[str, list[Share]] = {}
+    for share in shares_of(empty):
+        shares.setdefault(share.fused, []).append(share)
+    stacks = {}
+    for name, step in places.converted.items():
+        stack = stack_of(step) if name in shares else None
+        if stack is None or stack.shape(stored) != shapes[name]:
+            continue
+        if all(stack.share(share, stored) is not None for share in shares[name]):
+            stacks[name] = stack
     steps = [step for name, step in places.converted.items() if name not in stacks]
     plain = {name: stored[name] for name in places.plain.values()}
     return _Tensors(places, stored, plain, make(empty, steps, stored, files.keep), stacks)
 
 
-def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> ResolvedModel | set[str]:
-    """The model; or the names of the stacks of which some layer is no view of a tensor of the files."""
+def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> ResolvedModel:
+    """The meta model, and what each of its parameters is."""
     given, keys = _placeholders(tensors, untied)
     with loading_settings():
         model, info = type(around.model).from_pretrained(
@@ -139,21 +148,12 @@ def _resolved(around: Surroundings, tensors: _Tensors, untied: set[str]) -> Reso
     experts = fused_in(model)
     shares = {name: share for fused in experts for name, share in take_apart(model, fused).items()}
     weights: dict[str, Tensor] = {}
-    stuck: set[str] = set()
     for name, own in model.state_dict(keep_vars=True).items():
         key = keys_of[shares[name].fused] if name in shares else keys_of[name]
-        tensor = None if key is None else tensors.of(key, shares.get(name))
-        if key is None:
-            weights[name] = _computed(around, name, own)
-        elif tensor is None:
-            stuck.add(key)
-        else:
-            weights[name] = tensor
-    if stuck:
-        return stuck
+        weights[name] = _computed(around, name, own) if key is None else tensors.of(key, shares.get(name))
     drop_values(model.state_dict(keep_vars=True).values())
-    became = _became(tensors, weights, shares)
-    return ResolvedModel(model.eval().requires_grad_(False), weights, experts, unplaced, became)
+    became, taken_apart = _became(tensors, weights, shares)
+    return ResolvedModel(model.eval().requires_grad_(False), weights, experts, unplaced, became, taken_apart)
 
 
 def _keys_of(model: PreTrainedModel, by_address: dict[int, str], tensors: _Tensors) -> dict[str, str | None]:
@@ -179,8 +179,14 @@ def _computed(around: Surroundings, name: str, tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def _became(tensors: _Tensors, weights: Mapping[str, Tensor], shares: Mapping[str, Share]) -> dict[str, tuple[str, ...]]:
-    """What became of each tensor of the files that has a place: the names in the model's state, by its name in the files."""
+Names = dict[str, tuple[str, ...]]
+
+
+def _became(tensors: _Tensors, weights: Mapping[str, Tensor], shares: Mapping[str, Share]) -> tuple[Names, Names]:
+    """What became of each tensor of the files that has a place, by its name there, and of tensors made and then taken apart.
+
+    Each of the many tensors that one is made of names that one, which is in the second dict with the names of its parts.
+    """
     found: dict[str, list[str]] = {}
     starts, names = _by_address(tensors.files)
     for name, tensor in weights.items():
@@ -190,14 +196,18 @@ def _became(tensors: _Tensors, weights: Mapping[str, Tensor], shares: Mapping[st
     parts: dict[str, list[str]] = {}
     for name in weights:
         parts.setdefault(shares[name].fused if name in shares else name, []).append(name)
+    apart: Names = {}
     for target, sources in tensors.made.of.items():
+        if parts[target] != [target] and len(sources) > 1:
+            apart[target] = tuple(parts[target])
         for source in sources:
+            names = [target] if target in apart else parts[target]
             found.setdefault(source, [])
-            found[source] += [name for name in parts[target] if name not in found[source]]
+            found[source] += [name for name in names if name not in found[source]]
     for target, source in tensors.places.plain.items():
         # Empty tensors, and those that are tied to an equal one.
         found.setdefault(source, parts[target])
-    return {name: tuple(became) for name, became in found.items()}
+    return {name: tuple(became) for name, became in found.items()}, apart
 
 
 def _by_address(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[str]]:

@@ -184,6 +184,7 @@ def source_of(dense: LazyModel, files: dict[str, str]) -> Source:
     return Source(
         tensors=dense.listed,
         became={name: names for name, names in dense.became.items() if names != (name,)},
+        taken_apart=dense.taken_apart,
         unplaced=tuple(unplaced.stored),
         left_out=unplaced.left_out,
         files=files,

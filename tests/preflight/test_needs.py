@@ -21,7 +21,7 @@ from slimlm.planner import forms
 from slimlm.planner.forms import brief, drawn_layer, fitting, form_of, resolved
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
-from slimlm.preflight.times import planning_seconds
+from slimlm.preflight.times import planning_seconds, seconds_of
 from slimlm.recipe import AS_STORED, apply_steps, open_recipe, shipped
 from tests.conftest import FAMILIES, random_model, save
 
@@ -155,3 +155,13 @@ def test_a_plan_takes_as_much_longer_as_an_option_more_costs_in_every_layer(llam
     assert seconds(10) - seconds(9) == pytest.approx(len(needs.shapes))
     slow = dataclasses.replace(rates, products=1e3)
     assert planning_seconds(needs, slow, lambda name: second, 9) > 2 * seconds(9)
+
+
+def test_the_time_of_the_steps_counts_the_output_errors_of_a_recipe_with_covariances(llama_folder: Path) -> None:
+    rates, nothing = Rates(1e6, 1e18, 1e18), StepCost(0.0, 0.0, 0.0, 0.0)
+
+    def steps(recipe: str) -> float:
+        return seconds_of(needs_of(llama_folder, recipe), rates, lambda name: nothing)["steps"]
+
+    shapes = needs_of(llama_folder, "gptq").shapes.values()
+    assert steps("slim") == 0 and steps("gptq") == pytest.approx(sum(4 * out * width**2 for out, width in shapes) / 1e6)

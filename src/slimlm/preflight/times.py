@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slimlm.core.statistics.base import Source
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import linears_of, vocabulary_size, weight_of
 from slimlm.planner.plan import held_back
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
+from slimlm.record import output_error_operations
 
 _TOKENIZED = 100_000
 """Tokens per second of a fast tokenizer, including reading the text."""
@@ -78,6 +80,8 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
         runs += 2 + 4 / batches
     measure = blocks * (runs * whole + _sums(run, rates))
     steps = sum(cost(name).seconds(shape) for name, shape in run.shapes.items())
+    if Covariance in needs:
+        steps += sum(map(output_error_operations, run.shapes.values())) / rates.products
     passed = blocks * (forward.seconds(run.tokens, batches) + (run.streams - 1) * whole)
     kept = (run.blocks_bytes + (blocks + 1) * run.activations_bytes) / rates.written
     written = (2 * run.stored_bytes) / rates.written

@@ -17,14 +17,17 @@ def placeholder(shape: Iterable[int], dtype: torch.dtype, value: int = 0) -> Ten
     return torch.full((), value, dtype=dtype).expand(tuple(shape))
 
 
-def meta_copy(module: nn.Module, outside: Iterable[Tensor] = ()) -> nn.Module:
+def meta_copy(
+    module: nn.Module, outside: Iterable[Tensor] = (), replaced: Iterable[tuple[nn.Module, nn.Module]] = ()
+) -> nn.Module:
     """A copy of a module of a meta model, also without values; deepcopy alone would allocate every parameter.
 
     Args:
         module: the module.
         outside: other tensors `[...]` of the model, which are copied without values, too, if the module refers to them.
+        replaced: pairs of a module inside this one, which is not copied, and another that stands in its place in the copy.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(own): other for own, other in replaced}
     for tensor in (*module.state_dict(keep_vars=True).values(), *outside):
         empty = placeholder(tensor.shape, tensor.dtype)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

@@ -125,10 +125,10 @@ class StoredModel:
 
     def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
         """A model whose blocks are replaced by functions, by name, and which computes in float32."""
-        model = meta_copy(self.meta_model)
+        blocks = {name: self.meta_model.get_submodule(name) for name in forwards}
+        replaced = [(block, _Replacement(block, forwards[name])) for name, block in blocks.items()]
+        model = meta_copy(self.meta_model, replaced=replaced)
         assert isinstance(model, PreTrainedModel)
-        for name, forward in forwards.items():
-            swap(model, name, _Replacement(self.meta_model.get_submodule(name), forward))
         self._put_compressed(model, "")
         self._put_others(model, "")
         widen_activations(model)

@@ -33,7 +33,7 @@ def test_licence_and_processor_are_copied_and_everything_else_is_named(tmp_path:
     for name, reason in {**LEFT, "1_Pooling": "a folder", "gone.json": "leads nowhere"}.items():
         assert reason in source.files[name] and not (out.path / name).exists()
     assert sorted(source.files_left_out) == sorted([*LEFT, "1_Pooling", "gone.json"])
-    assert source.files["config.json"] == source.files["tokenizer.json"] == "written anew"
+    assert source.files["config.json"] == source.files["tokenizer.json"] == "replaced by the checkpoint's own"
     assert slimlm.verify(out.path).sound
     (out.path / "LICENSE").unlink()
     assert slimlm.verify(out.path).problems == ("LICENSE is missing",)

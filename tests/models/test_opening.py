@@ -45,7 +45,7 @@ def add_adapter(folder: Path) -> None:
 
 def test_an_adapter_beside_a_full_model_is_refused(folder: Path, text_file: Path) -> None:
     add_adapter(folder)
-    refused(folder, r"an adapter for some/base .* beside the full model: .*merge_and_unload\(\)", text_file)
+    refused(folder, r"an adapter for some/base .* and the full model as well: .*merge_and_unload\(\)", text_file)
 
 
 def test_an_adapter_alone_says_of_which_base_it_is(folder: Path, text_file: Path) -> None:
@@ -147,5 +147,5 @@ def test_a_sentencepiece_model_says_what_reads_it(
 def test_a_dense_model_is_opened_whole_with_the_same_checks(tmp_path: Path) -> None:
     folder = save(random_model("llama"), tmp_path / "m")
     add_adapter(folder)
-    with pytest.raises(ModelError, match="beside the full model"):
+    with pytest.raises(ModelError, match="and the full model as well"):
         slimlm.plan(folder, bits=4.0, recipe="best", data="stdlib", samples=2, length=16)

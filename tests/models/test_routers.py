@@ -195,6 +195,6 @@ def test_experts_without_a_router_that_can_be_found_are_refused() -> None:
     block = block_of(Mixture(strange=nn.Linear(48, 5), shared_gate=nn.Linear(48, 1)))
     assert without_router(block) == ["mlp.experts"]
     with pytest.raises(
-        ModelError, match=r"layers\.0\.mlp\.experts of LlamaForCausalLM holds experts, .* no router beside them"
+        ModelError, match=r"layers\.0\.mlp\.experts of LlamaForCausalLM holds experts, .* no router next to them"
     ):
         refuse_unknown(random_model("llama"), {"layers.0": block})

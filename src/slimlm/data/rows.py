@@ -102,7 +102,7 @@ class Reading:
 
 
 class _NoTextError(Exception):
-    """A row without text, in words."""
+    """A row without text; the message says what it holds instead."""
 
 
 def _full(text: str, what: str) -> str:

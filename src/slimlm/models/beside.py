@@ -16,7 +16,7 @@ BELONGING = (
     "LICEN[CS]E*", "licen[cs]e*", "COPYING*", "NOTICE*", "USE_POLICY*", "*[Ll]icen[cs]e*.md",
 )  # fmt: skip
 """Patterns of the names of files that are copied."""
-WRITTEN = "written anew"
+REPLACED = "replaced by the checkpoint's own"
 _LEFT_OUT = {
     "training state": ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*", "scaler.pt", "*.distcp"),
     "an index of weight files": ("*.safetensors.index.json", "*.bin.index.json", "*.index.json"),
@@ -44,7 +44,7 @@ def copy_beside(folder: Path, out: Path, weights: Iterable[Path]) -> dict[str, s
         weights: the files that the model's weights were read from.
 
     Returns:
-        For each name in the folder what became of it: copied, written anew, or why it was left out.
+        For each name in the folder what became of it: copied, replaced, or why it was left out.
     """
     read = {path.name for path in weights}
     written = {path.name for path in out.iterdir()}
@@ -53,7 +53,7 @@ def copy_beside(folder: Path, out: Path, weights: Iterable[Path]) -> dict[str, s
         if path.name in read:
             found[path.name] = READ
         elif path.is_file() and path.name in (*written, *_OWN):
-            found[path.name] = WRITTEN
+            found[path.name] = REPLACED
         elif (reason := _left_out(path)) is not None:
             found[path.name] = f"{LEFT_OUT}{reason}"
         else:

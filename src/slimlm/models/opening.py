@@ -124,7 +124,7 @@ def refuse_adapter(folder: Path, source: str) -> None:
     if not weights:
         raise ModelError(f"{held} and no weights of a model. {_MERGE}")
     raise ModelError(
-        f"{held} beside the full model: with peft installed, transformers applies it, so the folder would stand for two "
+        f"{held} and the full model as well: with peft installed, transformers applies it, so the folder would stand for two "
         f"different models. {_MERGE}; or remove {ADAPTER_CONFIG} and the adapter's weights to compress the model without it"
     )
 
@@ -310,7 +310,7 @@ def quantization_of(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def refuse_quantized(config: dict[str, Any], source: str, folder: Path | None = None) -> None:
-    """Raise ModelError where a config, or a file beside it in the folder, says that the weights are already quantized."""
+    """Raise ModelError where a config, or another file of the folder, says that the weights are already quantized."""
     if about := quantization_of(config, source):
         raise ModelError(_quantized(source, about.get("quant_method", "unknown")))
     if compression := config.get("compression_config"):
@@ -371,7 +371,7 @@ _IMPLEMENTATIONS = (
 
 
 OWN_ATTENTION = ("eager", "sdpa")
-"""The implementations of attention that need no package beside torch. Another one that a config names is not used: which one
+"""The implementations of attention that need no package besides torch. Another one that a config names is not used: which one
 computes is a matter of the machine, not of the model."""
 
 

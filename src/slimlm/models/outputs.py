@@ -1,4 +1,4 @@
-"""The switches of a model's config that change what its forward pass returns or computes beside the logits.
+"""The switches of a model's config that change what its forward pass returns or computes in addition to the logits.
 
 A config may ask for tuples in place of objects with fields, for the hidden states or attention weights of every block, or for
 the loss of routers. slimlm reads logits and hidden states, and runs models whose blocks are replaced or skipped, which have no

@@ -86,8 +86,8 @@ def refuse_unknown(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     for block, module in blocks.items():
         if lone := without_router(module):
             raise ModelError(
-                f"{block}.{lone[0]} of {type(model).__name__} holds experts, and slimlm finds no router beside them. A router "
-                "must not be compressed, so it has to be known: a module beside them with an output for each works"
+                f"{block}.{lone[0]} of {type(model).__name__} holds experts, and slimlm finds no router next to them. A router "
+                "must not be compressed, so it has to be known: a module next to them with an output for each works"
             )
     if unknown > whole / 2:
         largest = max(others, key=lambda name: sizes[name])

@@ -156,7 +156,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
 
 
 def _source_rows(record: "Record") -> list[tuple[str, str]]:
-    """What became of the tensors of the original's files, and of the files beside them."""
+    """What became of the tensors of the original's files, and of the other files."""
     source = record.source
     if source is None:
         return []
@@ -172,7 +172,7 @@ def _source_rows(record: "Record") -> list[tuple[str, str]]:
     kept = len(source.files) - len(lost)
     return [
         ("original", tensors),
-        ("its files", f"{len(source.files)}: {kept} read, copied or written anew, {len(lost)} left out{named}"),
+        ("its files", f"{len(source.files)}: {kept} read, copied or replaced, {len(lost)} left out{named}"),
     ]
 
 

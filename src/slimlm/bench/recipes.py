@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -118,7 +119,7 @@ def compare_recipes(
         store: A folder for the compressed models until all are done. A call that was stopped continues with what is there, and
             removes it when it is done. It is made where it does not exist.
         progress: An observer of the events; stages are those of `compress` after the number and the name of the trial.
-        notify: Is given what the user should know.
+        notify: Is given what the user should know, before a Ctrl-C.
         each: A function that is called with each row as soon as it is known.
 
     Raises:
@@ -203,10 +204,20 @@ def _compressed(
             samples=setting.samples,
             length=setting.length,
             progress=progress,
-            notify=notify,
+            notify=_until_stopped(notify),
         )
         seconds = result.record.seconds
     return open_any(str(folder), notify=notify), seconds
+
+
+def _until_stopped(notify: Notify) -> Notify:
+    """The same function, silent while a Ctrl-C is handled: `compress` then speaks of one model of several."""
+
+    def told(text: str) -> None:
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            notify(text)
+
+    return told
 
 
 def _drop_if_damaged(folder: Path, notify: Notify) -> None:

@@ -47,8 +47,7 @@ from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
 from slimlm.calibration.measurement import measure
 from slimlm.core.solvers.linalg import weighted_square
 from slimlm.core.statistics.covariance import Covariance
-from slimlm.data.documents import documents
-from slimlm.data.windows import sample_from_model, token_stream, windows_of
+from slimlm.data.windows import sample_from_model, tokens_of, windows_of
 from slimlm.evaluation.compare import OpenModel, open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.structure import blocks_of, context_length, linears_of, weight_of
@@ -209,7 +208,7 @@ class Ground:
             pieces = sample_from_model(dense.model, samples=MADE_WINDOWS, length=length, seed=MADE_SEED, start=start)
             windows = torch.cat(list(pieces))
         else:
-            tokens = token_stream(dense.tokenizer, documents(text, "evaluation"), at_most=max_tokens)
+            tokens = tokens_of(dense.tokenizer, text, "evaluation", at_most=max_tokens)
             windows = windows_of(tokens, length, source=text)
         probes = windows[torch.linspace(0, len(windows) - 1, min(PROBES, len(windows))).long()]
         return cls(source, data, samples, dense, windows, probes, covariances(dense.model, probes))

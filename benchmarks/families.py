@@ -4,7 +4,8 @@
     python benchmarks/families.py run --again --only qwen3 --only 'gemma*'
     python benchmarks/families.py page                      # docs/models.md, of that file
 
-Models that the file holds are passed over, so that an interrupted run is resumed; `--again` tries them again.
+Models that the file holds are passed over, so that an interrupted run is resumed; `--again` tries them again. Results with
+other versions of slimlm, torch or transformers than the installed ones are dropped, so that all in the file are of the same.
 
 A model is saved in bfloat16, compressed by `absmax` from 8 samples of 32 tokens, in batches of 4 samples, and opened by
 `slimlm.load` and by transformers. Its logits are compared with those of the original class whose weights are those that the
@@ -318,6 +319,19 @@ def about(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def versions() -> dict[str, str]:
+    """The installed versions that a result depends on."""
+    return {name: version(name) for name in ("slimlm", "torch", "transformers")}
+
+
+def to_resume(path: Path) -> dict[str, Row]:
+    """The rows of a file of results, by key; none where they are of other versions than the installed ones."""
+    if path.exists() and (found := about(path)["versions"]) != versions():
+        print(f"{path}: the results with {', '.join(f'{name} {found[name]}' for name in found)} are dropped", flush=True)
+        return {}
+    return results(path)
+
+
 def results(path: Path) -> dict[str, Row]:
     """The rows of a file of results, by key; none where there is no file."""
     if not path.exists():
@@ -330,8 +344,7 @@ def results(path: Path) -> dict[str, Row]:
 def write(path: Path, rows: dict[str, Row]) -> None:
     """The results, with the versions that they are about; what is not of use in a row is left out."""
     found = [{name: value for name, value in asdict(rows[key]).items() if value and name != "trace"} for key in sorted(rows)]
-    versions = {name: version(name) for name in ("slimlm", "torch", "transformers")}
-    text = json.dumps({"versions": versions, "date": date.today().isoformat(), "rows": found}, indent=1, ensure_ascii=False)
+    text = json.dumps({"versions": versions(), "date": date.today().isoformat(), "rows": found}, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -339,7 +352,7 @@ def run(given: argparse.Namespace) -> int:
     """Try the models that are asked for and not in the file yet; the status says whether any failed."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = results(given.into)
+    rows = to_resume(given.into)
     asked = wanted(given.only)
     waiting = [row for row in asked if given.again or row.key not in rows]
     running: list[Running] = []
@@ -365,9 +378,9 @@ def section(path: Path) -> str:
     """What the page says of the results: counts, and a table for each outcome."""
     run_of, rows = about(path), sorted(results(path).values(), key=lambda row: row.key)
     found = {outcome: [row for row in rows if row.outcome == outcome] for outcome in ("works", "refused", "fails", "not made")}
-    versions = run_of["versions"]
+    tried_with = run_of["versions"]
     lines = [
-        f"Tried on {run_of['date']} with transformers {versions['transformers']} and torch {versions['torch']}: "
+        f"Tried on {run_of['date']} with transformers {tried_with['transformers']} and torch {tried_with['torch']}: "
         f"{len({row.model_type for row in rows})} model types, {len(rows)} models. {len(found['works'])} work, "
         f"{len(found['refused'])} are refused before the work, {len(found['fails'])} fail, and of {len(found['not made'])} no "
         "tiny model could be made.",

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 import slimlm
 from results_file import Results, this_run
 from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run_through
-from slimlm.data.documents import documents
-from slimlm.data.windows import choose_windows, token_stream, windows_of
+from slimlm.data.windows import choose_windows, tokens_of, windows_of
 from slimlm.events import Event
 from slimlm.models.dense import open_dense
 from slimlm.models.structure import blocks_of
@@ -44,7 +43,7 @@ def in_memory(model: str, out: Path, recipe: str, samples: int, length: int) -> 
     """Compress without journal and streaming; gives when each stage ended."""
     began = time.perf_counter()
     steps, dense = open_recipe(recipe), open_dense(model)
-    tokens = token_stream(dense.tokenizer, documents("stdlib", "calibration"), at_most=8 * samples * length)
+    tokens = tokens_of(dense.tokenizer, "stdlib", "calibration", at_most=8 * samples * length)
     windows = choose_windows(windows_of(tokens, length, source="stdlib"), samples, 0)
     blocks = blocks_of(dense.model)
     flow = enter(dense.model, blocks, windows)

@@ -29,6 +29,9 @@ from benchmarks.tiny_models import byte_tokenizer as byte_tokenizer
 from benchmarks.tiny_models import made_text
 from benchmarks.tiny_models import save as save
 from slimlm.cli.app import main
+from slimlm.data.documents import Purpose, Source, pieces
+from slimlm.data.files import Piece
+from slimlm.data.rows import Reading
 from slimlm.record import Record
 from slimlm.runtime.cpu import bindings, native
 from tests.fake_cuda import FakeCuda, install
@@ -135,6 +138,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Ch
 def packed(checkpoints: Checkpoints) -> Path:
     """The tiny Llama in float16, compressed by `slim`."""
     return checkpoints().out
+
+
+def documents(source: Source, purpose: Purpose, reading: Reading | None = None) -> Iterator[str]:
+    """The documents of a source, read lazily and in order, each put together from its pieces."""
+    return _joined(pieces(source, purpose, reading or Reading()))
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[str]:
+    document: list[str] = []
+    for piece in pieces:
+        if piece.begins and document:
+            yield "".join(document)
+            document = []
+        document.append(piece.text)
+    if document:
+        yield "".join(document)
 
 
 class Line:

@@ -110,8 +110,25 @@ def test_lines_say_once_per_block_what_it_lost_what_it_took_and_what_is_left() -
         "open the model",
         "block 1/3 layers.0: finished by an earlier run, as are the blocks before it",
         "block 2/3 layers.1: diagonal error 0.5000 (mean so far 0.5000), 90.0 s, about 90 s left",
-        "block 3/3 layers.2: nothing to compress (mean so far 0.5000), 30.0 s, about 0 s left",
+        "block 3/3 layers.2: nothing to compress (mean diagonal error so far 0.5000), 30.0 s, about 0 s left",
     ]
+
+
+def test_errors_of_two_kinds_on_one_line_or_display_are_each_named() -> None:
+    clock, file, display = Clock(), io.StringIO(), Display()
+    lines = Lines(file, clock)
+    measured = dataclasses.replace(record("layers.1.q0", 0.5), output_error=0.03)
+    done = BlockDone(2, "layers.1", (measured,), 10)
+    for observer in (lines, display):
+        observer(Event("compress", 0, 3))
+        observer(Event("compress", 1, 3, blocks=(block(1, 10, 0.25),)))
+        observer(Event("compress", 1, 3, "steps", "layers.1", ("q0",), LayerDone(measured, 64, 2.0)))
+        observer(Event("compress", 2, 3, blocks=(done,)))
+    assert "block 2/3 layers.1: output error 0.0300 (mean diagonal error so far 0.3750), 10.0 s" in file.getvalue()
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(display)
+    shown = [" ".join(row.split()) for row in console.export_text().splitlines()]
+    assert {"diagonal error 0.3750 mean of 2 layers", "output error last 0.0300 (q0)"} <= set(shown)
 
 
 def test_lines_of_other_stages_are_ten_seconds_apart() -> None:

@@ -178,11 +178,13 @@ class Display:
             rows.insert(0, (f"block {progress.done + 1}", progress.name))
             rows.insert(1, ("now", f"{_DOING[progress.doing]}{layers}"))
         last = None if progress.last is None else Error.of([progress.last])
-        errors = [] if progress.error is None else [f"{progress.error.mean:.4f} mean of {_layers(progress)}"]
+        errors: dict[str, list[str]] = {}
+        if (mean := progress.error) is not None:
+            errors.setdefault(mean.kind, []).append(f"{mean.mean:.4f} mean of {_layers(progress)}")
         if progress.last is not None and last is not None:
-            errors.append(f"last {last.mean:.4f} ({progress.last.name.rpartition('.')[2]})")
-        if (shown := last or progress.error) is not None:
-            rows.insert(-1, (shown.kind, ", ".join(errors)))
+            errors.setdefault(last.kind, []).append(f"last {last.mean:.4f} ({progress.last.name.rpartition('.')[2]})")
+        for kind, texts in errors.items():
+            rows.insert(-1, (kind, ", ".join(texts)))
         grid = Table.grid(padding=(0, 2))
         for name, text in rows:
             grid.add_row(Text(name, style="dim"), Text(text, overflow="ellipsis", no_wrap=True))
@@ -228,10 +230,12 @@ class Lines:
         what = f"block {block.number}/{progress.total} {block.name}"
         if block.seconds is None:
             return f"{what}: finished by an earlier run, as are the blocks before it"
-        own = Error.of(block.records)
+        own, mean = Error.of(block.records), progress.error
         error = "nothing to compress" if own is None else f"{own.kind} {own.mean:.4f}"
-        mean = "" if progress.error is None else f" (mean so far {progress.error.mean:.4f})"
-        return f"{what}: {error}{mean}, {block.seconds:.1f} s{progress.time_left}"
+        if mean is not None:
+            kind = "" if own is not None and own.kind == mean.kind else f"{mean.kind} "
+            error += f" (mean {kind}so far {mean.mean:.4f})"
+        return f"{what}: {error}, {block.seconds:.1f} s{progress.time_left}"
 
     def _say(self, text: str) -> None:
         self._last_line = self.progress.clock()

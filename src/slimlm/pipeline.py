@@ -125,7 +125,7 @@ def compress(
             length: Tokens per sample (2048), at most the model's context.
             seed: The seed by which samples are drawn.
             device: "auto", "cpu", "cuda" or "cuda:N"; one block at a time is worked on there.
-            memory: Bytes ("8GiB") that calibration activations may take before they stay on the disk; None: half of the free
+            memory: Bytes ("8GB") that calibration activations may take before they stay on the disk; None: half of the free
                 memory.
 
     Returns:

@@ -73,6 +73,51 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(llama_folder: Path, t
         )
 
 
+def test_the_folders_above_the_store_are_made_where_they_do_not_exist(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    found = compare_recipes(
+        llama_folder, (Trial("a", "rounded", "absmax"),), setting(text_file), store=tmp_path / "a" / "b" / "c"
+    )
+    assert [row.name for row in found.rows] == ["original", "a"]
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_any_work(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file/store.*XDG_CACHE_HOME"):
+        compare_recipes(
+            llama_folder,
+            (Trial("a", "rounded", "absmax"),),
+            setting(text_file),
+            store=tmp_path / "file" / "store",
+            each=lambda _: pytest.fail("work has begun"),
+        )
+
+
+@pytest.mark.parametrize("damage", ["weights", "record"])
+def test_a_kept_model_that_is_damaged_is_made_again(llama_folder: Path, text_file: Path, tmp_path: Path, damage: str) -> None:
+    trial, store = Trial("a", "rounded", "absmax"), tmp_path / "store"
+
+    def stop(event: Event) -> None:
+        if event.stage == "recipe 1 of 1, a: evaluate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_recipes(llama_folder, (trial,), setting(text_file), store=store, progress=stop)
+    [kept] = [path for path in store.iterdir() if path.is_dir()]
+    if damage == "record":
+        (kept / "slimlm.json").unlink()
+    else:
+        weights = kept / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()  # It may be mapped.
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    told: list[str] = []
+    found = compare_recipes(llama_folder, (trial,), setting(text_file), store=store, notify=told.append)
+    assert [text for text in told if text.startswith(f"{kept}, from an earlier call, is damaged")]
+    assert len(found.rows) == 2 and not store.exists()
+
+
 def test_a_comparison_that_was_stopped_continues_with_what_was_compressed(
     llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -82,8 +127,10 @@ def test_a_comparison_that_was_stopped_continues_with_what_was_compressed(
         if event.stage == "recipe 2 of 2, b: compress":
             raise KeyboardInterrupt
 
+    told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        compare_recipes(llama_folder, trials, setting(text_file), store=tmp_path / "store", progress=stop)
+        compare_recipes(llama_folder, trials, setting(text_file), store=tmp_path / "store", progress=stop, notify=told.append)
+    assert len(told) == 1 and told[0].startswith("calibration has 128 tokens"), "and not that nothing is kept"
     [finished] = [path for path in (tmp_path / "store").iterdir() if (path / "slimlm.json").is_file()]
     assert finished.name.startswith("a-")
     before = Record.from_dict(read_record(finished)).seconds

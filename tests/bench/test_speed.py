@@ -14,7 +14,8 @@ import slimlm
 from slimlm.bench import layer_speed, model_speed
 from slimlm.bench.layer_speed import Call, Contender, Effort, Timing
 from slimlm.cli.app import main
-from slimlm.report.speed import speed_notes, speed_picture
+from slimlm.report.speed import layer_speed_table, speed_notes, speed_picture
+from slimlm.runtime import waiting
 from tests.conftest import random_model, save
 
 SHORT = Effort(rounds=2, burst=1e-4, rotated=1_000_000, pause=0.0)
@@ -238,6 +239,10 @@ def test_figures_and_a_picture_are_written_where_asked(
     assert "x float32" in out
     result = json.loads(file.read_text())
     assert {"model", "machine", "versions", "read_bandwidth", "layers", "generation", "finished"} <= result.keys()
+    assert result["machine"]["waiting_threads"] == waiting.policy()
+    assert layer_speed_table(result).title.startswith("time of one product; 1 thread, CPU time")
+    policy = f"2 threads ({waiting.policy()}), wall time"
+    assert policy in str(layer_speed_table({**result, "threads": 2, "clock": "wall time"}).title)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is missing" in str(speed_picture(result, tmp_path / "none.png"))
     assert not (tmp_path / "none.png").exists()

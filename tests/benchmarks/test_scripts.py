@@ -60,6 +60,19 @@ def test_the_clock_of_compression_gives_each_section_its_own_time(monkeypatch: p
     assert clock.calls == {"adapter rounding": 1, "objective": 1} and not clock.work
 
 
+def test_results_of_model_types_of_other_versions_are_dropped_and_not_stamped_with_the_installed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families, file = script("families", monkeypatch), tmp_path / "families.json"
+    assert families.to_resume(file) == {}
+    row = families.Row("llama", kind="LlamaForCausalLM", outcome="works", skipped=("a",))
+    families.write(file, {row.key: row})
+    assert families.to_resume(file) == {"llama": row}
+    file.write_text(json.dumps({**families.about(file), "versions": {**families.versions(), "torch": "1.0"}}))
+    assert families.to_resume(file) == {}
+    assert "torch 1.0" in capsys.readouterr().out
+
+
 # Kernels
 
 

@@ -18,9 +18,8 @@ from slimlm.cli import plan as plan_verb
 from slimlm.cli.app import VERBS, app
 from slimlm.cli.verb import in_flags
 from slimlm.core.errors import SlimlmError
-from slimlm.data.documents import documents
 from slimlm.run.config import RunConfig, RunOptions
-from tests.conftest import Line
+from tests.conftest import Line, documents
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

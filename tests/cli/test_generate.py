@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,33 @@ def test_standard_input_that_holds_no_text_is_refused(
 ) -> None:
     given(monkeypatch, content)
     assert said in line.refused("generate", packed, "--max-new-tokens", 2)
+
+
+def test_the_user_of_a_terminal_is_told_that_a_text_is_waited_for(
+    line: Line, chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(monkeypatch, b"one two\n")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    status, out, err = line("generate", chatty, "--max-new-tokens", 2, "--json")
+    assert status == 0 and json.loads(out)["prompt"] == "one two"
+    assert "type the text to continue" in err
+
+
+@pytest.mark.parametrize("flag", ["--chat", "--json"])
+def test_bytes_that_are_no_text_are_refused_where_python_would_pass_them_on(chatty: Path, flag: str) -> None:
+    command = [sys.executable, "-m", "slimlm", "generate", str(chatty), "--max-new-tokens", "2", flag]
+    done = subprocess.run(command, input=b"a\xff\n", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 2 and done.stdout == b""
+    assert b"standard input is no utf-8 text" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_chat_whose_conversation_fills_the_context_ends_and_says_why(
+    line: Line, chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(monkeypatch, b"one\n" + b"two " * 70 + b"\nthree\n")
+    status, out, err = line("generate", chatty, "--chat", "--max-new-tokens", 2)
+    assert status == 0 and out.count("\n") == 1
+    assert "note: the chat ends here" in err and "the model's context holds 64" in " ".join(err.split())
 
 
 def test_each_answer_of_a_chat_is_given_the_conversation_before_it(

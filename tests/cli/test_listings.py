@@ -51,6 +51,7 @@ def test_inspect_gives_bits_per_weight_of_each_layer_and_checksums_when_asked(li
     record = Record.from_dict(checkpoint.read_record(packed))
     assert [row["bits_per_weight"] for row in found["layers"]] == [own.bits_per_weight for own in record.layers]
     assert all("tensors" not in file and file["sha256"] for file in found["files"].values())
+    assert "--checksums adds to what --json prints" in line.refused("inspect", packed, "--checksums")
     more = json.loads(line("inspect", packed, "--json", "--checksums")[1])
     assert more["files"] == checkpoint.read_record(packed)["files"]
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from slimlm.cli.app import _without_debug
+
 OPEN = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -29,6 +31,19 @@ def test_a_program_that_does_not_import_slimlm_opens_a_checkpoint(packed: Path, 
     assert bare.returncode == 1 and "'import slimlm' before opening" in bare.stderr
     done = started(program, packed, "--debug", "--help")
     assert (done.returncode, done.stdout) == (0, "LlamaForCausalLM ['--debug', '--help']\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "arguments", "debug"),
+    [
+        ("inspect with --debug", "inspect with", True),
+        ("--debug with p --debug", "with p --debug", True),
+        ("with p --debug", "with p --debug", False),
+        ("--debug --debug", "", True),
+    ],
+)
+def test_debug_belongs_to_the_program_after_the_verb_with_alone(typed: str, arguments: str, debug: bool) -> None:
+    assert _without_debug(typed.split()) == (arguments.split(), debug)
 
 
 def test_console_scripts_and_modules_run_with_their_own_exit_codes(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimlm
 from slimlm.core.errors import DataError
-from slimlm.data.documents import documents, pieces
+from slimlm.data.documents import pieces
 from slimlm.data.files import PIECE, pieces_of
 from slimlm.data.rows import Reading
 from slimlm.data.stdlib import split_of, stdlib_documents
-from slimlm.data.windows import choose_windows, token_stream, tokens_of, windows_of
+from slimlm.data.windows import choose_windows, tokens_of, windows_of
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
-from tests.conftest import ENDS, LLAMA_LIKE, byte_tokenizer, random_model, save
+from tests.conftest import ENDS, LLAMA_LIKE, byte_tokenizer, documents, random_model, save
 
 TEXTS = ["first story", "second\nstory", "third"]
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_each_document_begins_with_the_start_token_and_windows_cut_the_stream() -> None:
     tokenizer = byte_tokenizer()
     a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
-    stream = token_stream(tokenizer, ["ab", "", "ba"])
+    stream = tokens_of(tokenizer, ("ab", "", "ba"), "calibration")
     assert stream.tolist() == [tokenizer.bos_token_id, a, b, tokenizer.bos_token_id, b, a]
     assert windows_of(stream, 4, source="x").tolist() == [[tokenizer.bos_token_id, a, b, tokenizer.bos_token_id]]
 
@@ -229,13 +229,11 @@ def test_a_conversation_that_the_template_does_not_accept_is_skipped(tmp_path: P
 
 def test_text_that_begins_with_the_start_token_gets_no_second_one() -> None:
     tokenizer = byte_tokenizer()
-    plain = token_stream(tokenizer, ["ab", "ba"])
-    assert torch.equal(token_stream(tokenizer, [f"{tokenizer.bos_token}ab", "ba"]), plain)
+    plain = tokens_of(tokenizer, ("ab", "ba"), "calibration")
+    assert torch.equal(tokens_of(tokenizer, (f"{tokenizer.bos_token}ab", "ba"), "calibration"), plain)
 
 
 def test_texts_may_be_given_themselves(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    assert torch.equal(tokens_of(tokenizer, ("ab", "ba"), "calibration"), token_stream(tokenizer, ["ab", "ba"]))
     folder = save(random_model("llama"), tmp_path / "m")
     texts = ["some text that is long enough " * 20, "and another one of them " * 20]
     result = slimlm.compress(folder, tmp_path / "o", recipe="absmax", data=texts, samples=4, length=32)

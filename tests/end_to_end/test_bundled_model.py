@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import slimlm
-from slimlm.data.documents import documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.models.bundled import bundled_model
@@ -29,7 +28,7 @@ def test_it_is_a_small_float16_llama_with_widths_that_divide_by_128() -> None:
 def test_pruning_damages_it_and_slim_wins_half_of_that_back_in_less_than_a_third_of_the_size(tmp_path: Path) -> None:
     samples, length = 16, 512  # fewer, and the figures depend on what text is drawn
     original = open_any(str(bundled_model()))
-    tokens = token_stream(original.tokenizer, documents("stdlib", "evaluation"), at_most=samples * length)
+    tokens = tokens_of(original.tokenizer, "stdlib", "evaluation", at_most=samples * length)
     windows = windows_of(tokens, length, source="stdlib")
     dense = perplexity(original.model, windows).value
     rises = {}

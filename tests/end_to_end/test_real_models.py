@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import slimlm
-from slimlm.data.documents import documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.recipe import Recipe, recipe_from_dict
@@ -20,11 +19,8 @@ pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the real models are 
 
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
-    tokens = token_stream(
-        open_any(str(MODEL)).tokenizer,
-        documents(str(DATA / "text" / "tinystories-dev.txt"), "evaluation"),
-        at_most=20 * 512,
-    )
+    text = str(DATA / "text" / "tinystories-dev.txt")
+    tokens = tokens_of(open_any(str(MODEL)).tokenizer, text, "evaluation", at_most=20 * 512)
     return windows_of(tokens, 512, source="tinystories-dev.txt")
 
 

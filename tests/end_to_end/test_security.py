@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 import slimlm
 from slimlm.core.errors import CheckpointError, DataError, ModelError
-from slimlm.data.documents import documents
 from slimlm.models.dense import open_dense
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Content, Journal
 from slimlm.storage.mapping import map_file
 from slimlm.storage.streams import is_plain_name
+from tests.conftest import documents
 
 
 def opened(folder: Path) -> LazyModel:

@@ -108,7 +108,15 @@ def test_a_model_in_memory_is_refused_with_what_would_work(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("given", "bytes_"),
-    [("8GiB", 8 * 2**30), ("1.5 mb", 1_500_000), ("10", 10), (10, 10), (numpy.int64(10), 10), ("2G", 2 * 2**30)],
+    [
+        ("8GiB", 8 * 2**30),
+        ("1.5 mb", 1_500_000),
+        ("10", 10),
+        (10, 10),
+        (numpy.int64(10), 10),
+        ("2G", 2 * 10**9),
+        ("1.1TB", 1_100_000_000_000),
+    ],
 )
 def test_sizes_may_have_units(given: Any, bytes_: int) -> None:
     assert arguments.size(given, "memory") == bytes_
@@ -116,7 +124,7 @@ def test_sizes_may_have_units(given: Any, bytes_: int) -> None:
 
 @pytest.mark.parametrize("given", ["8 GiBs", "", "-1", 0, -5, True, None, 1.5, "nan"])
 def test_what_is_no_size_is_refused_with_an_example(given: Any) -> None:
-    with pytest.raises(SlimlmError, match=r"`memory=.*`: give a number of bytes, or a size such as 8GiB"):
+    with pytest.raises(SlimlmError, match=r"`memory=.*`: give a number of bytes, or a size such as 8GB"):
         arguments.size(given, "memory")
 
 

@@ -23,8 +23,7 @@ from transformers import (
 
 import slimlm
 from slimlm.core.errors import RecipeError
-from slimlm.data.documents import documents
-from slimlm.data.windows import token_stream, windows_of
+from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import open_any
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
@@ -284,7 +283,7 @@ def test_the_blocks_layers_come_out_the_same_with_and_without(tmp_path: Path, te
 
 def test_at_eight_bits_the_bundled_model_s_perplexity_hardly_moves() -> None:
     opened = open_any(str(bundled_model()))
-    tokens = token_stream(opened.tokenizer, documents("stdlib", "evaluation"), at_most=4 * 512)
+    tokens = tokens_of(opened.tokenizer, "stdlib", "evaluation", at_most=4 * 512)
     windows = windows_of(tokens, 512, source="stdlib")
     before = perplexity(opened.model, windows).value
     compress_embeddings(opened.model, embeddings_of(opened.model, 8))

@@ -35,5 +35,7 @@ def test_the_user_is_warned_of_threads_that_spin_on_a_busy_machine(monkeypatch: 
     message = waiting.spinning_on_a_busy_machine(2)
     assert message is not None and "load 6.5, 4 cores" in message
     assert waiting.spinning_on_a_busy_machine(1) is None
+    assert waiting.policy() == "OpenMP's default"
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert waiting.policy() == "OMP_WAIT_POLICY=PASSIVE"
     assert waiting.spinning_on_a_busy_machine(2) is None

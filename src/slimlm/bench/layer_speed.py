@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimlm.runtime import waiting
 from slimlm.runtime.cpu import native, processor
 
 ROTATED = 160_000_000
@@ -256,11 +257,12 @@ def load_average() -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: the processor, its cores, the kernels' variant and the load when this is called."""
+    """What the figures depend on: the processor, its cores, how threads wait, the kernels' variant, and the load now."""
     return {
         "processor": processor.name(),
         "features": [feature for feature in processor.INTERESTING if feature in processor.features()],
         "cores": os.cpu_count(),
+        "waiting_threads": waiting.policy(),
         "platform": f"{platform.system()} {platform.machine()}",
         "kernels": native.status().active,
         "load_average": load_average(),

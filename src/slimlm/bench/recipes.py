@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlm.core.errors import CheckpointError, SlimlmError
 from slimlm.data.windows import tokens_of, windows_of
 from slimlm.evaluation.compare import OpenModel, open_any
 from slimlm.evaluation.perplexity import perplexity
-from slimlm.events import Event, Observer, quiet
+from slimlm.events import Event, Notify, Observer, logged, quiet
 from slimlm.pipeline import compress
 from slimlm.recipe import open_recipe
 from slimlm.record import Record
 from slimlm.run.config import versions
 from slimlm.run.log import log_path
-from slimlm.storage.checkpoint import RECORD, read_record, refuse_occupied
+from slimlm.storage.checkpoint import RECORD, read_record, refuse_occupied, refuse_taken, verify_files
 
 _NEW_TOKENS = 60
 
@@ -104,6 +107,7 @@ def compare_recipes(
     *,
     store: Path,
     progress: Observer = quiet,
+    notify: Notify = logged,
     each: Callable[[Row], None] | None = None,
 ) -> Comparison:
     """Compress a model in several ways and compare each with the original.
@@ -113,16 +117,19 @@ def compare_recipes(
         trials: The ways to compress it, in order.
         setting: The text.
         store: A folder for the compressed models until all are done. A call that was stopped continues with what is there, and
-            removes it when it is done.
+            removes it when it is done. It is made where it does not exist.
         progress: An observer of the events; stages are those of `compress` after the number and the name of the trial.
+        notify: Is given what the user should know, before a Ctrl-C.
         each: A function that is called with each row as soon as it is known.
 
     Raises:
-        SlimlmError: As for `compress`; before any work, CheckpointError where a folder to write holds files.
+        SlimlmError: As for `compress`; before any work, CheckpointError where a folder to write holds files, or the
+            store cannot be written.
     """
     for trial in trials:
         if trial.out is not None:
             refuse_occupied(trial.out)
+    _make(store)
     original = open_any(str(source))
     at_most = setting.measured_samples * setting.length
     tokens = tokens_of(original.tokenizer, setting.data, "evaluation", at_most=at_most)
@@ -134,7 +141,7 @@ def compare_recipes(
     folders = [store / f"{trial.name.replace(' ', '-')}-{_key(source, trial, setting)}" for trial in trials]
     for number, (trial, folder) in enumerate(zip(trials, folders, strict=True), 1):
         observer = _named(f"recipe {number} of {len(trials)}, {trial.name}", progress)
-        opened, seconds = _compressed(source, trial, setting, folder, observer)
+        opened, seconds = _compressed(source, trial, setting, folder, observer, notify)
         rows.append(_row(trial.name, trial.what, opened, samples, seconds, observer))
         each(rows[-1])
         if trial.continues:
@@ -149,6 +156,19 @@ def compare_recipes(
     with suppress(OSError):  # other calls may have folders there
         store.rmdir()
     return Comparison(tuple(rows), samples[:, 1:].numel(), setting.prompts, continuations)
+
+
+def _make(store: Path) -> None:
+    """Make the folder where it does not exist; raises CheckpointError where it cannot be written."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=store):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {store}, which holds the compressed models until all are done: {error.strerror or error}; name "
+            "another folder, for slimlm demo in the environment variable XDG_CACHE_HOME"
+        ) from error
 
 
 def _ignore(row: Row) -> None:
@@ -168,9 +188,10 @@ def _key(source: str | Path, trial: Trial, setting: Setting) -> str:
 
 
 def _compressed(
-    source: str | Path, trial: Trial, setting: Setting, folder: Path, progress: Observer
+    source: str | Path, trial: Trial, setting: Setting, folder: Path, progress: Observer, notify: Notify
 ) -> tuple[OpenModel, float]:
     """The compressed model of a trial, which an earlier call may have made, and the seconds that it took."""
+    _drop_if_damaged(folder, notify)
     if (folder / RECORD).is_file():
         seconds = Record.from_dict(read_record(folder)).seconds
     else:
@@ -183,9 +204,33 @@ def _compressed(
             samples=setting.samples,
             length=setting.length,
             progress=progress,
+            notify=_until_stopped(notify),
         )
         seconds = result.record.seconds
-    return open_any(str(folder)), seconds
+    return open_any(str(folder), notify=notify), seconds
+
+
+def _until_stopped(notify: Notify) -> Notify:
+    """The same function, silent while a Ctrl-C is handled: `compress` then speaks of one model of several."""
+
+    def told(text: str) -> None:
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            notify(text)
+
+    return told
+
+
+def _drop_if_damaged(folder: Path, notify: Notify) -> None:
+    """Remove what an earlier call has left in a folder if it is neither a whole compressed model nor an unfinished one."""
+    try:
+        if (folder / RECORD).is_file():
+            verify_files(folder)
+            Record.from_dict(read_record(folder))
+        else:
+            refuse_taken(folder)
+    except SlimlmError as error:
+        notify(f"{folder}, from an earlier call, is damaged and is made again: {error}")
+        shutil.rmtree(folder)
 
 
 def _named(name: str, progress: Observer) -> Observer:

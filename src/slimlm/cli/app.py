@@ -108,7 +108,8 @@ def main() -> None:
 
 def _without_debug(typed: list[str]) -> tuple[list[str], bool]:
     """The arguments without --debug, and whether it was there; what follows `with PROGRAM` belongs to that program."""
-    own = len(typed) if WITH not in typed[:2] else typed.index(WITH)
+    verb = next((place for place, word in enumerate(typed) if word != "--debug"), len(typed))
+    own = verb if typed[verb : verb + 1] == [WITH] else len(typed)
     arguments = [a for a in typed[:own] if a != "--debug"]
     return [*arguments, *typed[own:]], len(arguments) < own
 

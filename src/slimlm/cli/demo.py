@@ -1,13 +1,14 @@
 """`slimlm demo`."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, print_json, say, say_on_stderr, show
+from slimlm.cli.console import notes, notifier, print_json, say, say_on_stderr, show
 from slimlm.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _DEFAULT_ELSEWHERE = f"The default recipe of slimlm compress, {DEFAULT_RECIPE}, 
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -50,7 +52,15 @@ def demo(
     trials, store = _trials(out, full=full), _store()
     with progress_on(notes) as observer:
         try:
-            found = compare_recipes(bundled_model(), trials, _setting(full=full), store=store, progress=observer, each=each)
+            found = compare_recipes(
+                bundled_model(),
+                trials,
+                _setting(full=full),
+                store=store,
+                progress=observer,
+                notify=notifier(context),
+                each=each,
+            )
         except KeyboardInterrupt:
             say_on_stderr(
                 f"note: {max(0, len(rows) - 1)} of {len(trials)} recipes are done; what was compressed is kept in {store}, and "
@@ -70,7 +80,7 @@ def demo(
             say(f"\n-- {name}", style="bold")
             say(continuations[i])
     if out is not None:
-        say(f"\nkept: {out}   next: slimlm generate {out} --prompt 'def main('")
+        say(f"\nkept: {out}   next: slimlm generate {shlex.quote(str(out))} --prompt 'def main('")
 
 
 def _store() -> Path:

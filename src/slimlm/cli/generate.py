@@ -56,8 +56,8 @@ def generate(
     opened = open_any(model, kernels=kernels, device=where, notify=notifier(context))
     prefer_fast(opened.model)
     writer = _Writer(opened, where, max_new_tokens, temperature, seed)
-    asked = prompt is None and sys.stdin.isatty() and not as_json
-    if chat or (asked and opened.tokenizer.chat_template):
+    asked = prompt is None and sys.stdin.isatty()
+    if chat or (asked and not as_json and opened.tokenizer.chat_template):
         show_kernels(opened)
         _chat(writer, prompt)
         return
@@ -130,13 +130,29 @@ def _chat(writer: _Writer, first: str | None) -> None:
     messages: list[dict[str, str]] = []
     for line in _lines(first):
         messages.append({"role": "user", "content": line})
-        _, answer = writer.write(_chat_tokens(writer.opened, messages), before=_ignore, each=_print)
+        ids = _chat_tokens(writer.opened, messages)
+        if len(messages) > 1 and (full := _no_room(writer.opened, ids)):
+            say_on_stderr(f"note: the chat ends here, as the whole conversation is the prompt: {full}")
+            return
+        _, answer = writer.write(ids, before=_ignore, each=_print)
         _print("\n")
         messages.append({"role": "assistant", "content": answer})
 
 
+def _no_room(opened: "OpenModel", ids: list[int]) -> str | None:
+    """Why nothing can follow these tokens; None where something can."""
+    from slimlm.inference.generate import room_for
+
+    try:
+        room_for(opened.model, len(ids))
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def _lines(first: str | None) -> Iterator[str]:
     """The lines that the user types, without empty ones."""
+    _let_undecodable_input_fail()
     if first is not None:
         yield first
     while True:
@@ -166,6 +182,7 @@ def _chat_tokens(opened: "OpenModel", messages: list[dict[str, str]]) -> list[in
 
 def _standard_input() -> str:
     """All of standard input, which is text in UTF-8, without the line break at its end."""
+    _let_undecodable_input_fail()
     try:
         text = sys.stdin.read() if sys.stdin.isatty() else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
@@ -173,6 +190,12 @@ def _standard_input() -> str:
     if not text:
         raise DataError("there is no text to continue: standard input is empty; give --prompt, or text on standard input")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _let_undecodable_input_fail() -> None:
+    """Let reading standard input raise at bytes that are no text, which Python passes on in the locales C and C.UTF-8."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")
 
 
 def _undecodable(error: UnicodeDecodeError) -> DataError:

@@ -6,7 +6,7 @@ import typer
 
 from slimlm.cli import options
 from slimlm.cli.console import print_json, say, show
-from slimlm.core.errors import CheckpointError
+from slimlm.core.errors import CheckpointError, SlimlmError
 
 if TYPE_CHECKING:
     from slimlm.record import Record
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 def inspect(
     folder: options.Folder,
     checksums: Annotated[
-        bool, typer.Option("--checksums", help="With --json: the stored checksum of every tensor, too.")
+        bool, typer.Option("--checksums", help="Also print the stored checksum of every tensor; only with --json.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what is in a compressed folder: every layer and the totals. Checks the files' checksums."""
+    if checksums and not as_json:
+        raise SlimlmError("--checksums adds to what --json prints; give both")
+
     from slimlm.cli.opened import kernels_for
     from slimlm.record import Record
     from slimlm.report.tables import layers_table, summary_table

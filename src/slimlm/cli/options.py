@@ -45,8 +45,9 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Do not compress layers whose full name fits, such as '*.down_proj'; may be given several times.",
-        show_default="those that the recipe ignores",
+        help="Do not compress layers whose full name fits, such as '*.down_proj', in addition to those that the recipe "
+        "ignores; may be given several times.",
+        show_default="none in addition",
     ),
 ]
 Data = Annotated[

@@ -4,6 +4,7 @@ import math
 import operator
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
 
@@ -13,8 +14,9 @@ Refusal = type[SlimlmError]
 
 _MOST = 2**63
 """Where the sizes end that torch calculates with."""
-_UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40}
-_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+"""Bytes of the units of sizes; those without "i" are decimal, as in what slimlm prints."""
 
 
 def model_source(value: object) -> str:
@@ -73,14 +75,14 @@ def real_number(value: object, name: str, *, example: float, refusal: Refusal) -
 
 
 def size(value: object, name: str) -> int:
-    """A number of bytes, given as such or as text with a unit ("8GiB", "500MB"); raises SlimlmError for anything else."""
+    """A number of bytes, given as such or as text with a unit ("8GB", "7.5GiB"); raises SlimlmError for anything else."""
     number = _index(value) or 0
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
         if found is not None and found[2] in _UNITS:
-            number = int(float(found[1]) * _UNITS[found[2]])
+            number = int(Decimal(found[1]) * _UNITS[found[2]])
     if number < 1:
-        raise SlimlmError(f"`{name}={_short(value)}`: give a number of bytes, or a size such as 8GiB, 500MB or 2.5G")
+        raise SlimlmError(f"`{name}={_short(value)}`: give a number of bytes, or a size such as 8GB, 500MB or 7.5GiB")
     return number
 
 

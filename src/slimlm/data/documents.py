@@ -41,11 +41,6 @@ def name_of(source: Source) -> str:
     return Path(source).resolve().name if isinstance(source, str) and Path(source).exists() else label_of(source)
 
 
-def documents(source: Source, purpose: Purpose, reading: Reading | None = None) -> Iterator[str]:
-    """The documents of a source, read lazily and in order; see `pieces`."""
-    return _joined(pieces(source, purpose, reading or Reading()))
-
-
 def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece]:
     """The documents of a source in pieces, read lazily and in order.
 
@@ -82,17 +77,6 @@ def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece
     if is_readable(path) or source.startswith((".", "/", "~")):
         raise DataError(f"no text at {source}")
     return _not_nothing(_of_hub(source, purpose, reading), source, reading)
-
-
-def _joined(pieces: Iterator[Piece]) -> Iterator[str]:
-    document: list[str] = []
-    for piece in pieces:
-        if piece.begins and document:
-            yield "".join(document)
-            document = []
-        document.append(piece.text)
-    if document:
-        yield "".join(document)
 
 
 def _not_nothing(pieces: Iterator[Piece], source: str, reading: Reading) -> Iterator[Piece]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError, first_line
 from slimlm.data.documents import Purpose, Source, label_of, pieces
-from slimlm.data.files import PIECE, Piece, pieces_of
+from slimlm.data.files import PIECE, Piece
 from slimlm.data.rows import ChatTemplate, Conversation, Reading
 from slimlm.events import Notify, silent
 
@@ -47,20 +47,6 @@ def tokens_of(
     for note in reading.notes(label_of(source)):
         notify(note)
     return tokens
-
-
-def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, at_most: int | None = None) -> Tensor:
-    """The tokens of texts, concatenated.
-
-    Args:
-        tokenizer: the model's.
-        texts: documents; each one is preceded by the beginning-of-sequence token, unless it begins with its text.
-        at_most: stop reading after this many tokens.
-
-    Returns:
-        int64 `[tokens]`.
-    """
-    return _stream(tokenizer, (piece for text in texts for piece in pieces_of(text)), at_most)
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
-from slimlm.data.documents import Source, documents
+from slimlm.data.documents import Source, pieces
+from slimlm.data.rows import Reading
 from slimlm.events import Notify
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds, folder_bytes
@@ -185,7 +186,7 @@ def new_parent(out: Path, notify: Notify) -> Iterator[None]:
 def check_text(data: Source) -> None:
     """Raise DataError where the file or folder of the text does not exist; nothing is read or downloaded."""
     if data != "self":
-        documents(data, "calibration")
+        pieces(data, "calibration", Reading())
 
 
 def problems_of(

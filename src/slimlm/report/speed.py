@@ -29,7 +29,9 @@ def layer_speed_table(result: dict[str, Any]) -> Table:
         )
         rows.append((*first, contender, str(row["batch"]), *figures))
     columns = ("out x in", "layers", "parts", "implementation", "batch", "us", "x float32", "MB", "GB/s", "of bandwidth")
-    clock = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}, {result['clock']}"
+    clock = f"1 thread, {result['clock']}"
+    if result["threads"] > 1:
+        clock = f"{result['threads']} threads ({result['machine']['waiting_threads']}), {result['clock']}"
     title = f"time of one product; {clock}; read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s"
     return plain_table(title, columns, rows, left=4)
 

@@ -32,5 +32,10 @@ def spinning_on_a_busy_machine(threads: int) -> str | None:
     )
 
 
+def policy() -> str:
+    """What the environment says of how threads wait, such as "OMP_WAIT_POLICY=PASSIVE"; else "OpenMP's default"."""
+    return ", ".join(f"{name}={os.environ[name]}" for name in _POLICIES if name in os.environ) or "OpenMP's default"
+
+
 def _chosen() -> bool:
     return any(name in os.environ for name in _POLICIES)

@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import slimlm
 from slimlm.core.errors import CheckpointError
 from slimlm.record import Record
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.storage import checkpoint
+from slimlm.storage import checkpoint, replacing
 from slimlm.storage.journal import INSIDE
 from tests.conftest import Checkpoints, Line
 
@@ -318,25 +319,48 @@ def test_a_disk_that_refuses_leaves_the_folder_as_it_was(copy: Path, monkeypatch
     assert contents(copy) == before
 
 
-def test_a_stop_between_two_renames_leaves_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = slimlm.load(copy, kernels="reference")
+@pytest.mark.parametrize(("stop", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(5, "gone"), CheckpointError)])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_stop_between_two_renames_loses_nothing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException, raised: type[BaseException], done: int
+) -> None:
+    model, expected = slimlm.load(copy, kernels="reference"), record_of(copy)
     replace, moved = Path.replace, []
 
-    def stop(self: Path, target: Path) -> Path:
+    def stopped(self: Path, target: Path) -> Path:
         if target.parent == copy:
             moved.append(target.name)
-            if len(moved) == 2:
-                raise KeyboardInterrupt
+            if len(moved) > done:
+                raise stop
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(raised) as caught:
         model.save_pretrained(copy)
+    monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"it has no slimlm\.json"):
         slimlm.load(copy)
-    monkeypatch.undo()
+    (kept,) = copy.glob(".slimlm.partial-*/whole")
+    assert f"Nothing is lost: move the files that are still in {kept} to {copy}" in "".join(format_exception(caught.value))
+    for file in kept.iterdir():
+        file.replace(copy / file.name)
+    shutil.rmtree(kept.parent)
+    assert sound(copy) == expected
+
+
+def test_what_is_left_of_a_stop_does_not_keep_the_model_from_being_saved_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = slimlm.load(copy, kernels="reference"), record_of(copy)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(replacing, "_move", stop_now)
+        model.save_pretrained(copy)
     model.save_pretrained(copy)
-    sound(copy)
+    assert slimlm.verify(copy).problems == () and record_of(copy) == expected
+
+
+def stop_now(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_tensors_that_no_class_has_a_place_for_are_copied(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:

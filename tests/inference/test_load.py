@@ -293,7 +293,7 @@ def test_kernels_asked_for_by_name_that_do_not_take_a_layer_are_refused(pruned_a
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
 def test_a_card_that_is_not_there_is_refused_in_words(pruned_alone: Path) -> None:
-    with pytest.raises(slimlm.SlimlmError, match='device = "cuda:3": torch finds no CUDA device here; device="cpu" would do'):
+    with pytest.raises(slimlm.SlimlmError, match='`device="cuda:3"`: torch finds no CUDA device here; `device="cpu"` would do'):
         slimlm.load(pruned_alone, device="cuda:3")
 
 
@@ -421,8 +421,8 @@ def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path)
         ({"dtype": "int8"}, "`dtype='int8'`: activations are floating-point numbers; give \"auto\" or one of float32"),
         ({"dtype": torch.int8}, "`dtype='int8'`: activations are floating-point"),
         ({"dtype": "half"}, "`dtype='half'`: activations"),
-        ({"device": "gpu0"}, 'device = "gpu0": give "cpu", "cuda" or "cuda:N"'),
-        ({"device": 3.5}, 'device = "3.5": give "cpu"'),
+        ({"device": "gpu0"}, '`device="gpu0"`: give "cpu", "cuda" or "cuda:N"'),
+        ({"device": 3.5}, '`device="3.5"`: give "cpu"'),
         ({"kernels": "quick"}, "`kernels='quick'`: give one of 'auto', 'precise', 'fast', 'gpu', 'reference'"),
     ],
 )

@@ -239,6 +239,14 @@ def pickles(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return {"safe_serialization": False}
 
 
+def another_format(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    return {"save_original_format": False}
+
+
+def misspelt(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    return {"max_shard": "1GB"}
+
+
 def lacking(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return {"state_dict": {name: t for name, t in model.state_dict().items() if name != "model.norm.weight"}}
 
@@ -266,6 +274,8 @@ REFUSED = {
     unfinished_run: "holds an unfinished run",
     variant: "`variant='fp16'`",
     pickles: "`safe_serialization=False`",
+    another_format: "`save_original_format=False`: a checkpoint has one format",
+    misspelt: "`max_shard='1GB'`: save_pretrained has no such argument",
     lacking: "`state_dict` lacks 1 of the model's tensors, model.norm.weight among them",
     unknown: "`state_dict` holds adapter.weight, which LlamaForCausalLM has not",
     cast: r"packed as float\d\d .* packed tensors cannot be cast",
@@ -289,6 +299,14 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_touched(copy: Path, tmp_
             model.save_pretrained(tmp_path / "new", **options)
         assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob(".slimlm.partial-*")) and not list(tmp_path.rglob(".new.partial-*"))
+
+
+def test_what_is_no_path_is_refused_and_what_transformers_no_longer_reads_is_taken(packed: Path, tmp_path: Path) -> None:
+    model = slimlm.load(packed)
+    with pytest.raises(CheckpointError, match="`save_directory` is of type int"):
+        model.save_pretrained(3)
+    model.save_pretrained(tmp_path / "new", safe_serialization=True, save_function=torch.save)
+    sound(tmp_path / "new")
 
 
 def test_a_file_is_no_folder(packed: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def load(
         KernelError: kernels that were asked for by name do not take some layer.
         SlimlmError: there is no such GPU, dtype or folder.
     """
-    folder, where = arguments.model_source(source), device_of(device)
+    folder, where = arguments.model_source(source, "source"), device_of(device)
     _refuse_unknown(dtype)
     arguments.one_of(kernels, "kernels", get_args(Kernels), KernelError)
     arguments.flag(keep, "keep")

@@ -147,7 +147,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     """
     device = arguments.device(device)
     if samples is not None:
-        arguments.refuse_no_token_ids(samples, "samples")
+        samples = arguments.token_ids(samples, "samples")
     opened = _Opened.of(path(folder, "folder"))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()

@@ -278,9 +278,11 @@ def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_a
 
 
 @needs_kernels
-def test_what_is_told_is_a_warning_where_nobody_listens(pruned_alone: Path) -> None:
-    with pytest.warns(UserWarning, match="run without kernels: its base is pruned"):
-        slimlm.load(pruned_alone)
+def test_what_is_told_is_logged_where_nobody_listens(pruned_alone: Path, caplog: pytest.LogCaptureFixture) -> None:
+    slimlm.load(pruned_alone)
+    [found] = caplog.records
+    assert (found.name, found.levelname) == ("slimlm", "WARNING")
+    assert "run without kernels: its base is pruned" in found.getMessage()
 
 
 @needs_kernels

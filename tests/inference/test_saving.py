@@ -74,6 +74,7 @@ def test_what_was_opened_is_saved_byte_for_byte(out: Path, by: str, tmp_path: Pa
     written, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "new", out))
     assert written == original
     assert sound(tmp_path / "new") == record_of(out)
+    assert "edited" not in record_of(out) and slimlm.verify(tmp_path / "new").notes == slimlm.verify(out).notes
     for opened in BY.values():
         assert torch.equal(opened(tmp_path / "new")(IDS).logits, opened(out)(IDS).logits)
 
@@ -93,7 +94,7 @@ def test_every_command_takes_the_folder(packed: Path, text_file: Path, tmp_path:
     assert line("eval", tmp_path / "new", "--text", text_file, "--length", 16, "--max-tokens", 64)[0] == 0
 
 
-def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_as_it_is(copy: Path) -> None:
+def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_as_it_is(copy: Path, line: Line) -> None:
     model, other = slimlm.load(copy), slimlm.load(copy)
     before = other(IDS).logits
     name = "model.layers.1.mlp.up_proj.bias"
@@ -105,6 +106,10 @@ def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_a
     assert torch.equal(other(IDS).logits, before)
     assert torch.equal(model(IDS).logits, expected)
     assert sound(copy)["edited"] == sorted([name, "model.norm.weight"])
+    assert f"edited changed after the run, which the figures are about: {name}, model.norm" in " ".join(
+        line("inspect", copy)[1].split()
+    )
+    assert any(f"{name} and 1 more: changed and saved again" in note for note in slimlm.verify(copy).notes)
     # The changed norm is not one of float16, so all is computed in float32.
     assert json.loads((copy / "config.json").read_text())["dtype"] == "float32"
     again = slimlm.load(copy)

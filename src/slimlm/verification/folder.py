@@ -165,6 +165,9 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
         problems += _unlike_source(record.source, opened, empty)
         if (warning := quality_warning(record)) is not None:
             notes.append(warning)
+        if edited := record.edited:
+            first = edited[0] if len(edited) == 1 else f"{edited[0]} and {len(edited) - 1} more"
+            notes.append(f"{first}: changed and saved again after the run, whose figures are about the tensors of before")
     beside, about_them = _beside(opened.folder)
     problems += beside
     notes += about_them

@@ -153,6 +153,8 @@ class Record:
     """All that the original's folder held; None in folders of older versions."""
     perplexity: Compared | None = None
     """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
+    edited: tuple[str, ...] = ()
+    """The names of tensors that are no longer those of the run, because an opened model was changed and saved again."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -168,8 +170,10 @@ class Record:
         return "ok" if self.perplexity.ok else "failed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, totals included."""
+        """Plain data for JSON, totals included; `edited` only where there are such tensors."""
         data = dataclasses.asdict(self)
+        if not self.edited:
+            del data["edited"]
         return {**data, "bits_per_weight": self.bits_per_weight, "quality": self.quality}
 
     @classmethod

@@ -15,8 +15,20 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, sys.argv
 """
 
 
-def started(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "slimlm", "with", *map(str, arguments)], capture_output=True, text=True)
+SPAWN = """
+import multiprocessing, sys
+def imported():
+    return "slimlm" in sys.modules
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.apply(imported))
+"""
+
+
+def started(*arguments: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    # -P, as for the console script `slimlm`.
+    command = [sys.executable, "-P", "-m", "slimlm", "with", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture
@@ -58,3 +70,25 @@ def test_console_scripts_and_modules_run_with_their_own_exit_codes(tmp_path: Pat
 def test_a_program_that_is_not_installed_is_named_with_a_similar_one() -> None:
     done = started("slimlmm")
     assert done.returncode == 2 and "no Python program named slimlmm" in done.stderr and "did you mean slimlm?" in done.stderr
+
+
+def test_modules_of_the_current_folder_are_found_where_python_itself_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("raise ImportError('a local module')")
+    assert started("slimlm", "--version", cwd=tmp_path).returncode == 0
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name, value in (("mine", "outer"), ("inner/mine", "inner")):
+        (tmp_path / f"{name}.py").write_text(f"name = {value!r}")
+    for path in (tmp_path / "shows.py", inner / "shows.py"):
+        path.write_text("import sys, mine; print(mine.name, sys.path[0])")
+    for arguments in (["-m", "shows"], ["shows.py"], ["inner/shows.py"]):
+        bare = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert started(*arguments, cwd=tmp_path).stdout == bare.stdout != ""
+
+
+def test_a_spawned_process_of_a_file_imports_slimlm_where_the_file_does(tmp_path: Path) -> None:
+    """As the README says, and no more."""
+    (tmp_path / "without.py").write_text(SPAWN)
+    (tmp_path / "imports.py").write_text("import slimlm\n" + SPAWN)
+    assert started("without.py", cwd=tmp_path).stdout == "False\n"
+    assert started("imports.py", cwd=tmp_path).stdout == "True\n"

@@ -1,5 +1,6 @@
 """Methods of other packages, registered by entry points: as where such a package is installed beside slimlm."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import slimlm
 from slimlm.core import registry
 from slimlm.core.errors import RecipeError
 from slimlm.inference.load import read_description
+from slimlm.planner.options import methods_with_options
+from slimlm.recipe import open_recipe, recipe_from_dict
+from tests.conftest import Line
 
 METHOD = """
 from dataclasses import dataclass
@@ -86,22 +90,55 @@ def test_a_module_with_one_method_can_be_named_in_place_of_its_class(install: In
     ("name", "line", "said"),
     [
         ("absmax", "quantize.absmax = clashing:Mine", "slimlm and the package clashing each have a quantizer 'absmax'"),
-        ("mine", "quantize.mine = no_such_module:Mine", "which cannot be imported: No module named 'no_such_module'"),
-        ("mine", "quantize.mine = clashing:Other", "which cannot be imported: module 'clashing' has no attribute 'Other'"),
+        (
+            "mine",
+            "quantize.mine = no_such_module:Mine",
+            "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        (
+            "mine",
+            "quantize.mine = clashing:Other",
+            "cannot be imported: AttributeError: module 'clashing' has no attribute 'Other'",
+        ),
         ("mine", "quantize.mine = clashing:Layer.of", "which is no method; name a frozen dataclass"),
         ("mine", "quantize.mine = clashing:MeanRoot", "which is no method; name a frozen dataclass"),
         (
-            "absmax",
+            "mine",
             "mine = clashing:Mine",
             "the package clashing registers 'mine' as a method of slimlm; the name must be",
         ),
-        ("absmax", "quantise.mine = clashing:Mine", "one of these kinds: quantize, prune, compensate, joint"),
+        ("mine", "quantise.mine = clashing:Mine", "one of these kinds: quantize, prune, compensate, joint"),
     ],
 )
 def test_what_is_wrong_with_a_registered_method_is_said(install: Install, name: str, line: str, said: str) -> None:
     install("clashing", line)
     with pytest.raises(RecipeError, match=re.escape(said)):
         registry.find("quantize", name)
+
+
+@pytest.mark.parametrize(
+    ("entry", "code", "listed"),
+    [
+        ("mine = broken:Mine", METHOD, "mine cannot be used: the package broken registers 'mine' as a method"),
+        (
+            "quantize.mine = broken:Mine",
+            "def (",
+            "quantize.mine cannot be used: the package broken .* SyntaxError: ",
+        ),
+        ("quantize.mine = broken:Mine", "1 / 0", "quantize.mine cannot be used: the package broken .* ZeroDivisionError: div"),
+    ],
+)
+def test_one_method_that_cannot_be_used_keeps_no_other_from_being_used(
+    install: Install, line: Line, entry: str, code: str, listed: str
+) -> None:
+    install("broken", entry, code=code)
+    assert open_recipe("best").steps and methods_with_options()
+    status, out, _ = line("methods")
+    assert status == 0 and re.search(listed, " ".join(out.split()))
+    assert any(name in ("mine", "quantize.mine") for name in json.loads(line("methods", "--json")[1])["unusable"])
+    assert re.search("the package broken registers", line.refused("methods", "mine"))
+    with pytest.raises(RecipeError, match="the package broken registers"):
+        recipe_from_dict({"steps": [{"quantize": "mine"}]}, source="recipe")
 
 
 def test_two_packages_with_one_name_are_refused_where_it_is_used(install: Install) -> None:

@@ -182,6 +182,8 @@ def test_parquet_rows_without_text_are_skipped_too(tmp_path: Path) -> None:
     reading = Reading()
     assert list(documents(str(path), "calibration", reading)) == ["one", "two"]
     assert (reading.rows, reading.skipped) == (4, 2) and 'row 0: its "text" is null' in reading.first_skipped
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, "one"], "content": ["two", None]}), path)
+    assert list(documents(str(path), "calibration")) == ["two", "one"]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["one"], "id": [2]}), path)
     with pytest.raises(DataError, match="has the columns prompt, id; expected"):
         list(documents(str(path), "calibration"))

@@ -278,9 +278,11 @@ def test_layers_that_no_kernel_takes_are_told_once_and_run_all_the_same(pruned_a
 
 
 @needs_kernels
-def test_what_is_told_is_a_warning_where_nobody_listens(pruned_alone: Path) -> None:
-    with pytest.warns(UserWarning, match="run without kernels: its base is pruned"):
-        slimlm.load(pruned_alone)
+def test_what_is_told_is_logged_where_nobody_listens(pruned_alone: Path, caplog: pytest.LogCaptureFixture) -> None:
+    slimlm.load(pruned_alone)
+    [found] = caplog.records
+    assert (found.name, found.levelname) == ("slimlm", "WARNING")
+    assert "run without kernels: its base is pruned" in found.getMessage()
 
 
 @needs_kernels
@@ -293,7 +295,7 @@ def test_kernels_asked_for_by_name_that_do_not_take_a_layer_are_refused(pruned_a
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
 def test_a_card_that_is_not_there_is_refused_in_words(pruned_alone: Path) -> None:
-    with pytest.raises(slimlm.SlimlmError, match='device = "cuda:3": torch finds no CUDA device here; device="cpu" would do'):
+    with pytest.raises(slimlm.SlimlmError, match='`device="cuda:3"`: torch finds no CUDA device here; `device="cpu"` would do'):
         slimlm.load(pruned_alone, device="cuda:3")
 
 
@@ -421,8 +423,8 @@ def test_a_hub_name_is_loaded_from_the_hub_s_cache(packed: Path, tmp_path: Path)
         ({"dtype": "int8"}, "`dtype='int8'`: activations are floating-point numbers; give \"auto\" or one of float32"),
         ({"dtype": torch.int8}, "`dtype='int8'`: activations are floating-point"),
         ({"dtype": "half"}, "`dtype='half'`: activations"),
-        ({"device": "gpu0"}, 'device = "gpu0": give "cpu", "cuda" or "cuda:N"'),
-        ({"device": 3.5}, 'device = "3.5": give "cpu"'),
+        ({"device": "gpu0"}, '`device="gpu0"`: give "cpu", "cuda" or "cuda:N"'),
+        ({"device": 3.5}, '`device="3.5"`: give "cpu"'),
         ({"kernels": "quick"}, "`kernels='quick'`: give one of 'auto', 'precise', 'fast', 'gpu', 'reference'"),
     ],
 )

@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import slimlm
 from slimlm.core.errors import CheckpointError
 from slimlm.record import Record
 from slimlm.runtime.linear import CompressedLinear
-from slimlm.storage import checkpoint
+from slimlm.storage import checkpoint, replacing
 from slimlm.storage.journal import INSIDE
 from tests.conftest import Checkpoints, Line
 
@@ -73,6 +74,7 @@ def test_what_was_opened_is_saved_byte_for_byte(out: Path, by: str, tmp_path: Pa
     written, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "new", out))
     assert written == original
     assert sound(tmp_path / "new") == record_of(out)
+    assert "edited" not in record_of(out) and slimlm.verify(tmp_path / "new").notes == slimlm.verify(out).notes
     for opened in BY.values():
         assert torch.equal(opened(tmp_path / "new")(IDS).logits, opened(out)(IDS).logits)
 
@@ -92,7 +94,7 @@ def test_every_command_takes_the_folder(packed: Path, text_file: Path, tmp_path:
     assert line("eval", tmp_path / "new", "--text", text_file, "--length", 16, "--max-tokens", 64)[0] == 0
 
 
-def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_as_it_is(copy: Path) -> None:
+def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_as_it_is(copy: Path, line: Line) -> None:
     model, other = slimlm.load(copy), slimlm.load(copy)
     before = other(IDS).logits
     name = "model.layers.1.mlp.up_proj.bias"
@@ -104,6 +106,10 @@ def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_a
     assert torch.equal(other(IDS).logits, before)
     assert torch.equal(model(IDS).logits, expected)
     assert sound(copy)["edited"] == sorted([name, "model.norm.weight"])
+    assert f"edited changed after the run, which the figures are about: {name}, model.norm" in " ".join(
+        line("inspect", copy)[1].split()
+    )
+    assert any(f"{name} and 1 more: changed and saved again" in note for note in slimlm.verify(copy).notes)
     # The changed norm is not one of float16, so all is computed in float32.
     assert json.loads((copy / "config.json").read_text())["dtype"] == "float32"
     again = slimlm.load(copy)
@@ -238,6 +244,14 @@ def pickles(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return {"safe_serialization": False}
 
 
+def another_format(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    return {"save_original_format": False}
+
+
+def misspelt(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    return {"max_shard": "1GB"}
+
+
 def lacking(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return {"state_dict": {name: t for name, t in model.state_dict().items() if name != "model.norm.weight"}}
 
@@ -265,6 +279,8 @@ REFUSED = {
     unfinished_run: "holds an unfinished run",
     variant: "`variant='fp16'`",
     pickles: "`safe_serialization=False`",
+    another_format: "`save_original_format=False`: a checkpoint has one format",
+    misspelt: "`max_shard='1GB'`: save_pretrained has no such argument",
     lacking: "`state_dict` lacks 1 of the model's tensors, model.norm.weight among them",
     unknown: "`state_dict` holds adapter.weight, which LlamaForCausalLM has not",
     cast: r"packed as float\d\d .* packed tensors cannot be cast",
@@ -288,6 +304,14 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_touched(copy: Path, tmp_
             model.save_pretrained(tmp_path / "new", **options)
         assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob(".slimlm.partial-*")) and not list(tmp_path.rglob(".new.partial-*"))
+
+
+def test_what_is_no_path_is_refused_and_what_transformers_no_longer_reads_is_taken(packed: Path, tmp_path: Path) -> None:
+    model = slimlm.load(packed)
+    with pytest.raises(CheckpointError, match="`save_directory` is of type int"):
+        model.save_pretrained(3)
+    model.save_pretrained(tmp_path / "new", safe_serialization=True, save_function=torch.save)
+    sound(tmp_path / "new")
 
 
 def test_a_file_is_no_folder(packed: Path, tmp_path: Path) -> None:
@@ -318,25 +342,48 @@ def test_a_disk_that_refuses_leaves_the_folder_as_it_was(copy: Path, monkeypatch
     assert contents(copy) == before
 
 
-def test_a_stop_between_two_renames_leaves_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = slimlm.load(copy, kernels="reference")
+@pytest.mark.parametrize(("stop", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(5, "gone"), CheckpointError)])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_stop_between_two_renames_loses_nothing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException, raised: type[BaseException], done: int
+) -> None:
+    model, expected = slimlm.load(copy, kernels="reference"), record_of(copy)
     replace, moved = Path.replace, []
 
-    def stop(self: Path, target: Path) -> Path:
+    def stopped(self: Path, target: Path) -> Path:
         if target.parent == copy:
             moved.append(target.name)
-            if len(moved) == 2:
-                raise KeyboardInterrupt
+            if len(moved) > done:
+                raise stop
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(raised) as caught:
         model.save_pretrained(copy)
+    monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"it has no slimlm\.json"):
         slimlm.load(copy)
-    monkeypatch.undo()
+    (kept,) = copy.glob(".slimlm.partial-*/whole")
+    assert f"Nothing is lost: move the files that are still in {kept} to {copy}" in "".join(format_exception(caught.value))
+    for file in kept.iterdir():
+        file.replace(copy / file.name)
+    shutil.rmtree(kept.parent)
+    assert sound(copy) == expected
+
+
+def test_what_is_left_of_a_stop_does_not_keep_the_model_from_being_saved_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = slimlm.load(copy, kernels="reference"), record_of(copy)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(replacing, "_move", stop_now)
+        model.save_pretrained(copy)
     model.save_pretrained(copy)
-    sound(copy)
+    assert slimlm.verify(copy).problems == () and record_of(copy) == expected
+
+
+def stop_now(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_tensors_that_no_class_has_a_place_for_are_copied(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:

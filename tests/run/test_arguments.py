@@ -97,6 +97,8 @@ def test_what_opens_and_runs_a_model_takes_or_refuses_every_value(packed: Path) 
             with pytest.raises(SlimlmError, match="give an opened model"):
                 slimlm.use_kernels(value, "auto")
             with pytest.raises(SlimlmError, match="give an opened model"):
+                slimlm.prepare(value)
+            with pytest.raises(SlimlmError, match="give an opened model"):
                 generate(value, tokens, max_new_tokens=1)
 
 
@@ -104,6 +106,17 @@ def test_a_model_in_memory_is_refused_with_what_would_work(tmp_path: Path) -> No
     with pytest.raises(SlimlmError, match=r"`model` is of type Linear; give the folder .* save_pretrained\(folder\)"):
         slimlm.compress(torch.nn.Linear(2, 2), tmp_path / "o")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SlimlmError, match="`source` is of type int"):
+        slimlm.load(42)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_token_ids_may_be_whole_numbers_of_any_size(dtype: torch.dtype, packed: Path) -> None:
+    model, ids = slimlm.load(packed), torch.arange(32).view(2, 16)
+    written = generate(model, ids, max_new_tokens=3).tokens
+    assert torch.equal(generate(model, ids.to(dtype), max_new_tokens=3).tokens, written)
+    assert perplexity(model, ids.to(dtype)) == perplexity(model, ids)
+    assert slimlm.verify(packed, ids.to(dtype)) == slimlm.verify(packed, ids)
 
 
 @pytest.mark.parametrize(

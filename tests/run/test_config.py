@@ -68,5 +68,5 @@ def test_names_are_recorded_without_their_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
 def test_another_device_is_refused_with_those_there_are(name: str) -> None:
-    with pytest.raises(SlimlmError, match="device"):
+    with pytest.raises(SlimlmError, match=f'`device="{name}"`: give "auto", "cpu", "cuda" or "cuda:N"'):
         pick_device(name)

@@ -203,6 +203,23 @@ def test_a_bias_that_was_cast_is_the_one_that_is_added_and_the_bytes_stay() -> N
     assert one.prepare().blob is not blob
 
 
+@pytest.mark.parametrize("kernels", ["fast", "precise", "reference"])
+def test_a_bias_that_is_replaced_at_every_call_does_not_pack_the_layer_again(kernels: Kernels) -> None:
+    """As accelerate replaces the tensors of a layer that it keeps elsewhere between calls."""
+    one, x = layer(kernels), draw(2, WIDTH)
+    one(x)
+    packed = one.preparations
+    for number in range(3):
+        one.bias = nn.Parameter(draw(OUT, seed=number))
+        same = layer(kernels, bias=False)(x) + one.bias
+        torch.testing.assert_close(one(x), same, rtol=1e-6, atol=1e-6)  # one addition more or less in float32
+        one(x).sum().backward()
+        torch.testing.assert_close(one.bias.grad, torch.full((OUT,), 2.0))
+    one.bias = None
+    assert torch.equal(one(x), layer(kernels, bias=False)(x))
+    assert one.preparations == packed
+
+
 def test_who_multiplies_is_said_in_words_and_a_choice_that_fails_changes_nothing() -> None:
     refused = CompressedLinear.from_parts(Parts(Pruned(Plain(draw(4, WIDTH).half()), torch.ones(4, WIDTH).bool(), "0.5")), None)
     model = nn.Sequential(layer("reference"), layer("reference"), refused)

@@ -44,15 +44,22 @@ def methods(
     if name is not None:
         _describe([_described(kind, own) for kind, own in known if own == name] or _refuse(name, known), as_json=as_json)
         return
-    found = [_described(kind, own) for kind, own in known]
+    found, unusable = [], registry.ill_named()
+    for kind, own in known:
+        try:
+            found.append(_described(kind, own))
+        except RecipeError as error:
+            unusable[f"{kind}.{own}"] = str(error)
     if as_json:
         listed = [{key: value for key, value in dataclasses.asdict(m).items() if key != "description"} for m in found]
-        print_json({"methods": listed, "recipes": shipped()})
+        print_json({"methods": listed, "recipes": shipped(), "unusable": unusable})
         return
     rows = [(m.kind, m.name, m.summary, m.paper, ", ".join(f"{k}={v!r}" for k, v in m.options.items())) for m in found]
     show(plain_table(None, ("step", "method", "what it does", "arXiv", "options and defaults"), rows, left=5))
     say("")
     show(plain_table(None, ("recipe", "what it does"), list(shipped().items()), left=2))
+    for wrong, why in unusable.items():
+        say(f"\n{wrong} cannot be used: {why}")
     say("\nmore: slimlm methods NAME, slimlm recipes NAME")
 
 
@@ -73,9 +80,12 @@ def _describe(found: list[Method], *, as_json: bool) -> None:
 
 def _refuse(name: str, known: list[tuple[str, str]]) -> list[Method]:
     """Raise RecipeError for a name that no method has."""
+    from slimlm.core import registry
     from slimlm.recipe import shipped
 
     names = sorted({own for _, own in known})
+    if name in (unusable := registry.ill_named()):
+        raise RecipeError(unusable[name])
     if name in shipped():
         raise RecipeError(f"{name!r} is a recipe; slimlm recipes {name} shows it")
     near = get_close_matches(name, names, n=1)

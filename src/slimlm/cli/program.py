@@ -1,8 +1,11 @@
-"""Run another Python program with slimlm imported: `slimlm with` starts `python -m slimlm.cli.program PROGRAM [ARGUMENTS]`.
+"""Run another Python program with slimlm imported: `slimlm with` starts `python -P -m slimlm.cli.program PROGRAM [ARGUMENTS]`.
 
-A process that is started with this module as its main one (multiprocessing's "spawn") imports slimlm, too.
+Processes that the program forks have slimlm imported, too. Those that multiprocessing starts afresh ("spawn") import the main
+module of the program: this one where it is a console script, but its own where it is a .py file or a module, which must then
+import slimlm.
 """
 
+import os
 import runpy
 import sys
 from difflib import get_close_matches
@@ -18,12 +21,12 @@ def main() -> None:
     program, *arguments = sys.argv[1:]
     if program == "-m" and arguments:
         sys.argv = arguments
+        _look_for_modules_in(Path.cwd())
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         return
     sys.argv = [program, *arguments]
     if program.endswith(".py") and Path(program).is_file():
-        # As Python does for a file: its folder is where its own modules are found.
-        sys.path[0] = str(Path(program).resolve().parent)
+        _look_for_modules_in(Path(program).resolve().parent)
         runpy.run_path(program, run_name="__main__")
         return
     scripts = {script.name: script for script in entry_points(group="console_scripts")}
@@ -36,6 +39,12 @@ def main() -> None:
         )
         sys.exit(REFUSED)
     sys.exit(scripts[program].load()())
+
+
+def _look_for_modules_in(folder: Path) -> None:
+    """Put the folder of a program's own modules first, as Python does by itself unless it is told not to."""
+    if not os.environ.get("PYTHONSAFEPATH"):
+        sys.path.insert(0, str(folder))
 
 
 if __name__ == "__main__":

@@ -16,4 +16,5 @@ def with_program(
     All that follows PROGRAM is its own. Programs open a compressed folder only after `import slimlm`, which this does first.
     """
     # The program replaces this process, so that signals, errors and exit code are its own.
-    os.execv(sys.executable, [sys.executable, "-m", "slimlm.cli.program", program, *context.args])
+    # -P: a console script finds no modules in the current folder.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "slimlm.cli.program", program, *context.args])

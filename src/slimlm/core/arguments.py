@@ -19,13 +19,13 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": 10**3, "m":
 """Bytes of the units of sizes; those without "i" are decimal, as in what slimlm prints."""
 
 
-def model_source(value: object) -> str:
+def model_source(value: object, name: str) -> str:
     """A model's folder or name, as text; raises ModelError for anything else, such as a model that is in memory."""
     if isinstance(value, str | os.PathLike):
-        given = path(value, "model", ModelError)
+        given = path(value, name, ModelError)
         return value if isinstance(value, str) else str(given)
     raise ModelError(
-        f"`model` is of type {type(value).__name__}; give the folder that holds its files, or a name on the hub. A model that "
+        f"`{name}` is of type {type(value).__name__}; give the folder that holds its files, or a name on the hub. A model that "
         "is in memory is stored by its own save_pretrained(folder), and its tokenizer by the tokenizer's"
     )
 

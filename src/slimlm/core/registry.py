@@ -8,6 +8,8 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -29,7 +31,7 @@ GROUP = "slimlm.methods"
 @cache
 def names(kind: str) -> tuple[str, ...]:
     """The names of all methods of a kind, sorted: slimlm's own and those of other packages."""
-    return tuple(sorted({*_own_names(kind), *(name for of, name in _entry_points() if of == kind)}))
+    return tuple(sorted({*_own_names(kind), *(name for of, name in _entry_points() if of == kind and _well_named(of, name))}))
 
 
 def _own_names(kind: str) -> list[str]:
@@ -37,28 +39,42 @@ def _own_names(kind: str) -> list[str]:
     return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
+def ill_named() -> dict[str, str]:
+    """The entry points of other packages whose name is not KIND.NAME, and what is wrong with them, in a sentence."""
+    return {
+        entry.name: f"{_package_of(entry)} registers {entry.name!r} as a method of slimlm; the name must be KIND.NAME, such as "
+        f"quantize.mine, with one of these kinds: {', '.join(KINDS)}"
+        for (kind, name), entries in _entry_points().items()
+        for entry in entries
+        if not _well_named(kind, name)
+    }
+
+
+def _well_named(kind: str, name: str) -> bool:
+    return kind in KINDS and name.isidentifier()
+
+
 @cache
 def _entry_points() -> dict[tuple[str, str], list[EntryPoint]]:
-    """The methods of other packages, by kind and name; more than one of a name are refused when the name is used.
-
-    Raises:
-        RecipeError: An entry point's name is not KIND.NAME.
-    """
+    """The methods of other packages, by kind and name; what is wrong with one of them is said when it is used."""
     found: dict[tuple[str, str], list[EntryPoint]] = {}
     # A package may be found twice, as where its folder stands twice on the path.
     for entry in dict.fromkeys(entry_points(group=GROUP)):
         kind, _, name = entry.name.partition(".")
-        if kind not in KINDS or not name.isidentifier():
-            raise RecipeError(
-                f"{_package_of(entry)} registers {entry.name!r} as a method of slimlm; the name must be KIND.NAME, such as "
-                f"quantize.mine, with one of these kinds: {', '.join(KINDS)}"
-            )
         found.setdefault((kind, name), []).append(entry)
     return found
 
 
 def _package_of(entry: EntryPoint) -> str:
     return f"the package {entry.dist.name}" if entry.dist is not None else "a package"
+
+
+def usable() -> Iterator[tuple[str, type[Step]]]:
+    """The names and classes of all methods but those of other packages that cannot be imported."""
+    for kind in KINDS:
+        for name in names(kind):
+            with suppress(RecipeError):
+                yield name, find(kind, name)
 
 
 @cache
@@ -70,6 +86,9 @@ def find(kind: str, name: str) -> type[Step]:
             registers it cannot be imported.
     """
     if name not in names(kind):
+        for entry, wrong in ill_named().items():
+            if name in (entry, entry.rpartition(".")[2]):
+                raise RecipeError(wrong)
         near = get_close_matches(name, names(kind), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names(kind))}"
         raise RecipeError(f"no {KINDS[kind]} is called {name!r}; {hint}")
@@ -90,8 +109,8 @@ def _method_of(entry: EntryPoint) -> type[Step]:
     where = f"{_package_of(entry)} registers the method {entry.name} = {entry.value!r}"
     try:
         found = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{where}, which cannot be imported: {error}") from error
+    except Exception as error:  # what another package's code raises while it is imported may be anything
+        raise RecipeError(f"{where}, which cannot be imported: {type(error).__name__}: {error}") from error
     if isinstance(found, ModuleType):
         found = next(iter(_methods_in(found)), None)
     if not (inspect.isclass(found) and dataclasses.is_dataclass(found) and hasattr(found, "needs") and hasattr(found, "brief")):

@@ -245,9 +245,9 @@ def _of_parquet(path: Path, reading: Reading) -> Iterator[Piece]:
 
 
 def _columns(names: list[str], path: Path) -> list[str]:
-    """The columns to read: the first of the text fields, or those of conversations; raises DataError where there are none."""
+    """The columns to read: text fields and those of conversations, as rows differ; raises DataError where there are none."""
     text = [name for name in TEXT_FIELDS if name in names]
     chat = [name for name in CHAT_FIELDS if name in names]
     if not text and not {"messages", "conversations"} & {*chat} and {*chat} != {"prompt", "completion"}:
         raise DataError(f"{path} has the columns {', '.join(names)}; expected {EXPECTED}")
-    return [*text[:1], *chat]
+    return [*text, *chat]

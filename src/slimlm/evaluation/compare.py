@@ -1,13 +1,12 @@
 """Any model, compressed or dense, opened to be compared with another."""
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
-from slimlm.events import Notify
+from slimlm.events import Notify, logged
 from slimlm.inference.load import load
 from slimlm.models.dense import open_dense
 from slimlm.models.opening import folder_of, open_tokenizer, quantization_of, read_config
@@ -34,9 +33,7 @@ class OpenModel:
     """of the linear layers in the blocks: stored bits over weights"""
 
 
-def open_any(
-    source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, notify: Notify = warnings.warn
-) -> OpenModel:
+def open_any(source: str, *, kernels: Kernels = "reference", device: torch.device = _CPU, notify: Notify = logged) -> OpenModel:
     """Open a slimlm checkpoint or a dense model on a device.
 
     Activations are float32, except for checkpoints on GPU kernels, where they have the dtype of the original model.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimlm.core.errors import NumericsError
 from slimlm.data.windows import refuse_unknown_tokens
 from slimlm.models.structure import vocabulary_size
-from slimlm.runtime.arguments import refuse_no_module, refuse_no_token_ids
+from slimlm.runtime.arguments import refuse_no_module, token_ids
 
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**27
@@ -45,7 +45,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, progress: Callable[[int, in
         NumericsError: the logits hold NaN.
     """
     refuse_no_module(model)
-    refuse_no_token_ids(windows, "windows")
+    windows = token_ids(windows, "windows")
     refuse_unknown_tokens(windows, model)
     device = next(model.parameters()).device
     total, predicted = 0.0, 0

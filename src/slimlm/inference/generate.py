@@ -22,7 +22,7 @@ from slimlm.data.windows import refuse_unknown_tokens
 from slimlm.inference.decode import selection
 from slimlm.inference.decode.cuda_graph import CudaGraphDecoder
 from slimlm.models.structure import context_length
-from slimlm.runtime.arguments import refuse_no_module, refuse_no_token_ids
+from slimlm.runtime.arguments import refuse_no_module, token_ids
 
 NextLogits = Callable[[Tensor], Tensor]
 """A function from one token of each text `[batch]` to the logits `[batch, vocabulary]` of the next."""
@@ -108,7 +108,7 @@ def generate(
         NumericsError: logits are not finite.
     """
     refuse_no_module(model, PreTrainedModel)
-    refuse_no_token_ids(prompt, "prompt")
+    prompt = token_ids(prompt, "prompt")
     max_new_tokens = arguments.whole_number(max_new_tokens, "max_new_tokens", least=None, example=64, refusal=SlimlmError)
     temperature = float(arguments.real_number(temperature, "temperature", example=0.8, refusal=SlimlmError))
     seed = arguments.whole_number(seed, "seed", least=None, example=0, refusal=SlimlmError)

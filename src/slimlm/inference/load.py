@@ -5,7 +5,6 @@ and only pages that were read, which the system can drop again. (`AutoModelForCa
 use of memory is up to transformers. See hf_quantizer.py.)
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, KernelError, SlimlmError
 from slimlm.core.parts.fields import Json, dtype_name
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, TensorEntry
-from slimlm.events import Notify
+from slimlm.events import Notify, logged
 from slimlm.inference.compressed_model import Origin, become_compressed
 from slimlm.models.meta import meta_model, misfits
 from slimlm.models.opening import fetch, loading_settings, open_generation_config, quantization_of, read_config
@@ -46,10 +45,6 @@ Release = Callable[[Iterable[Tensor]], int]
 """Drops the memory pages of those of these tensors that are views of a file, and gives the bytes that were dropped."""
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
 def load(
     source: str | Path,
     *,
@@ -58,7 +53,7 @@ def load(
     kernels: Kernels = "auto",
     keep: bool = True,
     mmap: bool = True,
-    notify: Notify = _warn,
+    notify: Notify = logged,
 ) -> PreTrainedModel:
     """Open a compressed model on a device.
 
@@ -84,8 +79,8 @@ def load(
             there. `slimlm.use_kernels` selects again later.
         keep: whether to write layers that the CPU kernels packed to the checkpoint's folder.
         mmap: whether tensors are views of the files. Otherwise all are copied into memory, and no file is used afterwards.
-        notify: a function that is given messages for the user, such as which layers no kernel takes, and why; by default they
-            are warnings.
+        notify: a function that is given messages for the user, such as which layers no kernel takes, and why; without one
+            they are warnings of the logger "slimlm".
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or newer than this version. The files' sizes and headers are
@@ -93,7 +88,7 @@ def load(
         KernelError: kernels that were asked for by name do not take some layer.
         SlimlmError: there is no such GPU, dtype or folder.
     """
-    folder, where = arguments.model_source(source), device_of(device)
+    folder, where = arguments.model_source(source, "source"), device_of(device)
     _refuse_unknown(dtype)
     arguments.one_of(kernels, "kernels", get_args(Kernels), KernelError)
     arguments.flag(keep, "keep")

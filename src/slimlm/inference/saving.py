@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from slimlm.core import arguments
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.base import not_finite
 from slimlm.core.parts.fields import dtype_name
@@ -34,6 +35,8 @@ from slimlm.storage.streams import is_plain_name, sha256_of, tensor_sum
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `push_to_hub`, which `save_pretrained` takes, too."""
+_NO_MATTER = ("safe_serialization", "save_function")
+"""Arguments of transformers' earlier versions, which Trainer and accelerate's users still give."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,17 @@ class Wanted:
         """Read the arguments of a call, which are those of transformers."""
         call.apply_defaults()
         named: dict[str, Any] = {**call.arguments, **call.arguments.get("kwargs", {})}
-        folder, upload = Path(named["save_directory"]), named.get("push_to_hub")
+        folder, upload = arguments.path(named["save_directory"], "save_directory"), named.get("push_to_hub")
         push = {key: named[key] for key in _UPLOAD if named.get(key) is not None}
         refused = None
-        if named.get("variant") is not None:
+        if unknown := sorted(set(call.arguments.get("kwargs", {})) - {*_UPLOAD, *_NO_MATTER}):
+            refused = f"`{unknown[0]}={named[unknown[0]]!r}`: save_pretrained has no such argument; leave it out"
+        elif named.get("variant") is not None:
             refused = f"`variant={named['variant']!r}`: a checkpoint has one set of weights; leave it out"
         elif named.get("safe_serialization") is False:
             refused = "`safe_serialization=False`: a checkpoint's weights are safetensors files; leave it out"
+        elif named.get("save_original_format") is False:
+            refused = "`save_original_format=False`: a checkpoint has one format; leave it out"
         elif named.get("distributed_checkpoint"):
             refused = "`distributed_checkpoint=True`: a checkpoint is written by one process; leave it out"
         return cls(

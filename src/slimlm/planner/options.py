@@ -155,5 +155,4 @@ def options_from(recipe: Recipe, number: int, offered: tuple[Step, ...]) -> tupl
 
 def methods_with_options() -> list[str]:
     """The names of the methods that offer options to a plan."""
-    found = [(name, registry.find(kind, name)()) for kind in registry.KINDS for name in registry.names(kind)]
-    return [name for name, step in found if step.options(4.0, "size")]
+    return [name for name, method in registry.usable() if method().options(4.0, "size")]

@@ -145,6 +145,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
         *_embedding_rows(record),
         ("coverage", f"{record.coverage:.1%} of the weights in the blocks; not compressed: {others}{skipped}"),
         *_source_rows(record),
+        *_edited_row(record),
         ("kernels", kernels),
         *_notes_row(record),
         (
@@ -174,6 +175,13 @@ def _source_rows(record: "Record") -> list[tuple[str, str]]:
         ("original", tensors),
         ("its files", f"{len(source.files)}: {kept} read, copied or replaced, {len(lost)} left out{named}"),
     ]
+
+
+def _edited_row(record: "Record") -> list[tuple[str, str]]:
+    """The tensors that were changed after the run, which the figures are not about."""
+    if not record.edited:
+        return []
+    return [("edited", f"changed after the run, which the figures are about: {', '.join(_first(record.edited))}")]
 
 
 def _error_rows(record: "Record") -> list[tuple[str, str]]:

@@ -23,6 +23,8 @@ from slimlm.planner.options import Budget, options_of
 from slimlm.planner.plan import asked_budget
 from slimlm.recipe import Recipe, check_embedding_bits, open_recipe, recipe_from_dict
 from slimlm.recipes import DEFAULT_RECIPE
+from slimlm.runtime.arguments import DEVICES
+from slimlm.runtime.arguments import device as device_of
 from slimlm.storage.identity import files_identity
 
 
@@ -84,7 +86,7 @@ class RunConfig:
         given: dict[str, Any] = dict(options)
         checked = {name: _CHECKS[name](value) if name in _CHECKS else value for name, value in given.items()}
         folder = None if out is None else arguments.path(out, "out")
-        return cls(model=arguments.model_source(model), out=folder, **checked)
+        return cls(model=arguments.model_source(model, "model"), out=folder, **checked)
 
     def __post_init__(self) -> None:
         check_seed(self.calibration.seed)
@@ -172,9 +174,10 @@ def _data(given: object) -> Source | None:
 
 
 def _device(given: object) -> str:
-    if isinstance(given, str | torch.device):
-        return str(given)
-    raise SlimlmError(f'`device` is of type {type(given).__name__}; give "auto", "cpu", "cuda" or "cuda:N"')
+    return "auto" if isinstance(given, str) and given == "auto" else str(device_of(given, _DEVICES))
+
+
+_DEVICES = f'"auto", {DEVICES}'
 
 
 def _bits(given: object) -> float | None:
@@ -220,21 +223,12 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return pick_device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"')
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SlimlmError("`device` cuda was asked for, but torch finds no CUDA device here; use `device` cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise SlimlmError(f'device = {name!r}: give "auto", "cpu", "cuda" or "cuda:N"') from error
+    found = device_of(name, _DEVICES)
     if found.type == "cuda" and world_size() > 1:
         if found.index is not None or local_rank() >= torch.cuda.device_count():
             raise SlimlmError(
-                f"device = {name!r}: each process on a machine takes a GPU of its own; this is number {local_rank() + 1}, and "
-                f"torch finds {torch.cuda.device_count()}. Start one for each GPU with `device` cuda, or give `device` cpu"
+                f'`device="{name}"`: each process on a machine takes a GPU of its own; this is number {local_rank() + 1}, and '
+                f'torch finds {torch.cuda.device_count()}. Start one for each GPU with `device="cuda"`, or give `device="cpu"`'
             )
         return torch.device("cuda", local_rank())
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise SlimlmError(f"device = {name!r}: torch finds {torch.cuda.device_count()} CUDA devices, counted from 0")
     return found

@@ -125,11 +125,6 @@ class TiedLinear(Shared, CompressedLinear):
         """The tensors that are packed for kernels."""
         return list(self.packed().values())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T + bias for x `[..., in]`, in the dtype of x."""
-        self._check_sources()
-        return super().forward(x)
-
 
 def rows_layout(entries: PartEntries) -> MatrixLayout | Refusal:
     """The layout of parts whose rows can be decoded separately, or why they cannot."""

@@ -66,15 +66,17 @@ class PackedLayer(nn.Module):
     def prepare(self) -> Any:
         """Repack for the selected backend now, unless that is done, rather than at the first product."""
         with _CHANGING:
-            if self._ready is None or not self._has_bias_of_before():
-                bias = self._own_bias()
-                self._bias_source = None if bias is None else Source.of(bias)
+            if self._ready is None:
+                self._note_bias()
                 backend = self.selection().backend
                 prepared = backend.prepare(self.stored())
                 self._ready = backend, prepared
                 self.preparations += 1
                 if isinstance(prepared, cpu.PreparedOnCpu):
                     self._blob = prepared.blob
+            elif not self._has_bias_of_before():
+                backend, prepared = self._ready
+                self._ready = backend, backend.with_bias(prepared, self._note_bias())
             return self._ready[1]
 
     def ready(self) -> Ready:
@@ -90,12 +92,20 @@ class PackedLayer(nn.Module):
         bias = self.bias
         return bias if isinstance(bias, Tensor) else None
 
+    def _note_bias(self) -> Tensor | None:
+        """The bias `[out]` with which the layer is prepared now."""
+        bias = self._own_bias()
+        self._bias_source = None if bias is None else Source.of(bias)
+        return bias
+
     def _has_bias_of_before(self) -> bool:
         """Whether the bias is the one with which the layer was prepared, not written to; a compiled graph does not check."""
-        bias = self._own_bias()
-        if bias is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return True
-        return self._bias_source is not None and self._bias_source.is_still(bias)
+        bias = self._own_bias()
+        if bias is None or self._bias_source is None:
+            return bias is None and self._bias_source is None
+        return self._bias_source.is_still(bias)
 
     def prepared(self) -> Any:
         """The layer as its backend packed it; None: it is not packed yet."""

@@ -86,6 +86,7 @@ def prepare(model: nn.Module) -> None:
     Args:
         model: a model opened by `slimlm.load`, or by transformers after `import slimlm`.
     """
+    refuse_no_module(model)
     dtype = activation_dtype(model)
     for layer in packed_layers(model).values():
         prepared = layer.prepare()

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slimlm.core.errors import CheckpointError
@@ -51,7 +51,8 @@ def replacing(out: Path) -> Iterator[Path]:
     is removed first and moved last: a folder in which only some files were replaced has none, and is refused.
 
     Raises:
-        CheckpointError: The disk refuses.
+        CheckpointError: The disk refuses. Of a complete checkpoint, the files that were not moved are kept, and the message
+            names their folder.
     """
     if not out.is_dir():
         with checkpoint.written_beside(out) as partial:
@@ -65,11 +66,31 @@ def replacing(out: Path) -> Iterator[Path]:
         # Within a folder of its own, whose files get the usual permissions and are synced.
         with checkpoint.written_beside(partial / "whole") as whole:
             yield whole
-        _move(partial / "whole", out)
-    except OSError as error:
-        raise CheckpointError(f"writing the checkpoint to {out} failed: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What is complete in it by now is kept.
+        _remove_empty(partial)
+    _move_or_keep(partial / "whole", out)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _move_or_keep(whole: Path, out: Path) -> None:
+    """Move a complete checkpoint's files to `out`; where that stops, the rest of them is kept, and the error names it."""
+    rest = f"Nothing is lost: move the files that are still in {whole} to {out}, {checkpoint.RECORD} last"
+    try:
+        _move(whole, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint was written, but could not be moved to {out} as a whole: {error}. {rest}"
+        ) from error
+    except BaseException as stop:
+        # Ctrl-C, say, which stays what it is.
+        stop.add_note(rest)
+        raise
 
 
 def _move(partial: Path, out: Path) -> None:

@@ -147,7 +147,7 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
     """
     device = arguments.device(device)
     if samples is not None:
-        arguments.refuse_no_token_ids(samples, "samples")
+        samples = arguments.token_ids(samples, "samples")
     opened = _Opened.of(path(folder, "folder"))
     problems = [*_checksums(opened), *_index(opened), *_unopened(opened.folder), *_packed(opened)]
     empty = opened.meta_model()
@@ -165,6 +165,9 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
         problems += _unlike_source(record.source, opened, empty)
         if (warning := quality_warning(record)) is not None:
             notes.append(warning)
+        if edited := record.edited:
+            first = edited[0] if len(edited) == 1 else f"{edited[0]} and {len(edited) - 1} more"
+            notes.append(f"{first}: changed and saved again after the run, whose figures are about the tensors of before")
     beside, about_them = _beside(opened.folder)
     problems += beside
     notes += about_them

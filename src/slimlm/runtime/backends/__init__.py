@@ -49,5 +49,8 @@ class Backend(Protocol):
     def prepare(self, stored: Stored) -> Any:
         """Repack a layer once, at load or first use, unless it was packed earlier."""
 
+    def with_bias(self, prepared: Any, bias: Tensor | None) -> Any:
+        """A layer that is repacked already, with another bias `[out]`."""
+
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, the bias added, in the dtype of x."""

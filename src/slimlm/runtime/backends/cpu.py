@@ -6,7 +6,7 @@ rounding the activations to bfloat16 would. Gradients flow to the activations an
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,7 +66,11 @@ class Cpu:
             CheckpointError: its tensors do not fit their description.
         """
         blob = pack(stored) if stored.blob is None else stored.blob
-        return PreparedOnCpu(blob, None if stored.bias is None else stored.bias.detach().float(), stored)
+        return PreparedOnCpu(blob, _floats(stored.bias), stored)
+
+    def with_bias(self, prepared: PreparedOnCpu, bias: Tensor | None) -> PreparedOnCpu:
+        """A packed layer with another bias `[out]`."""
+        return PreparedOnCpu(prepared.blob, _floats(bias), replace(prepared.stored, bias=bias))
 
     def matmul(self, x: Tensor, prepared: PreparedOnCpu) -> Tensor:
         """x W^T + bias `[..., out]` for x `[..., in]`, in the dtype of x."""
@@ -75,6 +79,10 @@ class Cpu:
         if torch.compiler.is_compiling():
             return _product(x, prepared.blob, prepared.bias, prepared.stored.shape[0], self.precision)
         return prepared.packed(x, self.precision)[0]
+
+
+def _floats(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float()
 
 
 def unfit(entries: PartEntries) -> str | None:

@@ -3,7 +3,7 @@
 It takes every part and is as fast as the dense layer; it needs the dense layer's memory in addition to the packed tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class Reference:
     def prepare(self, stored: Stored) -> DenseWeight:
         """The sum of the parts `[out, in]`, added in float32."""
         return DenseWeight((stored.parts().dense(), None if stored.bias is None else stored.bias.float()), stored)
+
+    def with_bias(self, prepared: DenseWeight, bias: Tensor | None) -> DenseWeight:
+        """The same sum with another bias `[out]`."""
+        weight = prepared.values[0]
+        return DenseWeight((weight, None if bias is None else bias.to(weight)), replace(prepared.stored, bias=bias))
 
     def matmul(self, x: Tensor, prepared: DenseWeight) -> Tensor:
         """x W^T + bias `[..., out]` for x `[..., in]`."""

@@ -9,7 +9,7 @@ No GPU has run these kernels yet: Triton's interpreter has, and the machine code
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Gpu:
             for dtype in products.NARROW:
                 products.constants(stored.device, dtype)
             return PreparedOnGpu(layout.lay_out(stored), stored.bias)
+
+    def with_bias(self, prepared: PreparedOnGpu, bias: Tensor | None) -> PreparedOnGpu:
+        """A packed layer, which may be part of a stack, with another bias `[out]`."""
+        return replace(prepared, bias=bias)
 
     def matmul(self, x: Tensor, prepared: PreparedOnGpu) -> Tensor:
         """x W^T + bias `[..., out]` for x `[..., in]`, in the dtype of x; not for one layer on two streams at the same time."""

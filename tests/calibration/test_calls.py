@@ -16,7 +16,7 @@ from transformers import (
 
 from slimlm.calibration.calls import OutputForm, copied, observe, trial_tokens
 from slimlm.calibration.capture import BlockRun, enter, run
-from slimlm.core.errors import ModelError
+from slimlm.core.errors import ModelError, NumericsError
 from slimlm.models.structure import blocks_of
 from slimlm.tuning import block_reconstruction
 from tests.conftest import ENDS, LLAMA_LIKE, random_model
@@ -195,3 +195,24 @@ def test_a_copy_s_containers_are_its_own() -> None:
     own = copied(value, lambda tensor: tensor + 1)
     own["a"].append(0)
     assert len(value["a"]) == 1 and float(own["a"][0]) == 2 and own["b"] == (None, 3)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_not_taken_for_a_model_that_does_not_work(error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = _Stack(uses=False, reads=False).eval()
+    vars(model.layers[1])["forward"] = fail
+    with pytest.raises(type(error)) as raised:
+        observe(model, blocks_of(model))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_weight_that_is_no_number_is_refused_by_its_block(block: int) -> None:
+    model = _Stack(uses=False, reads=False).eval()
+    with torch.no_grad():
+        model.layers[block].linear.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=rf"the outputs of layers\.{block} of _Stack hold NaN"):
+        observe(model, blocks_of(model))

@@ -23,11 +23,13 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import slimlm
+from slimlm.calibration.stages import kind_of
 from slimlm.core.errors import ModelError, NumericsError, SlimlmError
 from slimlm.events import Event
 from slimlm.models.lazy import open_lazy
-from slimlm.models.structure import blocks_of
+from slimlm.models.structure import blocks_of, linears_of
 from slimlm.pipeline import estimate, plan
+from slimlm.preflight import rehearsal
 from slimlm.preflight.rehearsal import rehearse
 from slimlm.recipe import recipe_from_dict
 from tests.calibration.test_calls import per_layer, with_embeddings
@@ -46,7 +48,7 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def sparse(types: tuple[str, str] = ("full", "full")) -> PreTrainedModel:
+def sparse(types: tuple[str, str] = ("full", "full"), mlp: str = "dense") -> PreTrainedModel:
     """A model whose blocks hand on the tokens that attention looks at."""
     return _randomised(
         GlmMoeDsaForCausalLM(
@@ -65,7 +67,7 @@ def sparse(types: tuple[str, str] = ("full", "full")) -> PreTrainedModel:
                 index_n_heads=4,
                 index_head_dim=16,
                 index_topk=8,
-                mlp_layer_types=["dense", "dense"],
+                mlp_layer_types=[mlp, mlp],
                 indexer_types=list(types),
             )
         )
@@ -125,7 +127,28 @@ def test_layers_whose_weight_is_read_in_another_way_are_refused_with_what_to_ign
     # It casts activations to the dtype of the layer's weight, which would be that of codes.
     message = refused(save(sparse().to(torch.bfloat16), tmp_path / "m"), tmp_path / "o", text_file)
     assert "model.layers.0.self_attn.indexer.weights_proj (one of 2 layers)" in message
-    assert 'ignore = ["*.indexer.weights_proj"]' in message
+    assert 'ignore = ["*.self_attn.indexer.weights_proj"]' in message
+
+
+def test_unfit_layers_are_looked_for_by_kind_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = open_lazy(str(save(sparse(mlp="sparse").to(torch.bfloat16), tmp_path / "m")), tmp_path, pytest.fail)
+    blocks = blocks_of(lazy.model)
+    own = {name: {kind_of(block, layer) for layer in linears_of(block)} for name, block in blocks.items()}
+    tried: list[int] = []
+
+    def copy_gives(trial: Any, block: nn.Module, layers: list[str], *others: Any) -> Any:
+        tried.append(len({kind_of(block, layer) for layer in layers}))
+        return of_trial(trial, block, layers, *others)
+
+    of_trial = rehearsal._Trial._copy_gives
+    monkeypatch.setattr(rehearsal._Trial, "_copy_gives", copy_gives)
+    with pytest.raises(ModelError, match=r"weights_proj \(one of 2 layers\)"):
+        rehearse(lazy, blocks, [f"{name}.{layer}" for name, block in blocks.items() for layer in linears_of(block)])
+    first, second = (len(kinds) for kinds in own.values())
+    assert any("experts.*" in kind for kind in own["model.layers.0"])
+    # All together, none, each kind by itself; then all of the second block but the kind that is unfit.
+    assert tried[: first + 2] == [first, 0, *[1] * first]
+    assert set(tried[first + 2 :]) == {second - 1}
 
 
 def test_layers_without_input_in_any_block_are_refused_before_the_first(tmp_path: Path, text_file: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.core.profiling import profiled
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -130,6 +130,7 @@ def observe(
         shown: Blocks of the same names whose `forward` names the arguments; None: these.
 
     Raises:
+        NumericsError: A block's inputs or outputs hold NaN.
         ModelError: The model fails on plain text, computes something between two blocks, or its blocks use what earlier ones
             compute in another way than through the hidden states.
     """
@@ -223,6 +224,14 @@ def _refuse_shape(model: nn.Module, name: str, called: Call, tokens: Tensor) -> 
         )
 
 
+def _refuse_nan(hidden: Tensor, whose: str) -> None:
+    """Raise NumericsError where activations `[samples, length, width]` hold NaN."""
+    if bool(hidden.isnan().any()):
+        raise NumericsError(
+            f"{whose} hold NaN on random tokens, in float32: the weights up to there do not fit its class, or are damaged"
+        )
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output; raises ModelError where there are none."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
@@ -243,6 +252,8 @@ def explaining_failures(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} fails where its blocks are read one at a time, on plain text: {first_line(error)}"
         ) from error
@@ -260,6 +271,7 @@ def _plain_pass(
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         own = _split(args, kwargs)
         _refuse_shape(model, name, own, tokens)
+        _refuse_nan(own.hidden, f"the activations that {type(model).__name__} gives to {name}")
         if outputs and not torch.equal(hidden_of(outputs[last := next(reversed(outputs))]), own.hidden):
             raise ModelError(
                 f"{type(model).__name__} changes the activations between {last} and {name}; slimlm passes them "
@@ -269,6 +281,7 @@ def _plain_pass(
         calls[name] = Call(own.hidden.clone(), copied(own.arguments))
 
     def after(name: str, output: Any) -> None:
+        _refuse_nan(hidden_of(output), f"the outputs of {name} of {type(model).__name__}")
         outputs[name] = copied(output)
         if name == final and not whole:
             raise StopHereError
@@ -311,6 +324,8 @@ def _skipping_pass(
         with _skipped(blocks, forms), suppress(StopHereError), torch.no_grad():
             model(tokens, use_cache=False)
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} uses more of its blocks' outputs than their hidden states ({first_line(error)}); slimlm "
             "runs blocks one at a time and passes on hidden states alone, so it cannot compress this model"
@@ -355,12 +370,17 @@ def _refuse_used(model: nn.Module, name: str, block: nn.Module, skipping: Call, 
         expected: The hidden states of its output in a plain pass, `[samples, length, width]`.
         differing: The names of the arguments that differ between the two.
     """
-    with suppress(*_FAILURES, ModelError), torch.no_grad():
-        # Twice, because an argument with a state may be another after the first time.
-        arguments = skipping.arguments
-        found = [hidden_of(call(block, skipping.hidden.clone(), copied(arguments))) for _ in range(2)]
-        if all(same_values(each, expected) for each in found):
-            return
+    try:
+        with torch.no_grad():
+            # Twice, because an argument with a state may be another after the first time.
+            arguments = skipping.arguments
+            found = [hidden_of(call(block, skipping.hidden.clone(), copied(arguments))) for _ in range(2)]
+    except (*_FAILURES, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
+        found = []
+    if found and all(same_values(each, expected) for each in found):
+        return
     raise ModelError(
         f"{name} of {type(model).__name__} is given {' and '.join(dict.fromkeys(differing))}, which earlier blocks compute; "
         "slimlm compresses blocks one at a time and passes on hidden states alone, so its inputs would be wrong. What works: a "

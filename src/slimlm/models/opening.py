@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.hub import can_be_model, unreachable
 from slimlm.models.beside import BELONGING
 
@@ -170,6 +170,8 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Invalid files, the model's config among them, can make transformers raise any exception.
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

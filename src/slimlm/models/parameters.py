@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.models.conversion import Keep, Made, Places, make, places_of
 from slimlm.models.experts import Share, fused_in, take_apart
 from slimlm.models.meta import meta_model
@@ -90,6 +90,8 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
             # Of these stacks some layer is no view of a tensor of the files: they are made as a whole.
             whole |= found
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_line
+from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_line, is_out_of_memory
 from slimlm.distributed.group import ALONE, Group
 from slimlm.distributed.launch import join_ranks
 from slimlm.events import Notify, Observer, quiet, silent
@@ -91,16 +89,10 @@ def explaining_stops(journal: Journal, notify: Notify) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"reading or writing failed: {error}; {kept()}") from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise SlimlmError(f"memory ran out ({first_line(error)}); {kept()}. Give it more, or fewer `samples`") from error
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise CheckpointError(f"{error}; {kept()}") from error
         raise
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether memory ran out; torch and Python raise plain RuntimeErrors for the CPU's memory and for a thread's stack."""
-    messages = ("allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -127,6 +127,12 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     if budget is not None:
         refuse_budget(shapes, budget)
     refuse_unfit_model(dense, blocks)
+    # With as many samples as are asked for, before any block or the whole model is read.
+    length = min(config.length, context_length(dense.model) or config.length)
+    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits)
+    shares = shares_of(torch.empty(config.samples, length, device="meta"), run.group.size)
+    check_device(needs, device)
+    check_memory(_memory_of_rank(needs, config, run.group, shares), config.memory)
     calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
@@ -136,8 +142,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
-    dependent = bool(calls.text_dependent)
-    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits, dependent)
+    count, length = samples.shape
+    needs = dataclasses.replace(needs, sample_count=count, length=length, text_dependent=bool(calls.text_dependent))
     memory = _memory_of_rank(needs, config, run.group, shares)
     _refuse_unfit(needs, memory, config, run, device)
     return Prepared(

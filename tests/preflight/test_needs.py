@@ -101,6 +101,14 @@ def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
     assert more.block_bytes == slim.block_bytes
 
 
+def test_arguments_that_depend_on_the_text_take_memory_with_what_computes_them(llama_folder: Path) -> None:
+    for recipe, more in (("slim", 1), ("best-matched", 2)):
+        without = needs_of(llama_folder, recipe)
+        needs = dataclasses.replace(without, text_dependent=True)
+        kept = needs.tokens * needs.width * 4
+        assert needs.outer_bytes + kept <= needs.working_bytes - without.working_bytes <= needs.outer_bytes + more * kept
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_least_counts_the_covariances_that_are_held_together(family: str, tmp_path: Path) -> None:
     needs = needs_of(save(random_model(family), tmp_path / "m"), "gptq")

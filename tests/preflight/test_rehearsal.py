@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import slimlm
+from slimlm.calibration.calls import observe
 from slimlm.calibration.stages import kind_of
 from slimlm.core.errors import ModelError, NumericsError, SlimlmError
 from slimlm.events import Event
@@ -242,6 +243,22 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     lazy.weights["model.norm.weight"] = torch.full((48,), float("inf")) * 0
     with pytest.raises(NumericsError, match="hold NaN on random tokens"):
         rehearse(lazy, blocks_of(lazy.model))
+
+
+def test_tensors_outside_the_blocks_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its embedding is of a class of its own, which is not used in 16 bits.
+    lazy = open_lazy(str(save(random_model("gemma2", torch.bfloat16), tmp_path / "m")), tmp_path, pytest.fail)
+    outside = lazy.outer_tensors(blocks_of(lazy.model))
+    shared: list[bool] = []
+
+    def observing(model: nn.Module, *args: Any, **options: Any) -> Any:
+        own = model.state_dict()
+        shared.extend(own[name].data_ptr() == tensor.data_ptr() for name, tensor in outside.items())
+        return observe(model, *args, **options)
+
+    monkeypatch.setattr(rehearsal, "observe", observing)
+    rehearse(lazy, blocks_of(lazy.model))
+    assert shared and all(shared)
 
 
 def test_a_model_that_does_worse_than_guessing_is_an_alarm(tmp_path: Path, text_file: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from slimlm.calibration.calls import Calls, copied, hidden_of, observe, same_values
+from slimlm.calibration.calls import Calls, Observed, copied, hidden_of, observe, same_values
 from slimlm.calibration.stages import kind_of
 from slimlm.core.errors import ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.evaluation.perplexity import Piece
@@ -47,12 +47,8 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
             not use some of the layers.
         NumericsError: Activations or its logits hold NaN.
     """
-    stored = StoredModel(dense.model, dense.weights, dense.release)
     trial = _Trial(dense, compressed, list(dense.outer_tensors(blocks).values()), {})
-    model = stored.around({name: partial(trial.run, name) for name in blocks})
-    replaced = {name: model.get_submodule(name) for name in blocks}
-    with dense.outer_tensors_filled(blocks):
-        observed = observe(model, replaced, whole=True, shown=blocks)
+    observed = _observed(trial, blocks)
     _refuse_unfit(trial.unfit, dense)
     assert observed.logits is not None, "the model was run to its end"
     name = type(dense.model).__name__
@@ -61,6 +57,7 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
             f"the logits of {dense.source} hold NaN on random tokens, in float32: its weights do not fit {name}, or are damaged"
         )
     pieces = _pieces(observed.tokens)
+    stored = StoredModel(dense.model, dense.weights, dense.release)
     outputs = LastOutputs(observed.tokens, observed.hidden, observed.calls.forms)
     for piece, found in zip(pieces, stored.logits(outputs, pieces), strict=True):
         if not same_values(found, observed.logits[piece], _SAME_LOGITS):
@@ -68,6 +65,7 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
                 f"the logits of {name} do not follow from its last block's outputs alone; slimlm runs blocks one at a time and "
                 "passes on their outputs, so it cannot compress this model"
             )
+    dense.release(dense.weights[name] for name in dense.outside(blocks))
     return observed.calls
 
 
@@ -207,6 +205,17 @@ class _OnlyCalled(nn.Module):
         output = self._linear[0](x)
         assert isinstance(output, Tensor)
         return output
+
+
+def _observed(trial: _Trial, blocks: dict[str, nn.Module]) -> Observed:
+    """The result of running the model to its end, each block tried when it is run."""
+    dense = trial.dense
+    with dense.outer_tensors_filled(blocks):
+        # Shared, so that those which are not used in the 16 bits that they are stored in are in memory once.
+        filled = {name: tensor.data for name, tensor in dense.outer_tensors(blocks).items()}
+        stored = StoredModel(dense.model, {**dense.weights, **filled}, dense.release)
+        model = stored.around({name: partial(trial.run, name) for name in blocks})
+        return observe(model, {name: model.get_submodule(name) for name in blocks}, whole=True, shown=blocks)
 
 
 def _refuse_unfit(unfit: Mapping[str, list[str]], dense: LazyModel) -> None:

@@ -53,6 +53,7 @@ from slimlm.run.prepare import (
     plan_within_budget,
     prepare,
     refuse_unfit_model,
+    rehearsed,
     run_needs,
     warn_of_guesses,
 )
@@ -253,10 +254,10 @@ def estimate(
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read (except for old .bin files, and tensors that transformers makes of several, which are
-    converted first), so the model is not run: whether its blocks can be run one at a time, `compress` and `plan` try.
-    Calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this machine,
-    which takes some seconds.
+    The model is rehearsed as `compress` does it: run on a few random tokens, each block read once, so that one which cannot be
+    compressed is refused here. Where not even a block fits in memory, that is among the problems, and no weight is read. No
+    text is read: calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on
+    this machine, which takes some seconds.
 
     Args:
         model: A folder or a hub name.
@@ -268,7 +269,7 @@ def estimate(
         The estimate; `Estimate.problems` says what does not fit.
 
     Raises:
-        SlimlmError: The recipe does not suit the model, as for `compress`.
+        SlimlmError: The model cannot be compressed, or the recipe does not suit it, as for `compress`.
     """
     arguments.function(notify, "notify", "each message for the user")
     config = RunConfig.of(model, out, **options)
@@ -277,7 +278,7 @@ def estimate(
     with TemporaryDirectory() as scratch:
         dense = open_lazy(config.model, Path(scratch), notify)
         refuse_unfit_model(dense, blocks_of(dense.model))
-        needs = run_needs(config, dense)
+        needs = rehearsed(run_needs(config, dense), config.memory)
         folder = None if config.out is None else existing(config.out)
         return estimate_of(
             needs,

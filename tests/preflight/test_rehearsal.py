@@ -33,6 +33,8 @@ from slimlm.pipeline import estimate, plan
 from slimlm.preflight import rehearsal
 from slimlm.preflight.rehearsal import rehearse
 from slimlm.recipe import recipe_from_dict
+from slimlm.run.config import RunConfig
+from slimlm.run.prepare import rehearsed, run_needs
 from tests.calibration.test_calls import per_layer, with_embeddings
 from tests.conftest import ENDS, LLAMA_LIKE, Line, random_model, save
 
@@ -157,11 +159,27 @@ def test_layers_without_input_in_any_block_are_refused_before_the_first(tmp_path
     assert 'ignore = ["*.mixer.dt_proj"]' in refused(folder, tmp_path / "o", text_file)
 
 
-def test_shared_keys_and_values_are_refused_by_compress_and_plan(tmp_path: Path, text_file: Path) -> None:
+def test_shared_keys_and_values_are_refused_by_compress_plan_and_estimate(tmp_path: Path, text_file: Path, line: Line) -> None:
     folder = save(per_layer(shared=2).to(torch.bfloat16), tmp_path / "m")
     assert "shared_kv_states" in refused(folder, tmp_path / "o", text_file)
     with pytest.raises(ModelError, match="shared_kv_states"):
         plan(folder, bits=4, data=str(text_file), recipe="gptq", samples=4, length=32)
+    with pytest.raises(ModelError, match="shared_kv_states"):
+        estimate(folder, **OPTIONS)
+    assert "shared_kv_states" in line.refused("plan", folder, "--recipe", "absmax")
+
+
+@pytest.mark.parametrize(("make", "dependent"), [(per_layer, True), (lambda: random_model("llama"), False)])
+def test_an_estimate_knows_whether_arguments_depend_on_the_text(
+    make: Callable[[], PreTrainedModel], dependent: bool, tmp_path: Path
+) -> None:
+    folder = save(make().to(torch.bfloat16), tmp_path / "m")
+    needs = run_needs(RunConfig.of(folder, **OPTIONS), open_lazy(str(folder), tmp_path, pytest.fail))
+    # Counted until it is known.
+    assert needs.text_dependent and needs.captured_bytes > 0
+    known = rehearsed(needs, None)
+    assert known.text_dependent == dependent
+    assert known.captured_bytes == (needs.captured_bytes if dependent else 0)
 
 
 def test_blocks_that_share_weights_are_refused_by_compress_plan_and_estimate(tmp_path: Path, text_file: Path) -> None:

@@ -1,6 +1,6 @@
 """The needs of a run: the shapes of its layers, the size of its output, and the memory and disk that it takes.
 
-All of it is computed from the meta model: no weight is read.
+All of it is computed from the meta model, without reading a weight. Whether arguments depend on the text the rehearsal finds.
 """
 
 from collections.abc import Callable

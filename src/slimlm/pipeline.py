@@ -38,7 +38,7 @@ from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
 from slimlm.models.structure import blocks_of
 from slimlm.planner.plan import Plan
-from slimlm.preflight.checks import check_place, existing, free_on_disk, new_parent, problems_of
+from slimlm.preflight.checks import existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
 from slimlm.record import Record, quality_warning
@@ -141,11 +141,9 @@ def compress(
     config = RunConfig.of(model, out, **options)
     folder = arguments.path(out, "out")
     read_config(config.model)  # A path that is no model is refused before any folder is made.
-    check_place(folder, Path(config.model))
     with (
         shown(progress) as observer,
-        new_parent(folder, notify),
-        open_run(folder, restart=restart, progress=observer, notify=notify) as run,
+        open_run(folder, Path(config.model), restart=restart, progress=observer, notify=notify) as run,
     ):
         if (warning := spinning_on_a_busy_machine(torch.get_num_threads())) is not None:
             run.notify(warning)

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import slimlm
 from slimlm.calibration.calls import observe
 from slimlm.calibration.stages import kind_of
-from slimlm.core.errors import ModelError, NumericsError, SlimlmError
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, SlimlmError
 from slimlm.events import Event
 from slimlm.models.lazy import open_lazy
 from slimlm.models.structure import blocks_of, linears_of
@@ -195,8 +195,30 @@ def test_a_generation_config_that_transformers_refuses_is_refused(tmp_path: Path
     folder = save(random_model("llama"), tmp_path / "m")
     (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
     assert "generation_config.json" in refused(folder, tmp_path / "o", text_file)
-    with pytest.raises(ModelError, match="num_return_sequences"):
+    with pytest.raises(ModelError, match=r"num_return_sequences.*\); correct the file"):
         estimate(folder, data=str(text_file))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError("FOLDER/config.json is of no use"), ModelError, "opened again: MODEL/config.json is of no use"),
+        (OSError(28, "No space left on device"), CheckpointError, "in the folder of temporary files: No space left"),
+        (ModelError("the tokenizer of FOLDER cannot be opened"), ModelError, "the tokenizer of MODEL cannot be opened"),
+    ],
+)
+def test_a_failure_of_the_files_names_the_model_and_no_temporary_folder(
+    error: Exception, kind: type[SlimlmError], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+
+    def fail(source: str) -> None:
+        raise type(error)(*(arg.replace("FOLDER", source) if isinstance(arg, str) else arg for arg in error.args))
+
+    monkeypatch.setattr(rehearsal, "open_tokenizer", fail)
+    with pytest.raises(kind) as raised:
+        estimate(folder, **OPTIONS)
+    assert said.replace("MODEL", str(folder)) in str(raised.value) and "slimlm-" not in str(raised.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -234,8 +235,8 @@ def open_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, config_file_name=name, **reading)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
-            f"{name} in {folder} cannot be opened as a generation config: {first_line(error)} Correct the file; "
-            "transformers would refuse it when the model generates text"
+            f"{name} in {folder} cannot be opened as a generation config ({first_line(error)}); correct the file: transformers "
+            "would refuse it when the model generates text"
         ) from error
 
 
@@ -244,22 +245,24 @@ def loading_settings() -> Iterator[None]:
     """Within this context transformers shows no progress bars, and loads tensors in the thread that calls it.
 
     slimlm reports its progress itself. Threads gain nothing where tensors are views of files, and one that cannot be started
-    because memory runs out would be waited for without end.
+    because memory runs out would be waited for without end. Both settings are the process's, so threads wait for one another.
     """
-    shown, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_ONE_THREAD)
-    transformers_logging.disable_progress_bar()
-    os.environ[_ONE_THREAD] = "1"
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-        if before is None:
-            os.environ.pop(_ONE_THREAD, None)
-        else:
-            os.environ[_ONE_THREAD] = before
+    with _LOADING:
+        shown, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_ONE_THREAD)
+        transformers_logging.disable_progress_bar()
+        os.environ[_ONE_THREAD] = "1"
+        try:
+            yield
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
+            if before is None:
+                os.environ.pop(_ONE_THREAD, None)
+            else:
+                os.environ[_ONE_THREAD] = before
 
 
+_LOADING = RLock()
 _ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable by which transformers loads tensors in the thread that calls it."""
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from slimlm.calibration.calls import Calls, Observed, copied, hidden_of, observe, same_values
 from slimlm.calibration.stages import kind_of
-from slimlm.core.errors import ModelError, NumericsError, first_line, is_out_of_memory
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.evaluation.perplexity import Piece
 from slimlm.models.lazy import LazyModel
 from slimlm.models.opening import open_generation_config, open_tokenizer
@@ -88,6 +88,7 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
 
     Raises:
         ModelError: Transformers refuses one of them, as it would once all blocks are compressed.
+        CheckpointError: The folder cannot be written to.
     """
     # First from where it is, so that the message names the user's own file.
     open_generation_config(dense.folder)
@@ -96,14 +97,16 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if dense.tokenizer is not None:
             dense.tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
+        open_tokenizer(str(folder))
     except Exception as error:
         # Code of transformers and tokenizers, which raises whatever it meets in files that make no sense.
-        raise ModelError(
-            f"the config or the tokenizer of {dense.source} cannot be written and opened again: {first_line(error)}"
-        ) from error
-    open_tokenizer(str(folder))
+        if is_out_of_memory(error):
+            raise
+        what = f"the config or the tokenizer of {dense.source} cannot be written and opened again"
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(f"{what} in the folder of temporary files: {error.strerror}") from error
+        # The folder is a temporary one, of which the user knows nothing.
+        raise ModelError(f"{what}: {first_line(error).replace(str(folder), dense.source)}") from error
 
 
 @dataclass(frozen=True)

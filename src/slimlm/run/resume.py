@@ -1,7 +1,7 @@
 """How a run is begun, stopped and resumed: its journal, its ranks, and the messages where it ends early."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +10,7 @@ from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_l
 from slimlm.distributed.group import ALONE, Group
 from slimlm.distributed.launch import join_ranks
 from slimlm.events import Notify, Observer, quiet, silent
+from slimlm.preflight.checks import check_place, new_parent
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Content, Journal, open_journal
 
@@ -29,31 +30,44 @@ class Run:
 
 
 @contextmanager
-def open_run(out: Path, *, restart: bool, progress: Observer, notify: Notify) -> Iterator[Run]:
+def open_run(out: Path, model: Path, *, restart: bool, progress: Observer, notify: Notify) -> Iterator[Run]:
     """The run that writes `out`: begun, or resumed where its journal holds finished blocks.
 
     Several ranks are joined; only the first writes, and reports to the user.
 
     Args:
         out: The output folder.
+        model: The model's folder, or its name on the hub.
         restart: Drop the journal of an unfinished run, once the new run has begun.
         progress: An observer of the run's events.
         notify: A function that is given messages for the user.
 
     Raises:
-        CheckpointError: Something is in the way of `out`, or the journal is damaged, locked or cannot be written.
+        CheckpointError: `out` cannot be written, something is in its way, or the journal is damaged or locked.
         RanksError: Another rank has ended.
     """
     with join_ranks() as group:
-        if group.first:
-            checkpoint.refuse_occupied(out, restart=restart)
-        else:
+        if not group.first:
             progress, notify = quiet, silent
-        with _journal_of(out, group, restart=restart) as journal, explaining_stops(journal, notify):
+        with (
+            # Other ranks may be on machines that do not have these folders.
+            _place_for(out, model, restart=restart, notify=notify) if group.first else nullcontext(),
+            _journal_of(out, group, restart=restart) as journal,
+            explaining_stops(journal, notify),
+        ):
             if group.first:
                 # Checked again under the lock: the process that held it may have finished meanwhile.
                 checkpoint.refuse_occupied(out, restart=restart)
             yield Run(journal, group, progress, notify)
+
+
+@contextmanager
+def _place_for(out: Path, model: Path, *, restart: bool, notify: Notify) -> Iterator[None]:
+    """Within this context `out` can be written; a folder that was made for it goes again where the run fails."""
+    check_place(out, model)
+    with new_parent(out, notify):
+        checkpoint.refuse_occupied(out, restart=restart)
+        yield
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from slimlm.models.lazy import open_lazy
 from slimlm.models.opening import read_config
 from slimlm.models.structure import blocks_of
 from slimlm.planner.plan import Plan
-from slimlm.preflight.checks import check_place, existing, free_on_disk, new_parent, problems_of
+from slimlm.preflight.checks import existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
 from slimlm.record import Record, quality_warning
@@ -53,6 +53,7 @@ from slimlm.run.prepare import (
     plan_within_budget,
     prepare,
     refuse_unfit_model,
+    rehearsed,
     run_needs,
     warn_of_guesses,
 )
@@ -140,11 +141,9 @@ def compress(
     config = RunConfig.of(model, out, **options)
     folder = arguments.path(out, "out")
     read_config(config.model)  # A path that is no model is refused before any folder is made.
-    check_place(folder, Path(config.model))
     with (
         shown(progress) as observer,
-        new_parent(folder, notify),
-        open_run(folder, restart=restart, progress=observer, notify=notify) as run,
+        open_run(folder, Path(config.model), restart=restart, progress=observer, notify=notify) as run,
     ):
         if (warning := spinning_on_a_busy_machine(torch.get_num_threads())) is not None:
             run.notify(warning)
@@ -253,10 +252,10 @@ def estimate(
 ) -> Estimate:
     """Estimate what `compress` would need: layers, bits, tokens, memory, disk, and time by stages.
 
-    No weight and no text is read (except for old .bin files, and tensors that transformers makes of several, which are
-    converted first), so the model is not run: whether its blocks can be run one at a time, `compress` and `plan` try.
-    Calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on this machine,
-    which takes some seconds.
+    The model is rehearsed as `compress` does it: run on a few random tokens, each block read once, so that one which cannot be
+    compressed is refused here. Where not even a block fits in memory, that is among the problems, and no weight is read. No
+    text is read: calibration is assumed to have as many samples as are asked for. The rates behind the times are measured on
+    this machine, which takes some seconds.
 
     Args:
         model: A folder or a hub name.
@@ -268,7 +267,7 @@ def estimate(
         The estimate; `Estimate.problems` says what does not fit.
 
     Raises:
-        SlimlmError: The recipe does not suit the model, as for `compress`.
+        SlimlmError: The model cannot be compressed, or the recipe does not suit it, as for `compress`.
     """
     arguments.function(notify, "notify", "each message for the user")
     config = RunConfig.of(model, out, **options)
@@ -280,7 +279,7 @@ def estimate(
     with TemporaryDirectory(prefix="slimlm-", dir=folder) as scratch:
         dense = open_lazy(config.model, Path(scratch), notify)
         refuse_unfit_model(dense, blocks_of(dense.model))
-        needs = run_needs(config, dense)
+        needs = rehearsed(run_needs(config, dense), config.memory)
         return estimate_of(
             needs,
             name=config.model_name,

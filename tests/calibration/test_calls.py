@@ -1,7 +1,8 @@
 """How models call their blocks: arguments that depend on the text are the right batch's, and what cannot be is refused."""
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor, nn
 from transformers import (
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    LlamaConfig,
     PreTrainedModel,
     Zamba2Config,
     Zamba2ForCausalLM,
 )
 
-from slimlm.calibration.calls import OutputForm, copied, observe, trial_tokens
+from slimlm.calibration import calls as calls_module
+from slimlm.calibration.calls import Arguments, BlockArguments, OutputForm, arguments_within, copied, observe, trial_tokens
 from slimlm.calibration.capture import BlockRun, enter, run
-from slimlm.core.errors import ModelError
+from slimlm.core.errors import ModelError, NumericsError
 from slimlm.models.structure import blocks_of
 from slimlm.tuning import block_reconstruction
 from tests.conftest import ENDS, LLAMA_LIKE, random_model
@@ -105,6 +108,31 @@ def test_a_block_is_reconstructed_with_the_arguments_of_the_samples_of_each_step
         assert float(error) <= 1e-10 * float(size)
 
 
+def test_captured_arguments_are_kept_for_one_block_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = per_layer()
+    blocks = blocks_of(model)
+    samples = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(4))
+    seen: list[str] = []
+
+    def capture(name: str, tokens: Tensor) -> Arguments:
+        seen.append(name)
+        return arguments_within(model, calls.forms, name, tokens)
+
+    calls = observe(model, blocks).calls
+    batches = samples.split(2)
+    (first, second), most = list(blocks)[:2], calls_module.MOST_KEPT
+    for limit, times in ((most, 3), (0, 6)):
+        monkeypatch.setattr(calls_module, "MOST_KEPT", limit)
+        arguments = BlockArguments({}, batches, calls.text_dependent, capture)
+        seen.clear()
+        for name in (first, first, second, second):
+            for batch, tokens in enumerate(batches):
+                own = arguments.of(name, batch, len(tokens))
+                expected = arguments_within(model, calls.forms, name, tokens)
+                assert not list(calls_module._differences(own, expected, blocks[name]))
+        assert seen == [first] * times + [second] * times
+
+
 def test_arguments_that_do_not_depend_on_the_text_are_captured_once_for_each_size() -> None:
     model = random_model("llama")
     flow = enter(model, blocks_of(model), torch.randint(256, (5, 16)), tokens_at_once=32)
@@ -139,7 +167,8 @@ class _Stack(nn.Module):
 
     def __init__(self, uses: bool, reads: bool) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(1, 8)
+        self.config = LlamaConfig(vocab_size=16)
+        self.embedding = nn.Embedding(16, 8)
         self.layers = nn.ModuleList(_Handing(uses) for _ in range(3))
         self.reads = reads
 
@@ -187,7 +216,18 @@ def test_trial_texts_differ_and_hold_no_token_that_the_config_names() -> None:
     model.config.image_token_id = 5
     one, other = trial_tokens(model)
     assert one.shape == other.shape and not torch.equal(one, other)
-    assert not ({0, 5} & {*one.flatten().tolist(), *other.flatten().tolist()})
+    assert model.config.eos_token_id == 0
+    assert not ({0, 5} & set(one.flatten().tolist())) and 5 not in other
+
+
+@pytest.mark.parametrize("ends", [7, [7, 9]])
+def test_the_second_trial_text_has_the_end_of_a_document_within(ends: int | list[int]) -> None:
+    model = random_model("llama")
+    model.config.eos_token_id = ends
+    one, other = trial_tokens(model)
+    assert not ({7, 9} & set(one.flatten().tolist()))
+    assert bool(torch.isin(other, torch.tensor(ends)).any(dim=1).all())
+    assert not bool(torch.isin(other[:, [0, -1]], torch.tensor(ends)).any())
 
 
 def test_a_copy_s_containers_are_its_own() -> None:
@@ -195,3 +235,40 @@ def test_a_copy_s_containers_are_its_own() -> None:
     own = copied(value, lambda tensor: tensor + 1)
     own["a"].append(0)
     assert len(value["a"]) == 1 and float(own["a"][0]) == 2 and own["b"] == (None, 3)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_not_taken_for_a_model_that_does_not_work(error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = _Stack(uses=False, reads=False).eval()
+    vars(model.layers[1])["forward"] = fail
+    with pytest.raises(type(error)) as raised:
+        observe(model, blocks_of(model))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_weight_that_is_no_number_is_refused_by_its_block(block: int) -> None:
+    model = _Stack(uses=False, reads=False).eval()
+    with torch.no_grad():
+        model.layers[block].linear.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=rf"the outputs of layers\.{block} of _Stack hold NaN"):
+        observe(model, blocks_of(model))
+
+
+class _Pair(NamedTuple):
+    one: Tensor
+    other: list[int]
+
+
+def test_a_copy_has_the_type_of_what_is_copied() -> None:
+    pair = copied(_Pair(torch.ones(1), [3]), lambda tensor: tensor + 1)
+    assert type(pair) is _Pair and float(pair.one) == 2 and pair.other == [3]
+    filled = defaultdict(list, {"a": [torch.ones(1)]})
+    own = copied(filled, lambda tensor: tensor + 1)
+    own["a"].append(0)
+    own["b"].append(1)
+    assert float(own["a"][0]) == 2 and len(filled["a"]) == 1 and "b" not in filled
+    assert copied(torch.Size([2, 3])) == torch.Size([2, 3])

@@ -1,7 +1,9 @@
 """What is no full, unquantized model is refused with a message that says what was found and what would work."""
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 import slimlm
 from slimlm.core.errors import ModelError
 from slimlm.models.lazy import open_lazy
+from slimlm.models.opening import _ONE_THREAD, loading_settings
 from tests.conftest import random_model, save
 
 QUICK: dict[str, Any] = {"recipe": "absmax", "samples": 2, "length": 16}
@@ -149,3 +153,21 @@ def test_a_dense_model_is_opened_whole_with_the_same_checks(tmp_path: Path) -> N
     add_adapter(folder)
     with pytest.raises(ModelError, match="and the full model as well"):
         slimlm.plan(folder, bits=4.0, recipe="best", data="stdlib", samples=2, length=16)
+
+
+def test_threads_that_load_leave_the_process_s_settings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(_ONE_THREAD, raising=False)
+    shown = transformers_logging.is_progress_bar_enabled()
+    done = threading.Event()
+
+    def second() -> None:
+        with loading_settings():
+            done.set()
+
+    thread = threading.Thread(target=second)
+    with loading_settings(), loading_settings():
+        thread.start()
+        assert not done.wait(0.1), "the second waits for the first"
+    thread.join()
+    assert done.is_set() and _ONE_THREAD not in os.environ
+    assert transformers_logging.is_progress_bar_enabled() == shown

@@ -239,3 +239,14 @@ def test_the_user_is_notified_where_threads_would_spin(
     asked = {"recipe": "absmax", "samples": 2, "length": 16}
     slimlm.compress(llama_folder, tmp_path / "o", data=text_file, notify=told.append, **asked)
     assert "threads spin" in told
+
+
+def test_a_block_that_does_not_fit_is_refused_before_one_is_read(
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    monkeypatch.setattr("slimlm.preflight.estimate.total_and_free", lambda: (100, 100))
+    monkeypatch.setattr("slimlm.run.prepare.rehearse", lambda *_: pytest.fail("a block was read"))
+    monkeypatch.setattr("slimlm.run.prepare.open_dense", lambda *_: pytest.fail("the whole model was read"))
+    for options in ({}, {"bits": 4, "memory": 100}):
+        with pytest.raises(DoesNotFitError, match="the memory does not suffice"):
+            slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **{**OPTIONS, "recipe": "gptq", **options})

@@ -66,12 +66,18 @@ def test_the_estimate_of_what_is_stored_is_what_is_stored(
     assert expected.skipped == record.skipped
 
 
-def test_no_weight_is_read_for_an_estimate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_reads_no_text_and_no_weight_where_a_block_does_not_fit(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module, name in (("slimlm.run.prepare", "weights_identity"), ("slimlm.calibration.samples", "draw_samples")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("something was read"))
-    monkeypatch.setattr(LazyModel, "_fill", lambda *_: pytest.fail("a weight was read"))
     found = estimate(llama_folder, recipe="absmax", samples=3, length=32)
     assert found.tokens == 96 and found.total_seconds is not None and found.total_seconds > 0
+    monkeypatch.setattr(LazyModel, "_fill", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("slimlm.preflight.estimate.total_and_free", lambda: (100, 100))
+    monkeypatch.setattr("slimlm.pipeline.timed", lambda *_: None)
+    problems = estimate(llama_folder, recipe="absmax", samples=3, length=32).problems
+    assert ["the memory does not suffice" in problem for problem in problems] == [True]
 
 
 def test_stages_and_inputs_are_those_of_the_model(llama_folder: Path) -> None:
@@ -99,6 +105,14 @@ def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
     more = needs_of(llama_folder, "slim", samples=80)
     assert more.disk_bytes >= slim.disk_bytes + 72 * 32 * slim.width * 4
     assert more.block_bytes == slim.block_bytes
+
+
+def test_arguments_that_depend_on_the_text_take_memory_with_what_computes_them(llama_folder: Path) -> None:
+    for recipe, more in (("slim", 1), ("best-matched", 2)):
+        without = needs_of(llama_folder, recipe)
+        needs = dataclasses.replace(without, text_dependent=True)
+        kept = needs.tokens * needs.width * 4
+        assert needs.outer_bytes + kept <= needs.working_bytes - without.working_bytes <= needs.outer_bytes + more * kept
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

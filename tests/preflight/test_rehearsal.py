@@ -23,13 +23,18 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import slimlm
-from slimlm.core.errors import ModelError, NumericsError, SlimlmError
+from slimlm.calibration.calls import observe
+from slimlm.calibration.stages import kind_of
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, SlimlmError
 from slimlm.events import Event
 from slimlm.models.lazy import open_lazy
-from slimlm.models.structure import blocks_of
+from slimlm.models.structure import blocks_of, linears_of
 from slimlm.pipeline import estimate, plan
+from slimlm.preflight import rehearsal
 from slimlm.preflight.rehearsal import rehearse
 from slimlm.recipe import recipe_from_dict
+from slimlm.run.config import RunConfig
+from slimlm.run.prepare import rehearsed, run_needs
 from tests.calibration.test_calls import per_layer, with_embeddings
 from tests.conftest import ENDS, LLAMA_LIKE, Line, random_model, save
 
@@ -46,7 +51,7 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def sparse(types: tuple[str, str] = ("full", "full")) -> PreTrainedModel:
+def sparse(types: tuple[str, str] = ("full", "full"), mlp: str = "dense") -> PreTrainedModel:
     """A model whose blocks hand on the tokens that attention looks at."""
     return _randomised(
         GlmMoeDsaForCausalLM(
@@ -65,7 +70,7 @@ def sparse(types: tuple[str, str] = ("full", "full")) -> PreTrainedModel:
                 index_n_heads=4,
                 index_head_dim=16,
                 index_topk=8,
-                mlp_layer_types=["dense", "dense"],
+                mlp_layer_types=[mlp, mlp],
                 indexer_types=list(types),
             )
         )
@@ -125,7 +130,28 @@ def test_layers_whose_weight_is_read_in_another_way_are_refused_with_what_to_ign
     # It casts activations to the dtype of the layer's weight, which would be that of codes.
     message = refused(save(sparse().to(torch.bfloat16), tmp_path / "m"), tmp_path / "o", text_file)
     assert "model.layers.0.self_attn.indexer.weights_proj (one of 2 layers)" in message
-    assert 'ignore = ["*.indexer.weights_proj"]' in message
+    assert 'ignore = ["*.self_attn.indexer.weights_proj"]' in message
+
+
+def test_unfit_layers_are_looked_for_by_kind_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = open_lazy(str(save(sparse(mlp="sparse").to(torch.bfloat16), tmp_path / "m")), tmp_path, pytest.fail)
+    blocks = blocks_of(lazy.model)
+    own = {name: {kind_of(block, layer) for layer in linears_of(block)} for name, block in blocks.items()}
+    tried: list[int] = []
+
+    def copy_gives(trial: Any, block: nn.Module, layers: list[str], *others: Any) -> Any:
+        tried.append(len({kind_of(block, layer) for layer in layers}))
+        return of_trial(trial, block, layers, *others)
+
+    of_trial = rehearsal._Trial._copy_gives
+    monkeypatch.setattr(rehearsal._Trial, "_copy_gives", copy_gives)
+    with pytest.raises(ModelError, match=r"weights_proj \(one of 2 layers\)"):
+        rehearse(lazy, blocks, [f"{name}.{layer}" for name, block in blocks.items() for layer in linears_of(block)])
+    first, second = (len(kinds) for kinds in own.values())
+    assert any("experts.*" in kind for kind in own["model.layers.0"])
+    # All together, none, each kind by itself; then all of the second block but the kind that is unfit.
+    assert tried[: first + 2] == [first, 0, *[1] * first]
+    assert set(tried[first + 2 :]) == {second - 1}
 
 
 def test_layers_without_input_in_any_block_are_refused_before_the_first(tmp_path: Path, text_file: Path) -> None:
@@ -133,11 +159,27 @@ def test_layers_without_input_in_any_block_are_refused_before_the_first(tmp_path
     assert 'ignore = ["*.mixer.dt_proj"]' in refused(folder, tmp_path / "o", text_file)
 
 
-def test_shared_keys_and_values_are_refused_by_compress_and_plan(tmp_path: Path, text_file: Path) -> None:
+def test_shared_keys_and_values_are_refused_by_compress_plan_and_estimate(tmp_path: Path, text_file: Path, line: Line) -> None:
     folder = save(per_layer(shared=2).to(torch.bfloat16), tmp_path / "m")
     assert "shared_kv_states" in refused(folder, tmp_path / "o", text_file)
     with pytest.raises(ModelError, match="shared_kv_states"):
         plan(folder, bits=4, data=str(text_file), recipe="gptq", samples=4, length=32)
+    with pytest.raises(ModelError, match="shared_kv_states"):
+        estimate(folder, **OPTIONS)
+    assert "shared_kv_states" in line.refused("plan", folder, "--recipe", "absmax")
+
+
+@pytest.mark.parametrize(("make", "dependent"), [(per_layer, True), (lambda: random_model("llama"), False)])
+def test_an_estimate_knows_whether_arguments_depend_on_the_text(
+    make: Callable[[], PreTrainedModel], dependent: bool, tmp_path: Path
+) -> None:
+    folder = save(make().to(torch.bfloat16), tmp_path / "m")
+    needs = run_needs(RunConfig.of(folder, **OPTIONS), open_lazy(str(folder), tmp_path, pytest.fail))
+    # Counted until it is known.
+    assert needs.text_dependent and needs.captured_bytes > 0
+    known = rehearsed(needs, None)
+    assert known.text_dependent == dependent
+    assert known.captured_bytes == (needs.captured_bytes if dependent else 0)
 
 
 def test_blocks_that_share_weights_are_refused_by_compress_plan_and_estimate(tmp_path: Path, text_file: Path) -> None:
@@ -153,8 +195,30 @@ def test_a_generation_config_that_transformers_refuses_is_refused(tmp_path: Path
     folder = save(random_model("llama"), tmp_path / "m")
     (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
     assert "generation_config.json" in refused(folder, tmp_path / "o", text_file)
-    with pytest.raises(ModelError, match="num_return_sequences"):
+    with pytest.raises(ModelError, match=r"num_return_sequences.*\); correct the file"):
         estimate(folder, data=str(text_file))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError("FOLDER/config.json is of no use"), ModelError, "opened again: MODEL/config.json is of no use"),
+        (OSError(28, "No space left on device"), CheckpointError, "in the folder of temporary files: No space left"),
+        (ModelError("the tokenizer of FOLDER cannot be opened"), ModelError, "the tokenizer of MODEL cannot be opened"),
+    ],
+)
+def test_a_failure_of_the_files_names_the_model_and_no_temporary_folder(
+    error: Exception, kind: type[SlimlmError], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(random_model("llama"), tmp_path / "m")
+
+    def fail(source: str) -> None:
+        raise type(error)(*(arg.replace("FOLDER", source) if isinstance(arg, str) else arg for arg in error.args))
+
+    monkeypatch.setattr(rehearsal, "open_tokenizer", fail)
+    with pytest.raises(kind) as raised:
+        estimate(folder, **OPTIONS)
+    assert said.replace("MODEL", str(folder)) in str(raised.value) and "slimlm-" not in str(raised.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -219,6 +283,22 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     lazy.weights["model.norm.weight"] = torch.full((48,), float("inf")) * 0
     with pytest.raises(NumericsError, match="hold NaN on random tokens"):
         rehearse(lazy, blocks_of(lazy.model))
+
+
+def test_tensors_outside_the_blocks_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its embedding is of a class of its own, which is not used in 16 bits.
+    lazy = open_lazy(str(save(random_model("gemma2", torch.bfloat16), tmp_path / "m")), tmp_path, pytest.fail)
+    outside = lazy.outer_tensors(blocks_of(lazy.model))
+    shared: list[bool] = []
+
+    def observing(model: nn.Module, *args: Any, **options: Any) -> Any:
+        own = model.state_dict()
+        shared.extend(own[name].data_ptr() == tensor.data_ptr() for name, tensor in outside.items())
+        return observe(model, *args, **options)
+
+    monkeypatch.setattr(rehearsal, "observe", observing)
+    rehearse(lazy, blocks_of(lazy.model))
+    assert shared and all(shared)
 
 
 def test_a_model_that_does_worse_than_guessing_is_an_alarm(tmp_path: Path, text_file: Path) -> None:

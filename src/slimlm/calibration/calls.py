@@ -3,8 +3,8 @@
 A block is called with its hidden states and other arguments: masks, rotary tables, positions. `observe` runs a model on a few
 tokens, and then again with its blocks skipped. Arguments that are the same in both passes do not depend on what blocks compute,
 so they can be captured for any text without running a block. Those that differ between two texts (embeddings of the tokens
-that every block is given) are captured again for each batch whenever they are needed: they take no memory between uses, and a
-run that is resumed needs nothing but its samples. A model whose blocks use what earlier ones compute in another way than
+that every block is given) are captured again for each batch, and kept for one block at a time where they are small: a run that
+is resumed needs nothing but its samples. A model whose blocks use what earlier ones compute in another way than
 through the hidden states is refused.
 """
 
@@ -12,14 +12,15 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.core.profiling import profiled
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,6 +30,8 @@ _TRIAL_SAMPLES, _TRIAL_LENGTH = 2, 12
 """The samples, and the tokens of each, that a model is observed on."""
 _SAME = 1e-4
 """The relative difference that two runs of a block on the same values may have: rounding in another order of addition."""
+MOST_KEPT = 2**28
+"""The most bytes of captured arguments that are kept while a block is worked on."""
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, slice)
 """Types of arguments that have no state."""
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
@@ -93,6 +96,8 @@ class BlockArguments:
     """The blocks whose arguments depend on the text."""
     capture: Callable[[str, Tensor], Arguments] | None = None
     """Captures the arguments of a block for a batch of tokens; needed where some depend on the text."""
+    kept: "KeptArguments" = field(default_factory=lambda: KeptArguments())
+    """The captured arguments of the block that is worked on."""
 
     def of(self, name: str, batch: int, count: int) -> Arguments:
         """The arguments of a block for a batch, of which the number and the number of its samples are given."""
@@ -101,7 +106,28 @@ class BlockArguments:
         assert self.capture is not None, "arguments that depend on the text are captured from it"
         tokens = self.batches[batch]
         assert len(tokens) == count, "the arguments of another batch"
-        return self.capture(name, tokens)
+        return self.kept.of(name, batch, partial(self.capture, name, tokens))
+
+
+class KeptArguments:
+    """The captured arguments of one block, kept for its further passes as far as they take at most `MOST_KEPT` bytes."""
+
+    def __init__(self) -> None:
+        self._block = ""
+        self._held: dict[int, Arguments] = {}
+        self._bytes = 0
+
+    def of(self, name: str, batch: int, capture: Callable[[], Arguments]) -> Arguments:
+        """The arguments of a block for the batch of this number, captured unless they are kept."""
+        if name != self._block:
+            self._block, self._held, self._bytes = name, {}, 0
+        if batch not in self._held:
+            found = capture()
+            size = _bytes_of(found)
+            if self._bytes + size > MOST_KEPT:
+                return found
+            self._held[batch], self._bytes = found, self._bytes + size
+        return self._held[batch]
 
 
 @dataclass(frozen=True)
@@ -130,6 +156,7 @@ def observe(
         shown: Blocks of the same names whose `forward` names the arguments; None: these.
 
     Raises:
+        NumericsError: A block's inputs or outputs hold NaN.
         ModelError: The model fails on plain text, computes something between two blocks, or its blocks use what earlier ones
             compute in another way than through the hidden states.
     """
@@ -147,7 +174,10 @@ def observe(
 
 
 def trial_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Two texts of random tokens, int64 `[samples, length]`, without those that the config names (images, padding)."""
+    """Two texts of random tokens, int64 `[samples, length]`, without those that the config names (images, padding).
+
+    The second has the end of a document within it, where the config names the token.
+    """
     config = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
     vocabulary = int(getattr(text, "vocab_size", None) or 1)
@@ -156,6 +186,11 @@ def trial_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
     length = min(_TRIAL_LENGTH, int(getattr(text, "max_position_embeddings", None) or _TRIAL_LENGTH))
     drawn = torch.randint(len(ordinary), (2, _TRIAL_SAMPLES, length), generator=torch.Generator().manual_seed(0))
     one, other = ordinary[drawn]
+    # So that arguments which depend on where a document ends are found.
+    for own in (text, config):
+        for token in _tokens_of(getattr(own, "eos_token_id", None)):
+            if 0 <= token < vocabulary:
+                other[:, length // 2] = token
     return one, other
 
 
@@ -163,7 +198,12 @@ def _named_tokens(config: PreTrainedConfig) -> Iterator[int]:
     """The tokens that a config names, as `pad_token_id` or `image_token_index`."""
     for key, value in config.to_dict().items():
         if key.endswith(("token_id", "token_index", "token_ids")):
-            yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+            yield from _tokens_of(value)
+
+
+def _tokens_of(value: Any) -> list[int]:
+    """The tokens of an entry of a config: one, several, or none."""
+    return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 
 def shared_arguments(
@@ -178,11 +218,12 @@ def shared_arguments(
         batches: Token ids `[samples, length]`; one batch of each size is used.
 
     Returns:
-        The arguments by block name and number of samples in the batch.
+        The arguments by block name and number of samples in the batch, of blocks where they do not depend on the text.
     """
     found: dict[tuple[str, int], Arguments] = {}
     for batch in {len(batch): batch for batch in batches}.values():
-        found |= {(name, len(batch)): own for name, own in _skipping_pass(model, blocks, calls.forms, batch).items()}
+        seen = _skipping_pass(model, blocks, calls.forms, batch)
+        found |= {(name, len(batch)): own for name, own in seen.items() if name not in calls.text_dependent}
     return found
 
 
@@ -190,7 +231,25 @@ def arguments_within(model: nn.Module, forms: Mapping[str, OutputForm], name: st
     """The arguments of one block for tokens `[samples, length]`, captured without running a block."""
     before = {each: model.get_submodule(each) for each in forms}
     with _skipped(before, forms):
-        return call_of(model, before[name], tokens).arguments
+        return copied(call_of(model, before[name], tokens).arguments, _apart)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A tensor `[...]` that does not hold the memory of a larger one, of which it may be a part."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _bytes_of(arguments: Arguments) -> int:
+    """The memory of all tensors in a block's arguments."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    copied(arguments, note)
+    return sum(sizes.values())
 
 
 @profiled("calibration forward")
@@ -223,6 +282,14 @@ def _refuse_shape(model: nn.Module, name: str, called: Call, tokens: Tensor) -> 
         )
 
 
+def _refuse_nan(hidden: Tensor, whose: str) -> None:
+    """Raise NumericsError where activations `[samples, length, width]` hold NaN."""
+    if bool(hidden.isnan().any()):
+        raise NumericsError(
+            f"{whose} hold NaN on random tokens, in float32: the weights up to there do not fit its class, or are damaged"
+        )
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output; raises ModelError where there are none."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
@@ -243,6 +310,8 @@ def explaining_failures(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} fails where its blocks are read one at a time, on plain text: {first_line(error)}"
         ) from error
@@ -260,6 +329,7 @@ def _plain_pass(
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         own = _split(args, kwargs)
         _refuse_shape(model, name, own, tokens)
+        _refuse_nan(own.hidden, f"the activations that {type(model).__name__} gives to {name}")
         if outputs and not torch.equal(hidden_of(outputs[last := next(reversed(outputs))]), own.hidden):
             raise ModelError(
                 f"{type(model).__name__} changes the activations between {last} and {name}; slimlm passes them "
@@ -269,6 +339,7 @@ def _plain_pass(
         calls[name] = Call(own.hidden.clone(), copied(own.arguments))
 
     def after(name: str, output: Any) -> None:
+        _refuse_nan(hidden_of(output), f"the outputs of {name} of {type(model).__name__}")
         outputs[name] = copied(output)
         if name == final and not whole:
             raise StopHereError
@@ -311,6 +382,8 @@ def _skipping_pass(
         with _skipped(blocks, forms), suppress(StopHereError), torch.no_grad():
             model(tokens, use_cache=False)
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} uses more of its blocks' outputs than their hidden states ({first_line(error)}); slimlm "
             "runs blocks one at a time and passes on hidden states alone, so it cannot compress this model"
@@ -355,12 +428,17 @@ def _refuse_used(model: nn.Module, name: str, block: nn.Module, skipping: Call, 
         expected: The hidden states of its output in a plain pass, `[samples, length, width]`.
         differing: The names of the arguments that differ between the two.
     """
-    with suppress(*_FAILURES, ModelError), torch.no_grad():
-        # Twice, because an argument with a state may be another after the first time.
-        arguments = skipping.arguments
-        found = [hidden_of(call(block, skipping.hidden.clone(), copied(arguments))) for _ in range(2)]
-        if all(same_values(each, expected) for each in found):
-            return
+    try:
+        with torch.no_grad():
+            # Twice, because an argument with a state may be another after the first time.
+            arguments = skipping.arguments
+            found = [hidden_of(call(block, skipping.hidden.clone(), copied(arguments))) for _ in range(2)]
+    except (*_FAILURES, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
+        found = []
+    if found and all(same_values(each, expected) for each in found):
+        return
     raise ModelError(
         f"{name} of {type(model).__name__} is given {' and '.join(dict.fromkeys(differing))}, which earlier blocks compute; "
         "slimlm compresses blocks one at a time and passes on hidden states alone, so its inputs would be wrong. What works: a "
@@ -390,9 +468,9 @@ def copied(value: Any, change: Callable[[Tensor], Tensor] = lambda tensor: tenso
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(copied(each, change) for each in value)
-    if isinstance(value, dict):
-        return {key: copied(each, change) for key, each in value.items()}
+        items = [copied(each, change) for each in value]
+        # A named tuple is made of its items one by one.
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, MutableMapping):
         own = copy.copy(value)
         for key in own:

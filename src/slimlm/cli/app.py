@@ -25,7 +25,7 @@ from slimlm.cli.recipes import recipes
 from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
 from slimlm.cli.with_program import with_program
-from slimlm.core.errors import SlimlmError
+from slimlm.core.errors import SlimlmError, first_line, is_out_of_memory
 from slimlm.distributed.environment import global_rank, reports, world_size
 
 VERBS = (
@@ -99,8 +99,10 @@ def main() -> None:
         _silence_output()
         where = f" ({error.filename})" if error.filename else ", of standard output or of a file"
         _end(f"reading or writing failed{where}: {error.strerror or error}", debug=debug)
-    except MemoryError:
-        _end("memory ran out", debug=debug)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _end(f"memory ran out ({first_line(error)})", debug=debug)
     except ImportError as error:
         # Libraries are imported at their first use, where the loader may find no memory to map one.
         _end(f"a library cannot be imported: {error}; memory ran out, or the installation is incomplete", debug=debug)

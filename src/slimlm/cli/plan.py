@@ -42,7 +42,8 @@ def plan(
 ) -> None:
     """Show what compress would need: layers, size, memory, disk, time; with --bits also the plan for each layer.
 
-    Without --bits (and without rank = "auto" in the recipe) no weight is read, and it takes seconds.
+    The model is run on a few tokens, so that one that cannot be compressed is refused. Without --bits (and without rank =
+    "auto" in the recipe) that takes seconds, and for large models as long as reading them once.
     """
     _refuse_file(save)
     limit = options.bytes_of(memory)

@@ -54,6 +54,17 @@ class RanksError(SlimlmError):
         """whether this process reports it to the user, although it is not the first"""
 
 
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "can't start new thread")
+"""What torch and Python say where the memory of a GPU, of the CPU or of a thread's stack runs out, in plain RuntimeErrors."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+    )
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 300 characters; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

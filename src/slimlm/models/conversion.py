@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, Split, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.storage.streams import Described
 
 Keep = Callable[[Described, Iterable[Tensor]], dict[str, Tensor]]
@@ -140,6 +140,8 @@ def _converted(model: PreTrainedModel, step: Conversion, stored: Mapping[str, Te
     try:
         found = converter.convert(step.target, model=model, config=model.config)
     except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         used = step.names()
         raise ModelError(
             f"transformers makes {step.target} of {type(model).__name__} of {len(used)} tensors of the files, {used[0]} among "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.core.parts.pack import StoredEntry
 from slimlm.models.experts import take_apart
 from slimlm.models.opening import OWN_ATTENTION, loading_settings, read_config, refuse_foreign_code
@@ -57,6 +57,8 @@ def meta_model(folder: Path, stored: Mapping[str, Tensor], experts: Iterable[str
     except ModelError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # An invalid config can make transformers raise any exception.
         raise ModelError(
             f"transformers cannot make a causal language model of the config in {folder}: {first_line(error)}"

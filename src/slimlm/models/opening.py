@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.hub import can_be_model, unreachable
 from slimlm.models.beside import BELONGING
 
@@ -170,6 +171,8 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Invalid files, the model's config among them, can make transformers raise any exception.
         folder = folder_of(source)
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -232,8 +235,8 @@ def open_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, config_file_name=name, **reading)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
-            f"{name} in {folder} cannot be opened as a generation config: {first_line(error)} Correct the file; "
-            "transformers would refuse it when the model generates text"
+            f"{name} in {folder} cannot be opened as a generation config ({first_line(error)}); correct the file: transformers "
+            "would refuse it when the model generates text"
         ) from error
 
 
@@ -242,22 +245,24 @@ def loading_settings() -> Iterator[None]:
     """Within this context transformers shows no progress bars, and loads tensors in the thread that calls it.
 
     slimlm reports its progress itself. Threads gain nothing where tensors are views of files, and one that cannot be started
-    because memory runs out would be waited for without end.
+    because memory runs out would be waited for without end. Both settings are the process's, so threads wait for one another.
     """
-    shown, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_ONE_THREAD)
-    transformers_logging.disable_progress_bar()
-    os.environ[_ONE_THREAD] = "1"
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-        if before is None:
-            os.environ.pop(_ONE_THREAD, None)
-        else:
-            os.environ[_ONE_THREAD] = before
+    with _LOADING:
+        shown, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_ONE_THREAD)
+        transformers_logging.disable_progress_bar()
+        os.environ[_ONE_THREAD] = "1"
+        try:
+            yield
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
+            if before is None:
+                os.environ.pop(_ONE_THREAD, None)
+            else:
+                os.environ[_ONE_THREAD] = before
 
 
+_LOADING = RLock()
 _ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable by which transformers loads tensors in the thread that calls it."""
 

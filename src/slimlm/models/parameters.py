@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimlm.core.errors import ModelError, first_line
+from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.models.conversion import Keep, Made, Places, make, places_of
 from slimlm.models.experts import Share, fused_in, shares_of, take_apart
 from slimlm.models.meta import meta_model
@@ -86,6 +86,8 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
         untied = _untied(empty, places.plain, files)
         return _resolved(around, _tensors_for(empty, places, files), untied)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{source} cannot be opened as a causal language model: {first_line(error)}") from error
 
 

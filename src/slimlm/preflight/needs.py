@@ -1,6 +1,6 @@
 """The needs of a run: the shapes of its layers, the size of its output, and the memory and disk that it takes.
 
-All of it is computed from the meta model: no weight is read.
+All of it is computed from the meta model, without reading a weight. Whether arguments depend on the text the rehearsal finds.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimlm.calibration.calls import BlockArguments, call_of, explaining_failures
+from slimlm.calibration.calls import MOST_KEPT, BlockArguments, call_of, explaining_failures
 from slimlm.calibration.capture import BlockInputs, BlockRun, batches_of
 from slimlm.calibration.stages import stages_of
 from slimlm.core.parts.uniform import UniformEntry
@@ -236,13 +236,22 @@ class RunNeeds:
         if self.recipe.block_reconstruction is None:
             return 0
         steps = min(self.tokens, self.recipe.block_reconstruction.batch * self.length)
-        return 7 * self.block_bytes + 3 * self.batch_bytes * steps // self.tokens_at_once
+        captured = self.tokens * self.width * 4 if self.text_dependent else 0
+        return 7 * self.block_bytes + 3 * self.batch_bytes * steps // self.tokens_at_once + captured
 
     @property
     def working_bytes(self) -> int:
         """Bytes of a block, its original where that is run as well, and the most that the work on it takes."""
         most = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes, self.reconstruction_bytes)
-        return self.copies * self.block_bytes + most + (self.outer_bytes if self.text_dependent else 0)
+        return self.copies * self.block_bytes + most + self.captured_bytes
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of the modules that compute arguments which depend on the text, and of those that are kept.
+
+        A block is taken to be given as many more numbers per token as its hidden states have.
+        """
+        return self.outer_bytes + min(MOST_KEPT, self.tokens * self.width * 4) if self.text_dependent else 0
 
     @property
     def outer_bytes(self) -> int:

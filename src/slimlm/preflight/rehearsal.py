@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from slimlm.calibration.calls import Calls, copied, hidden_of, observe, same_values
+from slimlm.calibration.calls import Calls, Observed, copied, hidden_of, observe, same_values
 from slimlm.calibration.stages import kind_of
-from slimlm.core.errors import ModelError, NumericsError, first_line
+from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.evaluation.perplexity import Piece
 from slimlm.models.lazy import LazyModel
 from slimlm.models.opening import open_generation_config, open_tokenizer
@@ -45,15 +45,11 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
     Raises:
         ModelError: The model cannot be run block by block, its logits do not follow from its last block's outputs, or it does
             not use some of the layers.
-        NumericsError: Its logits hold NaN.
+        NumericsError: Activations or its logits hold NaN.
     """
-    stored = StoredModel(dense.model, dense.weights, dense.release)
-    trial = _Trial(dense, compressed, list(dense.outer_tensors(blocks).values()), [])
-    model = stored.around({name: partial(trial.run, name) for name in blocks})
-    replaced = {name: model.get_submodule(name) for name in blocks}
-    with dense.outer_tensors_filled(blocks):
-        observed = observe(model, replaced, whole=True, shown=blocks)
-    _refuse_unfit(list(dict.fromkeys(trial.unfit)), dense)
+    trial = _Trial(dense, compressed, list(dense.outer_tensors(blocks).values()), {})
+    observed = _observed(trial, blocks)
+    _refuse_unfit(trial.unfit, dense)
     assert observed.logits is not None, "the model was run to its end"
     name = type(dense.model).__name__
     if bool(observed.logits.isnan().any()):
@@ -61,6 +57,7 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
             f"the logits of {dense.source} hold NaN on random tokens, in float32: its weights do not fit {name}, or are damaged"
         )
     pieces = _pieces(observed.tokens)
+    stored = StoredModel(dense.model, dense.weights, dense.release)
     outputs = LastOutputs(observed.tokens, observed.hidden, observed.calls.forms)
     for piece, found in zip(pieces, stored.logits(outputs, pieces), strict=True):
         if not same_values(found, observed.logits[piece], _SAME_LOGITS):
@@ -68,6 +65,7 @@ def rehearse(dense: LazyModel, blocks: dict[str, nn.Module], compressed: Contain
                 f"the logits of {name} do not follow from its last block's outputs alone; slimlm runs blocks one at a time and "
                 "passes on their outputs, so it cannot compress this model"
             )
+    dense.release(dense.weights[name] for name in dense.outside(blocks))
     return observed.calls
 
 
@@ -90,6 +88,7 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
 
     Raises:
         ModelError: Transformers refuses one of them, as it would once all blocks are compressed.
+        CheckpointError: The folder cannot be written to.
     """
     # First from where it is, so that the message names the user's own file.
     open_generation_config(dense.folder)
@@ -98,14 +97,16 @@ def rehearse_files(dense: LazyModel, folder: Path) -> None:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if dense.tokenizer is not None:
             dense.tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
+        open_tokenizer(str(folder))
     except Exception as error:
         # Code of transformers and tokenizers, which raises whatever it meets in files that make no sense.
-        raise ModelError(
-            f"the config or the tokenizer of {dense.source} cannot be written and opened again: {first_line(error)}"
-        ) from error
-    open_tokenizer(str(folder))
+        if is_out_of_memory(error):
+            raise
+        what = f"the config or the tokenizer of {dense.source} cannot be written and opened again"
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(f"{what} in the folder of temporary files: {error.strerror}") from error
+        # The folder is a temporary one, of which the user knows nothing.
+        raise ModelError(f"{what}: {first_line(error).replace(str(folder), dense.source)}") from error
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class _Trial:
     """The layers that are to be compressed, by full name."""
     outside: list[Tensor]
     """The tensors outside the blocks, which a copy of a block does not have."""
-    unfit: list[str]
-    """Gets the full names of layers whose weight is not used by calls of the layer alone."""
+    unfit: dict[str, list[str]]
+    """Gets the layers whose weight is not used by calls of the layer alone: their full names, by kind."""
 
     def run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a block; raises ModelError where a copy of it does not give the same."""
@@ -135,7 +136,13 @@ class _Trial:
 
     def _compare(self, name: str, block: nn.Module, given: tuple[Any, Any], expected: Tensor) -> None:
         """Run copies of a block, whose output's hidden states are expected to be these, `[samples, length, width]`."""
-        layers = [layer for layer in linears_of(block) if f"{name}.{layer}" in self.compressed]
+        kinds: dict[str, list[str]] = {}
+        for layer in linears_of(block):
+            if f"{name}.{layer}" in self.compressed:
+                kinds.setdefault(kind_of(block, layer), []).append(layer)
+        # A kind that an earlier block has shown to be unfit is not tried again.
+        tried = [kind for kind in kinds if kind not in self.unfit]
+        layers = [layer for kind in tried for layer in kinds[kind]]
         alike, called = self._copy_gives(block, layers, given, expected)
         if not alike and not self._copy_gives(block, [], given, expected)[0]:
             raise ModelError(
@@ -143,12 +150,20 @@ class _Trial:
                 "something outside of itself. slimlm compresses blocks one at a time, away from their model, and cannot "
                 "compress this one"
             )
-        # Where all of them together do not work, one after another shows which.
-        tried = {own: (alike, called) if alike else self._copy_gives(block, [own], given, expected) for own in layers}
-        for layer, (works, used) in tried.items():
+        unfit = []
+        for kind in tried:
+            # Where all of them together do not work, one kind after another shows which.
+            works, used = (alike, called) if alike else self._copy_gives(block, kinds[kind], given, expected)
             # An expert may be given none of a few tokens.
-            if not works or (layer not in used and kind_of(block, layer) == layer):
-                self.unfit.append(f"{name}.{layer}")
+            if not works or (kinds[kind] == [kind] and kind not in used):
+                unfit.append(kind)
+        if not alike and not unfit:
+            # Each works where the others are as they were.
+            unfit = tried
+        for kind in unfit:
+            self.unfit[kind] = []
+        for kind in kinds.keys() & self.unfit.keys():
+            self.unfit[kind] += [f"{name}.{layer}" for layer in kinds[kind]]
 
     def _copy_gives(
         self, block: nn.Module, layers: list[str], given: tuple[Any, Any], expected: Tensor
@@ -170,7 +185,9 @@ class _Trial:
         args, kwargs = copied(given, torch.clone)
         try:
             return same_values(hidden_of(copy(*args, **kwargs)), expected), called
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
             # The block uses what a compressed layer does not have; the caller names the layer.
             return False, called
 
@@ -193,12 +210,25 @@ class _OnlyCalled(nn.Module):
         return output
 
 
-def _refuse_unfit(layers: list[str], dense: LazyModel) -> None:
-    """Raise ModelError where layers that are to be compressed are not used by calls alone."""
+def _observed(trial: _Trial, blocks: dict[str, nn.Module]) -> Observed:
+    """The result of running the model to its end, each block tried when it is run."""
+    dense = trial.dense
+    with dense.outer_tensors_filled(blocks):
+        # Shared, so that those which are not used in the 16 bits that they are stored in are in memory once.
+        filled = {name: tensor.data for name, tensor in dense.outer_tensors(blocks).items()}
+        stored = StoredModel(dense.model, {**dense.weights, **filled}, dense.release)
+        model = stored.around({name: partial(trial.run, name) for name in blocks})
+        return observe(model, {name: model.get_submodule(name) for name in blocks}, whole=True, shown=blocks)
+
+
+def _refuse_unfit(unfit: Mapping[str, list[str]], dense: LazyModel) -> None:
+    """Raise ModelError where layers that are to be compressed, by kind, are not used by calls alone."""
+    # A block may have been run more than once.
+    layers = list(dict.fromkeys(layer for own in unfit.values() for layer in own))
     if not layers:
         return
     more = f" (one of {len(layers)} layers)" if len(layers) > 1 else ""
-    patterns = json.dumps(sorted({"*." + ".".join(layer.split(".")[-2:]) for layer in layers}))
+    patterns = json.dumps(sorted(f"*.{kind}" for kind in unfit))
     raise ModelError(
         f"{type(dense.model).__name__} reads the weight of {layers[0]}{more} in another way than by calling the layer, or does "
         f"not use it on plain text, so it cannot be compressed. Exclude such layers from the recipe (ignore = {patterns})"

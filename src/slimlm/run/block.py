@@ -160,25 +160,28 @@ def starting_streams(prepared: Prepared, run: Run) -> Streams:
     """The inputs of the first block that remains: computed for the first block of all, else read from the journal."""
     dense, blocks, activations = prepared.dense, prepared.blocks, prepared.activations
     own = batches_of(activations.own(prepared.samples))
+    # The first rank reconstructs blocks on all samples, in batches as large as those of a single process.
+    reconstructs_all = prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first
     with dense.outer_tensors_filled(blocks):
-        arguments = all_arguments = _arguments_of(prepared, own)
-        if prepared.recipe.block_reconstruction is not None and run.group.size > 1 and run.group.first:
-            # The first rank reconstructs blocks on all samples, in batches as large as those of a single process.
-            all_arguments = _arguments_of(prepared, batches_of(prepared.samples))
+        arguments = all_arguments = _shared_arguments(prepared, own)
+        if reconstructs_all:
+            all_arguments = _shared_arguments(prepared, batches_of(prepared.samples))
+        begun = None
         if run.journal.inputs is None:
-            held = activations.begin({_COMPRESSED: first_inputs(dense.model, blocks, own)})
-            return Streams(held, arguments, all_arguments, run.group)
-    return Streams(activations.resume(len(own[0])), arguments, all_arguments, run.group)
+            begun = activations.begin({_COMPRESSED: first_inputs(dense.model, blocks, own)})
+    held = activations.resume(len(own[0])) if begun is None else begun
+    if prepared.calls.text_dependent:
+        # Made when the values above are freed, because it holds its own for the whole run.
+        outside = StoredModel(dense.model, dense.weights, dense.release).assembled()
+        capture = partial(arguments_within, outside, prepared.calls.forms)
+        arguments, all_arguments = (dataclasses.replace(each, capture=capture) for each in (arguments, all_arguments))
+    return Streams(held, arguments, all_arguments, run.group)
 
 
-def _arguments_of(prepared: Prepared, batches: Sequence[Tensor]) -> BlockArguments:
-    """The arguments of all blocks for batches of token ids `[samples, length]`."""
-    dense, calls = prepared.dense, prepared.calls
-    shared = shared_arguments(dense.model, prepared.blocks, calls, batches)
-    if not calls.text_dependent:
-        return BlockArguments(shared)
-    outside = StoredModel(dense.model, dense.weights, dense.release).assembled()
-    return BlockArguments(shared, batches, calls.text_dependent, partial(arguments_within, outside, calls.forms))
+def _shared_arguments(prepared: Prepared, batches: Sequence[Tensor]) -> BlockArguments:
+    """The arguments of all blocks for batches of token ids `[samples, length]`, but for those that depend on the text."""
+    shared = shared_arguments(prepared.dense.model, prepared.blocks, prepared.calls, batches)
+    return BlockArguments(shared, batches, prepared.calls.text_dependent)
 
 
 def remaining_blocks(prepared: Prepared, run: Run) -> Iterator[tuple[nn.Module, BlockProgress]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimlm.calibration.calls import Calls
 from slimlm.calibration.capture import batches_of, shares_of
 from slimlm.calibration.samples import calibration_samples
-from slimlm.core.errors import CheckpointError, DataError, ModelError
+from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
@@ -127,6 +127,12 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     if budget is not None:
         refuse_budget(shapes, budget)
     refuse_unfit_model(dense, blocks)
+    # With as many samples as are asked for, before any block or the whole model is read.
+    length = min(config.length, context_length(dense.model) or config.length)
+    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits)
+    shares = shares_of(torch.empty(config.samples, length, device="meta"), run.group.size)
+    check_device(needs, device)
+    check_memory(_memory_of_rank(needs, config, run.group, shares), config.memory)
     calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
     samples = run.group.broadcast_tensor(
@@ -136,8 +142,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
         warn_of_few_tokens(shapes, samples.numel(), run.notify)
-    dependent = bool(calls.text_dependent)
-    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, len(samples), samples.shape[1], config.bits, dependent)
+    count, length = samples.shape
+    needs = dataclasses.replace(needs, sample_count=count, length=length, text_dependent=bool(calls.text_dependent))
     memory = _memory_of_rank(needs, config, run.group, shares)
     _refuse_unfit(needs, memory, config, run, device)
     return Prepared(
@@ -220,12 +226,33 @@ def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
 
 
 def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
-    """The needs of a run, without reading a weight or a text: as many samples are assumed as are asked for."""
+    """The needs of a run, without reading a weight or a text; see `rehearsed`.
+
+    As many samples are assumed as are asked for, and that blocks have arguments which depend on the text.
+    """
     recipe, blocks = config.opened_recipe, blocks_of(dense.model)
     embeddings = planned_embeddings(dense, recipe)
     skipped = without_embeddings(refuse_early(dense, blocks, recipe, planning=config.planned), embeddings)
     length = min(config.length, context_length(dense.model) or config.length)
-    return RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits)
+    return RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits, text_dependent=True)
+
+
+def rehearsed(needs: RunNeeds, allowed: int | None) -> RunNeeds:
+    """The needs of a run when the model is rehearsed; the same where a block does not fit in memory, so that it cannot be.
+
+    Args:
+        needs: The needs as far as they are known without reading a weight.
+        allowed: The argument `memory`, in bytes.
+
+    Raises:
+        SlimlmError: The model cannot be compressed; see `slimlm.preflight.rehearsal.rehearse`.
+    """
+    try:
+        check_memory(memory_of(needs, allowed), allowed)
+    except DoesNotFitError:
+        return needs
+    calls = rehearse(needs.dense, needs.blocks, needs.shapes)
+    return dataclasses.replace(needs, text_dependent=bool(calls.text_dependent))
 
 
 def planned_embeddings(dense: LazyModel, recipe: Recipe) -> Embeddings:

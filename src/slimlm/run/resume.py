@@ -1,17 +1,16 @@
 """How a run is begun, stopped and resumed: its journal, its ranks, and the messages where it ends early."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_line
+from slimlm.core.errors import CheckpointError, RanksError, SlimlmError, first_line, is_out_of_memory
 from slimlm.distributed.group import ALONE, Group
 from slimlm.distributed.launch import join_ranks
 from slimlm.events import Notify, Observer, quiet, silent
+from slimlm.preflight.checks import check_place, new_parent
 from slimlm.storage import checkpoint
 from slimlm.storage.journal import Content, Journal, open_journal
 
@@ -31,31 +30,44 @@ class Run:
 
 
 @contextmanager
-def open_run(out: Path, *, restart: bool, progress: Observer, notify: Notify) -> Iterator[Run]:
+def open_run(out: Path, model: Path, *, restart: bool, progress: Observer, notify: Notify) -> Iterator[Run]:
     """The run that writes `out`: begun, or resumed where its journal holds finished blocks.
 
     Several ranks are joined; only the first writes, and reports to the user.
 
     Args:
         out: The output folder.
+        model: The model's folder, or its name on the hub.
         restart: Drop the journal of an unfinished run, once the new run has begun.
         progress: An observer of the run's events.
         notify: A function that is given messages for the user.
 
     Raises:
-        CheckpointError: Something is in the way of `out`, or the journal is damaged, locked or cannot be written.
+        CheckpointError: `out` cannot be written, something is in its way, or the journal is damaged or locked.
         RanksError: Another rank has ended.
     """
     with join_ranks() as group:
-        if group.first:
-            checkpoint.refuse_occupied(out, restart=restart)
-        else:
+        if not group.first:
             progress, notify = quiet, silent
-        with _journal_of(out, group, restart=restart) as journal, explaining_stops(journal, notify):
+        with (
+            # Other ranks may be on machines that do not have these folders.
+            _place_for(out, model, restart=restart, notify=notify) if group.first else nullcontext(),
+            _journal_of(out, group, restart=restart) as journal,
+            explaining_stops(journal, notify),
+        ):
             if group.first:
                 # Checked again under the lock: the process that held it may have finished meanwhile.
                 checkpoint.refuse_occupied(out, restart=restart)
             yield Run(journal, group, progress, notify)
+
+
+@contextmanager
+def _place_for(out: Path, model: Path, *, restart: bool, notify: Notify) -> Iterator[None]:
+    """Within this context `out` can be written; a folder that was made for it goes again where the run fails."""
+    check_place(out, model)
+    with new_parent(out, notify):
+        checkpoint.refuse_occupied(out, restart=restart)
+        yield
 
 
 @contextmanager
@@ -91,16 +103,10 @@ def explaining_stops(journal: Journal, notify: Notify) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"reading or writing failed: {error}; {kept()}") from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise SlimlmError(f"memory ran out ({first_line(error)}); {kept()}. Give it more, or fewer `samples`") from error
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise CheckpointError(f"{error}; {kept()}") from error
         raise
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether memory ran out; torch and Python raise plain RuntimeErrors for the CPU's memory and for a thread's stack."""
-    messages = ("allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -19,6 +19,7 @@ Inside `compress_block` each linear layer goes through the recipe's steps:
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -275,8 +276,11 @@ def estimate(
     config.budget()  # Raises where the budget makes no sense.
     folder = None if config.out is None else existing(config.out)
     free = None if folder is None else free_on_disk(folder)
-    # On the disk that `compress` would use, whose room is checked; that of temporary files may be in memory.
-    with TemporaryDirectory(prefix="slimlm-", dir=folder) as scratch:
+    # Above the output where that can be written, on the disk that `compress` would use; that of temporary files may be in memory.
+    above = None if config.out is None else existing(config.out.absolute().parent)
+    with TemporaryDirectory(
+        prefix=".slimlm-", dir=above if above is not None and os.access(above, os.W_OK) else None
+    ) as scratch:
         dense = open_lazy(config.model, Path(scratch), notify)
         refuse_unfit_model(dense, blocks_of(dense.model))
         needs = rehearsed(run_needs(config, dense), config.memory)

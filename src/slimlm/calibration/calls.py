@@ -269,7 +269,8 @@ def call_of(model: nn.Module, block: nn.Module, tokens: Tensor) -> Call:
         handle.remove()
     if not caught:
         raise ModelError(f"{type(model).__name__} did not call a block on plain text; slimlm cannot calibrate it")
-    _refuse_shape(model, "a block", caught[0], tokens)
+    name = next((name for name, module in model.named_modules() if module is block), "a block")
+    _refuse_shape(model, name, caught[0], tokens)
     return caught[0]
 
 

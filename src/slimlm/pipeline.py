@@ -276,11 +276,10 @@ def estimate(
     config.budget()  # Raises where the budget makes no sense.
     folder = None if config.out is None else existing(config.out)
     free = None if folder is None else free_on_disk(folder)
-    # Above the output where that can be written, on the disk that `compress` would use; that of temporary files may be in memory.
+    # On the disk that `compress` would use, where that can be written; that of temporary files may be in memory.
     above = None if config.out is None else existing(config.out.absolute().parent)
-    with TemporaryDirectory(
-        prefix=".slimlm-", dir=above if above is not None and os.access(above, os.W_OK) else None
-    ) as scratch:
+    place = above if above is not None and os.access(above, os.W_OK) else None
+    with TemporaryDirectory(prefix=".slimlm-", dir=place) as scratch:
         dense = open_lazy(config.model, Path(scratch), notify)
         refuse_unfit_model(dense, blocks_of(dense.model))
         needs = rehearsed(run_needs(config, dense), config.memory)

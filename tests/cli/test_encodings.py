@@ -26,7 +26,8 @@ def test_a_character_that_the_output_lacks_is_escaped(packed: Path, tmp_path: Pa
     assert "größe\\u4f60" in done.stdout.decode("cp1252").replace("\r\n", "\n").replace("\n        ", "")
 
 
-@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+# Slow: a process of its own that imports torch and transformers; the first case holds the same for every change.
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow)])
 def test_folders_and_texts_may_have_any_name(
     llama_folder: Path, text_file: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -44,6 +45,7 @@ def test_an_argument_that_is_no_text_is_refused(line: Line, packed: Path, verb: 
     assert "'a\\udcff' holds bytes that are no utf-8 text" in said
 
 
+@pytest.mark.slow  # a process of its own that imports torch and transformers, for a setting that few make
 def test_an_error_handler_of_the_users_own_stays(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "你"))
     done = typed("verify", folder, PYTHONIOENCODING="ascii:replace")

@@ -55,7 +55,8 @@ def test_the_user_of_a_terminal_is_told_that_a_text_is_waited_for(
     assert "type the text to continue" in err
 
 
-@pytest.mark.parametrize("flag", ["--chat", "--json"])
+# Slow: a process of its own that imports torch and transformers; the other case reads the same way.
+@pytest.mark.parametrize("flag", ["--chat", pytest.param("--json", marks=pytest.mark.slow)])
 def test_bytes_that_are_no_text_are_refused_where_python_would_pass_them_on(chatty: Path, flag: str) -> None:
     command = [sys.executable, "-m", "slimlm", "generate", str(chatty), "--max-new-tokens", "2", flag]
     done = subprocess.run(command, input=b"a\xff\n", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})

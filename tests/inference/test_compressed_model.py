@@ -144,7 +144,8 @@ def test_embeddings_that_are_set_work_in_the_model_s_dtype(checkpoints: Checkpoi
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["load", "reference", "transformers"])
+# Slow: torch compiles each; `load` is what the documentation names.
+@pytest.mark.parametrize("how", ["load", *(pytest.param(way, marks=pytest.mark.slow) for way in ("reference", "transformers"))])
 def test_a_prepared_model_is_one_graph(eight: Path, checkpoints: Checkpoints, how: str) -> None:
     for folder in (eight, checkpoints("llama", torch.bfloat16).out):
         model: PreTrainedModel

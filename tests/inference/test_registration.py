@@ -21,7 +21,8 @@ assert "slimlm" not in type(table.__loader__).__module__
     [
         "from transformers import AutoModelForCausalLM\nimport slimlm",
         "import slimlm\nfrom transformers import LlamaForCausalLM",
-        "import transformers, slimlm\nslimlm.load",
+        # Slow: a process that imports both, as the two others.
+        pytest.param("import transformers, slimlm\nslimlm.load", marks=pytest.mark.slow),
     ],
 )
 def test_the_format_is_known_whichever_is_imported_first(first: str) -> None:

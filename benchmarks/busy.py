@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 import slimlm
 from results_file import Results, this_run
+from slimlm.runtime import waiting
 
 RESULTS = Path(__file__).parent / "results" / "busy.json"
 _GNU_SPINS = "300000"
@@ -44,7 +45,9 @@ def compress_once(model: str, recipe: str, samples: int, length: int) -> float:
 def measured(arguments: argparse.Namespace, threads: int) -> float:
     """Seconds of one compression in a process of its own; 0 threads are torch's default."""
     environment = dict(os.environ)
-    environment.pop("OMP_WAIT_POLICY", None)  # set by importing slimlm here; the child decides for itself
+    for name, value in waiting.BRIEFLY.items():
+        if environment.get(name) == value:
+            del environment[name]  # set by importing slimlm here; the child decides for itself
     if arguments.spin:
         environment["GOMP_SPINCOUNT"] = _GNU_SPINS
     if threads:

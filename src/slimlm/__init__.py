@@ -71,7 +71,7 @@ _HOMES = {
 }
 """The modules that define the public names."""
 
-waiting.sleep_while_waiting()
+waiting.wait_briefly()
 registration.register()
 
 

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _look_for_modules_in(folder: Path) -> None:
-    """Put the folder of a program's own modules first, as Python does by itself unless it is told not to."""
+    """Put the folder of a program's own modules first, as Python itself does without the option -P."""
     if not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(0, str(folder))
 

@@ -284,7 +284,7 @@ def _positions(model: PreTrainedModel, tokens: Tensor, first: int) -> dict[str, 
     """The positions of the tokens `[batch, count]` as an argument, for models with rotary embeddings.
 
     Not every class counts the tokens in its cache (Bamba does not). Models that learn positions may number them in their own
-    way, so those are not told any.
+    way, so those are given none.
     """
     rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
     if not rotary or "position_ids" not in inspect.signature(model.forward).parameters:

@@ -15,7 +15,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.builders.macos import process_macos_plat_tag
 
-INSIDE = "slimlm/runtime/slimlm_cpu"
+INSIDE = "slimlm/kernels/slimlm_cpu"
 
 
 class KernelHook(BuildHookInterface):

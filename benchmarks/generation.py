@@ -43,8 +43,8 @@ from results_file import Data, Results, slug, this_run
 from slimlm.bench import layer_speed
 from slimlm.bench.model_speed import opened
 from slimlm.inference.generate import generate
+from slimlm.kernels import processor
 from slimlm.report.tables import plain_table
-from slimlm.runtime.cpu import processor
 from slimlm.runtime.memory import format_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -35,9 +35,9 @@ from random_checkpoint import Kind
 from results_file import Data, Results, slug, this_run
 from slimlm.bench import layer_speed
 from slimlm.bench.layer_speed import Call, Contender, Effort
+from slimlm.kernels import native, processor
 from slimlm.report.tables import plain_table
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.cpu import native, processor
 from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -50,9 +50,10 @@ from transformers import PreTrainedModel
 import slimlm
 from slimlm.core.errors import KernelError
 from slimlm.inference.generate import generate
+from slimlm.kernels import native, processor
 from slimlm.models.bundled import bundled_model
 from slimlm.recipe import shipped
-from slimlm.runtime.cpu import bindings, native, processor
+from slimlm.runtime.cpu import bindings
 from tiny_models import FAMILIES, TINY, made_text, random_model, save
 
 GROUPS = ("tiny", "families", "real", "bundled")

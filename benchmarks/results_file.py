@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimlm.bench.layer_speed import machine
-from slimlm.runtime.cpu import native
+from slimlm.kernels import native
 
 Data = dict[str, Any]
 

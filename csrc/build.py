@@ -2,7 +2,7 @@
 
 `hatch_build.py` calls `install` when the package is built. By hand, into the source tree:
 
-    python csrc/build.py                              # src/slimlm/runtime/slimlm_cpu.so and its record slimlm_cpu.json
+    python csrc/build.py                              # src/slimlm/kernels/slimlm_cpu.so and its record slimlm_cpu.json
     python csrc/build.py --out other/slimlm_cpu.so   # somewhere else; SLIMLM_KERNEL_LIBRARY makes slimlm use it
     python csrc/build.py --compiler                   # print the compiler that would be taken; status 1 where there is none
 
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-LIBRARY = SOURCES.parent / "src/slimlm/runtime/slimlm_cpu.so"
+LIBRARY = SOURCES.parent / "src/slimlm/kernels/slimlm_cpu.so"
 """The same name on Linux and macOS: ctypes does not care, and the package looks for one file."""
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno")
 STATIC_RUNTIME = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")

@@ -32,8 +32,9 @@ from slimlm.cli.app import main
 from slimlm.data.documents import Purpose, Source, pieces
 from slimlm.data.files import Piece
 from slimlm.data.rows import Reading
+from slimlm.kernels import native
 from slimlm.record import Record
-from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu import bindings
 from tests.fake_cuda import FakeCuda, install
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels: {native.status().reason}")

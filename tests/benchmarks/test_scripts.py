@@ -14,7 +14,7 @@ import slimlm
 from slimlm.core import registry
 from slimlm.core.profiling import Call, profiled_functions, profiling
 from slimlm.core.solvers.linalg import weighted_square
-from slimlm.runtime.cpu import native
+from slimlm.kernels import native
 from slimlm.runtime.embedding import CompressedEmbedding
 from slimlm.runtime.linear import CompressedLinear
 

@@ -9,7 +9,7 @@ import torch
 
 from slimlm.cli import diagnosis
 from slimlm.cli.app import main
-from slimlm.runtime.cpu import native, processor
+from slimlm.kernels import native, processor
 
 VARIANTS = tuple(native.Variant(name, False, False, "not built") for name in native.NEEDS)
 NOTHING = native.Status("slimlm_cpu.so", "no C++ compiler was found", None, VARIANTS, None, None)

@@ -24,9 +24,9 @@ from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.generate import generate
+from slimlm.kernels import native
 from slimlm.models.structure import blocks_of, linears_of
 from slimlm.runtime.backends import Stored, cpu
-from slimlm.runtime.cpu import native
 from slimlm.runtime.cpu.bindings import LAYOUT
 from slimlm.runtime.dense import DenseLinear
 from slimlm.runtime.linear import CompressedLinear

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from slimlm.runtime.cpu import native
+from slimlm.kernels import native
 from tests.packaging.conftest import GUARDS, ROOT, fake_compiler, needs_compiler
 
 HERE = {"x86_64": "x86_64", "amd64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}.get(platform.machine().lower())

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("hatchling", "editables")),
     reason="hatchling or editables is not installed: python -m pip install '.[test]'",
 )
-LIBRARY, RECORD = "slimlm/runtime/slimlm_cpu.so", "slimlm/runtime/slimlm_cpu.json"
+LIBRARY, RECORD = "slimlm/kernels/slimlm_cpu.so", "slimlm/kernels/slimlm_cpu.json"
 
 
 def make(project: Path, kind: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from slimlm.core.errors import CheckpointError, KernelError
 from slimlm.core.parts.pack import EmbeddingEntry, Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.uniform import Uniform
-from slimlm.runtime.cpu import native
+from slimlm.kernels import native
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.kernel_names import Kernels

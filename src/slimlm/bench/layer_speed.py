@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimlm.kernels import native, processor
 from slimlm.runtime import waiting
-from slimlm.runtime.cpu import native, processor
 
 ROTATED = 160_000_000
 """Bytes of weights that a contender goes through before it uses the first again: several times the largest caches."""

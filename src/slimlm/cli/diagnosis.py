@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from rich.table import Table
 
+from slimlm.kernels import native, processor
 from slimlm.report.tables import pairs_table
-from slimlm.runtime.cpu import native, processor
 from slimlm.runtime.gpu import device as gpu
 from slimlm.runtime.memory import format_bytes, total_and_free
 

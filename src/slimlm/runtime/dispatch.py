@@ -5,11 +5,11 @@ from typing import get_args
 
 from slimlm.core.arguments import one_of
 from slimlm.core.errors import KernelError
+from slimlm.kernels import native
 from slimlm.runtime.backends import Backend, Stored
 from slimlm.runtime.backends.cpu import Cpu
 from slimlm.runtime.backends.reference import Reference
 from slimlm.runtime.backends.triton import Gpu
-from slimlm.runtime.cpu import native
 from slimlm.runtime.kernel_names import Kernels
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from slimlm.core.arguments import one_of
 from slimlm.core.errors import KernelError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, PartEntries
+from slimlm.kernels import native
 from slimlm.runtime.arguments import refuse_no_module
 from slimlm.runtime.backends import cpu, triton
 from slimlm.runtime.backends.reference import DenseWeight
-from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu import bindings
 from slimlm.runtime.dense import WideEmbedding
 from slimlm.runtime.dispatch import select_backend
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear

@@ -16,8 +16,8 @@ from slimlm.inference.decode.selection import decoder_for, disagrees
 from slimlm.inference.decode.structure import refuses
 from slimlm.inference.decode.torch_decoder import TorchDecoder
 from slimlm.inference.generate import generate
+from slimlm.kernels import native
 from slimlm.models.structure import linears_of
-from slimlm.runtime.cpu import native
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.runtime.whole_model import use_kernels
 from tests.conftest import ENDS, LLAMA_LIKE

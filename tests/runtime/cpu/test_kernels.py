@@ -30,8 +30,9 @@ from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.decode import native_decoder
+from slimlm.kernels import native
 from slimlm.runtime.backends.cpu import pack, pack_sum
-from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu import bindings
 from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 from slimlm.runtime.linear import CompressedLinear
 from tests.conftest import KERNEL_VARIANTS

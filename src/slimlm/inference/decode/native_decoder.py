@@ -24,8 +24,8 @@ from slimlm.inference.decode.structure import (
     linears_of_block,
     rms_norms,
 )
+from slimlm.kernels import native
 from slimlm.runtime.backends import cpu
-from slimlm.runtime.cpu import native
 from slimlm.runtime.cpu.bindings import (
     BEYOND_HALF,
     PRECISIONS,

@@ -20,8 +20,9 @@ from slimlm.core.mask import Pattern
 from slimlm.core.parts.base import fitting, under
 from slimlm.core.parts.kernel_layout import KernelLayout, MatrixLayout, ProductLayout, Refusal
 from slimlm.core.parts.pack import PartEntries, tensors_of
+from slimlm.kernels import native
 from slimlm.runtime.backends import Stored
-from slimlm.runtime.cpu import bindings, native
+from slimlm.runtime.cpu import bindings
 from slimlm.runtime.cpu.bindings import Matrix, PackedProducts, Precision
 
 _TWO_OF_FOUR = Pattern.parse("2:4")

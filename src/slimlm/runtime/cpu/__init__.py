@@ -1,1 +1,1 @@
-"""The CPU kernels: their library, their functions and the processor that they run on."""
+"""The functions of the CPU kernels that multiply by packed layers."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, KernelError
-from slimlm.runtime.cpu import native
+from slimlm.kernels import native
 
 Precision = Literal["fast", "precise"]
 """Activations as 8-bit or as 16-bit integers, one scale for 128 of them."""

@@ -1,6 +1,6 @@
 """The CPU kernels' shared library: where it is, whether it can be used, and why not where it cannot.
 
-The build of the package (csrc/build.py) puts `slimlm_cpu.so` into the folder above, and a record `slimlm_cpu.json` of how it
+The build of the package (csrc/build.py) puts `slimlm_cpu.so` next to this file, and a record `slimlm_cpu.json` of how it
 was built or why it was not. The library is opened at the first use, and nothing is built here. The environment variable
 SLIMLM_KERNEL_LIBRARY names another library to use in its place.
 """
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slimlm.runtime.cpu import processor
+from slimlm.kernels import processor
 
 ABI = 2
 """The version of the functions' signatures; `slimlm_abi()` of a library that fits gives the same."""
@@ -56,9 +56,9 @@ class Status:
 
 
 def library_path() -> Path:
-    """The path of the library: in the folder above this one, or what SLIMLM_KERNEL_LIBRARY names."""
+    """The path of the library: next to this file, or what SLIMLM_KERNEL_LIBRARY names."""
     named = os.environ.get(OVERRIDE)
-    return Path(named).absolute() if named else Path(__file__).parent.with_name("slimlm_cpu.so")
+    return Path(named).absolute() if named else Path(__file__).with_name("slimlm_cpu.so")
 
 
 def library() -> ctypes.CDLL | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slimlm.runtime.cpu import native, processor
+from slimlm.kernels import native, processor
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
@@ -18,7 +18,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the library is looked for; nothing is there yet."""
     path = tmp_path / "slimlm_cpu.so"
     monkeypatch.delenv(native.OVERRIDE, raising=False)
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "cpu" / "native.py"))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     return path
 
 

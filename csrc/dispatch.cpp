@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "decoder.h"
+#include "loops.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -18,6 +19,7 @@ namespace {
 
 struct Candidate {
     const Variant* variant;
+    const Loops* loops;
     bool usable;
 };
 
@@ -50,20 +52,20 @@ bool has_dot() {
 const Candidate candidates[] = {
 #if defined(__x86_64__)
 #if !defined(SLIMLM_NO_AVX512)
-    {&avx512, has_avx512()},
+    {&avx512, &loops_avx512, has_avx512()},
 #endif
 #if !defined(SLIMLM_NO_AVX2)
-    {&avx2, has_avx2()},
+    {&avx2, &loops_avx2, has_avx2()},
 #endif
 #elif defined(__aarch64__)
 #if !defined(SLIMLM_NO_NEONDOT)
-    {&neondot, has_dot()},
+    {&neondot, &loops_portable, has_dot()},
 #endif
 #if !defined(SLIMLM_NO_NEON)
-    {&neon, true},
+    {&neon, &loops_portable, true},
 #endif
 #endif
-    {&portable, true},
+    {&portable, &loops_portable, true},
 };
 
 std::string names(bool usable) {
@@ -73,15 +75,20 @@ std::string names(bool usable) {
     return all;
 }
 
-const Variant* best() {
+const Candidate* best() {
     for (const Candidate& c : candidates)
-        if (c.usable) return c.variant;
+        if (c.usable) return &c;
     return nullptr;
 }
 
-std::atomic<const Variant*> active{best()};
+std::atomic<const Candidate*> active{best()};
+
+const Variant& active_variant() { return *active.load()->variant; }
 
 }  // namespace
+
+const Loops& active_loops() { return *active.load()->loops; }
+
 }  // namespace slimlm
 
 using namespace slimlm;
@@ -101,13 +108,13 @@ extern "C" const char* slimlm_unusable(void) {
 extern "C" int slimlm_use(const char* variant) {
     for (const Candidate& c : candidates)
         if (c.usable && variant && !std::strcmp(c.variant->name, variant)) {
-            active.store(c.variant);
+            active.store(&c);
             return SLIMLM_OK;
         }
     return SLIMLM_BAD_ARGUMENT;
 }
 
-extern "C" const char* slimlm_active(void) { return active.load()->name; }
+extern "C" const char* slimlm_active(void) { return active_variant().name; }
 
 extern "C" int slimlm_products(const SlimlmProduct* layers, int32_t count, const void* x, int32_t type, int64_t batch, int64_t in,
                                int32_t precision, int32_t threads) try {
@@ -116,7 +123,7 @@ extern "C" int slimlm_products(const SlimlmProduct* layers, int32_t count, const
     if (precision != SLIMLM_FAST && precision != SLIMLM_PRECISE) return SLIMLM_BAD_ARGUMENT;
     if (batch == 0) return SLIMLM_OK;
     if (!x) return SLIMLM_BAD_ARGUMENT;
-    return active.load()->products(layers, count, x, type, batch, in, precision, threads < 1 ? 1 : threads);
+    return active_variant().products(layers, count, x, type, batch, in, precision, threads < 1 ? 1 : threads);
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }
@@ -143,7 +150,7 @@ extern "C" int slimlm_decode(const SlimlmDecoder* d, float* x, int64_t tokens, i
             return SLIMLM_WRONG_SIZE;
     }
     if (logits && !is_of(d->head, d->vocabulary, d->width)) return SLIMLM_WRONG_SIZE;
-    return active.load()->decode(*d, x, tokens, position, logits, precision, threads < 1 ? 1 : threads);
+    return active_variant().decode(*d, x, tokens, position, logits, precision, threads < 1 ? 1 : threads);
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }

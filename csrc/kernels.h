@@ -1,4 +1,5 @@
-// The C interface of slimlm's CPU kernels. Everything Python calls is declared here; no other symbol is exported.
+// The C interface of slimlm's CPU kernels. Everything Python calls is declared here and, where compression calls it, in
+// compression.h; no other symbol is exported.
 //
 // A layer y = x W^T + bias, with W a sum of a base and any number of low-rank parts, is one block of bytes ("blob") that
 // `slimlm_pack` fills once, at load. It holds no pointers, so it can be written to a file and mapped again. Matrices are
@@ -19,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { SLIMLM_ABI = 2, SLIMLM_LAYOUT = 1 };
+enum { SLIMLM_ABI = 3, SLIMLM_LAYOUT = 1 };
 
 enum SlimlmError {
     SLIMLM_OK = 0,

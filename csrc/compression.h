@@ -16,6 +16,53 @@ extern "C" {
 SLIMLM_API int slimlm_encode(const float* weight, int64_t rows, int64_t width, const float* scale, int64_t scale_rows,
                              int64_t group, int32_t bits, int8_t* codes, int32_t threads);
 
+// The values that codes stand for, in units of a scale.
+typedef struct SlimlmGrid {
+    const float* values;  // [count], ascending, the last above zero
+    int32_t count;        // 2 to 256; of a codebook at most 16
+    int32_t even;         // 1: consecutive whole numbers; 0: a codebook
+} SlimlmGrid;
+
+// Sets of numbers, each of which shares a scale, and by what their squared errors are multiplied, in any order in memory.
+typedef struct SlimlmSets {
+    const float *points, *weights;
+    int64_t sets, size;
+    int64_t points_per_set, points_per_point;    // how far apart the first points of two sets are, and two points of a set
+    int64_t weights_per_set, weights_per_point;  // the same of weights; 0 where they share one
+} SlimlmSets;
+
+// scales [sets]: of least weighted squared error; 0 for a set of zeros. `coarse` candidates in the first scan, at least 2; with
+// `either_sign` as many negative ones.
+SLIMLM_API int slimlm_best_scale(const SlimlmSets* sets, const SlimlmGrid* grid, int32_t coarse, int32_t either_sign, float* scales,
+                                 int32_t threads);
+// scales [sets]: likewise, near those of start [sets]; 0 where that is 0.
+SLIMLM_API int slimlm_nearby_scale(const SlimlmSets* sets, const SlimlmGrid* grid, const float* start, float* scales,
+                                   int32_t threads);
+
+// Scales and zeros [sets], whole numbers from 0 to 2^bits - 1: of least weighted squared error, where a number x stands for
+// (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero) x scale. Both are 0 for a set of zeros.
+SLIMLM_API int slimlm_affine_scale(const SlimlmSets* sets, int32_t bits, int32_t coarse, float* scales, float* zeros,
+                                   int32_t threads);
+// scales [sets]: those given, or those of least squares for the codes that these give, where they err less. points [sets, size];
+// weights likewise or NULL: ones.
+SLIMLM_API int slimlm_least_squares_scale(const float* points, const float* weights, int64_t sets, int64_t size, int32_t bits,
+                                          const float* given, float* scales, int32_t threads);
+// totals [bins]: the sums of the weights (NULL: ones) of numbers [count] in bins of `width` from `low` on; what lies beyond joins
+// the outermost.
+SLIMLM_API int slimlm_histogram(const float* numbers, const float* weights, int64_t count, float low, float width, int32_t bins,
+                                double* totals, int32_t threads);
+
+// Codes, a byte each, [rows, count] as a stream of bits, least significant first: [rows, (count x bits + 7) / 8]; and back.
+SLIMLM_API int slimlm_pack_codes(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint8_t* packed, int32_t threads);
+SLIMLM_API int slimlm_unpack_codes(const uint8_t* packed, int64_t rows, int64_t count, int32_t bits, uint8_t* codes,
+                                   int32_t threads);
+// Numbers of `size` bytes (1, 2 or 4) [rows, width] that a mask of bytes, 0 or 1, keeps, `kept` in each row: [rows, kept]; and back
+// to their places, with zeros where the mask drops.
+SLIMLM_API int slimlm_keep(const void* all, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* some,
+                           int32_t threads);
+SLIMLM_API int slimlm_place(const void* some, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* all,
+                            int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,8 +1,9 @@
 #include "loops.h"
 #include "rounding.h"
+#include "scale_search.h"
 
 namespace slimlm {
 
-const Loops loops_portable = {encode};
+const Loops loops_portable = {encode, best_scale, nearby_scale, affine_scale, code_sums, code_error, bin};
 
 }  // namespace slimlm

@@ -6,11 +6,27 @@
 
 #include <cstdint>
 
+#include "compression.h"
+
 namespace slimlm {
+
+// Larger sets are searched one by one, smaller ones several together.
+constexpr int64_t kSmallSet = 512;
 
 struct Loops {
     // codes [count] of numbers [count] that share a scale other than zero.
     void (*encode)(const float* numbers, int64_t count, float scale, float smallest, float largest, int8_t* codes);
+    // Scales of the sets from first up to last, see slimlm_best_scale and slimlm_nearby_scale.
+    void (*best_scale)(const SlimlmSets& sets, const SlimlmGrid& grid, int coarse, bool either_sign, int64_t first, int64_t last,
+                       float* scales);
+    void (*nearby_scale)(const SlimlmSets& sets, const SlimlmGrid& grid, const float* start, int64_t first, int64_t last,
+                         float* scales);
+    void (*affine_scale)(const SlimlmSets& sets, int bits, int coarse, int64_t first, int64_t last, float* scales, float* zeros);
+    // Of one set, or a piece of it, under one scale; see scale_search.h.
+    void (*code_sums)(const float* points, const float* weights, int64_t count, float scale, float smallest, float largest,
+                      double* sums);
+    double (*code_error)(const float* points, const float* weights, int64_t count, float scale, float smallest, float largest);
+    void (*bin)(const float* numbers, const float* weights, int64_t count, float low, float width, int32_t bins, double* totals);
 };
 
 #if defined(__x86_64__)

@@ -63,6 +63,42 @@ SLIMLM_LOCAL Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f3
 SLIMLM_LOCAL Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 
+// c - a b, likewise.
+#if defined(__AVX512F__)
+SLIMLM_LOCAL Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
+#elif defined(__FMA__)
+SLIMLM_LOCAL Floats subtract_product(Floats c, Floats a, Floats b) { return _mm256_fnmadd_ps(a, b, c); }
+#elif defined(__aarch64__)
+SLIMLM_LOCAL Floats subtract_product(Floats c, Floats a, Floats b) { return vfmsq_f32(c, a, b); }
+#else
+SLIMLM_LOCAL Floats subtract_product(Floats c, Floats a, Floats b) { return c - a * b; }
+#endif
+
+#if defined(__AVX512F__)
+SLIMLM_LOCAL Floats root(Floats a) { return _mm512_sqrt_ps(a); }
+#elif defined(__AVX2__)
+SLIMLM_LOCAL Floats root(Floats a) { return _mm256_sqrt_ps(a); }
+#elif defined(__x86_64__)
+SLIMLM_LOCAL Floats root(Floats a) { return _mm_sqrt_ps(a); }
+#elif defined(__aarch64__)
+SLIMLM_LOCAL Floats root(Floats a) { return vsqrtq_f32(a); }
+#else
+SLIMLM_LOCAL Floats root(Floats a) {
+    for (int lane = 0; lane < kLanes; ++lane) a[lane] = __builtin_sqrtf(a[lane]);
+    return a;
+}
+#endif
+
+// The results of comparisons: all bits of a lane or none.
+typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));
+
+SLIMLM_LOCAL Floats where(Mask condition, Floats a, Floats b) { return condition ? a : b; }
+SLIMLM_LOCAL Floats magnitude_of(Floats a) { return larger(a, -a); }
+SLIMLM_LOCAL Floats power(Floats a, float exponent) {
+    for (int lane = 0; lane < kLanes; ++lane) a[lane] = __builtin_powf(a[lane], exponent);
+    return a;
+}
+
 // Added to a number of less than 2^22 and subtracted again, it leaves the nearest whole number, ties to even.
 constexpr float kToWhole = 12582912.f;  // 1.5 x 2^23
 

@@ -151,8 +151,8 @@ extern "C" int slimlm_least_squares_scale(const float* points, const float* weig
             along += sums[size_t(2 * piece)];
             square += sums[size_t(2 * piece + 1)];
         }
-        const float scale = float(along / (weights ? square : std::max(square, 1.0)));
-        fitted[size_t(set)] = scale > 0 ? scale : safe(set);
+        const float scale = float(double(safe(set)) + along / square);
+        fitted[size_t(set)] = scale > 0 ? scale : safe(set);  // NaN, where all codes are zero, is not
     }
     pieces.share(threads, [&](int64_t piece, int64_t set, const float* p, const float* w, int64_t count) {
         sums[size_t(2 * piece)] = loops.code_error(p, w, count, safe(set), smallest, largest);

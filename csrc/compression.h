@@ -40,7 +40,8 @@ SLIMLM_API int slimlm_nearby_scale(const SlimlmSets* sets, const SlimlmGrid* gri
                                    int32_t threads);
 
 // Scales and zeros [sets], whole numbers from 0 to 2^bits - 1: of least weighted squared error, where a number x stands for
-// (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero) x scale. Both are 0 for a set of zeros.
+// (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero) x scale. Both are 0 for a set whose points
+// are zero where their weights are not.
 SLIMLM_API int slimlm_affine_scale(const SlimlmSets* sets, int32_t bits, int32_t coarse, float* scales, float* zeros,
                                    int32_t threads);
 // scales [sets]: those given, or those of least squares for the codes that these give, where they err less. points [sets, size];

@@ -123,7 +123,8 @@ public:
         }
     }
 
-    // The largest magnitude of a point with a weight above zero, and that weight: of each lane, or of all.
+    // The largest magnitude of a point with a weight above zero, and that weight: of each lane, or of all. Without any such point
+    // they are those of the first.
     void largest(Floats& magnitude, Floats& weight) const {
         magnitude = weight = Floats{};
         for (int64_t i = 0; i < count_; ++i) {
@@ -131,12 +132,16 @@ public:
             weight = where(size > magnitude, w, weight);
             magnitude = larger(magnitude, size);
         }
-        if (!one_) return;
-        int best = 0;
-        for (int lane = 1; lane < kLanes; ++lane)
-            if (magnitude[lane] > magnitude[best]) best = lane;
-        magnitude = all(magnitude[best]);
-        weight = all(weight[best]);
+        if (one_) {
+            int best = 0;
+            for (int lane = 1; lane < kLanes; ++lane)
+                if (magnitude[lane] > magnitude[best]) best = lane;
+            magnitude = all(magnitude[best]);
+            weight = all(weight[best]);
+        }
+        const Floats point = one_ ? all(point_at(0)[0]) : point_at(0), its = one_ ? all(weight_at(0)[0]) : weight_at(0);
+        weight = where(magnitude > Floats{}, weight, its);
+        magnitude = where(magnitude > Floats{}, magnitude, magnitude_of(point));
     }
 
     // The smallest and the largest point with a weight above zero, and zero among them.
@@ -182,7 +187,8 @@ public:
         for (int c = 0; c < kCount; ++c) costs[c] = together(total[c]);
     }
 
-    // The scale of least squares for the codes under a scale: sum(w x v) / sum(w v v), whatever it is where that is 0 / 0.
+    // The scale of least squares for the values under a scale: sum(w x v) / sum(w v v), NaN where that is 0 / 0. What it differs by
+    // from the scale given is added up, which is small, so that little is lost to rounding.
     template <class G>
     Floats fitted(const G& grid, Floats scale) const {
         const Floats inverse = all(1) / scale;
@@ -192,13 +198,13 @@ public:
             Floats a = {}, s = {};
             for (int64_t i = begin; i < end; ++i) {
                 const Floats point = point_at(i), value = grid.nearest(point, inverse), weighted = weight_at(i) * value;
-                a = multiply_add(weighted, point, a);
+                a = multiply_add(weighted, subtract_product(point, value, scale), a);
                 s = multiply_add(weighted, value, s);
             }
             along += a;
             square += s;
         }
-        return together(along) / together(square);
+        return scale + together(along) / together(square);
     }
 
 private:
@@ -458,10 +464,9 @@ void affine_scale(const SlimlmSets& sets, int bits, int coarse, int64_t first, i
     for (int64_t set = first; set < last; set += one ? 1 : kLanes) {
         points.take(sets, set, one);
         const BestAffine best = best_affine(points, top, coarse);
-        Floats magnitude, weight;
-        points.largest(magnitude, weight);
-        const Floats scale = where(magnitude > Floats{}, best.scale, Floats{});
-        const Floats zero = where(magnitude > Floats{}, best.zero, Floats{});
+        Floats low, high;
+        points.extremes(low, high);
+        const Floats scale = where(high > low, best.scale, Floats{}), zero = where(high > low, best.zero, Floats{});
         for (int lane = 0; lane < (one ? 1 : kLanes) && set + lane < last; ++lane) {
             scales[set + lane] = scale[lane];
             zeros[set + lane] = zero[lane];
@@ -469,10 +474,11 @@ void affine_scale(const SlimlmSets& sets, int bits, int coarse, int64_t first, i
     }
 }
 
-// Of points [count] and weights (NULL: ones), for the codes c under a scale on the even grid: the sums of w c x and w c c.
+// Of points [count] and weights (NULL: ones), for the codes c under a scale on the even grid: the sums of w c (x - c scale) and
+// w c c. Their ratio is what the least-squares scale of these codes differs by.
 void code_sums(const float* points, const float* weights, int64_t count, float scale, float smallest, float largest, double* sums) {
     const EvenGrid grid(smallest, largest);
-    const Floats inverse = all(1 / scale);
+    const Floats wide = all(scale), inverse = all(1 / scale);
     double along = 0, square = 0;
     for_vectors(points, weights, count, [&](auto next, int64_t vectors) {
         Floats a = {}, s = {};
@@ -480,7 +486,7 @@ void code_sums(const float* points, const float* weights, int64_t count, float s
             Floats point, weight;
             next(i, point, weight);
             const Floats code = grid.nearest(point, inverse), weighted = weight * code;
-            a = multiply_add(weighted, point, a);
+            a = multiply_add(weighted, subtract_product(point, code, wide), a);
             s = multiply_add(weighted, code, s);
         }
         along += sum_of(a);

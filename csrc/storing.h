@@ -85,7 +85,7 @@ template <class T>
 void place_row(const T* some, const uint8_t* mask, int64_t width, int64_t kept, T* all) {
     int64_t k = 0, i = 0;
     for (; i < width && k < kept; ++i) {
-        all[i] = mask[i] ? some[k] : T(0);
+        all[i] = T(some[k] * mask[i]);  // not a branch, which would be mispredicted
         k += mask[i];
     }
     for (; i < width; ++i) all[i] = T(0);

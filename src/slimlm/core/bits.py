@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimlm.core.chunks import at_once
 from slimlm.core.errors import CheckpointError
+from slimlm.kernels import compression
 
 _CODES_AT_ONCE = 2**18
 """Codes to work on at a time, so that intermediate values stay in the CPU's cache."""
@@ -32,6 +33,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 `[rows, packed_bytes(count, bits)]`.
     """
+    if compression.takes_bytes(codes):
+        return compression.pack(codes, bits)
     rows, count = codes.shape
     packed = torch.empty(rows, packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
     rows_at_once = _rows_at_once(count, codes.device)
@@ -62,6 +65,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes a row; a stored tensor has the shape "
             f"{list(packed.shape)}"
         )
+    if compression.takes_bytes(packed):
+        return compression.unpack(packed, bits, count)
     codes = torch.empty(len(packed), count, dtype=torch.uint8, device=packed.device)
     rows_at_once = _rows_at_once(count, packed.device)
     for piece, into in zip(packed.split(rows_at_once), codes.split(rows_at_once), strict=True):

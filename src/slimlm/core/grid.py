@@ -16,6 +16,7 @@ from torch import Tensor
 from slimlm.core.chunks import at_once
 from slimlm.core.errors import RecipeError
 from slimlm.core.profiling import profiled
+from slimlm.kernels import compression
 
 GroupSize = int | Literal["per-tensor", "per-channel"]
 """How many weights share a scale: a number of consecutive inputs, a whole row, or the whole tensor."""
@@ -236,6 +237,9 @@ def encode(weight: Tensor, scale: Tensor, *, bits: int, group_size: GroupSize) -
     Returns:
         int8 `[out, in]`, from -2^(bits-1) to 2^(bits-1) - 1.
     """
+    if compression.takes(weight):
+        group = group_size if isinstance(group_size, int) and scale.shape[1] > 1 else max(1, weight.shape[1])
+        return compression.encode(weight, scale.float(), bits=bits, group=group)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     rows = max(1, at_once(_ELEMENTS_AT_ONCE, weight.device) // max(1, weight.shape[1]))
     for i, (piece, into) in enumerate(zip(weight.split(rows), codes.split(rows), strict=True)):

@@ -18,10 +18,19 @@ from slimlm.core.solvers.scale_search import (
     nearby_scale,
     signed_scale,
 )
+from slimlm.kernels import compression
+from tests.conftest import needs_kernels
 from tests.core.solvers.problems import draw
 
 CODEBOOK = Grid(torch.tensor([-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0]), False)
 ALL = [*map(Grid.of_bits, (2, 3, 4, 8)), CODEBOOK]
+
+
+@pytest.fixture(params=["torch", pytest.param("C++", marks=needs_kernels)], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops of torch and those in C++ in turn: the laws hold for both."""
+    if request.param == "torch":
+        monkeypatch.setattr(compression, "available", lambda: False)
 
 
 def generator(seed: int = 0) -> torch.Generator:

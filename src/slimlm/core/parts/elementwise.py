@@ -16,6 +16,10 @@ from slimlm.core.parts.base import Entry, Expected, Part, fitting, joined, kind_
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand, Refusal
 from slimlm.core.parts.trainable import TrainableElements
+from slimlm.kernels import compression
+
+_SIZES = (1, 2, 4)
+"""Bytes of the elements that the loops in C++ move under a mask."""
 
 
 class ElementwiseEntry(Entry):
@@ -119,7 +123,7 @@ class Elementwise(Part):
 
     def tensors(self, *, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored, by suffix; of the elements only those where a mask `[out, in]` is True, equally many in each row."""
-        elements = self.elements if mask is None else self.elements[mask].view(self.shape[0], -1)
+        elements = self.elements if mask is None else _kept(self.elements, mask)
         return {"": self.pack(elements), **self.beside()}
 
 
@@ -148,6 +152,13 @@ def _kept_per_row(mask: Tensor) -> int:
     return int(counts[0])
 
 
+def _kept(elements: Tensor, mask: Tensor) -> Tensor:
+    """The elements `[out, kept]` that a mask `[out, in]` keeps, equally many in each row."""
+    if compression.takes_bytes(elements, mask, sizes=_SIZES):
+        return compression.keep(elements, mask, _kept_per_row(mask))
+    return elements[mask].view(len(elements), -1)
+
+
 def _scattered(elements: Tensor, shape: tuple[int, int], mask: Tensor | None) -> Tensor:
     """Stored elements at their places in `[out, in]`, zero where the mask drops a weight."""
     if mask is None:
@@ -155,4 +166,6 @@ def _scattered(elements: Tensor, shape: tuple[int, int], mask: Tensor | None) ->
     kept = int(mask.view(torch.uint8).sum(dtype=torch.int64))
     if elements.numel() != kept:
         raise CheckpointError(f"a stored mask keeps {kept} weights, but {elements.numel()} are stored")
+    if compression.takes_bytes(elements, mask, sizes=_SIZES):
+        return compression.place(elements, mask)
     return torch.zeros(shape, dtype=elements.dtype, device=elements.device).masked_scatter_(mask, elements)

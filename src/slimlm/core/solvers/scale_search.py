@@ -5,6 +5,9 @@ A set is the numbers that share a scale. Each number ("point") has a weight, by 
     minimise over s   sum over points of  weight x (grid(point / s) s - point)^2
 
 Points and weights are given as `[sets, size]`; inside they are held `[size, sets]`, and candidate scales `[candidates, sets]`.
+
+On a CPU the same candidates are tried by loops in C++ (slimlm.kernels.compression), which find the same scale, or one whose error
+is equal up to rounding in float32. What is written with torch here is their law, and runs on a GPU or without that library.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from torch import Tensor
 from slimlm.core.chunks import at_once
 from slimlm.core.grid import Grid, GroupSize, nearest_code, scale_sets, scale_shape
 from slimlm.core.profiling import profiled
+from slimlm.kernels import compression
 
 _COARSE = 48
 _FINE = 9
@@ -52,6 +56,8 @@ def best_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = _CO
     Returns:
         `[sets]`; 0 for a set of zeros.
     """
+    if _taken(grid, points, weights):
+        return compression.best_scale(points, weights, grid.values, even=grid.even, coarse=coarse)
     return _searched_in_pieces(lambda piece, w, _: _best_scale(piece, w, grid, coarse), points, weights)
 
 
@@ -68,8 +74,12 @@ def signed_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = 2
     Returns:
         `[sets]`; 0 for a set of zeros.
     """
+    symmetric = float(grid.values[0]) == -grid.largest
+    if _taken(grid, points, weights):
+        values, even = grid.values, grid.even
+        return compression.best_scale(points, weights, values, even=even, coarse=coarse, either_sign=not symmetric)
     positive = best_scale(points, weights, grid, coarse=coarse)
-    if float(grid.values[0]) == -grid.largest:
+    if symmetric:
         return positive
     negative = -best_scale(-points, weights, grid, coarse=coarse)
     return _searched_in_pieces(
@@ -90,7 +100,34 @@ def nearby_scale(points: Tensor, weights: Tensor, grid: Grid, start: Tensor) -> 
     Returns:
         `[sets]`.
     """
+    if _taken(grid, points, weights, start):
+        return compression.nearby_scale(points, weights, grid.values, start, even=grid.even)
     return _searched_in_pieces(lambda piece, w, old: _nearby_scale(piece, w, old, grid), points, weights, start)
+
+
+@profiled("scale search")
+def affine_scale(points: Tensor, weights: Tensor, *, bits: int, coarse: int = 24) -> tuple[Tensor, Tensor]:
+    """The scale and the zero of least weighted squared error for each set, searched together.
+
+    A number x stands for (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero) x scale. For each scale of a geometric scan the
+    grid begins at the smallest point, ends at the largest one, or lies midway between the two; then scales around the best
+    with its zero, and the zeros next to it, are tried three times. The scan runs from the scale that covers all points and zero
+    down to a bound below which clipping the largest magnitude alone costs more.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, by which the squared error of each point is multiplied; none negative.
+        bits: of a code.
+        coarse: scales of the first scan.
+
+    Returns:
+        Scales and zeros, whole numbers from 0 to 2^bits - 1, both float32 `[sets]`; both 0 for a set whose points are zero
+        where their weights are not.
+    """
+    if compression.takes(points, weights):
+        return compression.affine_scale(points, weights, bits=bits, coarse=coarse)
+    found = _searched_in_pieces(lambda piece, w, _: _affine_scale(piece, w, bits, coarse), points, weights)
+    return found[:, 0].contiguous(), found[:, 1].contiguous()
 
 
 @profiled("scale search")
@@ -130,6 +167,8 @@ def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor 
     Returns:
         `[sets]`.
     """
+    if compression.takes(sets, scale, *([] if weights is None else [weights])):
+        return compression.least_squares_scale(sets, scale, bits=bits, weights=weights)
     rows = max(1, at_once(_POINTS_AT_ONCE, sets.device) // max(1, sets.shape[1]))
     weights_of = [None] * len(sets.split(rows)) if weights is None else weights.split(rows)
     pieces = zip(sets.split(rows), scale.split(rows), weights_of, strict=True)
@@ -209,7 +248,9 @@ def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     if largest == 0:
         return values.new_zeros(_BINS), values.new_ones(_BINS)
     width = 2 * largest / _BINS
-    if weights is None:
+    if compression.takes(values, *([] if weights is None else [weights])):
+        total = compression.histogram(values, weights, low=-largest, width=width, bins=_BINS).to(values)
+    elif weights is None:
         total = torch.histc(values, _BINS, -largest, largest)
     else:
         bins = ((values + largest) / width).long().clamp(0, _BINS - 1)
@@ -233,6 +274,13 @@ def _weights_of_bins(bins: Tensor, weights: Tensor) -> Tensor:
 
 
 # The searches, on points and weights `[size, sets]`
+
+
+def _taken(grid: Grid, *tensors: Tensor) -> bool:
+    """Whether the loops in C++ search scales for this grid and these tensors `[...]`."""
+    few = grid.even or len(grid.values) <= compression.LARGEST_CODEBOOK
+    return few and grid.largest > 0 and compression.takes(grid.values, *tensors)
+
 
 Cost = Callable[[Tensor], Tensor]
 """Sum over a set's points of weight x (rounded point - point)^2, for scales `[candidates, sets]`, none zero: of that shape."""
@@ -317,6 +365,45 @@ def _best_scale(points: Tensor, weights: Tensor, grid: Grid, coarse: int) -> Ten
         at = torch.minimum(least, at)
         ratio = ratio ** (2 / (_FINE - 1))
     return torch.where(empty, torch.zeros_like(best), best)
+
+
+def _affine_scale(points: Tensor, weights: Tensor, bits: int, coarse: int) -> Tensor:
+    """Scales and zeros `[sets, 2]`."""
+    top = 2**bits - 1
+    counted = points * (weights > 0)
+    low, high = counted.amin(dim=0).clamp_max(0), counted.amax(dim=0).clamp_min(0)
+    at = counted.abs().argmax(dim=0, keepdim=True)
+    largest, its_weight = counted.abs().gather(0, at)[0], weights.gather(0, at)[0]
+    upper = torch.where(high > low, (high - low) / top, torch.ones_like(high))
+
+    def best_of(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of scales and zeros `[candidates, sets]`."""
+        costs = torch.stack([_affine_cost(points, weights, s, z, top) for s, z in zip(scales, zeros, strict=True)])
+        index = costs.argmin(dim=0, keepdim=True)
+        return scales.gather(0, index)[0], zeros.gather(0, index)[0]
+
+    worst = _affine_cost(points, weights, upper, (-low / upper).clamp(0, top).round(), top)
+    lower = torch.maximum((largest - (worst / its_weight.clamp_min(1e-30)).sqrt()) / top, upper / 4096)
+    lower = torch.minimum(lower, upper * 0.999)
+    scales = upper * (lower / upper) ** torch.linspace(0, 1, coarse, device=points.device)[:, None]
+    begins, ends = -low / scales, top - high / scales
+    zeros = torch.cat([begins, ends, (begins + ends) / 2]).clamp_(0, top).round_()
+    scale, zero = best_of(scales.repeat(3, 1), zeros)
+    ratio = (upper / lower) ** (1 / (coarse - 1))
+    around = torch.linspace(-1, 1, _FINE, device=points.device)[:, None]
+    for _ in range(_REFINEMENTS):
+        near = scale * ratio**around
+        scale, zero = best_of(near, zero.expand_as(near))
+        beside = torch.stack([zero, (zero - 1).clamp_min(0), (zero + 1).clamp_max(top)])
+        scale, zero = best_of(scale.expand_as(beside), beside)
+        ratio = ratio ** (2 / (_FINE - 1))
+    return torch.stack([scale, zero], dim=1) * (high > low)[:, None]
+
+
+def _affine_cost(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Sum over a set's points `[size, sets]` of weight x squared error under scales and zeros `[sets]`."""
+    value = torch.minimum(torch.maximum((points / scale).round_(), -zero), top - zero).mul_(scale)
+    return value.sub_(points).square_().mul_(weights).sum(dim=0)
 
 
 def _better(points: Tensor, weights: Tensor, scales: Tensor, grid: Grid) -> Tensor:

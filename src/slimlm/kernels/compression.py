@@ -206,7 +206,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def keep(elements: Tensor, mask: Tensor, kept: int) -> Tensor:
-    """The elements `[out, in]` of 1, 2 or 4 bytes where a mask, bool `[out, in]`, is True, `kept` in each row: `[out, kept]`."""
+    """The elements `[out, in]` of 1, 2 or 4 bytes where a mask, bool `[out, in]`, is True, `kept` a row: `[out, kept]`."""
     elements, mask = elements.contiguous(), mask.contiguous()
     rows, width = elements.shape
     assert mask.shape == elements.shape and mask.dtype == torch.bool

@@ -28,7 +28,7 @@ class _Scheme:
     targets: tuple[str, ...]
     bits: int
     kind: str
-    """"int" or "float\""""
+    """int or float"""
     strategy: str
     """what shares a scale: tensor, channel, group or block"""
     group: int
@@ -51,9 +51,7 @@ def read(codes: Codes) -> Decoded:
     about = codes.about
     groups = about.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise codes.error(
-            f"the quantization_config of compressed-tensors has config_groups = {groups!r}; it is an object of objects"
-        )
+        raise codes.error(f"the quantization_config has config_groups = {groups!r}; it maps names to objects")
     for form in (about.get("format") or "dense", *(group.get("format") or "dense" for group in groups.values())):
         if form not in _READ:
             raise codes.error(f"the format of compressed-tensors is {form!r}; slimlm reads {', '.join(_READ)}")
@@ -195,9 +193,7 @@ def _mxfp4(codes: Codes, layer: str, scheme: _Scheme) -> CodedWeight:
     rows, halves = codes.flat(name, (torch.uint8,)).shape
     codes.flat(scales, (torch.uint8, torch.float8_e8m0fnu))
     if scheme.group != mxfp4.SHARING or scheme.strategy != "group":
-        raise codes.error(
-            f"4-bit floats of {layer} have groups of {scheme.group}; slimlm reads MXFP4, groups of {mxfp4.SHARING}"
-        )
+        raise codes.error(f"4-bit floats of {layer} have groups of {scheme.group}; those of MXFP4 are of {mxfp4.SHARING}")
     codes.expect(scales, (rows, 2 * halves // mxfp4.SHARING))
 
     def make() -> Iterator[Tensor]:

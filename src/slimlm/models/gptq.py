@@ -24,9 +24,7 @@ def read(codes: Codes) -> Decoded:
     if form not in _FORMATS:
         raise codes.error(f"the checkpoint_format of GPTQ is {form!r}; slimlm reads {' and '.join(_FORMATS)}")
     if exceptions := [name for name in about.get("dynamic") or {} if not str(name).startswith("-:")]:
-        raise codes.error(
-            f"some layers have bits or groups of their own ({exceptions[0]}, in dynamic), which slimlm does not read"
-        )
+        raise codes.error(f"some layers have bits or groups of their own, which is not read (dynamic: {exceptions[0]})")
     size = about.get("group_size", -1)
     if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
         raise codes.error(f"the quantization_config says group_size = {size!r}; it is a whole number above 0, or -1")

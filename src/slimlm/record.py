@@ -98,6 +98,8 @@ class Source:
     """The names of those that are not in the checkpoint, and why."""
     files: dict[str, str]
     """What became of every file and folder: read, copied, replaced, or left out, and why."""
+    stored_as: str | None = None
+    """The format of the codes that the files held in place of weights, which had been rounded to it before; None: weights."""
 
     def names_of(self, tensor: str) -> tuple[str, ...]:
         """The names under which a tensor is in the checkpoint; none where it is left out."""

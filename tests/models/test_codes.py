@@ -185,4 +185,4 @@ def test_a_group_beyond_the_last_is_refused() -> None:
     tensors, _ = gptq_layer(4, 1)
     tensors["l.g_idx"][3] = 2
     with pytest.raises(ModelError, match=r"l\.g_idx names a group beyond the 2"):
-        whole(gptq.read(Codes("m", GPTQ4, tensors)), "l.weight")
+        gptq.read(Codes("m", GPTQ4, tensors))

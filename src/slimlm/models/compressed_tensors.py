@@ -147,6 +147,9 @@ def _weight(codes: Codes, layer: str, leaf: str, scheme: _Scheme) -> CodedWeight
     if order in codes.tensors:
         of.append(order)
         codes.expect(order, (shape[1],))
+        index = codes.tensors[order]
+        if int(index.min()) < -1 or int(index.max()) >= grid[1] or (len(index.sign().unique()) > 1 and int(index.min()) == -1):
+            raise codes.error(f"{order} names a group beyond the {grid[1]} that there are")
 
     def make() -> Iterator[Tensor]:
         stored = codes.tensors[name]
@@ -183,8 +186,6 @@ def _by_order(codes: Codes, by_group: Tensor, order: str) -> Tensor:
     groups, inputs = by_group.shape[1], len(index)
     if bool((index == -1).all()):
         index = torch.arange(inputs) // -(-inputs // groups)
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        raise codes.error(f"{order} names a group beyond the {groups} that there are")
     return by_group[:, index]
 
 

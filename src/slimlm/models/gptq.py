@@ -50,10 +50,11 @@ def _weight(codes: Codes, layer: str, bits: int, offset: int, size: int) -> Code
     codes.expect(zeros, (groups, words_for(out, bits)))
     of = (name, scales, zeros, *([order] if order in codes.tensors else []))
 
+    index = codes.tensors[order].long() if order in codes.tensors else torch.arange(inputs) // size
+    if inputs and (int(index.min()) < 0 or int(index.max()) >= groups):
+        raise codes.error(f"{order} names a group beyond the {groups} that there are")
+
     def make() -> Iterator[Tensor]:
-        index = codes.tensors[order].long() if order in codes.tensors else torch.arange(inputs) // size
-        if inputs and (int(index.min()) < 0 or int(index.max()) >= groups):
-            raise codes.error(f"{order} names a group beyond the {groups} that there are")
         values = unpacked(codes.tensors[name].T, bits, inputs).float()
         points = unpacked(codes.tensors[zeros], bits, out).float() + offset
         yield (values - points.T[:, index]) * codes.tensors[scales].float().T[:, index]

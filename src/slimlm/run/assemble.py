@@ -188,6 +188,7 @@ def source_of(dense: LazyModel, files: dict[str, str]) -> Source:
         unplaced=tuple(unplaced.stored),
         left_out=unplaced.left_out,
         files=files,
+        stored_as=dense.stored_as,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import slimlm
+from benchmarks.tiny_models import FAMILIES, model_of, randomized
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.codes import Codes
 from slimlm.models.dense import open_dense
@@ -118,7 +119,13 @@ WRITERS: dict[str, Callable[[Tensors], Written]] = {
 
 def coded(kind: str, folder: Path) -> Path:
     """A tiny model whose files hold codes."""
-    save(random_model("gpt-oss" if kind == "mxfp4" else "llama", torch.float16), folder)
+    if kind == "mxfp4":
+        torch.manual_seed(0)
+        family, config = FAMILIES["gpt-oss"]
+        model = randomized(model_of((family, {**config, "hidden_size": 64, "intermediate_size": 32}))).half()
+    else:
+        model = random_model("llama", torch.float16)
+    save(model, folder)
     about, tensors = WRITERS[kind](load_file(folder / "model.safetensors"))
     rewrite(folder, lambda _: tensors, about)
     return folder

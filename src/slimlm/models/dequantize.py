@@ -1,4 +1,4 @@
-"""A model's files with the weights that they hold as codes dequantized, one at a time, as the readers of the formats make them."""
+"""A model's files with weights in place of the codes that they hold; each weight is made when it is asked for."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

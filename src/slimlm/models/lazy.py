@@ -222,7 +222,7 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         files = _dequantized(codes, scratch, identity(paths))
         notify(
             f"the weights of {source} are already rounded ({codes.form}): they are dequantized to "
-            f"{str(codes.dtype).removeprefix('torch.')}, and the compressed model cannot be closer to the original than they are"
+            f"{str(codes.dtype).removeprefix('torch.')}, and a compressed model cannot be closer to the original than these"
         )
     resolved = resolve_parameters(source, folder, files)
     if codes is not None:

@@ -76,7 +76,10 @@ def _scheme(codes: Codes, group: Mapping[str, Any]) -> _Scheme:
     own = group["weights"]
     if not isinstance(own, dict):
         raise codes.error(f"the quantization_config has weights = {own!r}; it is an object")
-    size, block, bits, kind = (own.get(key) for key in ("group_size", "block_structure", "num_bits", "type"))
+    size: Any = own.get("group_size")
+    block: Any = own.get("block_structure")
+    bits: Any = own.get("num_bits")
+    kind: Any = own.get("type")
     strategy = own.get("strategy") or ("tensor" if size is None else "group" if size != -1 else "channel")
     fits = type(bits) is int and ((kind == "int" and 1 <= bits <= 8) or (kind == "float" and bits in (4, 8)))
     if not fits or strategy not in ("tensor", "channel", "group", "block"):

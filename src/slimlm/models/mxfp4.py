@@ -6,6 +6,7 @@ class has `NAME` as `[experts, in, out]`.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def read(codes: Codes) -> Decoded:
         weights[weight] = CodedWeight(
             (experts, groups * SHARING, out),
             (name, f"{weight}_scales"),
-            lambda name=name, weight=weight: _experts(codes.tensors[name], codes.tensors[f"{weight}_scales"]),
+            partial(_experts, tensor, codes.tensors[f"{weight}_scales"]),
         )
     if not weights:
         raise codes.error("the quantization_config says mxfp4, and the files hold no tensor named ..._blocks in uint8")

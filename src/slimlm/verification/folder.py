@@ -23,6 +23,7 @@ from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.inference.load import read_description, refuse_other, take, take_others
 from slimlm.models.experts import take_apart
 from slimlm.models.meta import meta_model, misfits
@@ -36,7 +37,6 @@ from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.streams import tensor_sum
-from slimlm.verification.stored_model import StoredModel
 
 _CPU = torch.device("cpu")
 _TOKENS = 8

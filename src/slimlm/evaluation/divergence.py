@@ -1,8 +1,8 @@
 """How far a model's predictions are from the original's: KL divergence, and agreement about the most probable token.
 
 For every token except the first of each window both models give a distribution over the vocabulary. The figures are the
-mean, median, 99th percentile and maximum over tokens of KL(original || compressed) = sum_v p(v) (log p(v) - log q(v)) in nats, and
-the share of tokens whose most probable successor is the same. Log-probabilities are float32, sums over them float64.
+mean, median, 99th percentile and maximum over tokens of KL(original || compressed) = sum_v p(v) (log p(v) - log q(v)) in nats,
+and the share of tokens whose most probable successor is the same. Log-probabilities are float32, sums over them float64.
 
 Standard errors take a window as the unit, because tokens within one are correlated: that of a mean is the standard deviation of
 the windows' means over the square root of their number. That of a percentile is Woodruff's (Journal of the American Statistical

@@ -1,7 +1,7 @@
 """Accuracy on tasks, by lm_eval (EleutherAI's evaluation harness): those that it knows by name, and .jsonl files.
 
 lm_eval renders prompts, asks the model for log-likelihoods, and computes accuracies and standard errors; a file only becomes
-a task of its kind `multiple_choice`. One item of a file is one line of one of these forms (the file may be compressed, .jsonl.gz):
+a task of its kind `multiple_choice`. An item of a file is one line of one of these forms (.jsonl, or compressed, .jsonl.gz):
 
     {"query": ..., "choices": [...], "gold": 0}                      a context and several continuations
     {"context_options": [...], "continuation": ..., "gold": 0}       several contexts and one continuation

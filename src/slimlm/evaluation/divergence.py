@@ -38,11 +38,15 @@ class Predictions:
     @classmethod
     def joined(cls, parts: "list[Predictions]") -> "Predictions":
         """Those of several batches of windows."""
-        return cls(*(None if part[0] is None else torch.cat(part) for part in zip(*map(_tensors, parts), strict=True)))
+        losses = torch.cat([part.losses for part in parts])
+        pairs = (_both([part.original_losses for part in parts]), _both([part.divergences for part in parts]))
+        return cls(losses, *pairs, _both([part.same_top for part in parts]))
 
 
-def _tensors(found: Predictions) -> tuple[Tensor | None, ...]:
-    return found.losses, found.original_losses, found.divergences, found.same_top
+def _both(parts: "list[Tensor | None]") -> Tensor | None:
+    """The joined tensors of models that were measured against an original; None where they were not."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
 
 
 def predictions_of(

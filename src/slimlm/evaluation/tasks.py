@@ -188,13 +188,19 @@ def _joined(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Item:
 
 def _checked(number: int, contexts: object, continuations: object, gold: object) -> Item:
     """An item; a space at the beginning of a continuation is left out, because one is put there."""
-    lists = [list(each) if isinstance(each, list | tuple) else [None] for each in (contexts, continuations)]
-    if not all(isinstance(text, str) for each in lists for text in each) or max(map(len, lists)) < 2:
+    lists = [_texts(contexts), _texts(continuations)]
+    if not all(lists) or max(map(len, lists)) < 2:
         raise _NoItemError(f"line {number}: contexts and choices have to be text, and at least two of one of them")
     choices = max(map(len, lists))
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < choices:
         raise _NoItemError(f"line {number}: the right choice is {gold!r}, and there are {choices}, counted from 0")
     return Item(tuple(lists[0]), tuple(text.removeprefix(" ") for text in lists[1]), gold)
+
+
+def _texts(given: object) -> list[str]:
+    """The texts of a list; none where it is no list, or holds anything else."""
+    texts = [text for text in given if isinstance(text, str)] if isinstance(given, list | tuple) else []
+    return texts if isinstance(given, list | tuple) and len(texts) == len(given) else []
 
 
 def run_tasks(

@@ -58,8 +58,44 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A figure measured on windows of text."""
+
+    value: float
+    """The figure."""
+    standard_error: float | None
+    """Its standard error. Tokens within a window are correlated, so windows are the units that it counts; None: there is only
+    one window."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from the original's, on the same tokens."""
+
+    mean: Measured
+    """The mean over tokens of KL(original || compressed), in nats."""
+    median: Measured
+    """The median over tokens."""
+    percentile_99: Measured
+    """What 99 of 100 tokens stay below."""
+    maximum: float
+    """The largest of all tokens; a maximum has no standard error."""
+    same_top: Measured
+    """The share of tokens whose most probable successor is the same in both models."""
+    windows: int
+    """The number of windows."""
+    length: int
+    """Tokens per window; all but its first are predicted."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that were predicted."""
+        return self.windows * (self.length - 1)
+
+
+@dataclass(frozen=True)
 class Compared:
-    """Perplexity before and after, on the same tokens."""
+    """Perplexity before and after, and the divergence from the original, on the same tokens."""
 
     dense: float
     """The perplexity of the original model."""
@@ -67,18 +103,27 @@ class Compared:
     """The perplexity of the compressed model."""
     tokens: int
     """The number of tokens that were predicted."""
+    held_back: bool = False
+    """Whether they are windows of the calibration text that calibration did not use; False: some of its own samples."""
+    divergence: Divergence | None = None
+    """The divergence of the compressed model from the original; None in folders of older versions."""
 
     @property
     def ok(self) -> bool:
         """Whether the perplexity rose so little that the compressed model is likely to be of use."""
         return self.compressed <= _MOST_GROWTH * self.dense
 
+    @property
+    def where(self) -> str:
+        """The tokens as a sentence names them."""
+        return f"{self.tokens} tokens of the calibration text" + (", held back" if self.held_back else "")
+
 
 _MOST_GROWTH = 2.0
 """The factor of growth in perplexity up to which the quality check succeeds: 0.69 nats per token."""
 
 Quality = Literal["ok", "failed", "not measured"]
-"""The result of the quality check: the perplexity on a few calibration samples before and after."""
+"""The result of the quality check: the perplexity on a little of the calibration text before and after."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +199,7 @@ class Record:
     source: Source | None = None
     """All that the original's folder held; None in folders of older versions."""
     perplexity: Compared | None = None
-    """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
+    """Perplexities and divergence on a little of the calibration text, as a check; None where they were not measured."""
     edited: tuple[str, ...] = ()
     """The names of tensors that are no longer those of the run, because an opened model was changed and saved again."""
 
@@ -205,8 +250,8 @@ def quality_warning(record: Record) -> str | None:
     worst = sorted(record.layers, key=lambda row: row.error, reverse=True)[:3]
     named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
     return (
-        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
-        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
+        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.where}. "
+        "Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
         "is more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or "
         f"exclude them (`ignore`): {named}"
     )

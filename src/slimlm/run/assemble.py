@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import perplexity_of, pieces_of
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.inference.load import load
 from slimlm.models.beside import copy_beside
 from slimlm.models.embeddings import Embeddings
@@ -39,7 +40,6 @@ from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import TEMPORARY, MappedFiles, map_and_unlink
 from slimlm.storage.streams import write_tensors
 from slimlm.verification.folder import verify
-from slimlm.verification.stored_model import StoredModel
 
 _TOLERANCE = 1e-4
 """The relative difference that the last block's outputs, and the logits, may have between the model in memory and the one that

@@ -95,7 +95,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Compared:
-    """Perplexity before and after, and the divergence from the original, on the same tokens."""
+    """Perplexity before and after, on the same tokens."""
 
     dense: float
     """The perplexity of the original model."""
@@ -103,27 +103,18 @@ class Compared:
     """The perplexity of the compressed model."""
     tokens: int
     """The number of tokens that were predicted."""
-    held_back: bool = False
-    """Whether they are windows of the calibration text that calibration did not use; False: some of its own samples."""
-    divergence: Divergence | None = None
-    """The divergence of the compressed model from the original; None in folders of older versions."""
 
     @property
     def ok(self) -> bool:
         """Whether the perplexity rose so little that the compressed model is likely to be of use."""
         return self.compressed <= _MOST_GROWTH * self.dense
 
-    @property
-    def where(self) -> str:
-        """The tokens as a sentence names them."""
-        return f"{self.tokens} tokens of the calibration text" + (", held back" if self.held_back else "")
-
 
 _MOST_GROWTH = 2.0
 """The factor of growth in perplexity up to which the quality check succeeds: 0.69 nats per token."""
 
 Quality = Literal["ok", "failed", "not measured"]
-"""The result of the quality check: the perplexity on a little of the calibration text before and after."""
+"""The result of the quality check: the perplexity on a few calibration samples before and after."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +190,7 @@ class Record:
     source: Source | None = None
     """All that the original's folder held; None in folders of older versions."""
     perplexity: Compared | None = None
-    """Perplexities and divergence on a little of the calibration text, as a check; None where they were not measured."""
+    """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
     edited: tuple[str, ...] = ()
     """The names of tensors that are no longer those of the run, because an opened model was changed and saved again."""
 
@@ -250,8 +241,8 @@ def quality_warning(record: Record) -> str | None:
     worst = sorted(record.layers, key=lambda row: row.error, reverse=True)[:3]
     named = ", ".join(f"{row.name} ({row.error:.3f})" for row in worst)
     return (
-        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.where}. "
-        "Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
+        f"the quality check failed: the perplexity rose from {found.dense:.4g} to {found.compressed:.4g} on {found.tokens} "
+        "tokens of the calibration text. Use a recipe with more bits, more calibration text (`samples`, `length`) or text that "
         "is more like what the model was trained on; or give the layers with the largest errors more bits with a rule, or "
         f"exclude them (`ignore`): {named}"
     )

@@ -166,7 +166,8 @@ def evaluate(  # noqa: PLR0913  # the options of a verb
             are given.
         tokens: Tokens that are read of the text; None: all.
         length: Tokens per window; None: the context of the models, at most 2048. Windows do not overlap.
-        tasks: Names of tasks of lm_eval, or .jsonl files of tasks (docs/evaluation.md); they need the extra `eval`.
+        tasks: Names of tasks of lm_eval, or .jsonl files of tasks (their forms: slimlm.evaluation.tasks); they need the extra
+            `eval`.
         limit: Items of each task; None: all.
         activations: How the activations of the first model's linear layers are rounded.
         kernels: As in `slimlm.load`, for compressed models.

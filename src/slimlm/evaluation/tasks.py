@@ -25,6 +25,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError, SlimlmError, first_line
+from slimlm.models.structure import context_length
 from slimlm.record import Measured
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
@@ -215,8 +216,9 @@ def run_tasks(
         limit: Items of each task, from its beginning; None: all.
 
     Raises:
-        DataError: The data of a task of lm_eval's cannot be fetched.
+        DataError: The data of a task of lm_eval's cannot be fetched, or a choice of a file is longer than the model's context.
     """
+    _refuse_long(model, tokenizer, tasks)
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -233,6 +235,19 @@ def run_tasks(
             ) from error
     assert found is not None, "lm_eval gives results to the only process"
     return tuple(_scores_of(found["results"], found["n-samples"]))
+
+
+def _refuse_long(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> None:
+    """Raise DataError where a continuation has more tokens than the model's context: its likelihood cannot be computed."""
+    context = context_length(model)
+    for task in tasks:
+        for number, item in enumerate(task.items, 1):
+            longest = max((len(tokenizer(f" {text}")["input_ids"]) for text in item.continuations), default=0)
+            if context is not None and longest > context:
+                raise DataError(
+                    f"item {number} of the task {task.name!r} has a choice of {longest} tokens, and the context of "
+                    f"{type(model).__name__} is {context}; leave the item out, or take a model of a longer context"
+                )
 
 
 def _scores_of(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]]) -> Iterator[TaskScore]:

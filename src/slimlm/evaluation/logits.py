@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from slimlm.evaluation.perplexity import Piece
 from slimlm.evaluation.stored_model import LastOutputs, Replacement, StoredModel, giving, last_outputs
+from slimlm.models.outputs import plain_outputs
 from slimlm.models.structure import blocks_of, swap
 
 
@@ -43,7 +44,10 @@ class InMemory:
     """A model in memory, on its device."""
 
     model: PreTrainedModel
-    """The model."""
+    """The model; what its config asks for besides logits is switched off."""
+
+    def __post_init__(self) -> None:
+        plain_outputs(self.model)
 
     def logits(self, tokens: Tensor, pieces: Sequence[Piece]) -> Iterator[Tensor]:
         ids = tokens.to(self.model.device)

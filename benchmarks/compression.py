@@ -155,7 +155,7 @@ def of_weight(count: float) -> Callable[..., Work]:
     return work
 
 
-def of_forward(block_run: capture.BlockRun, hidden: Tensor) -> Work:
+def of_forward(block_run: capture.BlockRun, _: int, hidden: Tensor) -> Work:
     """Every layer's product and the attention; a run that a hook ends early is counted as far as it goes."""
     windows, length, width = hidden.shape
     tokens = windows * length

@@ -17,6 +17,7 @@ from slimlm.inference import registration
 from slimlm.runtime import waiting
 
 if TYPE_CHECKING:
+    from slimlm.evaluation.evaluate import Evaluation, evaluate
     from slimlm.events import Event, Notify, Observer
     from slimlm.inference.load import load
     from slimlm.pipeline import Result, compress, estimate, plan
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Estimate",
+    "Evaluation",
     "Event",
     "Notify",
     "Observer",
@@ -42,6 +44,7 @@ __all__ = [
     "Verified",
     "compress",
     "estimate",
+    "evaluate",
     "load",
     "open_recipe",
     "plan",
@@ -52,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "Estimate": "slimlm.preflight.estimate",
+    "Evaluation": "slimlm.evaluation.evaluate",
     "Event": "slimlm.events",
     "Notify": "slimlm.events",
     "Observer": "slimlm.events",
@@ -62,6 +66,7 @@ _HOMES = {
     "Verified": "slimlm.verification.folder",
     "compress": "slimlm.pipeline",
     "estimate": "slimlm.pipeline",
+    "evaluate": "slimlm.evaluation.evaluate",
     "load": "slimlm.inference.load",
     "open_recipe": "slimlm.recipe",
     "plan": "slimlm.pipeline",

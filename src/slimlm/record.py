@@ -58,6 +58,42 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A figure measured on windows of text."""
+
+    value: float
+    """The figure."""
+    standard_error: float | None
+    """Its standard error. Tokens within a window are correlated, so windows are the units that it counts; None: there is only
+    one window."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from the original's, on the same tokens."""
+
+    mean: Measured
+    """The mean over tokens of KL(original || compressed), in nats."""
+    median: Measured
+    """The median over tokens."""
+    percentile_99: Measured
+    """What 99 of 100 tokens stay below."""
+    maximum: float
+    """The largest of all tokens; a maximum has no standard error."""
+    same_top: Measured
+    """The share of tokens whose most probable successor is the same in both models."""
+    windows: int
+    """The number of windows."""
+    length: int
+    """Tokens per window; all but its first are predicted."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that were predicted."""
+        return self.windows * (self.length - 1)
+
+
+@dataclass(frozen=True)
 class Compared:
     """Perplexity before and after, on the same tokens."""
 
@@ -98,6 +134,8 @@ class Source:
     """The names of those that are not in the checkpoint, and why."""
     files: dict[str, str]
     """What became of every file and folder: read, copied, replaced, or left out, and why."""
+    stored_as: str | None = None
+    """The format of the codes that the files held in place of weights, which had been rounded to it before; None: weights."""
 
     def names_of(self, tensor: str) -> tuple[str, ...]:
         """The names under which a tensor is in the checkpoint; none where it is left out."""

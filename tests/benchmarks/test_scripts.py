@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import slimlm
+from slimlm.calibration.calls import BlockArguments
+from slimlm.calibration.capture import BlockInputs, BlockRun
+from slimlm.calibration.capture import run as capture_run
 from slimlm.core import registry
 from slimlm.core.profiling import Call, profiled_functions, profiling
 from slimlm.core.solvers.linalg import weighted_square
@@ -58,6 +61,18 @@ def test_the_clock_of_compression_gives_each_section_its_own_time(monkeypatch: p
     clock.stop()
     assert clock.seconds == {"the rest": 1.0 + 5.0, "adapter rounding": 2.0 + 3.0 + 4.0}
     assert clock.calls == {"adapter rounding": 1, "objective": 1} and not clock.work
+
+
+def test_the_clock_of_compression_counts_the_products_of_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    compression = script("compression", monkeypatch)
+    clock, block = compression.Clock(), torch.nn.Sequential(torch.nn.Linear(6, 6, bias=False))
+    arguments = BlockArguments({("b", 2): ((None,), {})})
+    inputs = BlockInputs([torch.zeros(2, 5, 6)], arguments)
+    with profiling(clock):
+        list(capture_run(BlockRun(block, "b", inputs, torch.device("cpu"))))
+    (work,) = clock.work["calibration forward"]
+    # 10 tokens: the layer's 36 weights, and each token's products with the 5 of its sample.
+    assert work.single == 2 * 10 * 36 + 2 * 10 * 5 * 6
 
 
 def test_results_of_model_types_of_other_versions_are_dropped_and_not_stamped_with_the_installed_ones(

@@ -147,13 +147,14 @@ SHARED = (
 
 def test_shared_code_names_no_method() -> None:
     """Neither as a value (`method == "alternation"`) nor by importing it; recipes, which may be called like methods, are named
-    in sentences alone."""
+    in sentences alone. The readers of models name formats of files, of which some are called like methods."""
     names = {name for _, name in METHODS}
+    formats = {"models/gptq.py", "models/dequantize.py"}
     found = [
         f"{file}:{node.lineno}"
         for file, tree in trees(*SHARED)
         for node in ast.walk(tree)
-        if (isinstance(node, ast.Constant) and node.value in names)
+        if (isinstance(node, ast.Constant) and node.value in names and str(file) not in formats)
         or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slimlm.methods"))
     ]
     assert found == []

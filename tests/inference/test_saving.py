@@ -91,7 +91,7 @@ def test_every_command_takes_the_folder(packed: Path, text_file: Path, tmp_path:
     for command in ("inspect", "verify"):
         assert line(command, tmp_path / "new")[0] == 0
     assert line("generate", tmp_path / "new", "--prompt", "a", "--max-new-tokens", 2)[0] == 0
-    assert line("eval", tmp_path / "new", "--text", text_file, "--length", 16, "--max-tokens", 64)[0] == 0
+    assert line("eval", tmp_path / "new", "--text", text_file, "--length", 16, "--tokens", 64)[0] == 0
 
 
 def test_an_edited_model_is_saved_onto_its_own_folder_and_the_mapped_one_stays_as_it_is(copy: Path, line: Line) -> None:

@@ -73,7 +73,10 @@ def test_an_adapter_s_weights_beside_old_bin_files_are_not_taken_for_the_model(f
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            r"already quantized \(bitsandbytes\).* dequantize them first",
+        ),
         ({"compression_config": {"format": "int-quantized"}}, r"already quantized \(compression_config: int-quantized\)"),
         (
             {"text_config": {"quantization_config": {"quant_method": "fp8"}}},

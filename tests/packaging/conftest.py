@@ -88,7 +88,7 @@ def project(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "csrc/build.py"):
         shutil.copy(ROOT / name, folder / name)
     (folder / ".gitignore").write_text("slimlm_cpu.*\n")
-    for name in ("src/slimlm/__init__.py", "src/slimlm/runtime/__init__.py", "examples/pystd-5m/config.json"):
+    for name in ("src/slimlm/__init__.py", "src/slimlm/kernels/__init__.py", "examples/pystd-5m/config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
     return folder

@@ -1,96 +1,89 @@
 """`slimlm eval`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import notes, notifier, print_json, show
-from slimlm.core.errors import DataError
+from slimlm.cli.console import notes, notifier, print_json, say_on_stderr, show
 from slimlm.evaluation.activation_formats import ActivationFormat
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slimlm.evaluation.compare import OpenModel
-    from slimlm.events import Observer
 
 
 def evaluate(
     context: typer.Context,
     model: options.AnyModel,
-    text: Annotated[str, typer.Option(help=f"Text to measure on: {options.EVALUATION_TEXT}.")],
-    against: Annotated[str | None, typer.Option(help="A second model to compare with.", show_default="none")] = None,
-    length: options.MeasuredLength = None,
-    max_tokens: Annotated[
+    against: Annotated[
+        str | None, typer.Option(help="The original, or another model, to compare with.", show_default="none")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Text to measure on: {options.EVALUATION_TEXT}.", show_default="WikiText-2 (test), where no tasks are named"
+        ),
+    ] = None,
+    tokens: Annotated[
         int | None, typer.Option(min=2, help="Stop reading the text after this many tokens.", show_default="all of it")
     ] = None,
+    length: options.MeasuredLength = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm_eval by name, such as arc_easy,piqa, or .jsonl files of tasks; needs pip install 'slimlm[eval]'.",
+            show_default="none",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", show_default="all")] = None,
     activations: Annotated[
         ActivationFormat | None,
         typer.Option(help="Round the activations of the first model's linear layers.", show_default="not rounded"),
     ] = None,
     kernels: options.ChosenKernels = "auto",
     device: options.Device = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that a compressed model may take, such as 8GB; a larger one is run block by block from its files.",
+            show_default="half of the free memory",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure perplexity on a text, of one model or of two side by side; auto uses the precise kernels on a CPU."""
-    from slimlm.cli.opened import refuse_cpu_kernels, show_kernels, text_samples
+    """Measure perplexity on a text, and with --against the KL divergence from the original on the same tokens.
+
+    Windows of the text do not overlap; standard errors take a window as the unit. auto uses the precise kernels on a CPU.
+    """
+    limit_of_memory = options.bytes_of(memory)
+
+    from slimlm.cli.opened import refuse_cpu_kernels
     from slimlm.display import progress_on
-    from slimlm.evaluation.compare import open_any, same_tokens
-    from slimlm.models.structure import context_length
-    from slimlm.report.tables import plain_table
+    from slimlm.evaluation.evaluate import evaluate as evaluate_model
+    from slimlm.report.evaluation import evaluation_tables
     from slimlm.run.config import pick_device
-    from slimlm.runtime.memory import format_bytes
-    from slimlm.storage import checkpoint
 
     where = pick_device(device)
-    sources = [source for source in (model, against) if source is not None]
-    for folder in map(Path, sources):
-        if (folder / checkpoint.RECORD).is_file():
-            checkpoint.verify_files(folder)
     refuse_cpu_kernels(kernels, where)
-    models = [open_any(source, kernels=kernels, device=where, notify=notifier(context)) for source in sources]
-    for opened in models:
-        show_kernels(opened)
-    contexts = [found for opened in models if (found := context_length(opened.model)) is not None]
-    shortest = min(contexts, default=None)
-    samples = text_samples(models[0].tokenizer, text, length=length, context=shortest, at_most=max_tokens)
-    if len(models) == 2 and not same_tokens(models[0], models[1], models[0].tokenizer.decode(samples[0])):
-        raise DataError(f"{model} and {against} cut text into different tokens; their perplexities cannot be compared")
     with progress_on(notes) as observer:
-        rows = [_measured(opened, samples, activations if opened is models[0] else None, observer) for opened in models]
-    predicted = samples[:, 1:].numel()
-    if as_json:
-        print_json({"text": text, "tokens": predicted, "length": samples.shape[1], "models": rows})
-        return
-    title = f"{predicted} tokens of {text}, in samples of {samples.shape[1]}"
-    columns = ("model", "activations", "bits/weight", "size", "perplexity")
-    table = [
-        (r["model"], r["activations"], f"{r['bits_per_weight']:.3f}", format_bytes(r["bytes"]), f"{r['perplexity']:.4f}")
-        for r in rows
-    ]
-    show(plain_table(title, columns, table, left=2))
-
-
-def _measured(
-    opened: "OpenModel", samples: "Tensor", activations: ActivationFormat | None, observer: "Observer"
-) -> dict[str, Any]:
-    """A row of the table, as plain data."""
-    from slimlm.cli.opened import kernels_of
-    from slimlm.evaluation.activations import rounded_activations
-    from slimlm.evaluation.perplexity import perplexity
-    from slimlm.events import Event
-
-    with rounded_activations(opened.model, activations):
-        measured = perplexity(
-            opened.model, samples, progress=lambda done, total: observer(Event(f"evaluate {opened.source}", done, total))
+        found = evaluate_model(
+            model,
+            against=against,
+            text=text,
+            tokens=tokens,
+            length=length,
+            tasks=tuple(tasks or ()),
+            limit=limit,
+            activations=activations,
+            kernels=kernels,
+            device=where,
+            memory=limit_of_memory,
+            progress=observer,
+            notify=notifier(context),
         )
-    return {
-        "model": opened.source,
-        "kernels": kernels_of(opened),
-        "activations": activations or "as they are",
-        "bits_per_weight": opened.bits_per_weight,
-        "bytes": opened.bytes,
-        "perplexity": measured.value,
-    }
+    for each in found.models:
+        if each.kernels is not None:
+            say_on_stderr(f"kernels: {each.kernels}")
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for table in evaluation_tables(found):
+        show(table)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimlm.cli import options
-from slimlm.cli.console import print_json, show
+from slimlm.cli.console import print_json, say_on_stderr, show
 from slimlm.core.errors import DataError, SlimlmError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def verify(
 
 def _samples_for(folder: Path, text: str, length: int | None, max_tokens: int) -> "Tensor":
     """Samples of a text for a checkpoint that is not opened."""
-    from slimlm.cli.opened import MOST_LENGTH, text_samples
+    from slimlm.evaluation.samples import MOST_LENGTH, text_windows
     from slimlm.models.opening import open_tokenizer, read_config
     from slimlm.storage import checkpoint
 
@@ -60,4 +60,4 @@ def _samples_for(folder: Path, text: str, length: int | None, max_tokens: int) -
     own = config.get("text_config")
     context = (own if isinstance(own, dict) else config).get("max_position_embeddings")
     limit = context if isinstance(context, int) and context > 1 else MOST_LENGTH
-    return text_samples(tokenizer, text, length=length, context=limit, at_most=max_tokens, shrink=True)
+    return text_windows(tokenizer, text, length=length, context=limit, at_most=max_tokens, notify=say_on_stderr, shrink=True)

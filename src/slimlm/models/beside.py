@@ -26,7 +26,10 @@ _LEFT_OUT = {
     ),
     "Python code, which slimlm does not run": ("*.py", "*.pyc"),
     "the description of the original": ("README*", "readme*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.webp"),
-    "it describes the original's files": ("quantize_config.json", "checkpoint.json", "SHA256SUMS*", "*.sha256", "*.md5"),
+    "it describes the original's files": (
+        "quantize_config.json", "quant_config.json", "hf_quant_config.json", "checkpoint.json", "SHA256SUMS*", "*.sha256",
+        "*.md5",
+    ),
 }  # fmt: skip
 """Reasons, and patterns of the names of files that are left out for them; the first that fits counts."""
 _LARGEST = 256 * 10**6

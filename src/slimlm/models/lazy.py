@@ -3,7 +3,7 @@
 The meta model has shapes and no values; `models.parameters` finds the tensor of the files for each of its parameters. Tensors
 that transformers makes of several of the files are made first, one at a time, and written to a file of their own.
 
-Old .bin files are converted to safetensors first, one at a time.
+Old .bin files are converted to safetensors first, one at a time, and weights that the files hold as codes are dequantized.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +23,12 @@ from slimlm.core.errors import CheckpointError, ModelError
 from slimlm.core.profiling import profiled
 from slimlm.events import Notify
 from slimlm.models.bin_files import read_bin
+from slimlm.models.dequantize import READERS, Dequantized, identity, read_codes
 from slimlm.models.files import as_safetensors, refuse_full_disk, weight_files
 from slimlm.models.opening import (
     config_to_write,
     open_tokenizer,
+    quantization_of,
     read_config,
     refuse_adapter,
     refuse_foreign_code,
@@ -74,7 +76,9 @@ class LazyModel:
     taken_apart: dict[str, tuple[str, ...]]
     """tensors of several experts that were made and then taken apart, and the names in the model's state of their parts"""
     converted: tuple[Path, ...]
-    """the files that were made of old .bin files and of tensors that transformers joins"""
+    """the files that were made of old .bin files, of codes, and of tensors that transformers joins"""
+    stored_as: str | None = None
+    """the format of the codes that the files hold in place of weights, which were rounded to it; None: they hold weights"""
 
     @property
     def converted_bytes(self) -> int:
@@ -197,10 +201,13 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         DoesNotFitError: the disk of `scratch` is too small for converted files.
     """
     config = read_config(source)
-    refuse_quantized(config, source)
+    about = quantization_of(config, source)
+    coded = about.get("quant_method") in READERS
+    others = {key: value for key, value in config.items() if not coded or key != "quantization_config"}
+    refuse_quantized(others, source)
     refuse_foreign_code(config, source)
     folder = weights_folder(source)
-    refuse_quantized(config, source, folder)
+    refuse_quantized(others, source, None if coded else folder)
     refuse_adapter(folder, source)
     paths = weight_files(folder, notify)
     try:
@@ -209,7 +216,19 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         raise ModelError(
             f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
         ) from error
+    listed = _listed(files)
+    codes = read_codes(source, config, about, files) if coded else None
+    if codes is not None:
+        files = _dequantized(codes, scratch, identity(paths))
+        notify(
+            f"the weights of {source} are already rounded ({codes.form}): they are dequantized to "
+            f"{str(codes.dtype).removeprefix('torch.')}, and a compressed model cannot be closer to the original than these"
+        )
     resolved = resolve_parameters(source, folder, files)
+    if codes is not None:
+        left_out = resolved.unplaced.left_out | codes.left_out
+        unplaced = replace(resolved.unplaced, left_out=left_out)
+        resolved = replace(resolved, unplaced=unplaced, became=codes.became(resolved.became))
     tokenizer = open_tokenizer(source)
     if resolved.unplaced.message is not None:
         notify(resolved.unplaced.message)
@@ -222,14 +241,15 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         resolved.weights,
         dtypes={name: tensor.dtype for name, tensor in resolved.weights.items()},
         release=files.release,
-        config=config_to_write(folder, resolved.model),
+        config={key: value for key, value in config_to_write(folder, resolved.model).items() if key in others},
         experts=resolved.experts,
         files=paths,
-        listed=_listed(files),
+        listed=listed,
         unplaced=resolved.unplaced,
         became=resolved.became,
         taken_apart=resolved.taken_apart,
         converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
+        stored_as=None if codes is None else codes.form,
     )
 
 
@@ -247,8 +267,18 @@ def _file_tensors(paths: list[Path], scratch: Path | None) -> FileTensors:
     files = MappedFiles.of(as_safetensors(paths, scratch) if scratch is not None else paths, pass_over=True)
     if scratch is None:
         return FileTensors(files.tensors, files.unread, files.release, _in_memory)
-    made = _MadeFile(scratch, files.release)
+    made = _MadeFile(scratch / "made.safetensors", files.release)
     return FileTensors(files.tensors, files.unread, made.release, made.keep)
+
+
+def _dequantized(codes: Dequantized, scratch: Path | None, of: str) -> FileTensors:
+    """The tensors of the files with weights in place of codes, in memory or in a file; `of` tells the files from others."""
+    if scratch is None:
+        return codes.replaced(codes.whole(), codes.files.release)
+    weights = _MadeFile(scratch / "dequantized.safetensors", codes.files.release, {"of": of})
+    kept = weights.keep(codes.described, codes.pieces())
+    made = _MadeFile(scratch / "made.safetensors", weights.release)
+    return replace(codes.replaced(kept, made.release), keep=made.keep)
 
 
 def _in_memory(about: Described, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -258,19 +288,27 @@ def _in_memory(about: Described, tensors: Iterable[Tensor]) -> dict[str, Tensor]
 class _MadeFile:
     """A file for tensors that are made of others, and the release of its pages and of those of the files they are made of."""
 
-    def __init__(self, scratch: Path, release: Release) -> None:
-        self._path = scratch / "made.safetensors"
+    def __init__(self, path: Path, release: Release, metadata: dict[str, str] | None = None) -> None:
+        self._path = path
         self._release = release
+        self._metadata = metadata or {}
         self._file: MappedFile | None = None
 
     def keep(self, about: Described, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """The tensors as views of the file, which is written unless an earlier run has written the same."""
-        if not self._path.is_file() or described(map_file(self._path).tensors) != about:
+        if not self._holds(about):
             refuse_full_disk(self._path.parent, sum(math.prod(shape) * dtype.itemsize for dtype, shape in about.values()))
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_stream(self._path, about, tensors)
+            write_stream(self._path, about, tensors, self._metadata)
         self._file = map_file(self._path)
         return dict(self._file.tensors)
+
+    def _holds(self, about: Described) -> bool:
+        """Whether an earlier run has written these tensors."""
+        if not self._path.is_file():
+            return False
+        file = map_file(self._path)
+        return described(file.tensors) == about and file.metadata == self._metadata
 
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Drop the memory pages of those of these tensors, of any shapes `[...]`, that are views of the files."""

@@ -334,7 +334,11 @@ _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_co
 
 
 def _quantized(source: str, how: str) -> str:
-    return f"{source} is already quantized ({how}); slimlm starts from the original weights"
+    return (
+        f"{source} is already quantized ({how}); slimlm starts from the original weights, or from codes of fp8, mxfp4, "
+        "compressed-tensors, gptq or awq that the quantization_config of config.json describes. Of another format, dequantize "
+        "them first: with transformers, model.dequantize() and save_pretrained, where it can"
+    )
 
 
 def _method_of(about: object) -> str:

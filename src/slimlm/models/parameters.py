@@ -77,6 +77,8 @@ def resolve_parameters(source: str, folder: Path, files: FileTensors) -> Resolve
     stored = files.stored
     try:
         empty = meta_model(folder, stored | {name: raw for name, (_, raw) in files.unread.items()})
+        # Transformers would look for the codes, in place of which there are weights.
+        vars(empty.config).pop("quantization_config", None)
         around = Surroundings(source, empty, read_config(str(folder)), stored, files.unread)
         places = places_of(empty, [*stored, *files.unread])
         _refuse_unread(around, places)

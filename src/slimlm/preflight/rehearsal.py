@@ -21,13 +21,13 @@ from slimlm.calibration.calls import Calls, Observed, copied, hidden_of, observe
 from slimlm.calibration.stages import kind_of
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line, is_out_of_memory
 from slimlm.evaluation.perplexity import Piece
+from slimlm.evaluation.stored_model import LastOutputs, StoredModel
 from slimlm.models.lazy import LazyModel
 from slimlm.models.opening import open_generation_config, open_tokenizer
 from slimlm.models.placeholders import meta_copy, placeholder
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
-from slimlm.verification.stored_model import LastOutputs, StoredModel
 
 _SAME_LOGITS = 1e-2
 """The share of the largest logit by which logits may differ: some classes round activations to the 16 bits in which lm_head is

@@ -171,8 +171,10 @@ def _source_rows(record: "Record") -> list[tuple[str, str]]:
     lost = source.files_left_out
     named = f": {', '.join(_first(lost))} (slimlm.json says why)" if lost else ""
     kept = len(source.files) - len(lost)
+    rounded = [] if source.stored_as is None else [("already rounded", f"the original's weights were {source.stored_as}")]
     return [
         ("original", tensors),
+        *rounded,
         ("its files", f"{len(source.files)}: {kept} read, copied or replaced, {len(lost)} left out{named}"),
     ]
 

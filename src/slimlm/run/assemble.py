@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
 from slimlm.evaluation.perplexity import perplexity_of, pieces_of
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.inference.load import load
 from slimlm.models.beside import copy_beside
 from slimlm.models.embeddings import Embeddings
@@ -39,7 +40,6 @@ from slimlm.storage.journal import Journal
 from slimlm.storage.mapping import TEMPORARY, MappedFiles, map_and_unlink
 from slimlm.storage.streams import write_tensors
 from slimlm.verification.folder import verify
-from slimlm.verification.stored_model import StoredModel
 
 _TOLERANCE = 1e-4
 """The relative difference that the last block's outputs, and the logits, may have between the model in memory and the one that
@@ -188,6 +188,7 @@ def source_of(dense: LazyModel, files: dict[str, str]) -> Source:
         unplaced=tuple(unplaced.stored),
         left_out=unplaced.left_out,
         files=files,
+        stored_as=dense.stored_as,
     )
 
 
@@ -219,7 +220,8 @@ def peak_memory() -> int | None:
 def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared, before: float) -> Compared:
     """Verify that the folder is sound, opens as a user would open it, and gives the logits of the model in memory.
 
-    Logits are computed for a few calibration samples, with the blocks that are read back one after another.
+    The blocks that are read back are run one after another on a few calibration samples; the logits of the first are compared
+    with those of the model in memory, and the perplexity is that of all of them.
 
     Args:
         folder: The checkpoint.
@@ -251,7 +253,9 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     given = dataclasses.replace(read_back, hidden=outputs[: len(few), : few.shape[1]])
     _refuse_different("the outputs of the blocks that were", zip(read_back.hidden, given.hidden, strict=True))
     pieces = pieces_of(few, vocabulary_size(dense.model))
-    both = zip(reloaded.logits(read_back, pieces), in_memory.logits(given, pieces), strict=True)
+    # The hidden states of all samples are the same by now; of one sample the logits show whether the head is.
+    of_first = pieces_of(few[:1], vocabulary_size(dense.model))
+    both = zip(reloaded.logits(read_back, of_first), in_memory.logits(given, of_first), strict=True)
     _refuse_different("the logits of the model that was", both)
     if own.embeddings:
         read_back = reloaded.outputs(few, device)

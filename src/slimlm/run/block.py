@@ -41,6 +41,7 @@ from slimlm.core.statistics.base import Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.distributed.group import Group, assign
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.events import UNOBSERVED, BlockDone, BlockProgress, Event, LayerDone
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe, apply_steps
@@ -50,7 +51,6 @@ from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import BlockContent, Journal
 from slimlm.tuning.block_reconstruction import tune_block
-from slimlm.verification.stored_model import StoredModel
 
 _COMPRESSED, _ORIGINAL = "compressed", "original"
 """The names of the two streams of activations in the journal: outputs of compressed blocks, and of the original ones."""

@@ -21,6 +21,7 @@ from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
 from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.events import Event, Observer
 from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
@@ -44,7 +45,6 @@ from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
 from slimlm.storage.identity import differences, weights_identity
 from slimlm.storage.journal import DENSE, OWN_TEXT, PLAN, Journal
-from slimlm.verification.stored_model import StoredModel
 
 _ONLY_GUESSES = 2
 """A perplexity of so many times the vocabulary is an alarm: guessing gives the vocabulary itself."""

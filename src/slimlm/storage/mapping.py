@@ -40,7 +40,8 @@ class MappedFile:
     header: bytes = field(repr=False)
     """The bytes before the tensors, which follow without gaps."""
     unread: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    """Tensors of dtypes that slimlm does not read, where these are not refused: the dtype, and the bytes."""
+    """Tensors of dtypes that slimlm does not read, where these are not refused: the dtype, and the bytes, in the
+    tensor's own shape where its elements take one byte each."""
 
     def release(self, tensors: Iterable[Tensor]) -> int:
         """Drop the memory pages that hold only these tensors, of any shape `[...]`.
@@ -118,7 +119,8 @@ def map_file(path: Path, *, pass_over: bool = False) -> MappedFile:
     for name in [name for name, entry in about.items() if pass_over and entry["dtype"] not in KINDS]:
         entry = about.pop(name)
         begin, end = entry["data_offsets"]
-        raw = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        shape = entry["shape"] if prod(entry["shape"]) == end - begin else [end - begin]
+        raw = {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
         unread[name] = entry["dtype"], _view(path, memory, name, raw, data)
     tensors = {name: _view(path, memory, name, entry, data) for name, entry in about.items()}
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()

@@ -9,7 +9,7 @@ model in memory, while it is compressed, is in slimlm.run.assemble.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,10 @@ from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import CheckpointError, ModelError, NumericsError, first_line
 from slimlm.core.parts.base import not_finite
 from slimlm.evaluation.perplexity import Perplexity, perplexity
+from slimlm.evaluation.stored_model import StoredModel, stored_checkpoint
 from slimlm.inference.load import read_description, refuse_other, take, take_others
-from slimlm.models.experts import take_apart
 from slimlm.models.meta import meta_model, misfits
-from slimlm.models.opening import loading_settings, open_generation_config, open_tokenizer
-from slimlm.models.outputs import plain_outputs
-from slimlm.models.placeholders import placeholder
+from slimlm.models.opening import open_generation_config, open_tokenizer
 from slimlm.models.structure import linears_of, vocabulary_size
 from slimlm.record import COPIED, Quality, Record, Source, quality_warning
 from slimlm.runtime import arguments
@@ -36,7 +34,6 @@ from slimlm.storage import checkpoint
 from slimlm.storage.entries import Description
 from slimlm.storage.mapping import MappedFiles
 from slimlm.storage.streams import tensor_sum
-from slimlm.verification.stored_model import StoredModel
 
 _CPU = torch.device("cpu")
 _TOKENS = 8
@@ -126,8 +123,7 @@ class _Opened:
 
     def stored_model(self) -> StoredModel:
         """The model that runs from the stored tensors."""
-        meta = _meta_model(meta_model(self.folder, self.files.tensors), self.about.experts)
-        return StoredModel(meta, self.files.tensors, self.files.release, self.about.layers, self.about.embeddings)
+        return stored_checkpoint(self.folder, self.files, self.about)
 
 
 @usual_defaults()
@@ -324,23 +320,6 @@ def _unlike_source(source: Source | None, opened: _Opened, empty: PreTrainedMode
         # Those with a recorded checksum are looked for already.
         if what == COPIED and file not in opened.record.get("beside", {}) and not (opened.folder / file).is_file():
             yield f"{file} was copied from the original, and is not here"
-
-
-def _meta_model(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
-    """The dense model with placeholder weights and computed buffers, with the experts of these modules taken apart."""
-    config = empty.config
-    given = {}
-    for name, tensor in empty.state_dict().items():
-        given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with loading_settings():
-        model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    for name in experts:
-        take_apart(model, name)
-    plain_outputs(model)
-    return model.eval().requires_grad_(False)
 
 
 def _run(model: StoredModel, samples: Tensor | None, device: torch.device) -> Perplexity | str | None:

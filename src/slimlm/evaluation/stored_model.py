@@ -4,9 +4,10 @@ Modules outside the blocks stay in the 16 bits that they are stored in (slimlm.r
 addition to the mapped files.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,17 @@ from slimlm.calibration.calls import OutputForm, hidden_of
 from slimlm.calibration.capture import sent_to
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import EmbeddingEntry, LayerEntry, StoredEntry
-from slimlm.models.placeholders import meta_copy
+from slimlm.models.experts import take_apart
+from slimlm.models.meta import meta_model
+from slimlm.models.opening import loading_settings
+from slimlm.models.outputs import plain_outputs
+from slimlm.models.placeholders import meta_copy, placeholder
 from slimlm.models.structure import blocks_of, swap
 from slimlm.runtime.dense import widen_activations
 from slimlm.runtime.embedding import CompressedEmbedding, TiedLinear
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.storage.entries import Description
+from slimlm.storage.mapping import MappedFiles
 
 _CPU = torch.device("cpu")
 Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -87,46 +94,35 @@ class StoredModel:
             outside: The model whose modules outside the blocks are used; None: this one.
         """
         model = (outside or self).around(self._blocks_made(device))
-        forms: dict[str, OutputForm] = {}
-        hidden: list[Tensor] = []
+        return last_outputs(model, tuple(blocks_of(self.meta_model)), ids)
 
-        def note(name: str, output: Any) -> None:
-            forms[name] = OutputForm.of(output)
-            hidden[:] = [hidden_of(output)]
-
-        for name in blocks_of(self.meta_model):
-            model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        with torch.no_grad():
-            model.base_model(ids, use_cache=False)
-        return LastOutputs(ids, hidden[0], forms)
-
-    def logits(self, outputs: LastOutputs, pieces: Iterable[tuple[slice, slice]]) -> Iterator[Tensor]:
+    def logits(
+        self, outputs: LastOutputs, pieces: Iterable[tuple[slice, slice]], *, device: torch.device = _CPU
+    ) -> Iterator[Tensor]:
         """The logits from the last block's outputs; the modules after the blocks compute in float32.
 
         Args:
             outputs: The last block's outputs.
             pieces: Samples and positions of each piece.
+            device: The device that the modules after the blocks are run on.
 
         Yields:
             The logits `[samples, positions, vocabulary]` of each piece.
         """
         given: list[Tensor] = []
-
-        def giving(form: OutputForm) -> Forward:
-            return lambda *_: form.around(given[-1])
-
-        model = self.around({name: giving(form) for name, form in outputs.forms.items()})
+        forwards = {name: _giving_last(form, given) for name, form in outputs.forms.items()}
+        model = self.around(forwards).to(device)
         for piece in pieces:
-            given.append(outputs.hidden[piece])
+            given.append(outputs.hidden[piece].to(device))
             # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
-                logits = model(outputs.tokens[piece], use_cache=False).logits
+                logits = model(outputs.tokens[piece].to(device), use_cache=False).logits
             yield logits
 
     def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
         """A model whose blocks are replaced by functions, by name, and which computes in float32."""
         blocks = {name: self.meta_model.get_submodule(name) for name in forwards}
-        replaced = [(block, _Replacement(block, forwards[name])) for name, block in blocks.items()]
+        replaced = [(block, Replacement(block, forwards[name])) for name, block in blocks.items()]
         model = meta_copy(self.meta_model, replaced=replaced)
         assert isinstance(model, PreTrainedModel)
         self._put_compressed(model, "")
@@ -180,7 +176,73 @@ class StoredModel:
         return self.tensors[full]
 
 
-class _Replacement(nn.Module):
+def stored_checkpoint(folder: Path, files: MappedFiles, about: Description) -> StoredModel:
+    """A checkpoint that runs from its stored tensors.
+
+    Args:
+        folder: The checkpoint.
+        files: Its weight files.
+        about: What its config says of its layers and embeddings.
+    """
+    meta = _with_buffers(meta_model(folder, files.tensors), about.experts)
+    return StoredModel(meta, files.tensors, files.release, about.layers, about.embeddings)
+
+
+def _with_buffers(empty: PreTrainedModel, experts: Iterable[str]) -> PreTrainedModel:
+    """The dense model with placeholder weights and computed buffers, with the experts of these modules taken apart."""
+    config = empty.config
+    given = {}
+    for name, tensor in empty.state_dict().items():
+        given[name] = placeholder(tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with loading_settings():
+        model = type(empty).from_pretrained(None, config=config, state_dict=given, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    for name in experts:
+        take_apart(model, name)
+    plain_outputs(model)
+    return model.eval().requires_grad_(False)
+
+
+def last_outputs(model: PreTrainedModel, blocks: Sequence[str], ids: Tensor) -> LastOutputs:
+    """The outputs of a model's last block; logits are not computed.
+
+    Args:
+        model: A model in memory, or one around blocks that are made when they are run.
+        blocks: The names of its blocks, in order.
+        ids: Token ids `[samples, length]`.
+    """
+    forms: dict[str, OutputForm] = {}
+    hidden: list[Tensor] = []
+
+    def note(name: str, output: Any) -> None:
+        forms[name] = OutputForm.of(output)
+        hidden[:] = [hidden_of(output)]
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda _, __, output: note(name, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(noting(name)) for name in blocks]
+    try:
+        with torch.no_grad():
+            model.base_model(ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return LastOutputs(ids, hidden[0], forms)
+
+
+def giving(form: OutputForm, hidden: Tensor) -> Forward:
+    """A block's forward that gives these hidden states `[samples, length, width]`, whatever its inputs are."""
+    return lambda *_: form.around(hidden)
+
+
+def _giving_last(form: OutputForm, given: Sequence[Tensor]) -> Forward:
+    return lambda *_: form.around(given[-1])
+
+
+class Replacement(nn.Module):
     """A block's replacement that runs a function; other attributes that a model reads are those of the meta model's block."""
 
     def __init__(self, shown: nn.Module, run: Forward) -> None:

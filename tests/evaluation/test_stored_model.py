@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.models.lazy import open_lazy
 from slimlm.models.structure import blocks_of
-from slimlm.verification.stored_model import StoredModel
 
 
 def test_blocks_that_are_replaced_are_not_copied(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,13 +59,13 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure measured on windows of text."""
+    """A figure measured on windows of text, or on the items of a task."""
 
     value: float
     """The figure."""
     standard_error: float | None
-    """Its standard error. Tokens within a window are correlated, so windows are the units that it counts; None: there is only
-    one window."""
+    """Its standard error. Tokens within a window are correlated, so windows, or items, are the units that it counts; None:
+    there is only one."""
 
 
 @dataclass(frozen=True)

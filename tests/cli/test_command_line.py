@@ -69,7 +69,7 @@ def test_a_seed_that_no_generator_takes_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["--length", "--max-tokens"])
+@pytest.mark.parametrize("option", ["--length", "--tokens"])
 def test_verify_refuses_what_only_a_text_needs(option: str, line: Line, tmp_path: Path) -> None:
     assert f"{option} needs --text" in line.refused("verify", tmp_path, option, 64)
 

@@ -71,10 +71,15 @@ raise SystemExit(7)
 def test_stopping_a_command_while_it_imports_is_one_line_even_where_a_library_swallows_it(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(SWALLOWS)
     code = "import sys; sys.argv = ['slimlm', 'verify', 'x']; from slimlm.cli import main; main()"
-    process = subprocess.Popen(
+    # A shell has its background jobs ignore SIGINT, and their children inherit that.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+    with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    assert process.stdout is not None and process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, said) == (130, "slimlm: stopped\n")

@@ -285,7 +285,7 @@ def test_compress_fails_where_what_is_read_back_gives_other_logits(
 
 
 def test_the_verb_prints_what_it_found(packed: Path, text_file: Path, line: Line) -> None:
-    status, out, _ = line("verify", packed, "--text", text_file, "--max-tokens", 100)
+    status, out, _ = line("verify", packed, "--text", text_file, "--tokens", 100)
     assert status == 0
     assert "15 compressed, 0 dense" in out and "tokens of the text" in out and re.search(r"integrity +sound", out)
     status, out, _ = line("verify", packed, "--json")

@@ -43,7 +43,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that a compressed model may take, such as 8GB; a larger one is run block by block from its files.",
+            help="Memory that a compressed model may take, such as 8GB; a larger one is run block by block from its files. "
+            "For --tasks each model is in memory as a whole.",
             show_default="half of the free memory",
         ),
     ] = None,

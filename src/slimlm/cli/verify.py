@@ -12,7 +12,7 @@ from slimlm.core.errors import DataError, SlimlmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MAX_TOKENS = 4096
+_MOST_TOKENS = 4096
 
 
 def verify(
@@ -22,15 +22,15 @@ def verify(
         typer.Option(help=f"Measure the perplexity on this text, too: {options.EVALUATION_TEXT}.", show_default="not measured"),
     ] = None,
     length: options.MeasuredLength = None,
-    max_tokens: Annotated[
+    tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Stop reading the text after this many tokens.", show_default=str(_MAX_TOKENS)),
+        typer.Option(min=2, help="Stop reading the text after this many tokens.", show_default=str(_MOST_TOKENS)),
     ] = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Check a compressed folder: checksums, masks, scales, that no layer is missing, and that the model runs."""
-    for option, given in (("--length", length), ("--max-tokens", max_tokens)):
+    for option, given in (("--length", length), ("--tokens", tokens)):
         if text is None and given is not None:
             raise SlimlmError(f"{option} needs --text: it says how much of a text is read, and none is named")
 
@@ -38,7 +38,7 @@ def verify(
     from slimlm.run.config import pick_device
     from slimlm.verification.folder import verify as verify_folder
 
-    samples = None if text is None else _samples_for(folder, text, length, max_tokens or _MAX_TOKENS)
+    samples = None if text is None else _samples_for(folder, text, length, tokens or _MOST_TOKENS)
     found = verify_folder(folder, samples, device=pick_device(device))
     if as_json:
         print_json(found.to_dict())
@@ -47,7 +47,7 @@ def verify(
     found.raise_if_unsound()
 
 
-def _samples_for(folder: Path, text: str, length: int | None, max_tokens: int) -> "Tensor":
+def _samples_for(folder: Path, text: str, length: int | None, tokens: int) -> "Tensor":
     """Samples of a text for a checkpoint that is not opened."""
     from slimlm.evaluation.samples import MOST_LENGTH, text_windows
     from slimlm.models.opening import open_tokenizer, read_config
@@ -60,4 +60,4 @@ def _samples_for(folder: Path, text: str, length: int | None, max_tokens: int) -
     own = config.get("text_config")
     context = (own if isinstance(own, dict) else config).get("max_position_embeddings")
     limit = context if isinstance(context, int) and context > 1 else MOST_LENGTH
-    return text_windows(tokenizer, text, length=length, context=limit, at_most=max_tokens, notify=say_on_stderr, shrink=True)
+    return text_windows(tokenizer, text, length=length, context=limit, at_most=tokens, notify=say_on_stderr, shrink=True)

@@ -1,8 +1,10 @@
 """Any model, compressed or dense, opened to be compared with another."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimlm.core.errors import DataError
@@ -10,7 +12,7 @@ from slimlm.events import Notify, logged
 from slimlm.inference.load import load
 from slimlm.models.dense import open_dense
 from slimlm.models.opening import folder_of, open_tokenizer, quantization_of, read_config
-from slimlm.models.structure import blocks_of, linears_of
+from slimlm.models.structure import blocks_of, linears_of, weight_of
 from slimlm.runtime.dispatch import uses_cpu_kernels
 from slimlm.runtime.gpu import device as gpu
 from slimlm.runtime.kernel_names import Kernels
@@ -63,19 +65,19 @@ def open_any(source: str, *, kernels: Kernels = "reference", device: torch.devic
     else:
         dense = open_dense(source)
         model, tokenizer, size = dense.model.to(device), dense.tokenizer, dense.bytes
-        names = [f"{block}.{name}.weight" for block, module in blocks_of(model).items() for name in linears_of(module)]
-        weights = {name: model.get_parameter(name).numel() for name in names}
-        bits = sum(8 * dense.dtypes[name].itemsize * count for name, count in weights.items())
-        per_weight = bits / max(1, sum(weights.values()))
+        per_weight = dense_bits_per_weight(blocks_of(model), dense.dtypes)
     if tokenizer is None:
         raise DataError(f"{source} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
     return OpenModel(source, model, tokenizer, size, per_weight)
 
 
-def same_tokens(one: OpenModel, other: OpenModel, sample: str) -> bool:
-    """Whether both models' tokenizers give the same tokens for a text, so that perplexities per token can be compared."""
+def dense_bits_per_weight(blocks: dict[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> float:
+    """Stored bits per weight of the linear layers in a dense model's blocks.
 
-    def tokens(opened: OpenModel) -> list[int]:
-        return list(opened.tokenizer(sample, add_special_tokens=False)["input_ids"])
-
-    return tokens(one) == tokens(other)
+    Args:
+        blocks: the blocks by full name; their weights need no values.
+        dtypes: of every tensor as stored, by name.
+    """
+    linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
+    weights = {f"{name}.weight": weight_of(linear).numel() for name, linear in linears.items()}
+    return sum(8 * dtypes[name].itemsize * count for name, count in weights.items()) / max(1, sum(weights.values()))

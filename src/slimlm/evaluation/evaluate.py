@@ -27,7 +27,7 @@ from slimlm.data.windows import refuse_unknown_tokens
 from slimlm.display import Show, shown
 from slimlm.evaluation.activation_formats import ActivationFormat
 from slimlm.evaluation.activations import rounded_activations
-from slimlm.evaluation.compare import OpenModel, open_any
+from slimlm.evaluation.compare import OpenModel, dense_bits_per_weight, open_any
 from slimlm.evaluation.divergence import (
     Predictions,
     divergence_of,
@@ -44,7 +44,7 @@ from slimlm.events import Event, Notify, Observer, logged
 from slimlm.inference.load import read_description, refuse_other
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import fetch, open_tokenizer, quantization_of, read_config
-from slimlm.models.structure import blocks_of, context_length, linears_of, vocabulary_size
+from slimlm.models.structure import blocks_of, context_length, vocabulary_size
 from slimlm.record import Divergence, Measured
 from slimlm.runtime.arguments import DEVICES
 from slimlm.runtime.arguments import device as device_of
@@ -173,7 +173,8 @@ def evaluate(  # noqa: PLR0913  # the options of a verb
         kernels: As in `slimlm.load`, for compressed models.
         device: "auto", "cpu", "cuda" or "cuda:N".
         memory: Bytes ("8GB") that a compressed model may take in memory; a larger one is run from its files, a block at a time,
-            without kernels. None: half of the free memory. A dense model is always run so.
+            without kernels. None: half of the free memory. A dense model is run so unless its activations are rounded. For
+            tasks each model is in memory as a whole, one after the other, whatever this says.
         progress: As for `compress`.
         notify: As for `compress`.
 
@@ -277,10 +278,8 @@ def _tokenizer(source: str, found: PreTrainedTokenizerBase | None) -> PreTrained
 
 
 def _opened_dense(dense: LazyModel, device: torch.device) -> _Opened:
-    names = [f"{block}.{name}.weight" for block, module in blocks_of(dense.model).items() for name in linears_of(module)]
-    bits = sum(8 * dense.dtypes[name].itemsize * dense.weights[name].numel() for name in names)
-    weights = sum(dense.weights[name].numel() for name in names)
-    about = EvaluatedModel(dense.source, None, "as they are", bits / max(1, weights), dense.bytes, None)
+    bits = dense_bits_per_weight(blocks_of(dense.model), dense.dtypes)
+    about = EvaluatedModel(dense.source, None, "as they are", bits, dense.bytes, None)
     runs = InFiles(StoredModel(dense.model, dense.weights, dense.release), device)
     tokenizer = _tokenizer(dense.source, dense.tokenizer)
     return _Opened(about, runs, tokenizer, context_length(dense.model), vocabulary_size(dense.model))
@@ -360,7 +359,7 @@ def _about(opened: OpenModel, activations: ActivationFormat | None = None) -> Ev
     return EvaluatedModel(opened.source, describe(opened.model), rounded, opened.bits_per_weight, opened.bytes, None)
 
 
-def _scored(sources: Sequence[str], rows: Sequence[EvaluatedModel], wanted: "_Wanted", asked: _Asked) -> list[EvaluatedModel]:
+def _scored(sources: Sequence[str], rows: Sequence[EvaluatedModel], wanted: _Wanted, asked: _Asked) -> list[EvaluatedModel]:
     """The rows of models, made where there are none, with scores on tasks; each model is in memory as a whole meanwhile."""
     if not wanted.tasks:
         return list(rows)

@@ -2,7 +2,7 @@
 
 Between two parallel operations OpenMP's threads spin, by default for some milliseconds each time. On a machine with other work
 that takes the processor from the threads that compute, and a run becomes slower by a factor of four and more. Threads that
-sleep at once cost an idle machine as much as the work: `slim` on the bundled model takes twice as long. A short spin costs
+sleep at once cost an idle machine much of that again: `slim` on the bundled model takes 1.7 times as long. A short spin costs
 neither (benchmarks/busy.py). OpenMP reads the settings once, when torch is imported. Nothing heavy is imported here.
 """
 

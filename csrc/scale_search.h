@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
-#include <vector>
 
 #include "loops.h"
 #include "vectors.h"

@@ -43,7 +43,7 @@ case $CXX in *zig*) ;; *) compiler=$CXX ;; esac
 dot=-march=armv8.2-a+dotprod
 $compiler $dot -x c++ -c /dev/null -o "$work/probe.o" 2>/dev/null || dot=-mcpu=generic+dotprod
 objects=()
-for file in pack pool dispatch compression compression_portable variant_portable variant_neon variant_neondot check/variants; do
+for file in pack pool dispatch compression sweep compression_portable variant_portable variant_neon variant_neondot check/variants; do
     flags=
     if [ "$file" = variant_neondot ]; then flags=$dot; fi
     objects+=("$work/${file##*/}.o")

@@ -11,6 +11,11 @@
 extern "C" {
 #endif
 
+enum {
+    SLIMLM_MOST_INPUTS = 128,  // of a piece of a sweep or descent
+    SLIMLM_MOST_OF_UNIT = 16,  // m of n:m
+};
+
 // codes [rows, width] of weight [rows, width]: the nearest whole numbers to weight / scale, ties to even, from -2^(bits-1) to
 // 2^(bits-1) - 1; 0 under a scale of zero. scale is [scale_rows, ceil(width / group)], scale_rows 1 or rows.
 SLIMLM_API int slimlm_encode(const float* weight, int64_t rows, int64_t width, const float* scale, int64_t scale_rows,
@@ -52,6 +57,50 @@ SLIMLM_API int slimlm_least_squares_scale(const float* points, const float* weig
 // the outermost.
 SLIMLM_API int slimlm_histogram(const float* numbers, const float* weights, int64_t count, float low, float width, int32_t bins,
                                 double* totals, int32_t threads);
+
+// How the weights of an input are rounded. A number x stands for the nearest of the grid's values x scale; 0 under a scale of zero.
+typedef struct SlimlmRounding {
+    const float *scale, *zero;      // of the inputs' outputs; scale NULL: no rounding; zero NULL: 2^(bits-1)
+    int64_t per_input, per_output;  // how far apart the scales (and zeros) of two inputs of a piece are, and of two outputs
+    const float* codebook;          // [2^bits], ascending; NULL: whole numbers, index - zero
+    int32_t bits;                   // 1 to 8; with a codebook to 4
+} SlimlmRounding;
+
+// The column sweep of a weight. Matrices are [in, out].
+typedef struct SlimlmSweep {
+    float* remaining;      // the weights, updated for the errors of earlier inputs
+    float *value, *error;  // what was decided, and (remaining - value) / the diagonal of `upper`
+    const float* upper;    // [in, in]: the upper triangular factor of the inverse covariance
+    uint8_t* mask;         // 1 or 0; NULL: all stay
+    uint8_t* index;        // NULL where nothing is rounded
+    int64_t in, out;
+    int32_t of, kept;      // n:m: the mask is chosen, `kept` of `of` inputs; of = 0: the mask is given
+    SlimlmRounding rounding;
+} SlimlmSweep;
+
+// Decides the inputs from low up to high, at most SLIMLM_MOST_INPUTS, and updates `remaining` of these alone. Under n:m they begin
+// and end with a unit of `of` inputs.
+SLIMLM_API int slimlm_sweep(const SlimlmSweep* sweep, int64_t low, int64_t high, int32_t threads);
+// Chooses the mask of the units from low up to high, as their weights are now.
+SLIMLM_API int slimlm_choose(const SlimlmSweep* sweep, int64_t low, int64_t high, int32_t threads);
+
+// Coordinate descent on tr((W - B) H (W - B)^T). Matrices are [in, out].
+typedef struct SlimlmDescent {
+    float* gradient;          // H (W - B)^T, exact for the inputs that are decided
+    float *value, *change;    // B^T, and the sum of its changes
+    uint8_t *index, *mask;    // mask NULL: all stay
+    const float* covariance;  // H [in, in]
+    int64_t in, out;
+    // n:m: mask and codes of `of` inputs are decided together; of = 0: codes alone, input by input.
+    int32_t of, kept, masks;
+    const int32_t* places;    // [masks, kept]: the places in a unit that stay
+    // [in / of, masks, kept, kept]: H among those that stay, its inverse, and the upper triangular factor of that.
+    const float *among, *inverse, *upper;
+    SlimlmRounding rounding;
+} SlimlmDescent;
+
+// Decides the inputs from low up to high, at most SLIMLM_MOST_INPUTS, and updates the gradient of these alone.
+SLIMLM_API int slimlm_descend(const SlimlmDescent* descent, int64_t low, int64_t high, int32_t threads);
 
 // Codes, a byte each, [rows, count] as a stream of bits, least significant first: [rows, (count x bits + 7) / 8]; and back.
 SLIMLM_API int slimlm_pack_codes(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint8_t* packed, int32_t threads);

@@ -1,9 +1,12 @@
+#include "descent.h"
 #include "loops.h"
 #include "rounding.h"
 #include "scale_search.h"
+#include "sweep.h"
 
 namespace slimlm {
 
-const Loops loops_avx2 = {encode, best_scale, nearby_scale, affine_scale, code_sums, code_error, bin};
+const Loops loops_avx2 = {encode,     best_scale, nearby_scale, affine_scale, code_sums,
+                             code_error, bin,        sweep,        choose,       descend};
 
 }  // namespace slimlm

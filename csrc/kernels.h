@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { SLIMLM_ABI = 3, SLIMLM_LAYOUT = 1 };
+enum { SLIMLM_ABI = 4, SLIMLM_LAYOUT = 1 };
 
 enum SlimlmError {
     SLIMLM_OK = 0,

@@ -12,6 +12,10 @@ namespace slimlm {
 
 // Larger sets are searched one by one, smaller ones several together.
 constexpr int64_t kSmallSet = 512;
+constexpr int64_t kMostInputs = SLIMLM_MOST_INPUTS;
+constexpr int kMostOfUnit = SLIMLM_MOST_OF_UNIT;
+// Outputs of one job of a sweep or descent: whole blocks of every variant.
+constexpr int64_t kOutputsOfJob = 32;
 
 struct Loops {
     // codes [count] of numbers [count] that share a scale other than zero.
@@ -27,6 +31,10 @@ struct Loops {
                       double* sums);
     double (*code_error)(const float* points, const float* weights, int64_t count, float scale, float smallest, float largest);
     void (*bin)(const float* numbers, const float* weights, int64_t count, float low, float width, int32_t bins, double* totals);
+    // Of the outputs from first up to last; see slimlm_sweep, slimlm_choose and slimlm_descend.
+    void (*sweep)(const SlimlmSweep& sweep, int64_t low, int64_t high, int64_t first, int64_t last);
+    void (*choose)(const SlimlmSweep& sweep, int64_t low, int64_t high, int64_t first, int64_t last);
+    void (*descend)(const SlimlmDescent& descent, int64_t low, int64_t high, int64_t first, int64_t last);
 };
 
 #if defined(__x86_64__)

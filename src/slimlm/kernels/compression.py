@@ -71,6 +71,9 @@ def _functions() -> ctypes.CDLL:
         "slimlm_affine_scale": [pointer, i32, i32, pointer, pointer, i32],
         "slimlm_least_squares_scale": [pointer, pointer, i64, i64, i32, pointer, pointer, i32],
         "slimlm_histogram": [pointer, pointer, i64, f32, f32, i32, pointer, i32],
+        "slimlm_sweep": [pointer, i64, i64, i32],
+        "slimlm_choose": [pointer, i64, i64, i32],
+        "slimlm_descend": [pointer, i64, i64, i32],
         "slimlm_pack_codes": [pointer, i64, i64, i32, pointer, i32],
         "slimlm_unpack_codes": [pointer, i64, i64, i32, pointer, i32],
         "slimlm_keep": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
@@ -82,7 +85,7 @@ def _functions() -> ctypes.CDLL:
     return library
 
 
-def _called(name: str, *arguments: object) -> None:
+def called(name: str, *arguments: object) -> None:
     """Call a function; tensors and structures pass as addresses, and the number of threads, torch's, is added at the end.
 
     Raises:
@@ -115,7 +118,7 @@ def encode(weight: Tensor, scale: Tensor, *, bits: int, group: int) -> Tensor:
     rows, width = weight.shape
     assert scale.shape in {(1, -(-width // group)), (rows, -(-width // group))}
     codes = torch.empty(rows, width, dtype=torch.int8, device="cpu")
-    _called("slimlm_encode", weight, rows, width, scale, len(scale), group, bits, codes)
+    called("slimlm_encode", weight, rows, width, scale, len(scale), group, bits, codes)
     return codes
 
 
@@ -137,7 +140,7 @@ def best_scale(
     """
     values = values.contiguous()
     scale = torch.empty(len(points), device="cpu")
-    _called("slimlm_best_scale", _sets(points, weights), _grid(values, even), coarse, either_sign, scale)
+    called("slimlm_best_scale", _sets(points, weights), _grid(values, even), coarse, either_sign, scale)
     return scale
 
 
@@ -146,7 +149,7 @@ def nearby_scale(points: Tensor, weights: Tensor, values: Tensor, start: Tensor,
     values, start = values.contiguous(), start.contiguous()
     assert start.shape == points.shape[:1]
     scale = torch.empty(len(points), device="cpu")
-    _called("slimlm_nearby_scale", _sets(points, weights), _grid(values, even), start, scale)
+    called("slimlm_nearby_scale", _sets(points, weights), _grid(values, even), start, scale)
     return scale
 
 
@@ -163,7 +166,7 @@ def affine_scale(points: Tensor, weights: Tensor, *, bits: int, coarse: int) -> 
         Scales and zeros, both float32 `[sets]`.
     """
     scale, zero = torch.empty(len(points), device="cpu"), torch.empty(len(points), device="cpu")
-    _called("slimlm_affine_scale", _sets(points, weights), bits, coarse, scale, zero)
+    called("slimlm_affine_scale", _sets(points, weights), bits, coarse, scale, zero)
     return scale, zero
 
 
@@ -173,7 +176,7 @@ def least_squares_scale(sets: Tensor, scale: Tensor, *, bits: int, weights: Tens
     weights = None if weights is None else weights.contiguous()
     assert scale.shape == sets.shape[:1] and (weights is None or weights.shape == sets.shape)
     fitted = torch.empty_like(scale)
-    _called("slimlm_least_squares_scale", sets, weights, len(sets), sets.shape[1], bits, scale, fitted)
+    called("slimlm_least_squares_scale", sets, weights, len(sets), sets.shape[1], bits, scale, fitted)
     return fitted
 
 
@@ -183,7 +186,7 @@ def histogram(numbers: Tensor, weights: Tensor | None, *, low: float, width: flo
     weights = None if weights is None else weights.contiguous()
     assert weights is None or weights.shape == numbers.shape
     totals = torch.empty(bins, dtype=torch.float64, device="cpu")
-    _called("slimlm_histogram", numbers, weights, numbers.numel(), low, width, bins, totals)
+    called("slimlm_histogram", numbers, weights, numbers.numel(), low, width, bins, totals)
     return totals
 
 
@@ -192,7 +195,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     rows, count = codes.shape
     packed = torch.empty(rows, (count * bits + 7) // 8, dtype=torch.uint8, device="cpu")
-    _called("slimlm_pack_codes", codes, rows, count, bits, packed)
+    called("slimlm_pack_codes", codes, rows, count, bits, packed)
     return packed
 
 
@@ -201,7 +204,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     packed = packed.contiguous()
     assert packed.shape[1] == (count * bits + 7) // 8
     codes = torch.empty(len(packed), count, dtype=torch.uint8, device="cpu")
-    _called("slimlm_unpack_codes", packed, len(packed), count, bits, codes)
+    called("slimlm_unpack_codes", packed, len(packed), count, bits, codes)
     return codes
 
 
@@ -211,7 +214,7 @@ def keep(elements: Tensor, mask: Tensor, kept: int) -> Tensor:
     rows, width = elements.shape
     assert mask.shape == elements.shape and mask.dtype == torch.bool
     some = torch.empty(rows, kept, dtype=elements.dtype, device="cpu")
-    _called("slimlm_keep", elements, mask, rows, width, kept, elements.dtype.itemsize, some)
+    called("slimlm_keep", elements, mask, rows, width, kept, elements.dtype.itemsize, some)
     return some
 
 
@@ -221,7 +224,7 @@ def place(elements: Tensor, mask: Tensor) -> Tensor:
     rows, width = mask.shape
     assert len(elements) == rows and mask.dtype == torch.bool
     full = torch.empty(rows, width, dtype=elements.dtype, device="cpu")
-    _called("slimlm_place", elements, mask, rows, width, elements.shape[1], elements.dtype.itemsize, full)
+    called("slimlm_place", elements, mask, rows, width, elements.shape[1], elements.dtype.itemsize, full)
     return full
 
 

@@ -13,6 +13,7 @@ from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.sweep import (
     Order,
+    InputGroups,
     OutputGroups,
     Swept,
     check_grouping,
@@ -330,16 +331,14 @@ def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
 
 def test_two_inputs_by_hand() -> None:
     # 0.6 rounds up to 1, so the second input, which goes with the first, wants 0.6 - 0.9 x 0.4 = 0.24 and rounds down.
-    class Whole:
-        starts = (0,)
-
-        def begin(self, number: int, rows: Tensor, weights: Tensor) -> None: ...
-
-        def round(self, place: int, number: int, column: Tensor) -> Tensor:
-            return column.round()
+    class Whole(InputGroups):
+        def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
+            self.scale[number] = 1
+            self.current = self.scale[number], self.scale[number]
 
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    found = sweep(torch.tensor([[0.6, 0.6]]), inverse_of(covariance, damp=0), rounding=Whole())  # type: ignore[arg-type]
+    rounding = Whole(Grid.of_bits(4), [2], 1, one=False, start=None, device=covariance.device)
+    found = sweep(torch.tensor([[0.6, 0.6]]), inverse_of(covariance, damp=0), rounding=rounding)
     assert found.value.tolist() == [[1, 0]]
     torch.testing.assert_close(found.updated, torch.tensor([[0.6, 0.24]]))
     assert loss(torch.tensor([[0.6, 0.6]]), found.value, covariance) == pytest.approx(0.16 + 0.36 - 2 * 0.9 * 0.24)

@@ -15,7 +15,8 @@ from torch import Tensor
 from slimlm.core.grid import GroupSize, reciprocal
 from slimlm.core.mask import Pattern
 from slimlm.core.profiling import profiled
-from slimlm.core.solvers.sweep import LEAF, Swept, as_stored, divided, end_of
+from slimlm.core.solvers.sweep import LEAF, Swept, as_stored, divided, end_of, in_library, kernel_rounding
+from slimlm.kernels import sweep as kernel
 
 _MOST_MASKS = 70
 """Masks of an n:m group up to which all are tried; 4 of 8 has this many."""
@@ -66,21 +67,28 @@ class _Descent:
         self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
         self.scale = base.scale.T.contiguous().clone()
         self.mask = None if base.mask is None else base.mask.T.contiguous().clone()
-        self.gradient = covariance @ (weight.T - self.value)
+        self.gradient = (covariance @ (weight.T - self.value)).contiguous()
         """H (W - B)^T `[in, out]`: minus half the gradient, exact for the inputs that are being decided"""
         self.change = torch.zeros_like(self.value)
+        """of the inputs that are decided, which the gradient of later ones has not had yet"""
         self.dead = (covariance.diagonal() <= 0).tolist()
         """whether an input is always zero"""
         width = len(self.value)
         self.groups = list(range(0, width, width if isinstance(group_size, str) else group_size))
-        self.leaves = divided(self.groups, width, LEAF if searched is None else searched.of)
+        of = 0 if searched is None else searched.of
+        library = in_library(self.grid, searched, self.value, covariance)
+        self.leaves = divided(self.groups, width, kernel.piece_of(of) if library else of or LEAF)
         self.masks = None if searched is None else torch.tensor(_masks(searched), device=covariance.device)
         self.inverse = reciprocal(self.scale)
-        if self.masks is not None:
-            self.solvers = self._solvers(self.masks, searched.of)  # type: ignore[union-attr]
+        self.solvers = None if self.masks is None else self._solvers(self.masks, of)
+        self.kernel = self._kernel() if library else None
 
-    def _solvers(self, masks: Tensor, size: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-        """For each group, over its masks: the covariance of the inputs that stay, its inverse, and the upper factor of that."""
+    def _kernel(self) -> kernel.Descent:
+        matrices = self.gradient, self.value, self.change, self.index, self.mask
+        return kernel.Descent(*matrices, self.covariance.contiguous(), self.solvers)
+
+    def _solvers(self, masks: Tensor, size: int) -> kernel.UnitSolvers:
+        """For each group of m inputs, over its masks: the covariance of those that stay, its inverse, its upper factor."""
         width = len(self.covariance)
         at = torch.arange(width, device=masks.device).view(-1, 1, size).expand(-1, len(masks), -1)
         stay = at.gather(2, masks[None].expand(len(at), -1, -1))
@@ -91,7 +99,7 @@ class _Descent:
         ).to(damped)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         upper = torch.linalg.cholesky(inverse, upper=True).float()
-        return tuple(zip(among.unbind(), inverse.float().unbind(), upper.unbind(), strict=True))
+        return kernel.UnitSolvers(masks.int(), among.contiguous(), inverse.float().contiguous(), upper.contiguous(), size)
 
     def walk(self, low: int, high: int) -> None:
         """Decide the inputs from low up to high; their gradient is exact."""
@@ -104,12 +112,18 @@ class _Descent:
                 self.walk(middle, high)
                 return
         number = bisect_right(self.groups, low) - 1
-        if self.groups[number] == low:
+        first, last = self.groups[number], end_of(self.groups, self.groups[number], len(self.value))
+        if first == low:
             self._rescale(number)
-        if self.masks is None:
+        if self.kernel is not None:
+            self.kernel.decide(low, high, kernel_rounding(self.grid, self.scale[number]))
+        elif self.masks is None:
             self._recode(low, high, number)
         else:
             self._choose(low, high, number)
+        if last == high:
+            # The gradient of the group's own inputs has had this change already.
+            self.change[first:last] += self.rescaled
 
     def _rescale(self, number: int) -> None:
         """The best step of one group's scales (or of the only scale), rounded as it will be stored."""
@@ -128,9 +142,9 @@ class _Descent:
         step = torch.where(better, step, torch.zeros_like(step))
         self.scale[number] = torch.where(better, new, old)
         self.inverse[number] = reciprocal(self.scale[number])
-        change = value * step
-        value += change
-        self.gradient[low:].addmm_(self.covariance[low:, low:high], change, alpha=-1)
+        self.rescaled = value * step
+        value += self.rescaled
+        self.gradient[low:high].addmm_(self.covariance[low:high, low:high], self.rescaled, alpha=-1)
 
     def _recode(self, low: int, high: int, number: int) -> None:
         """New codes for these inputs one after another, under the same mask."""
@@ -155,11 +169,12 @@ class _Descent:
 
     def _choose(self, low: int, high: int, number: int) -> None:
         """New masks and codes for the m inputs of an n:m group together."""
-        assert self.masks is not None and self.mask is not None
+        assert self.masks is not None and self.mask is not None and self.solvers is not None
         covariance, old = self.covariance[low:high, low:high], self.value[low:high]
         # The group's best weights b solve H b = right_side `[m, out]`; their cost is b H b - 2 b right_side.
         right_side = self.gradient[low:high] + covariance @ old
-        among, inverse, upper = self.solvers[low // (high - low)]
+        unit = low // (high - low)
+        among, inverse, upper = (of[unit] for of in (self.solvers.among, self.solvers.inverse, self.solvers.upper))
         right_sides = right_side[self.masks]
         best = inverse @ right_sides
         scale, inverse_scale = self.scale[number], self.inverse[number]

@@ -7,7 +7,7 @@ A set is the numbers that share a scale. Each number ("point") has a weight, by 
 Points and weights are given as `[sets, size]`; inside they are held `[size, sets]`, and candidate scales `[candidates, sets]`.
 
 On a CPU the same candidates are tried by loops in C++ (slimlm.kernels.compression), which find the same scale, or one whose
-error is equal up to rounding in float32. What is written with torch here is their law, and runs on a GPU or without that library.
+error is equal up to rounding in float32. What is written with torch here is their law, and runs on a GPU or without that.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,8 @@ triangular, deciding costs (w_j - b_j)^2 / U_jj^2, and the best update of the la
 
 The sweep is recursive: the left half of the inputs is swept, its errors are applied to the right half in one matrix product,
 the right half is swept. So nearly all arithmetic is in products of matrices, and Python does a few operations per input on
-vectors `[out]`. Weights are held `[in, out]` here, so that one input's weights are contiguous.
+vectors `[out]`; on a CPU a loop in C++ (slimlm.kernels.sweep) decides the inputs of a leaf of this recursion instead. Weights
+are held `[in, out]` here, so that one input's weights are contiguous.
 """
 
 from bisect import bisect_left, bisect_right
@@ -29,6 +30,7 @@ from slimlm.core.parts.uniform import Uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers.inverse import Inverse
 from slimlm.core.solvers.scale_search import distribution, nearby_scale, signed_scale
+from slimlm.kernels import sweep as kernel
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
@@ -44,6 +46,8 @@ class Rounding(Protocol):
 
     starts: list[int]
     """where along the inputs, in the order of the sweep, groups begin"""
+    grid: Grid | None
+    """the values that codes stand for; None: nothing is rounded"""
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """Prepare for a group, whose inputs are rounded next.
@@ -66,12 +70,19 @@ class Rounding(Protocol):
             `[out]`.
         """
 
+    @property
+    def indices(self) -> Tensor | None:
+        """uint8 `[in, out]`, which a sweep fills with the indices of grid values; None: nothing is rounded."""
+
+    def in_kernel(self, number: int) -> kernel.Rounding:
+        """How the library rounds the weights of a group, which `begin` has prepared."""
+
 
 class Unrounded:
     """No rounding: SparseGPT alone."""
 
     def __init__(self) -> None:
-        self.starts = [0]
+        self.starts, self.grid = [0], None
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """Nothing to prepare for `rows` and `weights` `[inputs, out]`."""
@@ -79,6 +90,15 @@ class Unrounded:
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
         """The weights `[out]` themselves."""
         return column
+
+    @property
+    def indices(self) -> None:
+        """Nothing is rounded."""
+        return None
+
+    def in_kernel(self, number: int) -> kernel.Rounding:
+        """Not at all."""
+        return kernel.Rounding()
 
 
 class InputGroups:
@@ -122,6 +142,15 @@ class InputGroups:
         self.rows[place].copy_(index)
         return value
 
+    @property
+    def indices(self) -> Tensor:
+        """`index`."""
+        return self.index
+
+    def in_kernel(self, number: int) -> kernel.Rounding:
+        """With the scales of the group."""
+        return kernel_rounding(self.grid, self.scale[number])
+
 
 class OutputGroups:
     """Groups of consecutive outputs of one input share a scale, searched beforehand: the left factor of an adapter.
@@ -139,7 +168,7 @@ class OutputGroups:
         sets = scale_sets(columns, group_size)
         scale = signed_scale(sets, torch.ones_like(sets), grid)
         self.grid = grid
-        self.starts = list(range(len(columns)))
+        self.starts = [0]
         self.scale = storable(scale.view(scale_shape((len(columns), len(weight)), group_size))).float()
         self.wide = spread(self.scale, len(weight), group_size).expand_as(columns)
         self.inverse = reciprocal(self.wide)
@@ -153,6 +182,26 @@ class OutputGroups:
         index, value = self.grid.round_with(column, self.wide[place], self.inverse[place])
         self.index[place] = index
         return value
+
+    @property
+    def indices(self) -> Tensor:
+        """`index`."""
+        return self.index
+
+    def in_kernel(self, number: int) -> kernel.Rounding:
+        """With the scales of every input."""
+        return kernel_rounding(self.grid, self.wide)
+
+
+def kernel_rounding(grid: Grid, scale: Tensor) -> kernel.Rounding:
+    """How the library rounds to a grid under float32 scales `[out]`, `[1]` or `[in, out]`."""
+    return kernel.Rounding(scale, grid.bits, None if grid.even else grid.values)
+
+
+def in_library(grid: Grid | None, pattern: Pattern | None, *tensors: Tensor) -> bool:
+    """Whether the library decides leaves; `pattern` is of a mask that is chosen, `tensors` are float matrices `[...]`."""
+    codebook = None if grid is None or grid.even else len(grid.values)
+    return kernel.takes(codebook, pattern.of if pattern is not None else 0, *tensors)
 
 
 def as_stored(scale: Tensor, count: int) -> Tensor:
@@ -381,8 +430,19 @@ class _Sweep:
         width = len(self.remaining)
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
-        leaf = self.pattern.of if self.pattern is not None and self.pattern.of else LEAF
-        self.leaves = divided(sorted({*self.groups, *self.units}), width, leaf)
+        self.kernel = self._kernel() if in_library(rounding.grid, self.pattern, weight, self.upper) else None
+        of = 0 if self.pattern is None else self.pattern.of
+        if self.kernel is None:
+            leaf, borders = of or LEAF, {*self.groups, *self.units}
+        else:
+            leaf, borders = kernel.piece_of(of), {*self.groups, *([] if of else self.units)}
+        self.leaves = divided(sorted(borders), width, leaf)
+        self.coarse = sorted((self.groups, [] if self.kernel is not None and of else self.units), key=len)
+
+    def _kernel(self) -> kernel.Sweep:
+        pattern, index = self.pattern, self.rounding.indices
+        unit = (pattern.of, pattern.kept) if pattern is not None and pattern.of else None
+        return kernel.Sweep(self.remaining, self.value, self.error, self.upper.contiguous(), self.mask, index, unit)
 
     def walk(self, low: int, high: int) -> None:
         """Sweep the inputs from low up to high, whose weights are updated for all earlier errors."""
@@ -396,7 +456,7 @@ class _Sweep:
 
     def _cut(self, low: int, high: int) -> int | None:
         """The border nearest the middle, of the coarsest kind that lies inside, so that no group or unit is divided early."""
-        for borders in (*sorted((self.groups, self.units), key=len), self.leaves):
+        for borders in (*self.coarse, self.leaves):
             inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
             if inside:
                 return min(inside, key=lambda border: abs(2 * border - low - high))
@@ -408,6 +468,9 @@ class _Sweep:
         number = bisect_right(self.groups, low) - 1
         if self.groups[number] == low:
             self._begin(number)
+        if self.kernel is not None:
+            self.kernel.decide(low, high, self.rounding.in_kernel(number))
+            return
         for place in range(low, high):
             column, value, error = self.rows[place]
             rounded = self.rounding.round(place, number, column)
@@ -435,6 +498,9 @@ class _Sweep:
     def _choose(self, low: int, high: int) -> None:
         """Choose the mask of these inputs by what dropping each would cost now."""
         assert self.mask is not None and self.pattern is not None
+        if self.kernel is not None and self.pattern.of:
+            self.kernel.choose(low, high)
+            return
         score = (self.remaining[low:high].square() * self.conditional_variance[low:high, None]).T
         pattern = self.pattern
         if not pattern.of:

@@ -22,8 +22,32 @@ _MOST_MASKS = 70
 """Masks of an n:m group up to which all are tried; 4 of 8 has this many."""
 
 
+@profiled("objective")
+def gradient_of(error: Tensor, covariance: Tensor) -> tuple[Tensor, float]:
+    """What a descent on the base starts from, and the objective.
+
+    Args:
+        error: E = W - B `[out, in]`.
+        covariance: H `[in, in]`.
+
+    Returns:
+        H E^T `[in, out]`, which is minus half the gradient of the objective in B, and the objective tr(E H E^T).
+    """
+    gradient = (covariance @ error.T).contiguous()
+    # Each input's sum, in which little cancels, in the caller's dtype; the sum over inputs in float64.
+    return gradient, float(torch.linalg.vecdot(gradient, error.T).double().sum())
+
+
 @profiled("base descent")
-def descend_base(weight: Tensor, covariance: Tensor, base: Swept, *, group_size: GroupSize, pattern: Pattern | None) -> Swept:
+def descend_base(
+    weight: Tensor,
+    covariance: Tensor,
+    base: Swept,
+    *,
+    group_size: GroupSize,
+    pattern: Pattern | None,
+    gradient: Tensor | None = None,
+) -> Swept:
     """One pass of coordinate descent on tr((W - B) H (W - B)^T) from a rounded base; it never raises it.
 
     Under an n:m pattern with at most 70 possible masks of a group, each group of m inputs is decided again: for every mask
@@ -37,6 +61,7 @@ def descend_base(weight: Tensor, covariance: Tensor, base: Swept, *, group_size:
         base: B, from `rounded_sweep` or an earlier pass.
         group_size: how many weights share a scale, as in that sweep.
         pattern: of the mask, where the mask may change; None where it may not or there is none.
+        gradient: of this base, see `gradient_of`, where it is known; it is overwritten.
 
     Returns:
         The base after the pass; its grid is that of `base`.
@@ -44,8 +69,10 @@ def descend_base(weight: Tensor, covariance: Tensor, base: Swept, *, group_size:
     searched = None
     if pattern is not None and pattern.of and len(_masks(pattern)) <= _MOST_MASKS:
         searched = pattern
-    state = _Descent(weight, covariance, base, group_size, searched)
-    state.walk(0, weight.shape[1])
+    if gradient is None:
+        gradient, _ = gradient_of(weight - base.value, covariance)
+    state = _Descent(gradient, covariance, base, group_size, searched)
+    state.walk(0, len(covariance))
     mask = None if state.mask is None else state.mask.T.contiguous()
     index, scale = state.index.T.contiguous(), state.scale.T.contiguous()
     return replace(base, value=state.value.T.contiguous(), mask=mask, index=index, scale=scale)
@@ -60,14 +87,14 @@ class _Descent:
     """The state of one pass; matrices are `[in, out]`."""
 
     def __init__(
-        self, weight: Tensor, covariance: Tensor, base: Swept, group_size: GroupSize, searched: Pattern | None
+        self, gradient: Tensor, covariance: Tensor, base: Swept, group_size: GroupSize, searched: Pattern | None
     ) -> None:
         assert base.index is not None and base.scale is not None and base.grid is not None
         self.covariance, self.grid = covariance, base.grid
         self.value, self.index = base.value.T.contiguous().clone(), base.index.T.contiguous().clone()
         self.scale = base.scale.T.contiguous().clone()
         self.mask = None if base.mask is None else base.mask.T.contiguous().clone()
-        self.gradient = (covariance @ (weight.T - self.value)).contiguous()
+        self.gradient = gradient
         """H (W - B)^T `[in, out]`: minus half the gradient, exact for the inputs that are being decided"""
         self.change = torch.zeros_like(self.value)
         """of the inputs that are decided, which the gradient of later ones has not had yet"""

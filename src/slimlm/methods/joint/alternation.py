@@ -55,7 +55,7 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.adapter_descent import descend_adapter
-from slimlm.core.solvers.base_descent import descend_base
+from slimlm.core.solvers.base_descent import descend_base, gradient_of
 from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
 from slimlm.core.solvers.scale_search import distribution, fitted_codebook, signed_scale
@@ -266,6 +266,8 @@ class _Search:
         self.base: Swept | None = None
         self.adapter: LowRank | None = None
         self.best: tuple[float, Swept, LowRank | None] | None = None
+        self.measured: tuple[Swept, LowRank | None, Tensor] | None = None
+        """base and adapter measured last, with what descent on the base starts from"""
 
     def _inverse(self, inputs: Tensor, cache: Cache) -> Inverse:
         return inverse_in_order(self.covariance, inputs, damp=self.options.damp, cache=cache)
@@ -354,11 +356,13 @@ class _Search:
         """Fit a codebook for the next sweep to the weights that this one rounded, where it is asked for or errs less."""
         assert swept.scale is not None and self.grid is not None and self.inverse is not None
         scale = grid.spread(swept.scale, swept.value.shape[1], self.options.group_size).expand_as(swept.value)
-        counted = scale != 0 if swept.mask is None else swept.mask & (scale != 0)
-        weights = (self.inverse.conditional_variance[self.order.positions] * scale.square())[counted]
-        ratio = swept.updated[counted] / scale[counted]
-        if not weights.numel():
+        counted = scale.square() if swept.mask is None else scale.square() * swept.mask
+        # A scale of zero, and what is dropped, have no weight.
+        sets = (swept.updated * grid.reciprocal(scale)).view(1, -1)
+        weights = (self.inverse.conditional_variance[self.order.positions] * counted).view(1, -1)
+        if not bool(weights.any()):
             return
+        (ratio,), (weights,) = distribution(sets, weights)
         codebook = fitted_codebook(ratio, weights, self.grid)
 
         def error(candidate: Grid) -> float:
@@ -370,9 +374,16 @@ class _Search:
 
     def _descend(self) -> Swept:
         assert self.base is not None
-        pattern = None if self.given_mask is not None else self.pattern
+        gradient = None
+        if self.measured is not None and self.measured[0] is self.base and self.measured[1] is self.adapter:
+            gradient, self.measured = self.measured[2], None
         return descend_base(
-            self._base_reference(), self.covariance, self.base, group_size=self.options.group_size, pattern=pattern
+            self._base_reference(),
+            self.covariance,
+            self.base,
+            group_size=self.options.group_size,
+            pattern=None if self.given_mask is not None else self.pattern,
+            gradient=gradient,
         )
 
     def _refit_adapter(self, form: AdapterFormat, *, count: bool = False) -> float:
@@ -387,7 +398,11 @@ class _Search:
     def _measured(self, remaining: Tensor, *, count: bool = True) -> float:
         """The objective of the present base and adapter, of which `remaining` `[out, in]` is the error."""
         assert self.base is not None
-        error = linalg.weighted_square(remaining, self.second_moment)
+        if self.options.norm == "full":
+            gradient, error = gradient_of(remaining, self.covariance)
+            self.measured = self.base, self.adapter, gradient
+        else:
+            error = linalg.weighted_square(remaining, self.second_moment)
         if count and (self.best is None or error < self.best[0]):
             self.best = error, self.base, self.adapter
         return error

@@ -120,7 +120,8 @@ class Descent:
         assert all(matrix.is_contiguous() for matrix in (self.gradient, self.value, self.change, self.index, self.covariance))
         assert self.mask is None or self.mask.is_contiguous()
         matrices = (self.gradient, self.value, self.change, self.index, self.mask, self.covariance)
-        of, kept, masks, tables = 0, 0, 0, (None,) * 4
+        of, kept, masks = 0, 0, 0
+        tables: tuple[int | None, ...] = (None,) * 4
         if self.solvers is not None:
             of, (masks, kept) = self.solvers.of, self.solvers.places.shape
             tables = tuple(map(_address, (self.solvers.places, self.solvers.among, self.solvers.inverse, self.solvers.upper)))

@@ -12,8 +12,8 @@ from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.sweep import (
-    Order,
     InputGroups,
+    Order,
     OutputGroups,
     Swept,
     check_grouping,

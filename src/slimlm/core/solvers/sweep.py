@@ -46,8 +46,6 @@ class Rounding(Protocol):
 
     starts: list[int]
     """where along the inputs, in the order of the sweep, groups begin"""
-    grid: Grid | None
-    """the values that codes stand for; None: nothing is rounded"""
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """Prepare for a group, whose inputs are rounded next.
@@ -71,6 +69,10 @@ class Rounding(Protocol):
         """
 
     @property
+    def grid(self) -> Grid | None:
+        """The values that codes stand for; None: nothing is rounded."""
+
+    @property
     def indices(self) -> Tensor | None:
         """uint8 `[in, out]`, which a sweep fills with the indices of grid values; None: nothing is rounded."""
 
@@ -82,7 +84,8 @@ class Unrounded:
     """No rounding: SparseGPT alone."""
 
     def __init__(self) -> None:
-        self.starts, self.grid = [0], None
+        self.starts = [0]
+        self.grid: None = None
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
         """Nothing to prepare for `rows` and `weights` `[inputs, out]`."""

@@ -102,6 +102,21 @@ typedef struct SlimlmDescent {
 // Decides the inputs from low up to high, at most SLIMLM_MOST_INPUTS, and updates the gradient of these alone.
 SLIMLM_API int slimlm_descend(const SlimlmDescent* descent, int64_t low, int64_t high, int32_t threads);
 
+// Coordinate descent on the right factor R of L R, by tr((E - L R) H (E - L R)^T). Matrices are [in, rank].
+typedef struct SlimlmRightDescent {
+    float* gradient;       // H (E - L R)^T L, exact for the inputs that are decided
+    float* along;          // [high - low, rank]: the changes of the inputs that are decided, times L^T L
+    const float *value, *scale;     // R^T, and the scale of each number
+    uint8_t* index;        // codes + 2^(bits-1)
+    const float* covariance;        // H [in, in]
+    const float *inner, *inverse;   // L^T L [rank, rank] and its inverse
+    int64_t in, rank;
+    int32_t bits;
+} SlimlmRightDescent;
+
+// Decides the inputs from low up to high one after another, all components of one together, and updates the gradient of these alone.
+SLIMLM_API int slimlm_descend_right(const SlimlmRightDescent* descent, int64_t low, int64_t high);
+
 // Codes, a byte each, [rows, count] as a stream of bits, least significant first: [rows, (count x bits + 7) / 8]; and back.
 SLIMLM_API int slimlm_pack_codes(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint8_t* packed, int32_t threads);
 SLIMLM_API int slimlm_unpack_codes(const uint8_t* packed, int64_t rows, int64_t count, int32_t bits, uint8_t* codes,

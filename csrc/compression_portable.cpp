@@ -1,3 +1,4 @@
+#include "adapter_descent.h"
 #include "descent.h"
 #include "loops.h"
 #include "rounding.h"
@@ -7,6 +8,7 @@
 namespace slimlm {
 
 const Loops loops_portable = {encode,     best_scale, nearby_scale, affine_scale, code_sums,
-                             code_error, bin,        sweep,        choose,       descend};
+                             code_error, bin,        sweep,        choose,       descend,
+                             descend_right};
 
 }  // namespace slimlm

@@ -35,6 +35,7 @@ struct Loops {
     void (*sweep)(const SlimlmSweep& sweep, int64_t low, int64_t high, int64_t first, int64_t last);
     void (*choose)(const SlimlmSweep& sweep, int64_t low, int64_t high, int64_t first, int64_t last);
     void (*descend)(const SlimlmDescent& descent, int64_t low, int64_t high, int64_t first, int64_t last);
+    void (*descend_right)(const SlimlmRightDescent& descent, int64_t low, int64_t high);
 };
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
 // The pieces of the column sweep and of coordinate descent that compression calls: arguments are checked, and the outputs are
-// shared among threads.
+// shared among threads where they are independent of one another.
 
 #include <algorithm>
 #include <new>
@@ -64,6 +64,16 @@ extern "C" int slimlm_descend(const SlimlmDescent* descent, int64_t low, int64_t
     if (!descent || high - low > kMostInputs || !valid(*descent, low, high)) return SLIMLM_BAD_ARGUMENT;
     const Loops& loops = active_loops();
     return share_outputs(descent->out, threads, [&](int64_t first, int64_t last) { loops.descend(*descent, low, high, first, last); });
+} catch (const std::bad_alloc&) {
+    return SLIMLM_NO_MEMORY;
+}
+
+extern "C" int slimlm_descend_right(const SlimlmRightDescent* d, int64_t low, int64_t high) try {
+    if (!d || low < 0 || high < low || high > d->in || d->rank < 1 || d->bits < 2 || d->bits > 8) return SLIMLM_BAD_ARGUMENT;
+    if (!d->gradient || !d->along || !d->value || !d->scale || !d->index || !d->covariance || !d->inner || !d->inverse)
+        return SLIMLM_BAD_ARGUMENT;
+    active_loops().descend_right(*d, low, high);
+    return SLIMLM_OK;
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }

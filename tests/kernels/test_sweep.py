@@ -10,8 +10,11 @@ from torch import Tensor
 from slimlm.core.cache import Cache
 from slimlm.core.grid import Grid, GroupSize
 from slimlm.core.mask import Pattern
+from slimlm.core.parts.low_rank import LowRank
+from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_in_order
+from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
 from slimlm.core.solvers.sweep import OutputGroups, Swept, order_of, rounded_sweep, sweep, unrounded_sweep
 from slimlm.kernels import compression
 from slimlm.kernels import sweep as kernel
@@ -147,6 +150,32 @@ def test_descent_decides_as_with_torch_in_every_group(group_size: GroupSize, mon
     found = run()
     assert objective(weight, covariance, found) < objective(weight, covariance, start)
     assert_alike(found, with_torch(monkeypatch, run), (37, 200), slack=0.03)
+
+
+@pytest.mark.parametrize(("out", "width", "rank"), [(1, 8, 1), (37, 200, 20), (96, 150, 70)])
+@pytest.mark.parametrize("group_size", [16, 128])
+def test_descent_on_an_adapter_decides_as_with_torch(
+    out: int, width: int, rank: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, covariance = problem((out, width))
+    form = AdapterFormat(rank / min(out, width), 4, group_size, True)
+    part = low_rank_part(error, covariance, form)
+    assert part is not None
+
+    def objective_of(adapter: LowRank) -> float:
+        left = (error - adapter.dense()).double()
+        return float((left @ covariance.double() * left).sum())
+
+    def law() -> LowRank:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "takes", lambda *_: False)
+            return descend_adapter(error, covariance, part)
+
+    found, expected = descend_adapter(error, covariance, part), law()
+    assert objective_of(found) <= objective_of(part) * (1 + 1e-6)
+    assert objective_of(found) == pytest.approx(objective_of(expected), rel=1e-2)
+    for one, other in ((found.left, expected.left), (found.right, expected.right)):
+        assert float((one.dense() == other.dense()).float().mean()) > 0.97
 
 
 def test_threads_change_no_byte() -> None:

@@ -74,6 +74,7 @@ def _functions() -> ctypes.CDLL:
         "slimlm_sweep": [pointer, i64, i64, i32],
         "slimlm_choose": [pointer, i64, i64, i32],
         "slimlm_descend": [pointer, i64, i64, i32],
+        "slimlm_descend_right": [pointer, i64, i64],
         "slimlm_pack_codes": [pointer, i64, i64, i32, pointer, i32],
         "slimlm_unpack_codes": [pointer, i64, i64, i32, pointer, i32],
         "slimlm_keep": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
@@ -86,12 +87,14 @@ def _functions() -> ctypes.CDLL:
 
 
 def called(name: str, *arguments: object) -> None:
-    """Call a function; tensors and structures pass as addresses, and the number of threads, torch's, is added at the end.
+    """Call a function; tensors and structures pass as addresses, and the number of threads, torch's, is added where it takes it.
 
     Raises:
         CompressionKernelError: it returns an error.
     """
-    error = getattr(_functions(), name)(*map(_as_c, arguments), torch.get_num_threads())
+    function = getattr(_functions(), name)
+    threads = (torch.get_num_threads(),) if len(function.argtypes) > len(arguments) else ()
+    error = function(*map(_as_c, arguments), *threads)
     if error:
         raise CompressionKernelError(f"{name} found {_ERRORS.get(error, f'error {error} of csrc/kernels.h')}")
 

@@ -7,6 +7,7 @@ Their laws are slimlm.core.solvers.sweep and slimlm.core.solvers.base_descent, w
 import ctypes
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from slimlm.kernels import compression
@@ -129,6 +130,41 @@ class Descent:
         compression.called("slimlm_descend", structure, low, high)
 
 
+@dataclass(frozen=True, eq=False)
+class RightDescent:
+    """The matrices of coordinate descent on the right factor R of L R, for an error E; they are `[in, rank]`."""
+
+    gradient: Tensor
+    """H (E - L R)^T L, exact for the inputs that are decided"""
+    value: Tensor
+    """R^T"""
+    scale: Tensor
+    """of each number"""
+    index: Tensor
+    """uint8, codes + 2^(bits-1)"""
+    covariance: Tensor
+    """H `[in, in]`"""
+    inner: Tensor
+    """L^T L `[rank, rank]`"""
+    inverse: Tensor
+    """its inverse"""
+    bits: int
+    """of a code"""
+
+    def decide(self, low: int, high: int) -> Tensor:
+        """Decide the inputs from low up to high again, and update the gradient of these alone.
+
+        Returns:
+            `[high - low, rank]`: their changes, times L^T L.
+        """
+        width, rank = self.value.shape
+        along = torch.empty(high - low, rank, device="cpu")
+        matrices = (self.gradient, along, self.value, self.scale, self.index, self.covariance, self.inner, self.inverse)
+        assert all(matrix.is_contiguous() for matrix in matrices)
+        compression.called("slimlm_descend_right", _RightDescent(*map(_address, matrices), width, rank, self.bits), low, high)
+        return along
+
+
 def takes(codebook_values: int | None, unit: int, *tensors: Tensor) -> bool:
     """Whether the library sweeps and descends.
 
@@ -176,4 +212,13 @@ class _Descent(ctypes.Structure):
         *(("width", _I64), ("out", _I64), ("of", _I32), ("kept", _I32), ("masks", _I32)),
         *((name, _P) for name in ("places", "among", "inverse", "upper")),
         ("rounding", _Rounding),
+    )
+
+
+class _RightDescent(ctypes.Structure):
+    """Mirrors SlimlmRightDescent."""
+
+    _fields_ = (
+        *((name, _P) for name in ("gradient", "along", "value", "scale", "index", "covariance", "inner", "inverse")),
+        *(("width", _I64), ("rank", _I64), ("bits", _I32)),
     )

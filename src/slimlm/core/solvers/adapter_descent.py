@@ -22,6 +22,8 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
+from slimlm.core.solvers.sweep import in_library, kernel_rounding
+from slimlm.kernels import sweep as kernel
 
 INPUTS_AT_ONCE = 64
 """Inputs whose changes are applied to the gradient of the later ones in one product of matrices."""
@@ -61,6 +63,8 @@ def descend_left(error: Tensor, covariance: Tensor, part: LowRank) -> LowRank:
     scale = spread(factor.scale, value.shape[1], factor.group_size).expand_as(value)
     gradient = weighted @ error.T - inner @ value
     """minus half the objective's gradient, `[rank, out]`"""
+    if in_library(grid, None, value, inner, gradient):
+        return replace(part, left=replace(factor, codes=_descended_left(factor, value, scale, inner, gradient)))
     dead = (inner.diagonal() <= 0).tolist()
     inverse = reciprocal(scale)
     for i in range(len(inner)):
@@ -73,6 +77,18 @@ def descend_left(error: Tensor, covariance: Tensor, part: LowRank) -> LowRank:
         codes[i] = torch.where(better, _codes(index, grid), codes[i])
         gradient[i:].addr_(inner[i:, i], torch.where(better, change, torch.zeros_like(change)), alpha=-1)
     return replace(part, left=replace(factor, codes=codes))
+
+
+def _descended_left(factor: Uniform, value: Tensor, scale: Tensor, inner: Tensor, gradient: Tensor) -> Tensor:
+    """New codes `[rank, out]`, decided in the library; all matrices but `inner` `[rank, rank]` are `[rank, out]`."""
+    grid = Grid.of_bits(factor.bits)
+    index = (factor.codes - int(grid.values[0])).to(torch.uint8).contiguous()
+    descent = kernel.Descent(gradient.contiguous(), value, torch.zeros_like(value), index, None, inner.contiguous())
+    for low in range(0, len(inner), kernel.MOST_INPUTS):
+        high = min(low + kernel.MOST_INPUTS, len(inner))
+        descent.decide(low, high, kernel_rounding(grid, scale))
+        descent.gradient[high:].addmm_(inner[high:, low:high], descent.change[low:high], alpha=-1)
+    return _codes(index.float(), grid)
 
 
 def descend_right(error: Tensor, covariance: Tensor, part: LowRank, *, inputs_at_once: int = INPUTS_AT_ONCE) -> LowRank:
@@ -102,6 +118,15 @@ def descend_right(error: Tensor, covariance: Tensor, part: LowRank, *, inputs_at
     gradient = covariance @ ((left @ error).T - value @ inner)
     """minus half the objective's gradient, `[in, rank]`; exact for the inputs that are being decided"""
     dead = (covariance.diagonal() <= 0).tolist()
+    if in_library(grid, None, value, covariance, gradient):
+        codes = index.to(torch.uint8).contiguous()
+        matrices = gradient.contiguous(), value, scale, codes, covariance.contiguous(), inner, inner_inverse.contiguous()
+        descent = kernel.RightDescent(*matrices, factor.bits)
+        for low in range(0, width, inputs_at_once):
+            high = min(low + inputs_at_once, width)
+            along = descent.decide(low, high)
+            descent.gradient[high:].addmm_(covariance[high:, low:high], along, alpha=-1)
+        return replace(part, right=replace(factor, codes=_codes(codes.T.float().contiguous(), grid)))
     for low in range(0, width, inputs_at_once):
         high = min(low + inputs_at_once, width)
         changes = torch.zeros_like(value[low:high])

@@ -51,15 +51,15 @@ def best_low_rank(
     """The factors of the best product in the norm of H.
 
     Exact (one symmetric eigenproblem in float64 on the smaller side; on the outputs for a covariance) up to 1024 rows or
-    columns or where the rank is over a third of them; above, block subspace iteration with a fixed seed, within 2 % of the
-    optimal residual.
+    columns or where the rank is over a third of them; above, and from the basis of a nearby error, block subspace iteration
+    with a fixed seed, within 2 % of the optimal residual.
 
     Args:
         error: E `[out, in]`.
         input_weights: H, `[in]` or `[in, in]`.
         rank: components of the product.
         start: a basis `[out, any]` of a nearby error, for the iteration under a covariance.
-        exact_up_to: rows or columns up to which the solution is exact.
+        exact_up_to: rows or columns up to which the solution is exact without a start.
 
     Returns:
         The left factor `[out, rank]`, orthonormal, and the right one `[rank, in]`.
@@ -79,7 +79,7 @@ def _best_under_covariance(
     error: Tensor, covariance: Tensor, rank: int, start: Tensor | None, exact_up_to: int
 ) -> tuple[Tensor, Tensor]:
     out = len(error)
-    if out <= exact_up_to or rank > out // 3:
+    if rank > out // 3 or (start is None and out <= exact_up_to):
         basis = _leading_of((weighted(error, covariance) @ error.T).double(), rank).to(error.dtype)
         return basis, basis.T @ error
     width = min(rank + _OVERSAMPLE, out)

@@ -87,7 +87,7 @@ def _functions() -> ctypes.CDLL:
 
 
 def called(name: str, *arguments: object) -> None:
-    """Call a function; tensors and structures pass as addresses, and the number of threads, torch's, is added where it takes it.
+    """Call a function; tensors and structures pass as addresses; the number of threads, torch's, is added where it takes one.
 
     Raises:
         CompressionKernelError: it returns an error.

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import slimlm
 from slimlm import pipeline
+from slimlm.calibration.calls import observe
+from slimlm.calibration.capture import enter
 from slimlm.cli.app import app
 from slimlm.core.errors import DataError, RecipeError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.cross_covariance import CrossCovariance
+from slimlm.evaluation.stored_model import StoredModel
 from slimlm.events import quiet
 from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.structure import blocks_of
 from slimlm.planner.options import Budget, Option
-from slimlm.planner.plan import _Divergence, make_plan
+from slimlm.planner.plan import make_plan
+from slimlm.planner.trials import Judged, Original
 from slimlm.recipe import NamedStep, open_recipe, recipe_from_dict, to_toml
 from tests.conftest import random_model
 
@@ -46,10 +51,16 @@ OPTIONS = [option(2, 32, "", 0.0), option(4, 32, "", 0.0), option(6, 32, "", 0.0
 BUDGETS = [3.0, 4.7, 5.9]
 
 
-def planned(bits: float, model: torch.nn.Module, options: list[Option], ignore: list[str] | None = None) -> pipeline.Plan:
+def original_of(model: PreTrainedModel) -> Original:
+    """A model in memory as one that runs from its stored tensors."""
+    stored = StoredModel(model, dict(model.state_dict()), lambda tensors: list(tensors))
+    calls = observe(model, blocks_of(model)).calls
+    return Original(stored, lambda samples: enter(model, blocks_of(model), samples), calls.forms, CPU)
+
+
+def planned(bits: float, model: PreTrainedModel, options: list[Option], ignore: list[str] | None = None) -> pipeline.Plan:
     budget = Budget(tuple(options), bits, "size")
-    recipe = quick_recipe(ignore)
-    return make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
+    return make_plan(original_of(model), quick_recipe(ignore), WINDOWS, budget=budget, progress=quiet)
 
 
 @cache
@@ -96,15 +107,8 @@ def test_the_choice_is_never_worse_than_the_single_option_where_both_were_checke
 def test_too_few_windows_are_refused() -> None:
     model = random_model("llama")
     with pytest.raises(DataError, match="at least 3"):
-        make_plan(
-            model,
-            blocks_of(model),
-            quick_recipe(),
-            WINDOWS[:2],
-            budget=Budget((OPTIONS[1],), 5.0, "size"),
-            device=CPU,
-            progress=quiet,
-        )
+        budget = Budget((OPTIONS[1],), 5.0, "size")
+        make_plan(original_of(model), quick_recipe(), WINDOWS[:2], budget=budget, progress=quiet)
 
 
 def test_a_planned_model_has_the_bits_that_the_plan_says(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_a_step_that_compares_even_in_a_trial_is_refused() -> None:
     steps = (NamedStep("quantize", "gptq", _Comparing()),)
     budget = Budget((Option(steps, (("bits", 4),)),), 5.0, "size")
     with pytest.raises(RecipeError, match="CrossCovariance even for a trial"):
-        make_plan(model, blocks_of(model), recipe, WINDOWS, budget=budget, device=CPU, progress=quiet)
+        make_plan(original_of(model), recipe, WINDOWS, budget=budget, progress=quiet)
 
 
 def test_rank_auto_spends_the_bits_of_rank_a_tenth(
@@ -229,10 +233,43 @@ def test_a_planned_recipe_of_automatic_ranks_plans_no_more(llama_folder: Path, t
     assert not planned.needs_plan
 
 
-def test_a_model_that_overflows_under_an_option_makes_its_loss_infinite_and_not_nothing() -> None:
-    model = random_model("llama")
-    divergence = _Divergence(model, WINDOWS[:2])
-    assert divergence.of(model) < 1e-9
+def test_the_measured_losses_are_those_of_the_model_with_one_group_changed() -> None:
+    """The law: what goes on block by block is the model's own forward pass with other weights in one block."""
+    model, windows = random_model("llama"), WINDOWS[:2]
+    original = original_of(model)
+    judged = Judged.of(original, windows)
+    changes = [
+        {"mlp.down_proj": torch.randn(model.get_parameter(f"model.layers.{i}.mlp.down_proj.weight").shape)} for i in (0, 1)
+    ]
+    for here, change in zip(original.walk(WINDOWS[2:], frozenset({Covariance}), lambda _: False), changes, strict=True):
+        judged.change(here, [change])
+    found = judged.losses()
     with torch.no_grad():
-        model.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(float("nan"))
-    assert divergence.of(model) == float("inf")
+        expected = model(windows).logits.log_softmax(-1)
+        for i, (change, loss) in enumerate(zip(changes, found, strict=True)):
+            weight = model.get_parameter(f"model.layers.{i}.mlp.down_proj.weight")
+            before = weight.clone()
+            weight.copy_(change["mlp.down_proj"])
+            logs = model(windows).logits.log_softmax(-1)
+            weight.copy_(before)
+            assert loss == pytest.approx(float((expected.exp() * (expected - logs)).sum(-1).mean()), rel=1e-4)
+    assert min(found) > 0
+
+
+def test_only_one_loss_of_a_group_is_measured_and_the_others_are_as_their_errors() -> None:
+    for choice in plan_of(BUDGETS[1]).choices:
+        assert choice.losses[choice.measured] > 0
+        for error, loss in zip(choice.errors, choice.losses, strict=True):
+            assert loss / choice.losses[choice.measured] == pytest.approx(error / choice.errors[choice.measured])
+
+
+def test_a_model_that_overflows_under_an_option_has_an_infinite_loss_and_not_none() -> None:
+    model = random_model("llama")
+    original = original_of(model)
+    judged = Judged.of(original, WINDOWS[:2])
+    shape = model.get_parameter("model.layers.0.mlp.down_proj.weight").shape
+    for here in original.walk(WINDOWS[2:], frozenset({Covariance}), lambda _: False):
+        judged.change(here, [{}, {"mlp.down_proj": torch.full(shape, float("nan"))}] if here.name.endswith("0") else [])
+    same, overflown = judged.losses()
+    assert same < 1e-9
+    assert overflown == float("inf")

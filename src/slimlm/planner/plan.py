@@ -1,39 +1,33 @@
 """Choose how every layer is stored, under one budget, from measured losses.
 
-For each group of layers that share an input (q, k and v; gate and up: fused kernels need them alike) and each option, the group
-alone is compressed on the original model's activations, and the model's output is compared with the original's on samples that
-the statistics do not include: KL divergence per token. A knapsack picks the options of least summed loss. Because losses do not
-quite add up, the choice is then applied to the whole model and must beat the best single option for all layers on further
-samples; otherwise that one is used (where single-layer losses are large their sum misleads).
+For each group of layers that share an input (q, k and v; gate and up: fused kernels need them alike) and each option, the
+relative error of the layers' outputs is measured on the original model's activations. For one option of each group, of about
+the bits asked for, the KL divergence that it alone causes in the model's predictions is measured, too, on samples that the
+statistics do not include; the losses of the group's other options are proportional to their errors (slimlm.planner.trials). A
+knapsack picks the options of least summed loss. Because losses do not quite add up, the choice is then applied to all layers
+and must beat the best single option on further samples; otherwise that one is used. One block is in memory at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from slimlm.calibration.capture import BlockInputs, BlockRun, enter, run
-from slimlm.calibration.measurement import measure
-from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import DataError, NumericsError, RecipeError
-from slimlm.core.layer import Layer
 from slimlm.core.objective import Objective
-from slimlm.core.statistics.base import Needs, Stats
+from slimlm.core.statistics.base import Needs
+from slimlm.core.statistics.covariance import Covariance
 from slimlm.events import Event, Observer
-from slimlm.models.structure import linears_of, put_weight, vocabulary_size, weight_of
+from slimlm.models.structure import weight_of
 from slimlm.planner.budget import choose_options
 from slimlm.planner.forms import brief, needs_of, resolved
 from slimlm.planner.options import Budget, Option, budget_of, options_of
-from slimlm.recipe import Recipe, Rule, apply_steps
+from slimlm.planner.trials import Judged, Original, Tried, Visited
+from slimlm.recipe import Recipe, Rule
 
-_LOGITS_AT_ONCE = 2**26
-"""The most logits that are held of the original model."""
-_JUDGED_TOKENS = 4096
-"""The most tokens that losses are measured on."""
+_JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
+"""The most tokens that losses are measured on, and the most of a window of them."""
 _LEAST_SAMPLES = 3
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
 """The range of budgets, in bits per weight."""
@@ -47,10 +41,15 @@ class Choice:
     """The layers of the group, by full name."""
     shapes: tuple[tuple[int, int], ...]
     """The shapes (out, in) of these layers."""
+    errors: tuple[float, ...]
+    """The relative squared error of the layers' outputs under each option, averaged over the layers; infinite where one of them
+    cannot take it."""
     losses: tuple[float, ...]
-    """KL divergence per token, in nats, of each option applied to this group alone."""
+    """KL divergence per token, in nats, of each option applied to this group alone; but for one they are estimated."""
+    measured: int
+    """The number of the option whose loss was measured in the model."""
     chosen: int
-    """The number of the option."""
+    """The number of the option chosen."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,8 @@ class Plan:
                     "layers": list(c.layers),
                     "weights": sum(out * width for out, width in c.shapes),
                     "chosen": c.chosen,
+                    "measured": c.measured,
+                    "errors": [_finite(error) for error in c.errors],
                     "losses": [_finite(loss) for loss in c.losses],
                     "bits": self._bits(c),
                 }
@@ -163,31 +164,21 @@ def refuse_few_samples(count: int) -> None:
         )
 
 
-def held_back(count: int, length: int, vocabulary: int) -> int:
-    """How many of so many calibration samples, of so many tokens, losses are measured on; as many check the choice."""
-    return max(1, min(count // 8, min(_JUDGED_TOKENS, _LOGITS_AT_ONCE // vocabulary) // length))
+def judged_windows(count: int, length: int) -> tuple[int, int]:
+    """How many of so many samples, and how many tokens of each, losses are measured on; as many check the choice."""
+    length = min(length, _JUDGED_LENGTH)
+    return max(1, min(count // 8, _JUDGED_TOKENS // length)), length
 
 
-def make_plan(
-    model: nn.Module,
-    blocks: dict[str, nn.Module],
-    recipe: Recipe,
-    samples: Tensor,
-    *,
-    budget: Budget,
-    device: torch.device,
-    progress: Observer,
-) -> Plan:
-    """Measure every option for every group, choose, and check the choice; the model is the same afterwards.
+def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Budget, progress: Observer) -> Plan:
+    """Measure every option for every group, choose, and check the choice.
 
     Args:
-        model: The original model, in float32 on the CPU.
-        blocks: Its blocks by full name.
+        original: The original model.
         recipe: The recipe that is varied.
-        samples: The calibration samples, `[count, length]`. Some (at most an eighth, at least one, about 4096 tokens) are used
-            to measure losses and as many others to check the choice; the rest are used for statistics.
+        samples: The calibration samples, `[count, length]`. On some (at most an eighth, at least one, about 1024 tokens)
+            losses are measured, and as many others check the choice; the rest are used for statistics.
         budget: The options, and the cost that may be spent.
-        device: Where blocks are run to measure statistics.
         progress: An observer of the events.
 
     Returns:
@@ -198,23 +189,24 @@ def make_plan(
         NumericsError: No choice within the budget gives finite outputs, or the original model's are not finite.
     """
     refuse_few_samples(len(samples))
-    options, objective = budget.options, budget.objective
-    held = held_back(len(samples), samples.shape[1], vocabulary_size(model))
-    statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held], samples[-held:]
-    divergence, check = _Divergence(model, judged), _Divergence(model, checked)
+    held, length = judged_windows(len(samples), samples.shape[1])
+    statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held, :length], samples[-held:, :length]
+    needs = _needs_of_trials(budget.options)
+    blocks = original.blocks
+    events = _Progress(progress, 2 * len(blocks) + 2)
 
-    trial = _Trial(model, blocks, statistics, device, _needs_of_trials(options))
     groups: list[_Group] = []
-    losses: list[list[float]] = []
-    total = len(blocks) + 2
-    for done, (stages, stats) in enumerate(trial.walk(recipe.ignores)):
-        progress(Event("plan", done, total))
-        for stage in stages:
-            groups.append(_Group.of(model, stage))
-            losses.append([trial.loss(groups[-1], option, stats, divergence) for option in options])
+    changed = Judged.of(original, judged)
+    for here in original.walk(statistics, needs, recipe.ignores):
+        own = [_tried(here, stage, budget) for stage in here.stages]
+        changed.change(here, [found.weights for _, found in own])
+        groups += [group for group, _ in own]
+        events.done()
+    losses = [group.losses(loss) for group, loss in zip(groups, changed.losses(), strict=True)]
+    events.done()
 
     shapes = [shape for group in groups for shape in group.shapes]
-    costs = [[sum(option.cost(shape, objective) for shape in group.shapes) for option in options] for group in groups]
+    costs = [[sum(option.cost(shape, budget.objective) for shape in g.shapes) for option in budget.options] for g in groups]
     room = budget.cost(shapes)
     chosen = choose_options(losses, costs, room)
     if chosen is None:
@@ -222,30 +214,28 @@ def make_plan(
             "no choice within the budget gives finite outputs of the model for every layer; ask for more bits, or try the "
             "recipe absmax"
         )
-    whole = [sum(own[i] for own in costs) for i in range(len(options))]
-    fitting = [i for i in range(len(options)) if whole[i] <= room and all(own[i] < float("inf") for own in losses)]
-    uniform = min(fitting, key=lambda i: sum(own[i] for own in losses), default=None)
-
-    def at_once(numbers: list[int]) -> float:
-        picked = {name: options[i] for group, i in zip(groups, numbers, strict=True) for name in group.layers}
-        return trial.loss_of_all(picked, check)
-
-    progress(Event("plan", len(blocks), total))
-    planned_loss = at_once(chosen)
-    progress(Event("plan", len(blocks) + 1, total))
-    uniform_loss = float("inf") if uniform is None else at_once([uniform] * len(groups))
-    progress(Event("plan", total, total))
+    uniform = _best_single(losses, costs, room)
+    picks = [chosen] if uniform is None else [chosen, [uniform] * len(groups)]
+    whole = [{name: i for group, i in zip(groups, pick, strict=True) for name in group.layers} for pick in picks]
+    changed = Judged.of(original, checked)
+    for here in original.walk(statistics, needs, recipe.ignores):
+        changed.change_all(here, _all_made(here, whole, budget.options))
+        events.done()
+    planned_loss, *others = changed.losses()
+    events.done()
+    uniform_loss = others[0] if others else float("inf")
     fallback = uniform is not None and uniform_loss < planned_loss
-    final = [uniform] * len(groups) if fallback and uniform is not None else chosen
+    final = picks[-1] if fallback else chosen
     choices = tuple(
-        Choice(group.layers, group.shapes, tuple(own), i) for group, own, i in zip(groups, losses, final, strict=True)
+        Choice(group.layers, group.shapes, group.errors, tuple(own), group.measured, i)
+        for group, own, i in zip(groups, losses, final, strict=True)
     )
-    return Plan(objective, budget.bits, options, choices, planned_loss, uniform_loss, uniform, fallback)
+    return Plan(budget.objective, budget.bits, budget.options, choices, planned_loss, uniform_loss, uniform, fallback)
 
 
 def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
     """The statistics of all options' steps; raises RecipeError where one compares with the original model."""
-    needs: Needs = frozenset().union(*(needs_of(brief(option.steps)) for option in options))
+    needs: Needs = frozenset({Covariance}).union(*(needs_of(brief(option.steps)) for option in options))
     compared = [statistic.__name__ for statistic in needs if statistic.source.compares]
     if compared:
         raise RecipeError(
@@ -257,107 +247,73 @@ def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that share an input, by full name, and their shapes."""
+    """Layers that share an input, by full name, and the errors of the options."""
 
     layers: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
+    errors: tuple[float, ...]
+    """By option; infinite where one of the layers cannot take it."""
+    measured: int
+    """The option whose loss is measured in the model."""
 
-    @classmethod
-    def of(cls, model: nn.Module, layers: list[str]) -> "_Group":
-        shapes = [weight_of(model.get_submodule(name)).shape for name in layers]
-        return cls(tuple(layers), tuple((shape[0], shape[1]) for shape in shapes))
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A model in which options are tried on a few layers, or one in each."""
-
-    model: nn.Module
-    blocks: dict[str, nn.Module]
-    samples: Tensor
-    """The samples for the statistics, `[count, length]`."""
-    device: torch.device
-    needs: Needs
-
-    def walk(self, ignores: Callable[[str], bool]) -> Iterator[tuple[list[list[str]], dict[str, Stats]]]:
-        """For each block its layers by stages and the statistics of their inputs in the original model, by full name.
-
-        The model is on the CPU whenever this yields; changes that the caller makes to a block's weights do not affect the
-        inputs of the next block.
-        """
-        inputs = enter(self.model, self.blocks, self.samples)
-        for name, block in self.blocks.items():
-            linears = {n: m for n, m in linears_of(block).items() if not ignores(f"{name}.{n}")}
-            block.to(self.device)
-            here = BlockRun(block, name, inputs, self.device)
-            stages = stages_of(here, linears) if linears else []
-            stats = measure(here, linears, self.needs) if linears else {}
-            inputs = BlockInputs(list(run(here)), inputs.arguments)
-            block.to("cpu")
-            yield [[f"{name}.{n}" for n in stage] for stage in stages], {f"{name}.{n}": s for n, s in stats.items()}
-
-    def loss(self, group: _Group, option: Option, stats: dict[str, Stats], divergence: "_Divergence") -> float:
-        """The loss with the option in this group alone; infinite where one of its layers cannot take it."""
-        if any(option.refuses(shape) is not None for shape in group.shapes):
-            return float("inf")
-        with _restored(self.model, list(group.layers)):
-            self._compress(dict.fromkeys(group.layers, option), stats)
-            return divergence.of(self.model)
-
-    def loss_of_all(self, picked: dict[str, Option], check: "_Divergence") -> float:
-        """The loss with every layer's option in the model at once; the statistics are measured again, block by block."""
-        with _restored(self.model, list(picked)):
-            for _, stats in self.walk(lambda name: name not in picked):
-                self._compress({name: picked[name] for name in stats}, stats)
-            return check.of(self.model)
-
-    def _compress(self, picked: dict[str, Option], stats: dict[str, Stats]) -> None:
-        """Replace the weights of these layers by the dense matrices of their compressed parts."""
-        for name, option in picked.items():
-            linear = self.model.get_submodule(name)
-            try:
-                layer = Layer.of(name, weight_of(linear).to(self.device))
-                made = apply_steps(brief(option.steps), layer, stats[name])
-            except NumericsError as error:
-                raise NumericsError(f"{name}: {error}") from error
-            put_weight(linear, made.parts().dense())
+    def losses(self, measured: float) -> list[float]:
+        """Each option's loss, given that of the option `measured`."""
+        error = self.errors[self.measured]
+        if error == 0:
+            return [0.0 if own == 0 else float("inf") for own in self.errors]
+        return [measured * own / error if math.isfinite(own) else float("inf") for own in self.errors]
 
 
-@contextmanager
-def _restored(model: nn.Module, layers: list[str]) -> Iterator[None]:
-    """A context after which these layers have the weights that they had before it."""
-    before = {name: weight_of(model.get_submodule(name)).clone() for name in layers}
-    try:
-        yield
-    finally:
-        for name, weight in before.items():
-            put_weight(model.get_submodule(name), weight)
+def _tried(here: Visited, stage: list[str], budget: Budget) -> tuple[_Group, Tried]:
+    """All options in a group of layers, and the one whose loss is to be measured: of those with errors, nearest the budget."""
+    found = [here.tried(stage, option) for option in budget.options]
+    sizes = [weight_of(here.block.get_submodule(layer)).shape for layer in stage]
+    shapes = tuple((size[0], size[1]) for size in sizes)
+    weights = sum(out * width for out, width in shapes)
+    taken = [(i, tried) for i, tried in enumerate(found) if tried is not None and math.isfinite(tried.error)]
+    if not taken:
+        raise NumericsError(f"none of the plan's options gives finite outputs of {here.name}.{stage[0]}; try the recipe absmax")
+
+    def distance(i: int) -> float:
+        return abs(sum(budget.options[i].stored_bits(shape) for shape in shapes) / weights - budget.bits)
+
+    measured, tried = min(taken, key=lambda own: (own[1].error == 0, distance(own[0])))
+    errors = tuple(float("inf") if own is None or not math.isfinite(own.error) else own.error for own in found)
+    return _Group(tuple(f"{here.name}.{layer}" for layer in stage), shapes, errors, measured), tried
 
 
-class _Divergence:
-    """KL(original || changed) of the next-token distributions, per token in nats, on some samples."""
+def _all_made(here: Visited, picks: list[dict[str, int]], options: tuple[Option, ...]) -> list[dict[str, Tensor]]:
+    """For each pick of an option's number by layer, the weights of all layers of a block."""
+    made: dict[tuple[str, int], Tensor] = {}
+    changes = []
+    for pick in picks:
+        own = {}
+        for layer in (layer for stage in here.stages for layer in stage):
+            key = layer, pick[f"{here.name}.{layer}"]
+            if key not in made:
+                made[key] = here.made(layer, options[key[1]].steps)
+            own[layer] = made[key]
+        changes.append(own)
+    return changes
 
-    def __init__(self, model: nn.Module, samples: Tensor) -> None:
-        self.samples = samples
-        self.expected = [logits.log_softmax(dim=-1) for logits in self._logits(model)]
-        if any(bool(logs.isnan().any()) for logs in self.expected):
-            raise NumericsError(
-                "the original model's logits hold NaN on the calibration text; there is nothing to compare with"
-            )
 
-    def _logits(self, model: nn.Module) -> Iterator[Tensor]:
-        for batch in self.samples.split(max(1, _JUDGED_TOKENS // self.samples.shape[1])):
-            # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
-            with torch.no_grad():
-                logits = model(batch, use_cache=False).logits.float()
-            yield logits
+def _best_single(losses: list[list[float]], costs: list[list[float]], room: float) -> int | None:
+    """The option of least loss in all groups within the budget; None: no single one is."""
+    whole = [sum(own) for own in zip(*costs, strict=True)]
+    total = [sum(own) for own in zip(*losses, strict=True)]
+    fitting = [i for i, cost in enumerate(whole) if cost <= room and math.isfinite(total[i])]
+    return min(fitting, key=total.__getitem__, default=None)
 
-    def of(self, model: nn.Module) -> float:
-        """The divergence of the model as it is now; infinite where its outputs are not finite."""
-        total = 0.0
-        for expected, logits in zip(self.expected, self._logits(model), strict=True):
-            found = logits.log_softmax(dim=-1)
-            # A token of probability 0 in the original (a masked, padded vocabulary) adds nothing.
-            terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - found))
-            total += float(terms.double().sum())
-        return max(0.0, total / self.samples.numel()) if math.isfinite(total) else math.inf
+
+@dataclass
+class _Progress:
+    """The events of a plan."""
+
+    observer: Observer
+    total: int
+    count: int = 0
+
+    def done(self) -> None:
+        """A part of it is done."""
+        self.count += 1
+        self.observer(Event("plan", self.count, self.total))

@@ -138,8 +138,8 @@ def check_whole(size: int, allowed: int | None) -> str | None:
     total, _ = total_and_free()
     if total is not None and size > max(total, allowed or 0):
         raise DoesNotFitError(
-            f"a plan or text of the model's own needs the whole model in memory, {format_bytes(size)} in float32, and there "
-            f"are {format_bytes(total)}; give a recipe without a plan (no `bits`), and calibration text from a file"
+            f"text of the model's own needs the whole model in memory, {format_bytes(size)} in float32, and there are "
+            f"{format_bytes(total)}; give calibration text from a file"
         )
     return None
 
@@ -196,7 +196,7 @@ def problems_of(
     checks: list[Callable[[], str | None]] = [
         lambda: check_device(run, device),
         lambda: check_memory(memory_of(run, allowed), allowed),
-        lambda: check_whole(run.dense.whole_bytes, allowed) if run.planned else None,
+        lambda: check_whole(run.dense.whole_bytes, allowed) if data == "self" else None,
         lambda: None if out is None else check_disk(run, out, journal_folder(out)),
         lambda: None if out is None else check_place(out, run.dense.folder),
         lambda: None if data is None else check_text(data),

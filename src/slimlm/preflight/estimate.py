@@ -30,7 +30,7 @@ class Memory:
     process: int
     """The memory that the process holds already."""
     begin: int
-    """The memory that is held, in addition, while the first inputs are computed."""
+    """The memory that is held, in addition, before the first block: while a plan is made, or the first inputs computed."""
     block: int
     """The memory that is held, in addition, while a block is worked on."""
     end: int
@@ -86,8 +86,6 @@ class Estimate:
     """The tokens that the covariance of the widest layer needs; None where the recipe needs no covariance."""
     memory: Memory
     """The memory of the run and of the machine."""
-    whole_bytes: int | None
-    """Bytes of the whole model in float32, where a plan has to open it."""
     disk: int
     """The most bytes that output and journal take at one time."""
     disk_free: int | None
@@ -121,7 +119,7 @@ def memory_of(run: RunNeeds, allowed: int | None, *, processes: int = 1) -> Memo
     limit = allowed if allowed is not None else None if free is None else free // 2
     return Memory(
         process=resident() or 0,
-        begin=run.beginning_bytes,
+        begin=max(run.beginning_bytes, run.planning_bytes),
         block=run.working_bytes,
         end=run.ending_bytes,
         activations=run.held_bytes,
@@ -168,7 +166,6 @@ def estimate_of(
         tokens=run.tokens,
         tokens_needed=None if needed is None else tokens_needed(needed),
         memory=memory,
-        whole_bytes=run.dense.whole_bytes if run.planned else None,
         disk=run.disk_bytes,
         disk_free=disk_free,
         seconds=seconds,

@@ -21,6 +21,7 @@ from slimlm.models.embeddings import GROUP_SIZE, Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.planner.forms import Steps, form_of, resolved
+from slimlm.planner.plan import judged_windows
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
 
@@ -262,6 +263,16 @@ class RunNeeds:
     def beginning_bytes(self) -> int:
         """Bytes while the first inputs are computed: the modules outside the blocks, one block, a batch."""
         return self.outer_bytes + self.block_bytes + self.batch_bytes
+
+    @property
+    def planning_bytes(self) -> int:
+        """Bytes while a plan is made: inputs and outputs of a block, a block's statistics, and the models that are judged."""
+        if not self.planned:
+            return 0
+        windows, length = judged_windows(self.sample_count, self.length)
+        judged = len(self.blocks) * len(self.inputs) * windows * length
+        statistics = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes)
+        return 4 * self.width * (2 * self.tokens + judged) + 2 * self.block_bytes + statistics + self.captured_bytes
 
     @property
     def ending_bytes(self) -> int:

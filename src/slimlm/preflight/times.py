@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from slimlm.core.statistics.base import Source
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import linears_of, vocabulary_size, weight_of
-from slimlm.planner.plan import held_back
+from slimlm.planner.plan import judged_windows
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 from slimlm.record import output_error_operations
@@ -93,7 +93,7 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
 
 
 def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> float:
-    """Seconds of a plan: statistics, every option of every group of layers tried in the whole model, and two choices checked.
+    """Seconds of a plan: statistics twice, every option tried in every group, one judged in each, two choices checked.
 
     Args:
         run: The needs of the run.
@@ -103,13 +103,15 @@ def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> 
     """
     forward, blocks = forward_of(run, rates), len(run.blocks)
     vocabulary = vocabulary_size(run.dense.model)
-    judged = held_back(run.sample_count, run.length, vocabulary) * run.length
+    windows, length = judged_windows(run.sample_count, run.length)
+    judged = windows * length
     logits = vocabulary * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
-    model = blocks * forward.seconds(judged) + judged * logits
     statistics = blocks * (2 * forward.seconds(run.tokens) + _sums(run, rates))
     steps = sum(trial(name).seconds(shape) for name, shape in run.shapes.items())
     groups = blocks * len(run.inputs)
-    return 3 * statistics + (options + 2) * steps + (groups * options + 4) * model
+    # A model in which one group is changed goes through the blocks after it: half of them on average.
+    passed = groups * blocks / 2 * forward.seconds(judged) + groups * judged * logits
+    return 2 * statistics + (options + 2) * steps + passed
 
 
 def _sums(run: RunNeeds, rates: Rates) -> float:

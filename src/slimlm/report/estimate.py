@@ -24,7 +24,6 @@ def estimate_table(found: Estimate) -> Table:
         ("size", f"{format_bytes(found.original_bytes)} -> {format_bytes(found.stored_bytes)} ({_share(found)})"),
         ("calibration", _tokens(found)),
         ("memory", _memory(found.memory)),
-        *_whole(found),
         ("disk", f"{format_bytes(found.disk)} at most, for the output and the journal{_free(found.disk_free)}"),
         *_times(found),
     ]
@@ -71,12 +70,6 @@ def _memory(memory: Memory) -> str:
         f"about {format_bytes(memory.peak)} at most (the program {format_bytes(memory.process)}, the current block "
         f"{format_bytes(memory.block)}, activations {format_bytes(memory.activations)}, {where}){there}"
     )
-
-
-def _whole(found: Estimate) -> list[tuple[str, str]]:
-    if found.whole_bytes is None:
-        return []
-    return [("", f"and while planning the whole model in float32: {format_bytes(found.whole_bytes)}")]
 
 
 def _free(free: int | None) -> str:

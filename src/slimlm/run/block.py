@@ -14,13 +14,12 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.calls import BlockArguments, arguments_within, shared_arguments
+from slimlm.calibration.calls import BlockArguments, shared_arguments
 from slimlm.calibration.capture import (
     BlockInputs,
     BlockRun,
@@ -41,12 +40,11 @@ from slimlm.core.statistics.base import Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.distributed.group import Group, assign
-from slimlm.evaluation.stored_model import StoredModel
 from slimlm.events import UNOBSERVED, BlockDone, BlockProgress, Event, LayerDone
 from slimlm.models.structure import linears_of, swap, weight_of
 from slimlm.recipe import Recipe, apply_steps
 from slimlm.record import LayerRecord, record_of, relative_error
-from slimlm.run.prepare import Prepared
+from slimlm.run.prepare import Prepared, text_capture
 from slimlm.run.resume import Run
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.storage.journal import BlockContent, Journal
@@ -172,8 +170,7 @@ def starting_streams(prepared: Prepared, run: Run) -> Streams:
     held = activations.resume(len(own[0])) if begun is None else begun
     if prepared.calls.text_dependent:
         # Made when the values above are freed, because it holds its own for the whole run.
-        outside = StoredModel(dense.model, dense.weights, dense.release).assembled()
-        capture = partial(arguments_within, outside, prepared.calls.forms)
+        capture = text_capture(prepared)
         arguments, all_arguments = (dataclasses.replace(each, capture=capture) for each in (arguments, all_arguments))
     return Streams(held, arguments, all_arguments, run.group)
 

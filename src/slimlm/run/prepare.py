@@ -5,7 +5,9 @@ The checksums of weights, samples that the model wrote itself, and the plan are 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlm.calibration.calls import Calls
-from slimlm.calibration.capture import batches_of, shares_of
+from slimlm.calibration.calls import Arguments, BlockArguments, Calls, arguments_within, shared_arguments
+from slimlm.calibration.capture import BlockInputs, batches_of, first_inputs, shares_of
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, ModelError
 from slimlm.core.statistics.covariance import Covariance
@@ -27,9 +29,10 @@ from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
 from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy
-from slimlm.models.structure import blocks_of, context_length, text_config, vocabulary_size
+from slimlm.models.structure import blocks_of, context_length, vocabulary_size
 from slimlm.planner.options import Budget
 from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples
+from slimlm.planner.trials import Original
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
@@ -44,7 +47,7 @@ from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
 from slimlm.storage.identity import differences, weights_identity
-from slimlm.storage.journal import DENSE, OWN_TEXT, PLAN, Journal
+from slimlm.storage.journal import DENSE, OWN_TEXT, PLAN
 
 _ONLY_GUESSES = 2
 """A perplexity of so many times the vocabulary is an alarm: guessing gives the vocabulary itself."""
@@ -80,8 +83,6 @@ class Prepared:
     """This rank's activations, and their exchange with the journal and the other ranks."""
     budget: Budget | None = None
     """The budget of a plan; None where nothing is planned."""
-    whole: DenseModel | None = None
-    """The model in memory, where a plan is still to be made."""
     plan: dict[str, Any] | None = None
     """The plan as plain data, once it is decided."""
 
@@ -158,7 +159,6 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         device=device,
         activations=ActivationTransport(run.journal, _store_of(memory, config, run), run.group, shares),
         budget=budget,
-        whole=None if PLAN in run.journal.notes else whole,
     )
 
 
@@ -197,7 +197,7 @@ def warn_of_guesses(prepared: Prepared, run: Run) -> None:
 def decide(prepared: Prepared, run: Run) -> Prepared:
     """The same with the recipe that a plan chose, where there is a budget; a plan in the journal is not made again."""
     if prepared.budget is None:
-        return dataclasses.replace(prepared, whole=None)
+        return prepared
     if PLAN not in run.journal.notes:
 
         def make() -> dict[str, Any]:
@@ -207,22 +207,34 @@ def decide(prepared: Prepared, run: Run) -> Prepared:
         run.journal.note(PLAN, run.group.broadcast(make))
     noted = run.journal.notes[PLAN]
     recipe = recipe_from_dict(noted["recipe"], source=f"the plan in {run.journal.folder}")
-    return dataclasses.replace(prepared, recipe=recipe, plan=noted["plan"], whole=None)
+    return dataclasses.replace(prepared, recipe=recipe, plan=noted["plan"])
 
 
 def plan_within_budget(prepared: Prepared, progress: Observer) -> Plan:
     """The plan of a prepared run that has a budget."""
-    assert prepared.budget is not None and prepared.whole is not None
-    model = prepared.whole.model
-    return make_plan(
-        model,
-        blocks_of(model),
-        prepared.recipe,
-        prepared.samples,
-        budget=prepared.budget,
-        device=prepared.device,
-        progress=progress,
-    )
+    assert prepared.budget is not None
+    dense = prepared.dense
+    stored = StoredModel(dense.model, dense.weights, dense.release)
+    original = Original(stored, partial(_entered, prepared), prepared.calls.forms, prepared.device)
+    return make_plan(original, prepared.recipe, prepared.samples, budget=prepared.budget, progress=progress)
+
+
+def _entered(prepared: Prepared, samples: Tensor) -> BlockInputs:
+    """The inputs of the first block for samples `[count, length]`, and every block's other arguments."""
+    dense, blocks, calls = prepared.dense, prepared.blocks, prepared.calls
+    batches = batches_of(samples)
+    with dense.outer_tensors_filled(blocks):
+        shared = shared_arguments(dense.model, blocks, calls, batches)
+        hidden = list(first_inputs(dense.model, blocks, batches))
+    capture = text_capture(prepared) if calls.text_dependent else None
+    return BlockInputs(hidden, BlockArguments(shared, batches, calls.text_dependent, capture))
+
+
+def text_capture(prepared: Prepared) -> Callable[[str, Tensor], Arguments]:
+    """A function that captures the arguments of a block, by name, for tokens `[samples, length]`."""
+    dense = prepared.dense
+    outside = StoredModel(dense.model, dense.weights, dense.release).assembled()
+    return partial(arguments_within, outside, prepared.calls.forms)
 
 
 def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
@@ -280,34 +292,23 @@ def _most_files(dense: LazyModel, files: int, blocks: int) -> int:
 
 
 def _open_whole(config: RunConfig, dense: LazyModel, run: Run) -> DenseModel | None:
-    """The model in float32, where a plan or text of its own has to be made with it; on the first rank only.
+    """The model in float32, where text of its own has to be made with it; on the first rank only.
 
     Raises:
         DoesNotFitError: The model takes more than all memory.
         ModelError: The model takes more than the memory that may be used.
     """
-    reasons = _needs_whole(config, run.journal) if run.group.first else []
-    if not reasons:
+    if config.calibration.data != "self" or not run.group.first or OWN_TEXT in run.journal.notes:
         return None
-    what, size = " and ".join(reasons), dense.whole_bytes
+    size = dense.whole_bytes
     check_whole(size, config.memory)
-    # A plan holds the activations of all samples in memory, too.
-    width = getattr(text_config(dense.model), "hidden_size", None) or 0
-    held = config.samples * config.length * width * 4 if "a plan" in reasons else 0
-    if config.memory is not None and size + held > config.memory:
+    if config.memory is not None and size > config.memory:
         raise ModelError(
-            f"for {what} the whole model has to be in memory, {format_bytes(size + held)} with activations, more than the "
-            f"`memory` of {format_bytes(config.memory)}; give more, or a recipe without a plan and calibration text from a file"
+            f"for text of its own the whole model has to be in memory, {format_bytes(size)}, more than the `memory` of "
+            f"{format_bytes(config.memory)}; give more, or calibration text from a file"
         )
-    run.notify(f"for {what} the whole model is in memory meanwhile: {format_bytes(size)} in float32")
+    run.notify(f"for text of its own the whole model is in memory meanwhile: {format_bytes(size)} in float32")
     return open_dense(config.model)
-
-
-def _needs_whole(config: RunConfig, journal: Journal) -> list[str]:
-    """The purposes for which the whole model has to be in memory."""
-    reasons = ["a plan"] if config.planned and PLAN not in journal.notes else []
-    own_text = config.calibration.data == "self" and OWN_TEXT not in journal.notes
-    return [*reasons, "text of its own"] if own_text else reasons
 
 
 def _check_sample_count(count: int, recipe: Recipe, *, planned: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimlm.calibration.calls import Calls
 from slimlm.calibration.capture import batches_of, shares_of
+from slimlm.calibration.kept import Room
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, ModelError
 from slimlm.core.statistics.covariance import Covariance
@@ -39,7 +40,7 @@ from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
-from slimlm.runtime.memory import format_bytes
+from slimlm.runtime.memory import format_bytes, free_on_gpu
 from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
@@ -50,6 +51,8 @@ _ONLY_GUESSES = 2
 """A perplexity of so many times the vocabulary is an alarm: guessing gives the vocabulary itself."""
 _FILES_BESIDE = 32
 """Files that a run may have open besides mapped ones: those of libraries, and its own for a moment."""
+_SHARE_OF_GPU = 0.25
+"""The share of a GPU's free memory that a block's passes may keep tensors in."""
 _ALIKE = ("model", "config", "recipe", "budget", "device", "versions")
 """Keys of a run's identity in which its ranks must agree."""
 
@@ -78,6 +81,8 @@ class Prepared:
     """The device that blocks are worked on."""
     activations: ActivationTransport
     """This rank's activations, and their exchange with the journal and the other ranks."""
+    room: Room
+    """The memory for what a block's passes keep for later ones."""
     budget: Budget | None = None
     """The budget of a plan; None where nothing is planned."""
     whole: DenseModel | None = None
@@ -157,6 +162,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         samples=samples,
         device=device,
         activations=ActivationTransport(run.journal, _store_of(memory, config, run), run.group, shares),
+        room=_room_of(memory, device, run),
         budget=budget,
         whole=None if PLAN in run.journal.notes else whole,
     )
@@ -344,3 +350,17 @@ def _store_of(memory: Memory, config: RunConfig, run: Run) -> ActivationStore:
         size = format_bytes(memory.activations)
         run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {format_bytes(limit)}")
     return ActivationStore(run.journal.folder, in_memory=config.out is None or not memory.on_disk)
+
+
+def _room_of(memory: Memory, device: torch.device, run: Run) -> Room:
+    """The memory for what a block's passes keep for later ones: on the device, of what activations leave there."""
+    limit = memory.room if device.type == "cpu" else int(_SHARE_OF_GPU * free_on_gpu(device))
+
+    def when_full() -> None:
+        run.notify(
+            f"what the stages of a block have in common takes more than {format_bytes(limit or 0)}, which activations leave of "
+            "the memory that may be used; some of it is computed again for every stage. More `memory` or fewer `samples` make "
+            "that faster"
+        )
+
+    return Room(limit, when_full)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from slimlm.calibration.samples import HELD_BACK_TOKENS
 from slimlm.core.statistics.base import Source
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import linears_of, vocabulary_size, weight_of
@@ -86,7 +87,9 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     passed = blocks * forward.seconds(rest * run.tokens, batches)
     kept = (run.blocks_bytes + (blocks + 1) * run.activations_bytes) / rates.written
     written = (2 * run.stored_bytes) / rates.written
-    checked = first + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
+    logits = 2 * vocabulary_size(run.dense.model) * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
+    compared = HELD_BACK_TOKENS * (2 * blocks * forward.per_token + logits)
+    checked = first + compared + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
     times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
     if run.recipe.block_reconstruction is not None:
         times["reconstruct"] = blocks * _reconstruction(run, forward, rates)

@@ -166,7 +166,7 @@ def of_forward(block_run: capture.BlockRun, _: int, hidden: Tensor) -> Work:
 
 
 FLOORS: dict[tuple[str, str], Callable[..., Work]] = {
-    ("calibration forward", "_forward"): of_forward,
+    ("calibration forward", "forward"): of_forward,
     ("statistics", "include"): of_statistics,
     ("inverse", "inverse_of"): of_inverse,
     ("reference", "_reference"): of_reference,

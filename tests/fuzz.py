@@ -33,6 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging as transformers_logging
 
 import slimlm
+from slimlm.calibration.samples import Drawn
 from slimlm.cli.inspect import inspect as show
 from slimlm.core.errors import SlimlmError
 from slimlm.storage import checkpoint
@@ -89,7 +90,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
         with (
             mock.patch.object(checkpoint, "SHARD_BYTES", shard),
             # The tokenizer knows 256 tokens, the model 64.
-            mock.patch("slimlm.calibration.samples.draw_samples", mock.Mock(return_value=windows)),
+            mock.patch("slimlm.calibration.samples.draw_samples", mock.Mock(return_value=Drawn(windows, None))),
         ):
             slimlm.compress(dense, folder / name, data=str(text), samples=8, length=16, **options)
         for file in ("tokenizer.json", "tokenizer_config.json"):

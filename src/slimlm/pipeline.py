@@ -43,7 +43,7 @@ from slimlm.preflight.checks import existing, free_on_disk, problems_of
 from slimlm.preflight.estimate import Estimate, estimate_of, memory_of, timed
 from slimlm.recipe import Recipe
 from slimlm.record import Record, quality_warning
-from slimlm.run.assemble import assemble, contents_of, peak_memory, verify_written
+from slimlm.run.assemble import Before, assemble, contents_of, peak_memory, verify_written
 from slimlm.run.block import BlockTask, commit_block, compress_block, reconstruct_block, remaining_blocks, starting_streams
 from slimlm.run.config import RunConfig, RunOptions, pick_device
 from slimlm.run.log import open_log
@@ -51,8 +51,10 @@ from slimlm.run.prepare import (
     Prepared,
     decide,
     dense_perplexity,
+    outputs_before,
     plan_within_budget,
     prepare,
+    prepare_comparison,
     refuse_unfit_model,
     rehearsed,
     run_needs,
@@ -89,6 +91,9 @@ class Result:
         if (found := record.perplexity) is not None:
             of = f"on {found.tokens} tokens of the calibration text"
             lines.append(f"perplexity       {found.dense:.3f} -> {found.compressed:.3f} {of}")
+        if (apart := record.divergence) is not None:
+            means = f"mean {apart.mean.value:.4f} nats per token, same top token {apart.same_top.value:.1%}"
+            lines.append(f"KL to original   {means}, on {apart.tokens} tokens of that text that were held back")
         return "\n".join(lines)
 
 
@@ -151,6 +156,7 @@ def compress(
         prepared = prepare(config, run)
         if run.group.first:
             warn_of_guesses(prepared, run)
+            prepare_comparison(prepared, run)
         prepared = decide(prepared, run)
         if run.journal.blocks:
             run.notify(
@@ -189,8 +195,10 @@ def finish(prepared: Prepared, outputs: Tensor, run: Run) -> Record:
     with checkpoint.written_beside(prepared.config.out, run.journal.folder / "finished", note_moving) as folder:
         record, files = assemble(folder, contents, prepared, run)
         run.progress(Event("verify", 0, 1))
-        compared = verify_written(folder, contents, outputs, prepared, dense_perplexity(prepared, run).value)
-        record = dataclasses.replace(record, perplexity=compared, seconds=run.journal.elapsed, peak_memory=peak_memory())
+        before = Before(dense_perplexity(prepared, run).value, outputs_before(prepared, run))
+        compared, divergence = verify_written(folder, contents, outputs, prepared, before)
+        record = dataclasses.replace(record, perplexity=compared, divergence=divergence)
+        record = dataclasses.replace(record, seconds=run.journal.elapsed, peak_memory=peak_memory())
         checkpoint.write_record(folder, record.to_dict(), files)
     run.progress(Event("verify", 1, 1))
     return record

@@ -191,6 +191,9 @@ class Record:
     """All that the original's folder held; None in folders of older versions."""
     perplexity: Compared | None = None
     """Perplexities on a few of the calibration samples, as a check; None where they were not measured."""
+    divergence: Divergence | None = None
+    """How far its predictions are from the original's, on windows of the calibration text that were held back; None: there were
+    none."""
     edited: tuple[str, ...] = ()
     """The names of tensors that are no longer those of the run, because an opened model was changed and saved again."""
 

@@ -65,9 +65,10 @@ def test_no_line_of_a_table_ends_in_spaces(line: Line, packed: Path, verb: tuple
 def test_a_printed_result_is_a_few_lines(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     result = slimlm.compress(llama_folder, tmp_path / "o", recipe="absmax", data=str(text_file), samples=2, length=16)
     shown = str(result)
-    assert len(shown.splitlines()) == 5 and len(shown) < 500
+    assert len(shown.splitlines()) == 6 and len(shown) < 600
     assert str(tmp_path / "o") in shown and f"{result.record.bits_per_weight:.3f}" in shown
     assert result.record.perplexity is not None and f"{result.record.perplexity.compressed:.3f}" in shown
+    assert result.record.divergence is not None and f"{result.record.divergence.mean.value:.4f} nats" in shown
 
 
 def test_whole_models_are_compared_with_float32_at_the_same_batch() -> None:

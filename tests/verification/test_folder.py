@@ -203,7 +203,7 @@ def test_perplexities_before_and_after_are_recorded(packed: Path, text_file: Pat
     recorded = Record.from_dict(checkpoint.read_record(packed)).perplexity
     assert recorded is not None
     original = open_lazy(str(packed.parent / "dense"), packed.parent / "none", pytest.fail)
-    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]), pytest.fail)
+    chosen = draw_samples(original, Calibration(str(text_file), OPTIONS["samples"], OPTIONS["length"]), pytest.fail).samples
     dense = perplexity(open_dense(str(packed.parent / "dense")).model, chosen)
     after = perplexity(slimlm.load(packed, kernels="reference", dtype=torch.float32), chosen)
     assert recorded.tokens == dense.tokens

@@ -32,7 +32,7 @@ _SAME = 1e-4
 """The relative difference that two runs of a block on the same values may have: rounding in another order of addition."""
 MOST_KEPT = 2**28
 """The most bytes of captured arguments that are kept while a block is worked on."""
-_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, slice)
+PLAIN_TYPES = (bool, int, float, complex, str, torch.dtype, torch.device, slice)
 """Types of arguments that have no state."""
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 """What the forward pass of a model raises where it does not work."""
@@ -501,4 +501,4 @@ def _differs(one: Any, other: Any) -> bool:
         return len(one) != len(other) or any(map(_differs, one, other))
     if isinstance(one, MutableMapping) and isinstance(other, MutableMapping):
         return one.keys() != other.keys() or any(_differs(one[key], other[key]) for key in one)
-    return not (isinstance(one, _PLAIN) and isinstance(other, _PLAIN) and one == other)
+    return not (isinstance(one, PLAIN_TYPES) and isinstance(other, PLAIN_TYPES) and one == other)

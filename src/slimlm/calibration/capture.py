@@ -1,11 +1,11 @@
 """The inputs of a model's blocks, and one block run on its inputs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,38 @@ class BlockInputs:
     """The ranks that have the other samples."""
 
 
+class Passes(Protocol):
+    """The forward passes of one block: how much of each is computed, and what is kept for later ones."""
+
+    def inputs_of(self, block_run: "BlockRun", batch: int, hidden: Tensor, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """The inputs of these layers for the hidden states of a batch, of which the number is given, in the order of calls."""
+
+    def output(self, block_run: "BlockRun", batch: int, hidden: Tensor) -> Tensor:
+        """The block's output `[samples, length, width]` for the hidden states of a batch."""
+
+    def finished(self, layers: Iterable[str]) -> None:
+        """These layers have been compressed: they do not change any more, and nothing else is measured on their inputs."""
+
+    def forget(self) -> None:
+        """The block's values have changed, or it is not run again: drop everything that is kept."""
+
+
+class EachPass(Passes):
+    """Every pass is computed, and nothing is kept."""
+
+    def inputs_of(self, block_run: "BlockRun", batch: int, hidden: Tensor, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
+        return captured(block_run, batch, hidden, linears)
+
+    def output(self, block_run: "BlockRun", batch: int, hidden: Tensor) -> Tensor:
+        return hidden_of(forward(block_run, batch, hidden))
+
+    def finished(self, layers: Iterable[str]) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class BlockRun:
     """A block and its inputs."""
@@ -53,10 +85,12 @@ class BlockRun:
     """The block's inputs."""
     device: torch.device
     """Where the block is."""
+    passes: Passes = field(default_factory=EachPass)
+    """How its forward passes are made."""
 
     def of_first_batch(self) -> "BlockRun":
-        """The same block on its first batch only, in this process only."""
-        return replace(self, inputs=BlockInputs(self.inputs.hidden[:1], self.inputs.arguments))
+        """The same block on its first batch only, in this process only; nothing is kept of its passes."""
+        return replace(self, inputs=BlockInputs(self.inputs.hidden[:1], self.inputs.arguments), passes=EachPass())
 
 
 def enter(model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None) -> BlockInputs:
@@ -105,7 +139,7 @@ def first_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches: Sequen
 def run(block_run: BlockRun) -> Iterator[Tensor]:
     """The block's output for each batch, on the CPU."""
     for batch, hidden in enumerate(block_run.inputs.hidden):
-        yield hidden_of(_forward(block_run, batch, hidden)).to("cpu")
+        yield block_run.passes.output(block_run, batch, hidden).to("cpu")
 
 
 def run_through(block_run: BlockRun) -> Iterator[Tensor]:
@@ -115,34 +149,39 @@ def run_through(block_run: BlockRun) -> Iterator[Tensor]:
         yield from run(block_run)
         return
     for batch in range(len(hidden)):
-        yield hidden_of(_forward(block_run, batch, hidden.pop(0))).to("cpu")
+        yield block_run.passes.output(block_run, batch, hidden.pop(0)).to("cpu")
 
 
 def layer_inputs(block_run: BlockRun, linears: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """For each batch the inputs of these layers, in the order of their calls; the block is run until all are captured."""
+    """For each batch the inputs of these layers, in the order of their calls."""
     for batch, hidden in enumerate(block_run.inputs.hidden):
-        seen: dict[str, Tensor] = {}
+        yield block_run.passes.inputs_of(block_run, batch, hidden, linears)
 
-        def hook_for(layer: str, seen: dict[str, Tensor] = seen) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[layer] = args[0]
-                if len(seen) == len(linears):
-                    raise StopHereError
 
-            return hook
+def captured(block_run: BlockRun, batch: int, hidden: Tensor, linears: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The inputs of these layers for the hidden states of a batch; the block is run until all are captured."""
+    seen: dict[str, Tensor] = {}
 
-        handles = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in linears.items()]
-        try:
-            with suppress(StopHereError):
-                _forward(block_run, batch, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        yield seen
+    def hook_for(layer: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[layer] = args[0]
+            if len(seen) == len(linears):
+                raise StopHereError
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in linears.items()]
+    try:
+        with suppress(StopHereError):
+            forward(block_run, batch, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 @profiled("calibration forward")
-def _forward(block_run: BlockRun, batch: int, hidden: Tensor) -> Any:
+def forward(block_run: BlockRun, batch: int, hidden: Tensor) -> Any:
     """The block's output for the hidden states of a batch, of which the number is given."""
     arguments = block_run.inputs.arguments.of(block_run.name, batch, len(hidden))
     with torch.no_grad():

@@ -16,7 +16,7 @@ def stages_of(block_run: BlockRun, linears: dict[str, nn.Module]) -> list[list[s
         block_run: The block and its inputs.
         linears: Its layers that are to be compressed, by their names within it.
     """
-    return block_run.inputs.group.broadcast(lambda: _stages_of(block_run.of_first_batch(), linears))
+    return block_run.inputs.group.broadcast(lambda: _stages_of(block_run, linears))
 
 
 def _stages_of(block_run: BlockRun, linears: dict[str, nn.Module]) -> list[list[str]]:

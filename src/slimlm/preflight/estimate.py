@@ -21,6 +21,8 @@ from slimlm.runtime.memory import resident, total_and_free
 
 _LARGEST_TRIAL = 512
 """The largest side of the random layers that steps are timed on."""
+_KEPT_UP_TO = 0.8
+"""The share of the free memory up to which the passes of a block keep tensors for later ones."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,17 @@ class Memory:
     """The memory of the machine; None where it is not known."""
     free: int | None
     """The free memory of the machine; None where it is not known."""
+    room: int | None = None
+    """The memory that is left for what the passes of a block keep for later ones; None: it is not known."""
+    kept: int = 0
+    """The part of it that they take, about, while a block is worked on."""
     covariances: int = 0
     """The part of `least` that statistics (mostly covariances) of inputs that are measured together take."""
 
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.process + max(self.begin, self.block, self.end) + (0 if self.on_disk else self.activations)
+        return self.process + max(self.begin, self.block + self.kept, self.end) + (0 if self.on_disk else self.activations)
 
 
 @dataclass(frozen=True)
@@ -117,16 +123,23 @@ def memory_of(run: RunNeeds, allowed: int | None, *, processes: int = 1) -> Memo
     """
     total, free = (None if size is None else size // processes for size in total_and_free())
     limit = allowed if allowed is not None else None if free is None else free // 2
+    on_disk = limit is not None and run.held_bytes > limit
+    held = 0 if on_disk else run.held_bytes
+    rooms = [] if limit is None else [limit - held]
+    rooms += [] if free is None else [int(_KEPT_UP_TO * free) - held - run.working_bytes]
+    room = max(0, min(rooms)) if rooms else None
     return Memory(
         process=resident() or 0,
         begin=max(run.beginning_bytes, run.planning_bytes),
         block=run.working_bytes,
         end=run.ending_bytes,
         activations=run.held_bytes,
-        on_disk=limit is not None and run.held_bytes > limit,
+        on_disk=on_disk,
         least=run.least_bytes,
         total=total,
         free=free,
+        room=room,
+        kept=run.kept_bytes if room is None else min(run.kept_bytes, room),
         covariances=run.statistics_bytes,
     )
 

@@ -135,12 +135,16 @@ class RunNeeds:
         return name, {own: linear for own, linear in linears.items() if f"{name}.{own}" in self.shapes}
 
     @cached_property
+    def stage_sizes(self) -> list[list[Sizes]]:
+        """For each stage the sizes of its layers."""
+        first, _ = self._first
+        return [[Sizes(*self.shapes[f"{first}.{name}"], self.length) for name in stage] for stage in self.stages]
+
+    @cached_property
     def inputs(self) -> list[list[Sizes]]:
         """For each stage the sizes of its distinct inputs; layers of one name in several experts have an input each."""
-        first, _ = self._first
         found = []
-        for stage in self.stages:
-            sizes = [Sizes(*self.shapes[f"{first}.{name}"], self.length) for name in stage]
+        for stage, sizes in zip(self.stages, self.stage_sizes, strict=True):
             distinct = len(stage) // len({name.rpartition(".")[2] for name in stage})
             found.append(sizes[: max(1, distinct)])
         return found
@@ -187,6 +191,17 @@ class RunNeeds:
     def held_bytes(self) -> int:
         """Bytes of all activations that are held, in memory."""
         return self.tokens * self.width * 4 * (self.streams + (self.recipe.block_reconstruction is not None))
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """The most bytes of what the passes of a block keep for later ones; see slimlm.calibration.kept.
+
+        Of the compressed block that is at most the outputs of all layers, where it is run stage by stage; of the original one
+        the inputs of all layers and the block's output. Of experts each token has those that it is routed to, counted as all.
+        """
+        outputs = sum(sizes.outputs for stage in self.stage_sizes for sizes in stage) if self.recipe.sequential else 0
+        inputs = sum(sizes.inputs for stage in self.inputs for sizes in stage) + self.width if self.recipe.needs_original else 0
+        return 4 * self.tokens * (outputs + inputs)
 
     @cached_property
     def batch_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from slimlm.calibration.samples import HELD_BACK_TOKENS
 from slimlm.core.statistics.base import Source
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import linears_of, vocabulary_size, weight_of
@@ -23,8 +24,8 @@ _DIVERGENCE = 6
 """The cost of the divergence of two distributions, in passes over one."""
 _TUNING = 60
 """The cost of one step of block reconstruction (rounding forward and backward, Adam), in passes over the block's weights."""
-_BEFORE = (0.35, 0.5)
-"""The share of a block that runs until a stage's inputs are computed: on average over several stages; of a single one."""
+_LAST_STAGE = 0.25
+"""The share of a block that is left to run when the inputs of its last stage were computed and kept."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,21 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     whole = forward.seconds(run.tokens)
     opening = 3 * run.dense.bytes / rates.passes + run.tokens * _READ_AHEAD / _TOKENIZED
     first = blocks * forward.seconds(run.tokens_at_once)
-    count = len(run.inputs) if run.recipe.sequential else 1
-    runs = count * (_BEFORE[0] if count > 1 else 1.0) * run.streams
+    # The stages of a block share one pass over it, and so do measuring and passing on in the original block.
+    runs = float(run.streams)
     if any(statistic.source is Source.OUTPUT_RESIDUALS for statistic in needs):
         runs += 2 + 4 / batches
     measure = blocks * (runs * whole + _sums(run, rates))
     steps = sum(cost(name).seconds(shape) for name, shape in run.shapes.items())
     if Covariance in needs:
         steps += sum(map(output_error_operations, run.shapes.values())) / rates.products
-    passed = blocks * (forward.seconds(run.tokens, batches) + (run.streams - 1) * whole)
+    rest = _LAST_STAGE if run.recipe.sequential and run.recipe.block_reconstruction is None else 1.0
+    passed = blocks * forward.seconds(rest * run.tokens, batches)
     kept = (run.blocks_bytes + (blocks + 1) * run.activations_bytes) / rates.written
     written = (2 * run.stored_bytes) / rates.written
-    checked = first + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
+    logits = 2 * vocabulary_size(run.dense.model) * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
+    compared = HELD_BACK_TOKENS * (2 * blocks * forward.per_token + logits)
+    checked = first + compared + blocks * forward.seconds(0, 1) + 2 * run.stored_bytes / rates.written
     times = {"open the model": opening, "first inputs": first, "measure": measure, "steps": steps}
     if run.recipe.block_reconstruction is not None:
         times["reconstruct"] = blocks * _reconstruction(run, forward, rates)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from slimlm.report.tables import pairs_table, plain_table
+from slimlm.report.tables import pairs_table, plain_table, with_error
 from slimlm.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -60,9 +60,3 @@ def _divergence_rows(found: "Divergence", rise: "Measured | None") -> list[tuple
     if found.windows == 1:
         rows.append(("", "no standard errors: there is one window"))
     return rows
-
-
-def with_error(found: "Measured", digits: int) -> str:
-    """A figure and its standard error, to so many digits after the point."""
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.{digits}f}"
-    return f"{found.value:.{digits}f}{error}"

@@ -11,7 +11,7 @@ from slimlm.runtime.memory import format_bytes
 if TYPE_CHECKING:
     # Importing these modules would take seconds.
     from slimlm.inference.generate import Generated
-    from slimlm.record import Record
+    from slimlm.record import Measured, Record
     from slimlm.verification.folder import Verified
 
 _NAMED = 5
@@ -140,6 +140,7 @@ def summary_table(record: "Record", kernels: str) -> Table:
         ("bits per weight", f"{record.bits_per_weight:.3f} in the {len(record.layers)} compressed layers, everything counted"),
         *_error_rows(record),
         *_perplexity_row(record),
+        *_divergence_rows(record),
         *_reconstruction_row(record),
         *_plan_row(record),
         *_embedding_rows(record),
@@ -207,6 +208,25 @@ def _perplexity_row(record: "Record") -> list[tuple[str, str]]:
     if found is None:
         return []
     return [("perplexity", f"{found.dense:.3f} -> {found.compressed:.3f} on {found.tokens} tokens of the calibration text")]
+
+
+def _divergence_rows(record: "Record") -> list[tuple[str, str]]:
+    found = record.divergence
+    if found is None:
+        return []
+    where = f"on {found.tokens} tokens of the calibration text that were held back"
+    mean, tail = with_error(found.mean, 4), with_error(found.percentile_99, 3)
+    error = "" if found.same_top.standard_error is None else f" ± {found.same_top.standard_error:.2%}"
+    return [
+        ("KL to the original", f"mean {mean} nats per token, 99th percentile {tail}, {where}"),
+        ("same top token", f"{found.same_top.value:.2%}{error}"),
+    ]
+
+
+def with_error(found: "Measured", digits: int) -> str:
+    """A figure and its standard error, to so many digits after the point."""
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.{digits}f}"
+    return f"{found.value:.{digits}f}{error}"
 
 
 def verified_table(found: "Verified") -> Table:

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 
 from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.pack import LayerEntry
+from slimlm.evaluation.divergence import divergence_of, predictions_of
 from slimlm.evaluation.perplexity import perplexity_of, pieces_of
-from slimlm.evaluation.stored_model import StoredModel
+from slimlm.evaluation.stored_model import LastOutputs, StoredModel
 from slimlm.inference.load import load
 from slimlm.models.beside import copy_beside
 from slimlm.models.embeddings import Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.placeholders import meta_copy
 from slimlm.models.structure import vocabulary_size
-from slimlm.record import Compared, LayerRecord, Record, Source
+from slimlm.record import Compared, Divergence, LayerRecord, Record, Source
 from slimlm.run.config import environment
 from slimlm.run.embeddings import compress_embeddings
 from slimlm.run.prepare import Prepared
@@ -44,6 +45,9 @@ from slimlm.verification.folder import verify
 _TOLERANCE = 1e-4
 """The relative difference that the last block's outputs, and the logits, may have between the model in memory and the one that
 is read back."""
+
+_ARRAYS_OF_TWO = 4
+"""Arrays of logits that a divergence holds at a time, as multiples of those that a perplexity does, about."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,16 @@ class PackedEmbeddings:
     """Their entries in the config."""
     records: tuple[LayerRecord, ...]
     """A record for each matrix."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the original model gives."""
+
+    perplexity: float
+    """Its perplexity on `Prepared.few_samples`."""
+    outputs: LastOutputs | None
+    """Its last block's outputs for the windows that are held back; None: there are none."""
 
 
 def contents_of(prepared: Prepared, journal: Journal) -> Contents:
@@ -217,7 +231,9 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared, before: float) -> Compared:
+def verify_written(
+    folder: Path, contents: Contents, outputs: Tensor, prepared: Prepared, before: Before
+) -> tuple[Compared, Divergence | None]:
     """Verify that the folder is sound, opens as a user would open it, and gives the logits of the model in memory.
 
     The blocks that are read back are run one after another on a few calibration samples; the logits of the first are compared
@@ -228,10 +244,10 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
         contents: The tensors that were written, and their description.
         outputs: The last block's outputs in memory for the first batch of samples, `[samples, length, width]`.
         prepared: The original model, the samples and the device.
-        before: The original model's perplexity on the same samples.
+        before: What the original model gives.
 
     Returns:
-        The perplexity before and after.
+        The perplexity before and after, and the divergence from the original on the windows that are held back.
 
     Raises:
         CheckpointError: Something reads back different from what was written.
@@ -260,7 +276,17 @@ def verify_written(folder: Path, contents: Contents, outputs: Tensor, prepared: 
     if own.embeddings:
         read_back = reloaded.outputs(few, device)
     after = perplexity_of(reloaded.logits(read_back, pieces), few, pieces)
-    return Compared(before, after.value, after.tokens)
+    compared = Compared(before.perplexity, after.value, after.tokens)
+    return compared, None if before.outputs is None else _divergence(reloaded, original, before.outputs, device)
+
+
+def _divergence(reloaded: StoredModel, original: StoredModel, before: LastOutputs, device: torch.device) -> Divergence | None:
+    """The divergence of the model that was read back from the original, of which the last block's outputs are given."""
+    # Of two models several arrays as large as the logits are held at a time.
+    pieces = pieces_of(before.tokens, _ARRAYS_OF_TWO * vocabulary_size(original.meta_model))
+    after = reloaded.outputs(before.tokens, device)
+    logits, theirs = reloaded.logits(after, pieces), original.logits(before, pieces)
+    return divergence_of(predictions_of(logits, before.tokens, pieces, theirs))
 
 
 def _refuse_different_tensors(contents: Contents, files: MappedFiles) -> None:

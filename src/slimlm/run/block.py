@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from slimlm.calibration.calls import BlockArguments, shared_arguments
 from slimlm.calibration.capture import (
     BlockInputs,
     BlockRun,
+    EachPass,
+    Passes,
     batches_of,
     first_inputs,
     run_through,
@@ -30,13 +32,14 @@ from slimlm.calibration.capture import (
 from slimlm.calibration.capture import (
     run as run_block,
 )
+from slimlm.calibration.kept import KeptOriginal, KeptOutputs
 from slimlm.calibration.measurement import measure
 from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer
 from slimlm.core.parts.fields import Json
 from slimlm.core.parts.pack import LayerEntry
-from slimlm.core.statistics.base import Stats
+from slimlm.core.statistics.base import Source, Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.mean_square import MeanSquare
 from slimlm.distributed.group import Group, assign
@@ -106,12 +109,17 @@ class BlockTask:
     """The arguments of the batches of all ranks' samples; needed where the block is reconstructed."""
     progress: BlockProgress = UNOBSERVED
     """Where the block's events go."""
+    passes: Passes = field(default_factory=EachPass)
+    """How the forward passes of the block are made."""
+    original_passes: Passes = field(default_factory=EachPass)
+    """How those of the original block on the original model's activations are made."""
 
     @classmethod
     def of(cls, block: nn.Module, progress: BlockProgress, streams: Streams, prepared: Prepared) -> "BlockTask":
         """The task of a block that is about to be compressed."""
         recipe = prepared.recipe
         needs_original = recipe.needs_original or recipe.block_reconstruction is not None
+        layers, room = _layers_of(block, progress.name, recipe), prepared.room
         return cls(
             name=progress.name,
             block=block,
@@ -123,25 +131,44 @@ class BlockTask:
             original_inputs=streams.original if recipe.needs_original else None,
             all_arguments=streams.all_arguments,
             progress=progress,
+            passes=KeptOutputs(layers, room) if recipe.sequential else EachPass(),
+            original_passes=KeptOriginal(layers, room, measured=measures_original_inputs(recipe)),
         )
 
     @property
     def compressed_run(self) -> BlockRun:
         """The block on the outputs of the compressed blocks before it."""
-        return BlockRun(self.block, self.name, self.inputs, self.device)
+        return BlockRun(self.block, self.name, self.inputs, self.device, self.passes)
 
     @property
     def original_run(self) -> BlockRun | None:
         """The block as it was on its inputs in the original model, for steps that compare with it."""
         if self.original_block is None or self.original_inputs is None:
             return None
-        return BlockRun(self.original_block, self.name, self.original_inputs, self.device)
+        return BlockRun(self.original_block, self.name, self.original_inputs, self.device, self.original_passes)
+
+    @property
+    def observed(self) -> tuple[BlockRun, dict[str, nn.Module]]:
+        """The run in which the order of the layers is found, and these: the original block's where it keeps their inputs."""
+        run, linears = self.original_run, self.linears
+        if run is None or not measures_original_inputs(self.recipe):
+            return self.compressed_run, linears
+        return run, {name: run.block.get_submodule(name) for name in linears}
 
     @property
     def linears(self) -> dict[str, nn.Module]:
         """The layers to be compressed, by name within the block."""
-        linears = linears_of(self.block)
-        return {name: linear for name, linear in linears.items() if not self.recipe.ignores(f"{self.name}.{name}")}
+        return _layers_of(self.block, self.name, self.recipe)
+
+
+def measures_original_inputs(recipe: Recipe) -> bool:
+    """Whether a recipe needs statistics of the inputs that layers have in the original model."""
+    return any(own.source is Source.ORIGINAL_INPUTS for own in recipe.needs)
+
+
+def _layers_of(block: nn.Module, name: str, recipe: Recipe) -> dict[str, nn.Module]:
+    """The layers of the block of this name that the recipe compresses, by name within the block."""
+    return {layer: linear for layer, linear in linears_of(block).items() if not recipe.ignores(f"{name}.{layer}")}
 
 
 @dataclass(frozen=True)
@@ -209,7 +236,7 @@ def compress_block(task: BlockTask) -> list[CompressedLayer]:
     linears = task.linears
     if not linears:
         return []
-    stages = stages_of(task.compressed_run, linears) if task.recipe.sequential else [list(linears)]
+    stages = stages_of(*task.observed) if task.recipe.sequential else [list(linears)]
     return [layer for stage in stages for layer in _compress_stage(task, {name: linears[name] for name in stage})]
 
 
@@ -230,6 +257,8 @@ def _compress_stage(task: BlockTask, linears: dict[str, nn.Module]) -> list[Comp
         swap(task.block, name, module)
         found.append(CompressedLayer(done.record, stats[name][MeanSquare]))
         task.progress.finished_layer(done)
+    for passes in (task.passes, task.original_passes):
+        passes.finished(linears)
     return found
 
 
@@ -305,7 +334,12 @@ def reconstruct_block(task: BlockTask, layers: list[CompressedLayer], prepared: 
     activations, group = prepared.activations, task.inputs.group
     teacher = task.inputs if task.original_inputs is None or options.inputs == "compressed" else task.original_inputs
     student = task.inputs if task.original_inputs is None or options.inputs != "dense" else task.original_inputs
-    own_targets = activations.hold("targets", run_block(BlockRun(task.original_block, task.name, teacher, task.device)))
+    # What is kept of the block no longer holds when its values have been tuned.
+    task.passes.forget()
+    of_original = task.original_passes if teacher is task.original_inputs else EachPass()
+    own_targets = activations.hold(
+        "targets", run_block(BlockRun(task.original_block, task.name, teacher, task.device, of_original))
+    )
     batch = len(batches_of(prepared.samples)[0])
     hidden = activations.gather("student inputs", student.hidden, batch)
     targets = activations.gather("teacher outputs", own_targets, batch)
@@ -358,6 +392,8 @@ def commit_block(task: BlockTask, layers: list[CompressedLayer], streams: Stream
     tensors, entries = stored_tensors(task.block, task.name, task.dtypes)
     content = BlockContent(task.name, tensors, entries, [dataclasses.asdict(record) for record in records])
     held = prepared.activations.commit(content, outputs)
+    for passes in (task.passes, task.original_passes):
+        passes.forget()
     task.progress.finished(records, task.progress.elapsed)
     return dataclasses.replace(streams, held=held)
 

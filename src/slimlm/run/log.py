@@ -17,6 +17,7 @@ block's lines are written after it is in the journal. Where a run was killed bet
 the last name is logged.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ class RunLog:
                 "bits_per_weight": record.bits_per_weight,
                 "stored_bytes": record.stored_bytes,
                 "quality": record.quality,
+                "divergence": None if record.divergence is None else dataclasses.asdict(record.divergence),
                 "seconds": round(record.seconds, 3),
                 "peak_memory": record.peak_memory,
             }

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from slimlm.calibration.calls import Arguments, BlockArguments, Calls, arguments_within, shared_arguments
 from slimlm.calibration.capture import BlockInputs, batches_of, first_inputs, shares_of
+from slimlm.calibration.kept import Room
 from slimlm.calibration.samples import calibration_samples
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, ModelError
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
 from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
-from slimlm.evaluation.stored_model import StoredModel
+from slimlm.evaluation.stored_model import LastOutputs, StoredModel
 from slimlm.events import Event, Observer
 from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
@@ -42,17 +43,19 @@ from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, pick_device
 from slimlm.run.resume import Run
 from slimlm.run.transport import ActivationTransport
-from slimlm.runtime.memory import format_bytes
+from slimlm.runtime.memory import format_bytes, free_on_gpu
 from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore
 from slimlm.storage.file_limits import make_room
 from slimlm.storage.identity import differences, weights_identity
-from slimlm.storage.journal import DENSE, OWN_TEXT, PLAN
+from slimlm.storage.journal import DENSE, DENSE_OUTPUTS, OWN_TEXT, PLAN
 
 _ONLY_GUESSES = 2
 """A perplexity of so many times the vocabulary is an alarm: guessing gives the vocabulary itself."""
 _FILES_BESIDE = 32
 """Files that a run may have open besides mapped ones: those of libraries, and its own for a moment."""
+_SHARE_OF_GPU = 0.25
+"""The share of a GPU's free memory that a block's passes may keep tensors in."""
 _ALIKE = ("model", "config", "recipe", "budget", "device", "versions")
 """Keys of a run's identity in which its ranks must agree."""
 
@@ -81,6 +84,11 @@ class Prepared:
     """The device that blocks are worked on."""
     activations: ActivationTransport
     """This rank's activations, and their exchange with the journal and the other ranks."""
+    held_back: Tensor | None
+    """Windows of the calibration text `[count, length]` on which the result is compared; None: there are none, or this is not
+    the first rank."""
+    room: Room
+    """The memory for what a block's passes keep for later ones."""
     budget: Budget | None = None
     """The budget of a plan; None where nothing is planned."""
     plan: dict[str, Any] | None = None
@@ -136,9 +144,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     check_memory(_memory_of_rank(needs, config, run.group, shares), config.memory)
     calls = rehearse(dense, blocks, shapes)
     whole = _open_whole(config, dense, run)
-    samples = run.group.broadcast_tensor(
-        lambda: calibration_samples(dense, whole, config.calibration, run.journal, run.progress, run.notify)
-    )
+    samples, held_back = _draw(config, dense, whole, run)
     shares = shares_of(samples, run.group.size)
     _check_sample_count(len(samples), recipe, planned=budget is not None)
     if Covariance in recipe.needs:
@@ -158,6 +164,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         samples=samples,
         device=device,
         activations=ActivationTransport(run.journal, _store_of(memory, config, run), run.group, shares),
+        held_back=held_back,
+        room=_room_of(memory, device, run),
         budget=budget,
     )
 
@@ -181,6 +189,45 @@ def dense_perplexity(prepared: Prepared, run: Run) -> Perplexity:
     found = perplexity_of(stored.logits(stored.outputs(few, prepared.device), pieces), few, pieces)
     run.journal.note(DENSE, dataclasses.asdict(found))
     return found
+
+
+def _draw(config: RunConfig, dense: LazyModel, whole: DenseModel | None, run: Run) -> tuple[Tensor, Tensor | None]:
+    """The calibration samples `[count, length]`, and on the first rank the windows that are held back, if there are any."""
+    held_back: list[Tensor | None] = [None]
+
+    def draw() -> Tensor:
+        drawn = calibration_samples(dense, whole, config.calibration, run.journal, run.progress, run.notify)
+        held_back[:] = [drawn.held_back]
+        return drawn.samples
+
+    return run.group.broadcast_tensor(draw), held_back[0]
+
+
+def prepare_comparison(prepared: Prepared, run: Run) -> None:
+    """Run the original model on the windows that are held back, or notify the user that there are none."""
+    if outputs_before(prepared, run) is not None:
+        return
+    wrote = prepared.config.calibration.data == "self"
+    why = (
+        "the model writes the calibration text itself" if wrote else "the samples are all of the calibration text that was read"
+    )
+    run.notify(
+        f"{why}, so nothing of it is held back: the record will not say how far the result's predictions are from the "
+        "original's. Give more text or fewer `samples`, or measure that on another text"
+    )
+
+
+def outputs_before(prepared: Prepared, run: Run) -> LastOutputs | None:
+    """The original model's last block's outputs for the windows that are held back, stored in the journal; None: none are."""
+    held_back = prepared.held_back
+    if held_back is None:
+        return None
+    hidden = run.journal.noted_tensor(DENSE_OUTPUTS)
+    if hidden is None:
+        dense = prepared.dense
+        hidden = StoredModel(dense.model, dense.weights, dense.release).outputs(held_back, prepared.device).hidden
+        run.journal.note_tensor(DENSE_OUTPUTS, hidden.contiguous())
+    return LastOutputs(held_back, hidden, prepared.calls.forms)
 
 
 def warn_of_guesses(prepared: Prepared, run: Run) -> None:
@@ -345,3 +392,17 @@ def _store_of(memory: Memory, config: RunConfig, run: Run) -> ActivationStore:
         size = format_bytes(memory.activations)
         run.notify(f"activations ({size}) stay on the disk, in {run.journal.folder}: more than {why}, {format_bytes(limit)}")
     return ActivationStore(run.journal.folder, in_memory=config.out is None or not memory.on_disk)
+
+
+def _room_of(memory: Memory, device: torch.device, run: Run) -> Room:
+    """The memory for what a block's passes keep for later ones: on the device, of what activations leave there."""
+    limit = memory.room if device.type == "cpu" else int(_SHARE_OF_GPU * free_on_gpu(device))
+
+    def when_full() -> None:
+        run.notify(
+            f"what the stages of a block have in common takes more than {format_bytes(limit or 0)}, which activations leave of "
+            "the memory that may be used; some of it is computed again for every stage. More `memory` or fewer `samples` make "
+            "that faster"
+        )
+
+    return Room(limit, when_full)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ def ground_of(given: argparse.Namespace) -> Ground:
     return found
 
 
+@cache
 def commit() -> str:
-    """The commit that is checked out, marked where code differs from it."""
+    """The commit that is checked out as the run begins, marked where code differs from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -162,7 +162,7 @@ class Ours:
             str(out),
         ]
         line += ["--embedding-bits", "16", "--data", str(ground.texts.calibration), "--samples", str(ground.samples)]
-        line += ["--length", str(ground.length), "--seed", str(seed), "--restart", "--quiet", "--json"]
+        line += ["--length", str(ground.length), "--seed", str(seed), "--quiet", "--json"]
         line += [word for block in ignored for word in ("--ignore", f"{block}.*")]
         with tempfile.TemporaryDirectory() as scratch:
             return timed([*line, *self.options(Path(scratch))], out)
@@ -310,18 +310,16 @@ def made(setting: Setting, ground: Ground, seed: int) -> Made:
     blocks = "all" if ground.blocks is None else str(ground.blocks)
     name = f"{setting.name}-{blocks}-{ground.samples}x{ground.length}-{seed}-{setting.state}"
     folder = ground.cache / ground.source.name / "made" / name
-    about = folder.with_name(f"{name}.json")
+    about = folder / "made.json"
     if about.exists():
         return Made(**json.loads(about.read_text(encoding="utf-8")))
-    folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    found = setting.make(ground, seed, folder)
-    about.write_text(json.dumps(found.__dict__), encoding="utf-8")
+    folder.mkdir(parents=True)
+    found = setting.make(ground, seed, folder / "model")
+    about.write_text(json.dumps(asdict(found)), encoding="utf-8")
     return found
 
 
 def drop(found: Made) -> None:
     """Remove a made model."""
-    folder = Path(found.folder)
-    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    shutil.rmtree(Path(found.folder).parent)

@@ -289,6 +289,8 @@ def importance_of(ground: Ground, seed: int) -> dict[str, Tensor]:
 
 
 BITS, GROUPS, BUDGETS = (4, 3, 2), (128, 64, 32), (2.5, 3.0, 3.5, 4.0, 4.5)
+NEED_IMPORTANCE = {"IQ2_XS", "IQ2_M", "IQ3_XXS"}
+"""File types that llama.cpp does not make without an importance matrix."""
 
 
 def settings() -> dict[str, Setting]:
@@ -301,7 +303,8 @@ def settings() -> dict[str, Setting]:
             gptq = {"quantize": "gptq", "bits": bits, "group_size": group_size, "zero": True}
             found.append(Ours(f"gptq-asymmetric-{bits}-{group_size}", "asymmetric GPTQ", step=tuple(gptq.items())))
     found += [Ours(f"budget-{bits:g}", "budgets", bits=bits) for bits in BUDGETS]
-    found += [FileType(name, importance) for name in RULES for importance in (False, True)]
+    found += [FileType(name, False) for name in RULES if name not in NEED_IMPORTANCE]
+    found += [FileType(name, True) for name in RULES]
     return {each.name: each for each in found}
 
 

@@ -340,6 +340,7 @@ def test_every_shipped_recipe_is_a_setting_and_the_joint_solver_is_dense(
 ) -> None:
     found = script("real_settings", monkeypatch).settings()
     assert set(shipped()) <= found.keys()
+    assert {"Q2_K", "Q2_K+imatrix", "IQ2_M+imatrix"} <= found.keys() and "IQ2_M" not in found
     assert found["budget-3.5"].options(tmp_path) == ["--bits", "3.5"]
     _, path = found["joint-3-64"].options(tmp_path)
     recipe = open_recipe(path)

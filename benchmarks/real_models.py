@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-import real_results
 import slimlm
 from real_results import PAGE, RESULTS, Row, Score, append, pictures, read, write_page
 from real_settings import Ground, Setting, SettingError, drop, made, settings
@@ -190,7 +189,7 @@ def preparing(given: argparse.Namespace) -> int:
 def table(given: argparse.Namespace) -> int:
     """Write the page and the pictures."""
     write_page(PAGE, given.into)
-    for path in pictures(given.into, real_results.RESULTS.parent):
+    for path in pictures(given.into, RESULTS.parent):
         print(path)
     return 0
 

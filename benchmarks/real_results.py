@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from real_sources import SOURCES, TASKS
 
@@ -112,12 +112,6 @@ def read(path: Path, kind: type[Kind]) -> list[Kind]:
 # Tables
 
 
-class Shown(Protocol):
-    """A row of a table, medians over seeds."""
-
-    def cells(self) -> tuple[str, ...]: ...
-
-
 @dataclass(frozen=True)
 class Line:
     """A setting over its seeds; `middle` is the row of the median KL."""
@@ -198,11 +192,9 @@ def section(path: Path) -> str:
         sorted(rows, key=lambda row: (order.index(row.model), *ground_of(row))), ground_of
     ):
         own = [row for row in group if row.family != "dense"]
-        calibrations = sorted({row.calibration for row in own} - {"none"})
-        parts += [f"### {SOURCES[model].title}: {blocks}", ""]
-        parts += [
-            f"Perplexity of the original {own[0].dense_perplexity:.2f}; {evaluation}. Calibration: {'; '.join(calibrations)}."
-        ]
+        calibrated = "; ".join(sorted({row.calibration for row in own} - {"none"})) or "none"
+        original = f"Perplexity of the original {own[0].dense_perplexity:.2f}; {evaluation}."
+        parts += [f"### {SOURCES[model].title}: {blocks}", "", f"{original} Calibration: {calibrated}."]
         parts += ["", *markdown(COLUMNS, [line.cells() for line in lines_of(own)]), ""]
     return "\n".join([*parts, *scores_section(read(path, Score))]).rstrip()
 
@@ -272,7 +264,7 @@ def pictures(path: Path, folder: Path) -> list[Path]:
                 axes.annotate(row.setting, (row.bits, row.kl), fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set_xlabel("bits per weight of what was compressed, everything counted")
         axes.set_ylabel("mean KL divergence from the original, nats per token")
-        axes.set_title(SOURCES[model].title + part)
+        axes.set_title(f"{SOURCES[model].title}{part}\n{SOURCES[model].remark}".rstrip())
         axes.grid(which="both", alpha=0.2)
         axes.legend()
         figure.tight_layout()

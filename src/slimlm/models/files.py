@@ -45,6 +45,8 @@ def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> l
             return files
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
     found = f"; {others[0]} is in a format that slimlm does not read: convert it to safetensors" if others else ""
+    if gguf := [name for name in others if name.endswith(".gguf")]:
+        found = f"; give the path of {gguf[0]} itself, beside which the config is not needed"
     raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin{found}")
 
 

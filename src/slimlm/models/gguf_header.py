@@ -51,6 +51,11 @@ class GgufTensor:
     size: int
     """its bytes"""
 
+    @property
+    def bits(self) -> float:
+        """Of a weight, scales included."""
+        return 8 * self.size / prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Header:

@@ -9,10 +9,10 @@ GGUF file the config and the tokenizer are written as transformers' files, too.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ from slimlm.models.opening import (
     weights_folder,
 )
 from slimlm.models.outputs import plain_outputs
-from slimlm.models.parameters import FileTensors, Release, resolve_parameters
+from slimlm.models.parameters import FileTensors, Release, ResolvedModel, resolve_parameters
 from slimlm.models.placeholders import drop_values, meta_copy
 from slimlm.models.unplaced import Unplaced
 from slimlm.storage.mapping import MappedFile, MappedFiles, map_file
@@ -82,6 +82,8 @@ class LazyModel:
     """tensors of several experts that were made and then taken apart, and the names in the model's state of their parts"""
     converted: tuple[Path, ...]
     """the files that were made of old .bin files, of codes, and of tensors that transformers joins"""
+    bits: dict[str, float]
+    """of an element of every tensor, by name: as `dtypes` has them, but in a GGUF file, whose own are counted"""
     stored_as: str | None = None
     """the format of the codes that the files hold in place of weights, which were rounded to it; None: they hold weights"""
 
@@ -93,8 +95,8 @@ class LazyModel:
     @property
     def bytes(self) -> int:
         """Size of its tensors as stored, those that its class has no place for included; tied tensors count once."""
-        sizes = {t.data_ptr(): t.numel() * self.dtypes[name].itemsize for name, t in self.weights.items()}
-        return sum(sizes.values()) + self.unplaced.bytes
+        sizes = {t.data_ptr(): t.numel() * self.bits[name] for name, t in self.weights.items()}
+        return round(sum(sizes.values()) / 8) + self.unplaced.bytes
 
     @property
     def whole_bytes(self) -> int:
@@ -238,6 +240,7 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         unplaced=resolved.unplaced,
         became=resolved.became,
         taken_apart=resolved.taken_apart,
+        bits=_bits(resolved, found.bits),
         converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
         stored_as=None if codes is None else codes.form,
     )
@@ -259,6 +262,8 @@ class _Found:
     """dtype and shape of each, by its name"""
     codes: Dequantized | None
     """what replaces the tensors of the files; None: they are weights"""
+    bits: dict[str, float] = field(default_factory=dict)
+    """of an element of each tensor of a GGUF file, by its name there"""
 
 
 def _open_folder(source: str, scratch: Path | None, notify: Notify) -> _Found:
@@ -291,7 +296,14 @@ def _open_gguf(source: str, scratch: Path | None) -> _Found:
     mapped = gguf.mapped()
     files = FileTensors(mapped.tensors, {}, mapped.release, _in_memory)
     codes = read_gguf(gguf, folder, files)
-    return _Found(folder, gguf.paths, set(config_of(gguf)), files, described_types(gguf.tensors.values()), codes)
+    listed, bits = described_types(gguf.tensors.values()), {name: tensor.bits for name, tensor in gguf.tensors.items()}
+    return _Found(folder, gguf.paths, set(config_of(gguf)), files, listed, codes, bits)
+
+
+def _bits(resolved: ResolvedModel, of_files: Mapping[str, float]) -> dict[str, float]:
+    """The bits of an element of every tensor by name; `of_files` has those of tensors of the files, where they are counted."""
+    own = {name: of_files[tensor] for tensor, names in resolved.became.items() if tensor in of_files for name in names}
+    return {name: own.get(name, 8.0 * tensor.dtype.itemsize) for name, tensor in resolved.weights.items()}
 
 
 def _listed(files: FileTensors) -> dict[str, str]:

@@ -84,7 +84,7 @@ def write(
     Returns:
         The file, or the first piece.
     """
-    architecture, family, _ = MODELS[name]
+    architecture = MODELS[name][0]
     model = model or source_model(name)
     writer = GGUFWriter(path, architecture, split_max_tensors=tensors_of_a_piece)
     _write_config(writer, model, architecture)

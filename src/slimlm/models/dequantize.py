@@ -62,9 +62,7 @@ class Dequantized:
 
     def whole(self) -> dict[str, Tensor]:
         """The weights in memory."""
-        return {
-            name: torch.cat([piece.to(self._dtype_of(own)) for piece in own.make()]) for name, own in self.weights.items()
-        }
+        return {name: torch.cat([piece.to(self._dtype_of(own)) for piece in own.make()]) for name, own in self.weights.items()}
 
     def replaced(self, made: Mapping[str, Tensor], release: Release) -> FileTensors:
         """The files with these weights in place of their codes; `release` is theirs and that of the weights."""

@@ -35,8 +35,8 @@ def config_of(gguf: Gguf) -> dict[str, Any]:
     architecture = gguf.text("general.architecture")
     if architecture not in MODEL_TYPES:
         raise gguf.error(
-            f"the architecture is {architecture!r}; of GGUF files slimlm reads {', '.join(MODEL_TYPES)}. Give the folder of the "
-            "original model"
+            f"the architecture is {architecture!r}; of GGUF files slimlm reads {', '.join(MODEL_TYPES)}. Give the folder of "
+            "the original model"
         )
     tensors = gguf.tensors
     for key in _NEEDED:
@@ -47,8 +47,9 @@ def config_of(gguf: Gguf) -> dict[str, Any]:
         raise gguf.error(f"it holds no matrix {EMBEDDING}, which every language model has. Download it again")
     names = {**GGUF_CONFIG_MAPPING[architecture], **_BEYOND.get(architecture, {})}
     given = {name: gguf.number(f"{architecture}.{key}") for key, name in names.items() if name is not None}
+    theta = given.pop("rope_theta", None)
     kind = MODEL_TYPES[architecture]
-    config = {
+    config: dict[str, Any] = {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         "model_type": kind,
         **{name: value for name, value in given.items() if value is not None},
@@ -57,7 +58,6 @@ def config_of(gguf: Gguf) -> dict[str, Any]:
         "tie_word_embeddings": HEAD not in tensors,
         "dtype": _dtype(gguf, architecture),
     }
-    theta = config.pop("rope_theta", None)
     if rotary := _rotary(gguf, architecture, theta):
         config["rope_parameters"] = rotary
     elif theta is not None:
@@ -108,8 +108,8 @@ def _llama3(gguf: Gguf, architecture: str, theta: float | None) -> dict[str, Any
         if torch.allclose(held, rotary_factors(settings, int(width)), rtol=1e-4):
             return settings
     raise gguf.error(
-        f"{ROTARY_FACTORS} scales the rotary frequencies in another way than Llama 3.1 and later do, and slimlm reads no other. "
-        "Give the folder of the original model"
+        f"{ROTARY_FACTORS} scales the rotary frequencies in another way than Llama 3.1 and later do, and slimlm reads no "
+        "other. Give the folder of the original model"
     )
 
 
@@ -123,7 +123,11 @@ def rotary_factors(settings: dict[str, Any], width: int) -> Tensor:
     Returns:
         float32 `[width / 2]`.
     """
-    low, high, original = settings["low_freq_factor"], settings["high_freq_factor"], settings["original_max_position_embeddings"]
+    low, high, original = (
+        settings["low_freq_factor"],
+        settings["high_freq_factor"],
+        settings["original_max_position_embeddings"],
+    )
     wavelength = 2 * math.pi * settings["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / settings["factor"] + smooth)).float()

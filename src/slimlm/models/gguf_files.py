@@ -82,8 +82,8 @@ def read_gguf(gguf: Gguf, folder: Path, files: FileTensors) -> Dequantized:
             continue
         if name not in names:
             raise gguf.error(
-                f"{name} has no place in {type(model).__name__}, the class for the architecture {architecture}; slimlm leaves no "
-                "weights out. Give the folder of the original model"
+                f"{name} has no place in {type(model).__name__}, the class for the architecture {architecture}; slimlm leaves "
+                "no weights out. Give the folder of the original model"
             )
         _refuse_other_shape(gguf, tensor, model, names[name])
         weights[names[name]] = _weight(tensor, files.stored[name], processor)

@@ -1,8 +1,8 @@
 """The header of GGUF files: which pieces a model has, what they say of it, and where their tensors lie.
 
-The layout is that of GGUF versions 2 and 3 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). It is walked here rather
-than by the `gguf` package, whose reader trusts every length in a file: a damaged one keeps it busy without end. Types, their
-blocks and their arithmetic are that package's.
+The layout is that of GGUF versions 2 and 3 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). It is walked here
+rather than by the `gguf` package, whose reader trusts every length in a file: a damaged one keeps it busy without end. Types,
+their blocks and their arithmetic are that package's.
 """
 
 import mmap
@@ -192,7 +192,9 @@ class _Walk:
         """Move on by so many bytes; gives the place before them."""
         begin = self.at
         if size > len(self.memory) - begin:
-            raise self.error(f"is truncated, or damaged: its header goes on after its last byte, the {len(self.memory)}th; {_AGAIN}")
+            raise self.error(
+                f"is truncated, or damaged: its header goes on after its last byte, the {len(self.memory)}th; {_AGAIN}"
+            )
         self.at += size
         return begin
 

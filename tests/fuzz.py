@@ -1,5 +1,5 @@
-"""Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`; and models whose files hold codes, GGUF
-files among them, as they are opened to be compressed: `python -m tests.fuzz sources`.
+"""Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`; and models whose files hold codes,
+GGUF files among them, as they are opened to be compressed: `python -m tests.fuzz sources`.
 
 Each takes one of a few small checkpoints, spoils a file (bytes, or values and keys of its JSON; of weight files the header, the
 length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and

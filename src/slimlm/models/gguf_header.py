@@ -243,8 +243,8 @@ def _header(path: Path) -> Header:
             raise ModelError(f"{path} does not begin as a GGUF file does; {_AGAIN}")
         if (version := walk.number("I")) not in _VERSIONS:
             raise ModelError(
-                f"{path} is of version {version} of GGUF; slimlm reads 2 and 3, with the lowest byte of a number first. Convert "
-                "the model again with a current llama.cpp"
+                f"{path} is of version {version} of GGUF; slimlm reads 2 and 3, with the lowest byte of a number first. "
+                "Convert the model again with a current llama.cpp"
             )
         count, keys = walk.number("Q"), walk.number("Q")
         metadata: dict[str, Value] = {}

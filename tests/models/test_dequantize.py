@@ -270,6 +270,13 @@ def test_codes_without_a_description_are_refused(tmp_path: Path) -> None:
         opened(folder, tmp_path / "s")
 
 
+def test_a_method_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = coded("gptq", tmp_path / "m")
+    rewrite(folder, lambda tensors: tensors, {"quant_method": ["gptq"]})
+    with pytest.raises(ModelError, match="already quantized"):
+        opened(folder, tmp_path / "s")
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_damaged_codes_are_read_or_refused_in_words(kind: str, tmp_path: Path) -> None:
     folder = coded(kind, tmp_path / "m")

@@ -270,7 +270,7 @@ def _open_folder(source: str, scratch: Path | None, notify: Notify) -> _Found:
     """What a folder or a name on the hub holds; see `open_lazy`."""
     config = read_config(source)
     about = quantization_of(config, source)
-    coded = about.get("quant_method") in READERS
+    coded = str(about.get("quant_method")) in READERS
     others = {key: value for key, value in config.items() if not coded or key != "quantization_config"}
     refuse_quantized(others, source)
     refuse_foreign_code(config, source)

@@ -1,4 +1,5 @@
-"""Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`.
+"""Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`; and models whose files hold codes,
+GGUF files among them, as they are opened to be compressed: `python -m tests.fuzz sources`.
 
 Each takes one of a few small checkpoints, spoils a file (bytes, or values and keys of its JSON; of weight files the header, the
 length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and
@@ -24,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,9 +38,17 @@ import slimlm
 from slimlm.calibration.samples import Drawn
 from slimlm.cli.inspect import inspect as show
 from slimlm.core.errors import SlimlmError
+from slimlm.models.lazy import open_lazy
+from slimlm.models.structure import blocks_of
+from slimlm.preflight.refusals import compressible
+from slimlm.preflight.rehearsal import rehearse
+from slimlm.recipe import open_recipe
+from slimlm.run.prepare import refuse_unfit_model
 from slimlm.storage import checkpoint
 from slimlm.storage.streams import sha256_of
 from tests.conftest import ENDS, save
+from tests.gguf_models import write as write_gguf
+from tests.models.test_dequantize import coded
 
 SECONDS = 10
 """of processor time for one damaged checkpoint"""
@@ -245,6 +255,39 @@ def damaged(base: Path, folder: Path, draw: random.Random) -> str:
     return str(path.relative_to(folder)) + (" as it was" if new == raw else "")
 
 
+CODED = ("fp8", "fbgemm", "gptq", "awq", "compressed-tensors", "mixture", "mxfp4")
+HEADER = 2**14
+"""Bytes at the beginning of a GGUF file that are damaged more often than the rest: its header and the first weights."""
+
+
+def make_sources(folder: Path) -> dict[str, Path]:
+    """Models of every format that is read, without tokenizers where these are files of their own."""
+    found = {name: coded(name, folder / name) for name in CODED}
+    for path in folder.glob("*/tokenizer*"):
+        path.unlink()
+    for name, model, kinds in (("gguf", "llama3", ("Q4_1", "Q6_K", "F16")), ("gguf-gemma", "gemma2", ("BF16", "Q8_0"))):
+        (folder / name).mkdir()
+        write_gguf(folder / name / "m.gguf", model, kinds)
+        found[name] = folder / name
+    return found
+
+
+def damaged_source(base: Path, folder: Path, draw: random.Random) -> str:
+    """Put a damaged copy of a model into `folder`; says what was spoiled."""
+    shutil.copytree(base, folder, copy_function=os.link)
+    path = draw.choice(sorted(path for path in folder.iterdir() if path.name != "generation_config.json"))
+    raw = path.read_bytes()
+    if path.suffix == ".gguf":
+        new = damage_bytes(raw[:HEADER], draw) + raw[HEADER:] if draw.random() < 0.8 else damage_bytes(raw, draw)
+    elif path.suffix == ".safetensors":
+        new = damage_weights(raw, draw)
+    else:
+        new = json.dumps(damage_json(json.loads(raw), draw)).encode()
+    path.unlink()
+    path.write_bytes(new)
+    return str(path.name) + (" as it was" if new == raw else "")
+
+
 # --- what is asked of each -------------------------------------------------------------------------------------------
 
 
@@ -274,7 +317,33 @@ def verify(folder: Path) -> None:
     slimlm.verify(folder).raise_if_unsound()
 
 
-VERBS: dict[str, Callable[[Path], None]] = {"load": load, "inspect": inspect, "verify": verify}
+def open_source(folder: Path) -> None:
+    """Open a model as a run does, and rehearse it."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        dense = open_lazy(str(folder), Path(scratch), lambda _: None)
+        blocks = blocks_of(dense.model)
+        refuse_unfit_model(dense, blocks)
+        rehearse(dense, blocks, compressible(blocks, open_recipe("absmax")))
+
+
+Verbs = dict[str, Callable[[Path], None]]
+VERBS: Verbs = {"load": load, "inspect": inspect, "verify": verify}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What is damaged, how, and what is then asked of it."""
+
+    names: tuple[str, ...]
+    make: Callable[[Path], dict[str, Path]]
+    damage: Callable[[Path, Path, random.Random], str]
+    verbs: Verbs
+
+
+POOLS = {
+    "checkpoints": Pool(tuple(BASES), make_bases, damaged, VERBS),
+    "sources": Pool((*CODED, "gguf", "gguf-gemma"), make_sources, damaged_source, {"open": open_source}),
+}
 
 
 def outcome(verb: Callable[[Path], None], folder: Path) -> tuple[str, str]:
@@ -298,7 +367,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def run(bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> dict[str, Any]:
+def run(pool: Pool, bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> dict[str, Any]:
     """Damage and try; gives counts of outcomes and the failures. The number that is being tried is written to `at`."""
     signal.signal(signal.SIGPROF, _alarm)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -311,9 +380,9 @@ def run(bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> 
             at.write_text(str(number))
             draw = random.Random(f"{seed} {number}")
             folder = Path(place) / "damaged"
-            what = damaged(bases[draw.choice(sorted(bases))], folder, draw)
+            what = pool.damage(bases[draw.choice(sorted(bases))], folder, draw)
             spoiled = "repaired" not in what and "as it was" not in what and what.endswith(".safetensors") and "/" not in what
-            for name, verb in VERBS.items():
+            for name, verb in pool.verbs.items():
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
                 found, told = outcome(verb, folder)
                 signal.setitimer(signal.ITIMER_PROF, 0)
@@ -337,6 +406,7 @@ def run(bases: dict[str, Path], first: int, count: int, seed: int, at: Path) -> 
 
 def main() -> None:
     options = argparse.ArgumentParser()
+    options.add_argument("pool", nargs="?", choices=sorted(POOLS), default="checkpoints")
     options.add_argument("--count", type=int, default=10_000)
     options.add_argument("--first", type=int, default=0)
     options.add_argument("--seed", type=int, default=0)
@@ -347,12 +417,14 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        work = asked.work or Path(scratch)
-        if not (work / "sharded").is_dir():
+        work, pool = (asked.work or Path(scratch)) / asked.pool, POOLS[asked.pool]
+        if not (work / pool.names[-1]).is_dir():
             work.mkdir(parents=True, exist_ok=True)
-            make_bases(work)
+            pool.make(work)
         began = time.monotonic()
-        found = run({name: work / name for name in BASES}, asked.first, asked.count, asked.seed, work / f"at-{asked.first}")
+        found = run(
+            pool, {name: work / name for name in pool.names}, asked.first, asked.count, asked.seed, work / f"at-{asked.first}"
+        )
     found["seconds"] = round(time.monotonic() - began, 1)
     json.dump(found, sys.stdout, indent=1)
     print()

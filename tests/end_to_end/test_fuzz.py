@@ -10,15 +10,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_damaged_checkpoints_do_no_harm(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pool", "count"),
+    [
+        ("checkpoints", 60),
+        ("sources", 40),
+        *(pytest.param(pool, 10_000, marks=pytest.mark.slow) for pool in ("checkpoints", "sources")),
+    ],
+)
+def test_damaged_files_do_no_harm(pool: str, count: int, tmp_path: Path) -> None:
     # A process of its own, whose memory is limited and which may die.
-    typed = [sys.executable, "-m", "tests.fuzz", "--count", str(count), "--work", str(tmp_path / "work")]
+    verbs = ("open",) if pool == "sources" else ("load", "inspect", "verify")
+    typed = [sys.executable, "-m", "tests.fuzz", pool, "--count", str(count), "--work", str(tmp_path / "work")]
     ended = subprocess.run(typed, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode in (0, 1), f"at {[p.read_text() for p in tmp_path.glob('work/at-*')]}: {ended.stderr[-2000:]}"
+    assert ended.returncode in (0, 1), f"at {[p.read_text() for p in tmp_path.glob('work/*/at-*')]}: {ended.stderr[-2000:]}"
     found = json.loads(ended.stdout)
     assert found["failures"] == []
     counts = found["counts"]
     assert found["tried"] == count
     # Both ways happen, so what is tried is neither all noise nor all harmless.
-    assert min(counts[f"{verb}: {way}"] for verb in ("load", "inspect", "verify") for way in ("fine", "refused")) > count // 20
+    assert min(counts[f"{verb}: {way}"] for verb in verbs for way in ("fine", "refused")) > count // 20

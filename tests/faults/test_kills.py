@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.conftest import BLOCKS, Bench
 from tests.faults.harness import Moment, checkpoint_files, kept, same
+from tests.gguf_models import write
 
 SLOW = pytest.mark.slow  # A plan takes several seconds.
 STAGES = {
@@ -157,3 +158,25 @@ def test_a_run_killed_at_a_few_random_moments(bench: Bench) -> None:
 def test_a_run_killed_at_many_random_moments(bench: Bench) -> None:
     """50 kills, or SLIMLM_KILLS, and as many starts: a minute or two."""
     killed_at_random(bench, int(os.environ.get("SLIMLM_KILLS", "50")), SEED + 1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_killed_while_the_weights_of_a_gguf_file_are_dequantized(half: bool, bench: Bench) -> None:
+    model = write(bench.scratch / "m.gguf")
+    line, other = (bench.lines("matched", out, model) for out in (bench.out, bench.scratch / "p"))
+    moment = Moment(("slimlm.models.lazy:write_stream",), half=half, after=not half)
+    assert bench.run(line, moment).code == -signal.SIGKILL
+    assert not bench.out.exists() and kept(bench.journal) == []
+    bench.run(line).done()
+    bench.run(other).done()
+    same(bench.out, bench.scratch / "p")
+    assert not list(bench.scratch.glob("*.partial*")), "the dequantized weights are gone with the journal"
+
+
+def test_a_gguf_file_that_changes_between_two_starts_is_another_model(bench: Bench) -> None:
+    model = write(bench.scratch / "m.gguf")
+    line = bench.lines("matched", bench.out, model)
+    stopped = bench.run(line, Moment(("slimlm.run.block:run_through",), 4, after=True))
+    assert stopped.code == -signal.SIGKILL and len(kept(bench.journal)) == 1
+    write(model, kinds=("Q4_0",))
+    bench.run(line).refused("holds another run", "m.gguf")

@@ -126,29 +126,53 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "float8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
     "float8 by blocks": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [4, 16]},
     "int8 as it is": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "MXFP8": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_compressed_tensors_is_what_its_own_program_makes_of_it(name: str) -> None:
-    pytest.importorskip("compressed_tensors", reason="the program that writes the format is an extra of the tests")
+def compressed(weight: Tensor, name: str) -> tuple[Tensors, Tensor, str]:
+    """What compressed-tensors stores of a weight under one of `SCHEMES`, what it makes of that, and its format."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**SCHEMES[name]))
-    weight, args = drawn(12, 64), scheme.weights
-    tile = {"tensor": (12, 64), "channel": (1, 64), "group": (1, 16), "block": (4, 16)}[SCHEMES[name]["strategy"]]
+    args, (rows, columns) = scheme.weights, weight.shape
+    tiles = {"tensor": (rows, columns), "channel": (1, columns), "group": (1, args.group_size), "block": (4, 16)}
+    tile = tiles[SCHEMES[name]["strategy"]]
     cut = weight.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))
     scale, zero = calculate_qparams(cut.amin((1, 3)), cut.amax((1, 3)), args)
-    form = "float-quantized" if args.type == "float" else "int-quantized" if "as it is" in name else "pack-quantized"
+    forms = {"int8 as it is": "int-quantized", "MXFP8": "mxfp8-quantized"}
+    form = forms.get(name, "float-quantized" if args.type == "float" else "pack-quantized")
     compressor = BaseCompressor.get_value_from_registry(form)
-    plain = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
-    stored = compressor.compress(plain, scheme)
-    expected = compressor.decompress(stored, scheme)["weight"]
-    tensors = {f"l.{key}": tensor for key, tensor in stored.items() if tensor is not None}
+    stored = compressor.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, scheme)
+    made = compressor.decompress(dict(stored), scheme)["weight"].float()
+    return {key: tensor for key, tensor in stored.items() if tensor is not None}, made, form
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors_is_what_its_own_program_makes_of_it(name: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="the program that writes the format is an extra of the tests")
+    stored, expected, form = compressed(drawn(12, 64), name)
+    tensors = {f"l.{key}": tensor for key, tensor in stored.items()}
     found = compressed_tensors.read(Codes("m", ct_config(form, **SCHEMES[name]), tensors))
-    assert torch.equal(whole(found, "l.weight"), expected.float())
+    assert torch.equal(whole(found, "l.weight"), expected)
+
+
+def test_each_layer_of_a_mixture_is_read_in_its_own_format() -> None:
+    pytest.importorskip("compressed_tensors", reason="the program that writes the format is an extra of the tests")
+    layers = {"a.q_proj": "int4 by groups", "a.o_proj": "float8 by rows", "a.up_proj": "MXFP8"}
+    tensors, expected, groups = {}, {}, {}
+    for seed, (layer, name) in enumerate(layers.items()):
+        stored, expected[layer], form = compressed(drawn(12, 64, seed=seed), name)
+        tensors |= {f"{layer}.{key}": tensor for key, tensor in stored.items()}
+        targets = ["Linear"] if layer == "a.up_proj" else [f"re:.*{layer.removeprefix('a.')}"]
+        groups[name] = {"targets": targets, "weights": SCHEMES[name], "format": form}
+    found = compressed_tensors.read(Codes("m", {"format": "mixed-precision", "config_groups": groups}, tensors))
+    assert found.weights.keys() == {f"{layer}.weight" for layer in layers}
+    for layer in layers:
+        assert torch.equal(whole(found, f"{layer}.weight"), expected[layer]), layer
+    assert found.form == "compressed-tensors, int4, groups of 16; float8, a scale for each channel; float8, groups of 32"
 
 
 GPTQ4 = {"bits": 4, "group_size": 16}

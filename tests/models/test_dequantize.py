@@ -44,6 +44,34 @@ def as_fp8(tensors: Tensors) -> Written:
     return {"quant_method": "fp8", "weight_block_size": [32, 32]}, out
 
 
+def by_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in float8 and a scale for each row `[out, 1]`, as FBGEMM quantizes."""
+    scale = tensor.float().abs().amax(1, keepdim=True) / 448
+    return (tensor.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def as_fbgemm(tensors: Tensors) -> Written:
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        # FBGEMM's layers leave out the first and the last block's, which the config names.
+        if not name.endswith(LINEAR) or ".layers.0." in name:
+            out[name] = tensor
+            continue
+        out[name], out[f"{name}_scale"] = by_rows(tensor)
+        out[f"{name.removesuffix('weight')}input_scale_ub"] = torch.full((1,), 1200.0)
+    return {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["model.layers.0"]}, out
+
+
+def as_mixture(tensors: Tensors) -> Written:
+    about, out = as_packed({name: tensor for name, tensor in tensors.items() if "self_attn" in name or LINEAR not in name})
+    groups = {"attention": {**about["config_groups"]["group_0"], "targets": ["re:.*self_attn.*"], "format": "pack-quantized"}}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups["mlp"] = {"targets": ["re:.*mlp.*"], "weights": weights, "format": "float-quantized"}
+    for name in (name for name in tensors if name.endswith(LINEAR) and ".mlp." in name):
+        out[name], out[f"{name}_scale"] = by_rows(tensors[name])
+    return {**about, "format": "mixed-precision", "config_groups": groups}, out
+
+
 def grid_of(tensor: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Codes 0 to 15 `[out, in]` and scales `[out, groups]`, zero point 8."""
     scales = (tensor.float().unflatten(1, (-1, size)).abs().amax(2) / 7).half()
@@ -113,7 +141,8 @@ def as_mxfp4(tensors: Tensors) -> Written:
 
 
 WRITERS: dict[str, Callable[[Tensors], Written]] = {
-    "fp8": as_fp8, "gptq": as_gptq, "awq": as_awq, "compressed-tensors": as_packed, "mxfp4": as_mxfp4
+    "fp8": as_fp8, "fbgemm": as_fbgemm, "gptq": as_gptq, "awq": as_awq, "compressed-tensors": as_packed, "mixture": as_mixture,
+    "mxfp4": as_mxfp4,
 }  # fmt: skip
 
 
@@ -212,7 +241,8 @@ def test_dequantized_weights_are_used_again_unless_the_files_have_changed(tmp_pa
 
 
 COMPANIONS = {
-    "fp8": "weight_scale_inv", "gptq": "qzeros", "awq": "scales", "compressed-tensors": "weight_shape",
+    "fp8": "weight_scale_inv", "fbgemm": "weight_scale", "gptq": "qzeros", "awq": "scales",
+    "compressed-tensors": "weight_shape", "mixture": "weight_scale",
     "mxfp4": "gate_up_proj_scales",
 }  # fmt: skip
 
@@ -237,6 +267,13 @@ def test_codes_without_a_description_are_refused(tmp_path: Path) -> None:
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="already quantized: its files hold"):
+        opened(folder, tmp_path / "s")
+
+
+def test_a_method_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = coded("gptq", tmp_path / "m")
+    rewrite(folder, lambda tensors: tensors, {"quant_method": ["gptq"]})
+    with pytest.raises(ModelError, match="already quantized"):
         opened(folder, tmp_path / "s")
 
 

@@ -98,14 +98,9 @@ def test_a_file_that_says_that_the_weights_are_quantized_is_read(name: str, fold
     refused(folder, rf"already quantized \(it has a {name}\)", text_file)
 
 
-def test_gguf_files_are_named_as_such(folder: Path, tmp_path: Path, text_file: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    refused(file, r"model\.gguf is a file; slimlm does not read GGUF .* gguf_file=name", text_file)
-    for path in folder.iterdir():
-        path.unlink()
-    file.rename(folder / "model.gguf")
-    refused(folder, r"without config\.json: it holds a GGUF file; .* gguf_file=name", text_file)
+def test_of_a_gguf_file_beside_a_config_its_own_path_is_asked_for(folder: Path, text_file: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    refused(folder, r"no safetensors file .*; of a GGUF file give its own path, model\.gguf", text_file)
 
 
 def test_a_folder_whose_inner_folder_is_a_model_says_so(folder: Path, tmp_path: Path, text_file: Path) -> None:

@@ -65,19 +65,19 @@ def open_any(source: str, *, kernels: Kernels = "reference", device: torch.devic
     else:
         dense = open_dense(source)
         model, tokenizer, size = dense.model.to(device), dense.tokenizer, dense.bytes
-        per_weight = dense_bits_per_weight(blocks_of(model), dense.dtypes)
+        per_weight = dense_bits_per_weight(blocks_of(model), dense.bits)
     if tokenizer is None:
         raise DataError(f"{source} has no tokenizer, so text cannot be read; add its tokenizer files to the folder")
     return OpenModel(source, model, tokenizer, size, per_weight)
 
 
-def dense_bits_per_weight(blocks: dict[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> float:
+def dense_bits_per_weight(blocks: dict[str, nn.Module], bits: Mapping[str, float]) -> float:
     """Stored bits per weight of the linear layers in a dense model's blocks.
 
     Args:
         blocks: the blocks by full name; their weights need no values.
-        dtypes: of every tensor as stored, by name.
+        bits: of an element of every tensor as stored, by name.
     """
     linears = {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in linears_of(module).items()}
     weights = {f"{name}.weight": weight_of(linear).numel() for name, linear in linears.items()}
-    return sum(8 * dtypes[name].itemsize * count for name, count in weights.items()) / max(1, sum(weights.values()))
+    return sum(bits[name] * count for name, count in weights.items()) / max(1, sum(weights.values()))

@@ -278,7 +278,7 @@ def _tokenizer(source: str, found: PreTrainedTokenizerBase | None) -> PreTrained
 
 
 def _opened_dense(dense: LazyModel, device: torch.device) -> _Opened:
-    bits = dense_bits_per_weight(blocks_of(dense.model), dense.dtypes)
+    bits = dense_bits_per_weight(blocks_of(dense.model), dense.bits)
     about = EvaluatedModel(dense.source, None, "as they are", bits, dense.bytes, None)
     runs = InFiles(StoredModel(dense.model, dense.weights, dense.release), device)
     tokenizer = _tokenizer(dense.source, dense.tokenizer)

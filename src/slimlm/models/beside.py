@@ -47,9 +47,13 @@ def copy_beside(folder: Path, out: Path, weights: Iterable[Path]) -> dict[str, s
         weights: the files that the model's weights were read from.
 
     Returns:
-        For each name in the folder what became of it: copied, replaced, or why it was left out.
+        For each name in the folder what became of it: copied, replaced, or why it was left out. A GGUF file, which lies
+        elsewhere, has none beside it: its folder may hold anything.
     """
-    read = {path.name for path in weights}
+    paths = list(weights)
+    read = {path.name for path in paths}
+    if not any(path.parent == folder for path in paths):
+        return dict.fromkeys(sorted(read), READ)
     written = {path.name for path in out.iterdir()}
     found = {}
     for path in sorted(folder.iterdir()):

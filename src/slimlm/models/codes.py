@@ -35,6 +35,8 @@ class CodedWeight:
     """the names in the files of the codes and of all that belongs to them"""
     make: Callable[[], Iterator[Tensor]]
     """gives it in float32: whole, or as consecutive slices along its first dimension"""
+    dtype: torch.dtype | None = None
+    """what it is stored in once it is dequantized; None: the model's dtype"""
 
 
 @dataclass(frozen=True)

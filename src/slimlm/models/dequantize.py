@@ -30,10 +30,10 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class Dequantized:
     """What a model's files hold once their codes are read; no weight is made yet."""
 
-    form: str
-    """the format of the codes, in words"""
+    form: str | None
+    """the format of the codes, in words; None: no weight was rounded to codes"""
     dtype: torch.dtype
-    """what the weights are dequantized to"""
+    """what the weights are dequantized to, unless they say another"""
     weights: dict[str, CodedWeight]
     """the weights, by the names that they would have in the files of the model that was quantized"""
     left_out: dict[str, str]
@@ -49,17 +49,20 @@ class Dequantized:
     @property
     def described(self) -> Described:
         """The dtypes and shapes of the weights."""
-        return {name: (self.dtype, weight.shape) for name, weight in self.weights.items()}
+        return {name: (self._dtype_of(weight), weight.shape) for name, weight in self.weights.items()}
+
+    def _dtype_of(self, weight: CodedWeight) -> torch.dtype:
+        return self.dtype if weight.dtype is None else weight.dtype
 
     def pieces(self) -> Iterator[Tensor]:
         """The weights one after another, each as consecutive slices along its first dimension."""
         for weight in self.weights.values():
-            yield from (piece.to(self.dtype) for piece in weight.make())
+            yield from (piece.to(self._dtype_of(weight)) for piece in weight.make())
             self.files.release(_views(self.files, weight.of))
 
     def whole(self) -> dict[str, Tensor]:
         """The weights in memory."""
-        return {name: torch.cat([piece.to(self.dtype) for piece in own.make()]) for name, own in self.weights.items()}
+        return {name: torch.cat([piece.to(self._dtype_of(own)) for piece in own.make()]) for name, own in self.weights.items()}
 
     def replaced(self, made: Mapping[str, Tensor], release: Release) -> FileTensors:
         """The files with these weights in place of their codes; `release` is theirs and that of the weights."""

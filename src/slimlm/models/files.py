@@ -44,8 +44,14 @@ def weight_files(folder: Path, notify: Callable[[str], None] | None = None) -> l
         if files := sorted(path for path in folder.glob(pattern) if not path.name.startswith("adapter_")):
             return files
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
-    found = f"; {others[0]} is in a format that slimlm does not read: convert it to safetensors" if others else ""
-    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin{found}")
+    raise ModelError(f"{folder} holds no weights: no safetensors file and no pytorch_model.bin{_instead(others)}")
+
+
+def _instead(others: list[str]) -> str:
+    """What would work where a folder holds only these files of weights."""
+    if gguf := [name for name in others if name.endswith(".gguf")]:
+        return f"; of a GGUF file give its own path, {gguf[0]}"
+    return f"; {others[0]} is in a format that slimlm does not read: convert it to safetensors" if others else ""
 
 
 def as_safetensors(paths: Iterable[Path], scratch: Path) -> list[Path]:

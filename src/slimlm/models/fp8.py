@@ -35,7 +35,8 @@ def _block(codes: Codes) -> tuple[int, int] | None:
 
 def _weight(codes: Codes, name: str, tile: tuple[int, int] | None) -> CodedWeight:
     names = [f"{name}_scale_inv", f"{name}_scale", *(f"{name.removesuffix('.weight')}.{leaf}" for leaf in _SHORT)]
-    scale = next((own for own in names if own in codes.tensors), names[0])
+    usual = names[1] if codes.about.get("quant_method") == "fbgemm_fp8" else names[0]
+    scale = next((own for own in names if own in codes.tensors), usual)
     codes.companion(name, scale)
     rows, columns = codes.flat(name, CODES).shape
     if codes.tensors[scale].numel() == 1:

@@ -3,15 +3,16 @@
 The meta model has shapes and no values; `models.parameters` finds the tensor of the files for each of its parameters. Tensors
 that transformers makes of several of the files are made first, one at a time, and written to a file of their own.
 
-Old .bin files are converted to safetensors first, one at a time, and weights that the files hold as codes are dequantized.
+Old .bin files are converted to safetensors first, one at a time, and weights that the files hold as codes are dequantized. Of a
+GGUF file the config and the tokenizer are written as transformers' files, too.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ from slimlm.events import Notify
 from slimlm.models.bin_files import read_bin
 from slimlm.models.dequantize import READERS, Dequantized, identity, read_codes
 from slimlm.models.files import as_safetensors, refuse_full_disk, weight_files
+from slimlm.models.gguf_config import config_of
+from slimlm.models.gguf_files import read_gguf, write_folder
+from slimlm.models.gguf_header import described as described_types
+from slimlm.models.gguf_header import is_gguf, open_gguf
 from slimlm.models.opening import (
     config_to_write,
     open_tokenizer,
@@ -36,7 +41,7 @@ from slimlm.models.opening import (
     weights_folder,
 )
 from slimlm.models.outputs import plain_outputs
-from slimlm.models.parameters import FileTensors, Release, resolve_parameters
+from slimlm.models.parameters import FileTensors, Release, ResolvedModel, resolve_parameters
 from slimlm.models.placeholders import drop_values, meta_copy
 from slimlm.models.unplaced import Unplaced
 from slimlm.storage.mapping import MappedFile, MappedFiles, map_file
@@ -77,6 +82,8 @@ class LazyModel:
     """tensors of several experts that were made and then taken apart, and the names in the model's state of their parts"""
     converted: tuple[Path, ...]
     """the files that were made of old .bin files, of codes, and of tensors that transformers joins"""
+    bits: dict[str, float]
+    """of an element of every tensor, by name: as `dtypes` has them, but in a GGUF file, whose own are counted"""
     stored_as: str | None = None
     """the format of the codes that the files hold in place of weights, which were rounded to it; None: they hold weights"""
 
@@ -88,8 +95,8 @@ class LazyModel:
     @property
     def bytes(self) -> int:
         """Size of its tensors as stored, those that its class has no place for included; tied tensors count once."""
-        sizes = {t.data_ptr(): t.numel() * self.dtypes[name].itemsize for name, t in self.weights.items()}
-        return sum(sizes.values()) + self.unplaced.bytes
+        sizes = {t.data_ptr(): t.numel() * self.bits[name] for name, t in self.weights.items()}
+        return round(sum(sizes.values()) / 8) + self.unplaced.bytes
 
     @property
     def whole_bytes(self) -> int:
@@ -190,9 +197,9 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
     """Open a causal language model without reading its weights; code that comes with it is never run.
 
     Args:
-        source: a folder, or a name on the hub.
-        scratch: a folder for safetensors files made of old .bin files and of tensors that transformers joins, created when it
-            is needed; None: these tensors are kept in memory.
+        source: a folder, a name on the hub, a GGUF file or a folder with one.
+        scratch: a folder for safetensors files made of old .bin files, of codes and of tensors that transformers joins, created
+            when it is needed; None: these tensors are kept in memory, and the source is no GGUF file.
         notify: receives a message where tensors of the files have no place in the model's class, and where an index is ignored
             because the single file that it would replace is there, too.
 
@@ -200,9 +207,70 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         ModelError: the model is missing, damaged, incomplete, already quantized, or not all of its files can be used.
         DoesNotFitError: the disk of `scratch` is too small for converted files.
     """
+    found = _open_gguf(source, scratch) if is_gguf(source) else _open_folder(source, scratch, notify)
+    codes, files, folder = found.codes, found.files, found.folder
+    if codes is not None:
+        files = _dequantized(codes, scratch, identity(found.paths))
+        if codes.form is not None:
+            notify(
+                f"the weights of {source} are already rounded ({codes.form}): they are dequantized to "
+                f"{str(codes.dtype).removeprefix('torch.')}, and a compressed model cannot be closer to the original than these"
+            )
+    resolved = resolve_parameters(source, folder, files)
+    if codes is not None:
+        left_out = resolved.unplaced.left_out | codes.left_out
+        unplaced = replace(resolved.unplaced, left_out=left_out)
+        resolved = replace(resolved, unplaced=unplaced, became=codes.became(resolved.became))
+    tokenizer = open_tokenizer(str(folder) if is_gguf(source) else source)
+    if resolved.unplaced.message is not None:
+        notify(resolved.unplaced.message)
+    plain_outputs(resolved.model)
+    return LazyModel(
+        source,
+        folder,
+        resolved.model,
+        tokenizer,
+        resolved.weights,
+        dtypes={name: tensor.dtype for name, tensor in resolved.weights.items()},
+        release=files.release,
+        config={key: value for key, value in config_to_write(folder, resolved.model).items() if key in found.settings},
+        experts=resolved.experts,
+        files=found.paths,
+        listed=found.listed,
+        unplaced=resolved.unplaced,
+        became=resolved.became,
+        taken_apart=resolved.taken_apart,
+        bits=_bits(resolved, found.bits),
+        converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
+        stored_as=None if codes is None else codes.form,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a source holds, before codes are dequantized."""
+
+    folder: Path
+    """holds config and tokenizer"""
+    paths: list[Path]
+    """the files of the weights"""
+    settings: set[str]
+    """the keys of the config that are written with a checkpoint"""
+    files: FileTensors
+    """the tensors of the files"""
+    listed: dict[str, str]
+    """dtype and shape of each, by its name"""
+    codes: Dequantized | None
+    """what replaces the tensors of the files; None: they are weights"""
+    bits: dict[str, float] = field(default_factory=dict)
+    """of an element of each tensor of a GGUF file, by its name there"""
+
+
+def _open_folder(source: str, scratch: Path | None, notify: Notify) -> _Found:
+    """What a folder or a name on the hub holds; see `open_lazy`."""
     config = read_config(source)
     about = quantization_of(config, source)
-    coded = about.get("quant_method") in READERS
+    coded = str(about.get("quant_method")) in READERS
     others = {key: value for key, value in config.items() if not coded or key != "quantization_config"}
     refuse_quantized(others, source)
     refuse_foreign_code(config, source)
@@ -216,41 +284,26 @@ def open_lazy(source: str, scratch: Path | None, notify: Notify) -> LazyModel:
         raise ModelError(
             f"a weight file of {source} cannot be used ({error}); if it is damaged or cut short, download it again"
         ) from error
-    listed = _listed(files)
     codes = read_codes(source, config, about, files) if coded else None
-    if codes is not None:
-        files = _dequantized(codes, scratch, identity(paths))
-        notify(
-            f"the weights of {source} are already rounded ({codes.form}): they are dequantized to "
-            f"{str(codes.dtype).removeprefix('torch.')}, and a compressed model cannot be closer to the original than these"
-        )
-    resolved = resolve_parameters(source, folder, files)
-    if codes is not None:
-        left_out = resolved.unplaced.left_out | codes.left_out
-        unplaced = replace(resolved.unplaced, left_out=left_out)
-        resolved = replace(resolved, unplaced=unplaced, became=codes.became(resolved.became))
-    tokenizer = open_tokenizer(source)
-    if resolved.unplaced.message is not None:
-        notify(resolved.unplaced.message)
-    plain_outputs(resolved.model)
-    return LazyModel(
-        source,
-        folder,
-        resolved.model,
-        tokenizer,
-        resolved.weights,
-        dtypes={name: tensor.dtype for name, tensor in resolved.weights.items()},
-        release=files.release,
-        config={key: value for key, value in config_to_write(folder, resolved.model).items() if key in others},
-        experts=resolved.experts,
-        files=paths,
-        listed=listed,
-        unplaced=resolved.unplaced,
-        became=resolved.became,
-        taken_apart=resolved.taken_apart,
-        converted=() if scratch is None else tuple(sorted(scratch.glob("*.safetensors"))),
-        stored_as=None if codes is None else codes.form,
-    )
+    return _Found(folder, paths, set(others), files, _listed(files), codes)
+
+
+def _open_gguf(source: str, scratch: Path | None) -> _Found:
+    """What a GGUF file holds; config and tokenizer are written to a folder in `scratch`."""
+    assert scratch is not None, "a GGUF file's config and tokenizer are written to a folder"
+    gguf, folder = open_gguf(source), scratch / "gguf"
+    write_folder(gguf, folder)
+    mapped = gguf.mapped()
+    files = FileTensors(mapped.tensors, {}, mapped.release, _in_memory)
+    codes = read_gguf(gguf, folder, files)
+    listed, bits = described_types(gguf.tensors.values()), {name: tensor.bits for name, tensor in gguf.tensors.items()}
+    return _Found(folder, gguf.paths, set(config_of(gguf)), files, listed, codes, bits)
+
+
+def _bits(resolved: ResolvedModel, of_files: Mapping[str, float]) -> dict[str, float]:
+    """The bits of an element of every tensor by name; `of_files` has those of tensors of the files, where they are counted."""
+    own = {name: of_files[tensor] for tensor, names in resolved.became.items() if tensor in of_files for name in names}
+    return {name: own.get(name, 8.0 * tensor.dtype.itemsize) for name, tensor in resolved.weights.items()}
 
 
 def _listed(files: FileTensors) -> dict[str, str]:

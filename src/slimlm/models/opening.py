@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 from slimlm.core.errors import ModelError, first_line, is_out_of_memory
 from slimlm.hub import can_be_model, unreachable
 from slimlm.models.beside import BELONGING
+from slimlm.models.gguf_config import config_of
+from slimlm.models.gguf_header import is_gguf, open_gguf
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,12 +35,14 @@ def read_config(source: str) -> dict[str, Any]:
     """A model's config, unchanged from its file.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: a folder, or a name on the hub; of a GGUF file, or a folder of its own, the config that its header describes.
 
     Raises:
         ModelError: there is no config, or it is damaged.
     """
     folder = Path(source)
+    if is_gguf(source):
+        return config_of(open_gguf(source))
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
@@ -51,7 +55,7 @@ def read_config(source: str) -> dict[str, Any]:
             raise ModelError(f"{path} holds no JSON object; the download may be damaged")
         return config
     if folder.is_file():
-        raise ModelError(f"{source} is a file; {_of_file(folder)}")
+        raise ModelError(f"{source} is a file; give the folder that holds a model's config.json and weights, or a .gguf file")
     if folder.exists() or source.startswith((".", "/", "~")):
         raise ModelError(f"no model folder at {source}")
     if not can_be_model(source):
@@ -71,26 +75,10 @@ def read_config(source: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _of_file(path: Path) -> str:
-    """What would work in place of a file."""
-    if path.suffix == ".gguf":
-        return _GGUF
-    return "give the folder that holds a model's config.json and weights"
-
-
-_GGUF = (
-    "slimlm does not read GGUF files, whose weights are mostly quantized already. Give the folder of the original model; where "
-    "there is none, transformers can write one from a GGUF file: AutoModelForCausalLM.from_pretrained(folder, "
-    "gguf_file=name).save_pretrained(new), and the same for AutoTokenizer"
-)
-
-
 def _without_config(folder: Path) -> str:
     """What a folder without config.json holds instead, and what would work."""
     if (folder / ADAPTER_CONFIG).is_file():
         return f": it holds an adapter{_base_of(folder)} and no model. {_MERGE}"
-    if any(folder.glob("*.gguf")):
-        return f": it holds a GGUF file; {_GGUF}"
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         return f"; there is one in its folder {inner[0]}: give {folder / inner[0]}"

@@ -28,7 +28,6 @@ from slimlm.evaluation.stored_model import LastOutputs, StoredModel
 from slimlm.events import Event, Observer
 from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
-from slimlm.models.files import weight_files
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.structure import blocks_of, context_length, vocabulary_size
 from slimlm.planner.options import Budget
@@ -120,9 +119,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     run.progress(Event("open the model", 0, 1))
     dense = open_lazy(config.model, run.journal.folder / "original", run.notify)
     blocks = blocks_of(dense.model)
-    files = weight_files(dense.folder)
-    make_room(_most_files(dense, len(files), len(blocks)))
-    match_run(config.identity(files, dense.config, device), run)
+    make_room(_most_files(dense, len(dense.files), len(blocks)))
+    match_run(config.identity(dense.files, dense.config, device), run)
     with dense.outer_tensors_filled(blocks):
         embeddings = planned_embeddings(dense, recipe)
     skipped = refuse_early(dense, blocks, recipe, planning=config.planned)

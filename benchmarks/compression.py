@@ -1,11 +1,12 @@
 """Where the time of a compression goes: per layer and per stage, and the arithmetic that each stage cannot do without.
 
     python benchmarks/compression.py [--recipe slim] [--width 2048] [--blocks 3] [--tokens 4096] [--label after]
+    python benchmarks/compression.py --model FOLDER --data TEXT [--recipe slim] [--tokens 16384] [--label after]
 
-Makes a Llama of random weights (width x 2.75 inside, as TinyLlama) in a temporary folder, compresses it on random tokens with
-the real `slimlm.compress`, and times the stages of that run, each without the stages inside it: the sections that
-slimlm.core.profiling announces. Clocks are the process's CPU time on one thread; other work slows memory and shared cores,
-so ratios within one run are what counts.
+Compresses a model and a text that are given, or makes a Llama of random weights (width x 2.75 inside, as TinyLlama) in a
+temporary folder and random tokens, with the real `slimlm.compress`, and times the stages of that run, each without the stages
+inside it: the sections that slimlm.core.profiling announces. Clocks are the process's CPU time on one thread; other work slows
+memory and shared cores, so ratios within one run are what counts.
 
 A stage's floor is the floating-point operations that its algorithm needs (the formulas stand in `FLOORS`; a symmetric product
 counts half) at the rate of a matrix product of that dtype, measured in the same process before and after; work on elements,
@@ -16,6 +17,8 @@ benchmarks/results/compression-WIDTH-RECIPE-LABEL.json.
 import argparse
 import json
 import platform
+import shlex
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -156,7 +159,7 @@ def of_weight(count: float) -> Callable[..., Work]:
 
 
 def of_forward(block_run: capture.BlockRun, _: int, hidden: Tensor) -> Work:
-    """Every layer's product and the attention; a run that a hook ends early is counted as far as it goes."""
+    """Every layer's product and the attention, of a whole pass: one that ends early, or replays what was kept, takes less."""
     windows, length, width = hidden.shape
     tokens = windows * length
     weights = sum(
@@ -280,22 +283,31 @@ def make_text(path: Path, tokens: int) -> None:
     path.write_text(" ".join(f"w{i}" for i in steps.tolist()))
 
 
-def run(recipe: str, width: int, blocks: int, tokens: int) -> dict[str, Any]:
+def given_or_made(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path, str]:
+    """The model and the text that were named, or random ones; and what they are."""
+    if arguments.model is not None:
+        return arguments.model, arguments.data, arguments.model.name
+    parameters = make_model(folder / "model", width=arguments.width, blocks=arguments.blocks)
+    make_text(folder / "text.txt", 2 * arguments.tokens)
+    about = f"random Llama, {parameters / 1e6:.0f} M parameters, {arguments.blocks} blocks of width {arguments.width}"
+    return folder / "model", folder / "text.txt", about
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """One compression, watched."""
     rates = [(rate_of(torch.float32), rate_of(torch.float64), copy_rate())]
     clock = Clock()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        parameters = make_model(folder / "model", width=width, blocks=blocks)
-        make_text(folder / "text.txt", 2 * tokens)
+        model, text, about = given_or_made(arguments, folder)
         with profiling(clock):
             clock.start()
             result = slimlm.compress(
-                folder / "model",
+                model,
                 folder / "out",
-                recipe=recipe,
-                data=str(folder / "text.txt"),
-                samples=tokens // 512,
+                recipe=arguments.recipe,
+                data=str(text),
+                samples=arguments.tokens // 512,
                 length=512,
                 device="cpu",
             )
@@ -307,8 +319,8 @@ def run(recipe: str, width: int, blocks: int, tokens: int) -> dict[str, Any]:
         floor = sum(w.single / single + w.double / double + w.bytes / copied for w in clock.work[stage])
         rows.append({"stage": stage, "calls": clock.calls[stage], "seconds": seconds, "floor": floor})
     return {
-        "command": f"benchmarks/compression.py --recipe {recipe} --width {width} --blocks {blocks} --tokens {tokens}",
-        "model": f"random Llama, {parameters / 1e6:.0f} M parameters, {blocks} blocks of width {width}",
+        "command": f"benchmarks/compression.py {shlex.join(sys.argv[1:])}",
+        "model": about,
         "machine": f"{platform.machine()}, 1 thread, CPU time; products {single / 1e9:.0f} GFLOP/s in float32, "
         f"{double / 1e9:.0f} in float64, copies {copied / 1e9:.0f} GB/s",
         "rates": rates,
@@ -326,12 +338,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--label", default="after")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = run(arguments.recipe, arguments.width, arguments.blocks, arguments.tokens)
+    if (arguments.model is None) != (arguments.data is None):
+        parser.error("--model and --data go together")
+    result = run(arguments)
     RESULTS.mkdir(exist_ok=True)
-    name = f"compression-{arguments.width}-{arguments.recipe}-{arguments.label}.json"
+    which = arguments.width if arguments.model is None else arguments.model.name
+    name = f"compression-{which}-{Path(arguments.recipe).stem}-{arguments.label}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
     shown = [
         (

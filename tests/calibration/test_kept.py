@@ -281,7 +281,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-ONE_ROUND = {"joint": "alternation", "bits": 4, "group_size": 32, "pattern": "2:4", "rank": 4, "adapter_bits": 4}
+ONE_ROUND = {"joint": "alternation", "bits": 4, "group_size": 32, "pattern": "2:4", "rank": 0.1, "adapter_bits": 4}
 RECIPES: dict[str, str | dict[str, Any]] = {
     "slim": "slim",
     "gptq": "gptq",

@@ -145,7 +145,8 @@ def test_a_run_takes_no_more_disk_than_was_said(
     slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **OPTIONS)
     needs = needs_of(llama_folder, "absmax", samples=4)
     headers = 3 * 200 * len(needs.dense.weights)
-    assert needs.disk_bytes <= most + needs.activations_bytes and most <= needs.disk_bytes + headers
+    # The text may have less to hold back than is counted.
+    assert needs.disk_bytes <= most + needs.activations_bytes + needs.held_back_bytes and most <= needs.disk_bytes + headers
 
 
 def test_compress_refuses_what_cannot_fit_and_leaves_nothing(

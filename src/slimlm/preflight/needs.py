@@ -13,6 +13,7 @@ from torch import nn
 
 from slimlm.calibration.calls import MOST_KEPT, BlockArguments, call_of, explaining_failures
 from slimlm.calibration.capture import BlockInputs, BlockRun, batches_of
+from slimlm.calibration.samples import HELD_BACK_TOKENS
 from slimlm.calibration.stages import stages_of
 from slimlm.core.parts.uniform import UniformEntry
 from slimlm.core.statistics.base import Sizes, Source, Statistic
@@ -313,6 +314,11 @@ class RunNeeds:
         return self.tokens * self.width * 4 * self.streams
 
     @property
+    def held_back_bytes(self) -> int:
+        """The most bytes, in the journal, of windows that are held back and the original model's outputs for them."""
+        return HELD_BACK_TOKENS * (4 * self.width + torch.int64.itemsize)
+
+    @property
     def disk_bytes(self) -> int:
         """The most bytes of output and journal: while the last block is stored, or while the checkpoint is written.
 
@@ -321,7 +327,7 @@ class RunNeeds:
         spilled = 0 if self.recipe.block_reconstruction is None else self.tokens * self.width * 4
         block = self.blocks_bytes + 2 * self.activations_bytes + spilled
         written = self.blocks_bytes + self.activations_bytes + self.embeddings_bytes + self.stored_bytes
-        return max(block, written) + self.dense.converted_bytes
+        return max(block, written) + self.held_back_bytes + self.dense.converted_bytes
 
 
 def folder_bytes(folder: Path) -> int:

@@ -193,7 +193,7 @@ def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
     """Scales as a tensor that multiplies a weight.
 
     Args:
-        scale: `[rows, groups]`, any float dtype.
+        scale: `[rows, groups]`, numbers of any dtype.
         width: inputs of the weight.
         group_size: how many weights share a scale.
 
@@ -206,19 +206,22 @@ def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
     return scale.float().repeat_interleave(group_size, dim=1)[:, :width]
 
 
-def dense(codes: Tensor, scale: Tensor, group_size: GroupSize) -> Tensor:
-    """The matrix that codes (or grid values) stand for under scales.
+def dense(codes: Tensor, scale: Tensor, group_size: GroupSize, zero: Tensor | None = None) -> Tensor:
+    """The matrix (codes - zero) x scale that codes (or grid values) stand for.
 
     Args:
         codes: `[out, in]`, integers or float32.
         scale: `[rows, groups]`, see `scale_shape`.
         group_size: how many weights share a scale.
+        zero: of the shape of `scale`, the code that stands for zero; None: 0 everywhere.
 
     Returns:
         float32 `[out, in]`.
     """
     values = codes.float() if codes.dtype != torch.float32 else codes.clone()
     out, width = values.shape
+    if zero is not None:
+        values -= spread(zero, width, group_size)
     if scale.shape[1] > 1 and isinstance(group_size, int) and width % group_size == 0:
         return values.view(out, -1, group_size).mul_(scale.float()[..., None]).view(out, width)
     return values.mul_(spread(scale, width, group_size))

@@ -310,7 +310,7 @@ def test_scales_that_start_from_earlier_ones_stay_near_them() -> None:
     weight, covariance, order = draw(6, 40), covariance_of(40), by_input(40, 16)
     inverse = inverse_of(covariance, damp=0.01)
     first = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4))
-    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first.scale)
+    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first)
     assert first.scale is not None and again.scale is not None
     ratio = again.scale / first.scale
     assert float(ratio.min()) > 0.8 and float(ratio.max()) < 1.25  # 12 % either way, and the least squares after
@@ -323,7 +323,7 @@ def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
     assert order.sizes == [8, 16, 16]
     inverse = inverse_of(covariance[order.inputs][:, order.inputs], damp=0.01)
     first = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4))
-    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first.scale)
+    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first)
     assert first.scale is not None and again.scale is not None
     assert first.scale.abs().argsort(dim=1).tolist() == [[0, 1, 2]] * 6
     assert float((again.scale / first.scale - 1).abs().max()) < 0.25  # 12 % either way, and the least squares after

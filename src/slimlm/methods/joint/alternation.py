@@ -338,7 +338,7 @@ class _Search:
         assert self.inverse is not None
         if self.grid is None:
             return unrounded_sweep(reference, self.inverse, self.order, pattern=pattern, mask=self.given_mask)
-        start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
+        start = None if number < _FRESH_SWEEPS else self.base
         swept = rounded_sweep(
             reference,
             self.inverse,

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { SLIMLM_ABI = 5, SLIMLM_LAYOUT = 2 };
+enum { SLIMLM_ABI = 6, SLIMLM_LAYOUT = 2 };
 
 enum SlimlmError {
     SLIMLM_OK = 0,

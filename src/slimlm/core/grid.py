@@ -136,9 +136,7 @@ class Grid:
         """
         return self.round_with(weight, scale, reciprocal(scale), zero)
 
-    def round_with(
-        self, weight: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def round_with(self, weight: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `round` (e.g. of `[out]`), given `inverse = reciprocal(scale)`, too, for scales that are used often."""
         if zero is not None:
             index = (weight * inverse).round_().add_(zero).clamp_(0, len(self.values) - 1)

@@ -316,6 +316,19 @@ def test_scales_that_start_from_earlier_ones_stay_near_them() -> None:
     assert float(ratio.min()) > 0.8 and float(ratio.max()) < 1.25  # 12 % either way, and the least squares after
 
 
+def test_zeros_that_start_from_earlier_ones_leave_no_more() -> None:
+    # Without correlations a group's weights are the same in both sweeps, and so is what each costs.
+    weight, covariance = draw(6, 40) + 1, torch.diag(draw(40, seed=4).exp())
+    grid, order = Grid.of_bits(3, zeros=True), order_of(covariance.diagonal(), group_size=16, pattern=None)
+    inverse = inverse_of(covariance[order.inputs][:, order.inputs], damp=0)
+    first = rounded_sweep(weight, inverse, order, grid=grid)
+    again = rounded_sweep(weight, inverse, order, grid=grid, start=first)
+    assert first.zero is not None and again.zero is not None
+    assert float((again.zero - first.zero).abs().max()) <= 1
+    assert loss(weight, again.value, covariance) <= (1 + 1e-3) * loss(weight, first.value, covariance)  # scales are float16
+    torch.testing.assert_close(again.part(16).dense(), again.value, rtol=1e-6, atol=0)
+
+
 def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
     weight = draw(6, 40) * torch.tensor([1.0, 100.0, 10000.0]).repeat_interleave(16)[:40]
     covariance = torch.diag(torch.tensor([2.0, 1.0, 3.0]).repeat_interleave(16)[:40])

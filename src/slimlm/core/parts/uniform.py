@@ -88,9 +88,7 @@ class UniformEntry(ElementwiseEntry):
 
     def kernel_layout(self) -> MatrixLayout:
         """Signed integers under scales, and zeros where there are any."""
-        return MatrixLayout(
-            "integers", self.bits, group_size=self.group_size, channel_scale=self.channel_scale, zero=self.zero
-        )
+        return MatrixLayout("integers", self.bits, group_size=self.group_size, channel_scale=self.channel_scale, zero=self.zero)
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,10 @@ def affine_scale(points: Tensor, weights: Tensor, *, bits: int, coarse: int = 24
 
 
 @profiled("scale search")
-def nearby_affine_scale(
-    points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, *, bits: int
-) -> tuple[Tensor, Tensor]:
-    """A scale and a zero no worse than earlier ones: the best of seven scales within 12 % and the zeros next to the earlier one,
-    then least squares for that one's codes.
+def nearby_affine_scale(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """A scale and a zero no worse than earlier ones: the best near them, then least squares for that one's codes.
+
+    Seven scales within 12 % of the earlier one are tried, each with the earlier zero and those next to it.
 
     Args:
         points: `[sets, size]`.

@@ -110,8 +110,8 @@ class InputGroups:
     """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
 
     The search multiplies each squared error by what it costs at that point of the sweep, and starts from an earlier scale
-    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one), `zero` of the same shape where the
-    grid has zeros, and `index` `[in, out]`.
+    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one), `zero` of the same shape where
+    the grid has zeros, and `index` `[in, out]`.
 
     Args:
         grid: the values that codes stand for.
@@ -297,9 +297,7 @@ class Swept:
         return part_of(self.index, self.scale, self.grid, group_size, self.zero)
 
 
-def part_of(
-    index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize, zero: Tensor | None = None
-) -> Uniform | Codebook:
+def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize, zero: Tensor | None = None) -> Uniform | Codebook:
     """The part of grid values under scales.
 
     Args:

@@ -108,8 +108,8 @@ def _unpacked(
         kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
             words, scale, _or(zero, words), _or(codebook, words), out, rows, _plane(words), out.stride(0),
             scale.stride(0) if tail_group else 0, max(1, tail_group),
-            sparse=words.ndim == 4, has_codebook=codebook is not None, has_zero=zero is not None, tail=tail_group > 0, tile=ROWS,
-            scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
+            sparse=words.ndim == 4, has_codebook=codebook is not None, has_zero=zero is not None, tail=tail_group > 0,
+            tile=ROWS, scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=8 if dtype == torch.float32 else 4,
         )  # fmt: skip
     return out[:, :width]

@@ -394,8 +394,8 @@ def _repeated(tile, times: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
     words, scale, zero, codebook, out, rows, padded, out_stride, scale_stride, scale_group,
-    sparse: tl.constexpr, has_codebook: tl.constexpr, has_zero: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
-    tile: tl.constexpr,
+    sparse: tl.constexpr, has_codebook: tl.constexpr, has_zero: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
+    tail: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """The matrix that a packed weight stands for, in the dtype of `out`; 256 (2:4) or 64 inputs of `tile` rows a program.
 

@@ -80,7 +80,7 @@ def steps_of(size: int) -> dict[str, tuple[Callable[[], Any], float]]:
             cube / 2,
         ),
         "both, scales from the sweep before": (
-            lambda: rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern, start=base.scale),
+            lambda: rounded_sweep(weight, inverse, order, grid=grid, pattern=pattern, start=base),
             cube / 2,
         ),
         "base descent, 2:4": (lambda: descend_base(weight, covariance, base, group_size=32, pattern=pattern), 2 * cube),

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { SLIMLM_ABI = 4, SLIMLM_LAYOUT = 1 };
+enum { SLIMLM_ABI = 6, SLIMLM_LAYOUT = 2 };
 
 enum SlimlmError {
     SLIMLM_OK = 0,
@@ -56,6 +56,8 @@ typedef struct SlimlmMatrix {
     int64_t group;                // inputs that share a scale; 0: the whole row or matrix
     const uint16_t* levels;       // the codebook, float16 [2^bits]; NULL: codes are numbers
     const uint16_t* input_scale;  // the channel scale, float16 [columns]; NULL: ones
+    const uint8_t* zero;          // the code that stands for zero under each scale, in `bits` each, all in one stream of bits, for
+                                  // codes that are numbers; not under `transposed` or `two_of_four`. NULL: 2^(bits-1)
 } SlimlmMatrix;
 
 SLIMLM_API int slimlm_abi(void);

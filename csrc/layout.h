@@ -3,6 +3,7 @@
 // blob    = BlobHeader, offsets of its matrices, then the matrices, each on a multiple of 64 bytes.
 // coded   = MatrixHeader, tables, then tiles of 16 rows. A tile is 16 row multipliers (float32) and then, piece by piece,
 //           the piece's 16 scales (where scales are per group) and its quads.
+//           Where codes have zeros, 16 of them (float16, 2^(bits-1) subtracted) lie between the scales and the quads.
 // piece   = consecutive inputs that share a scale and a group of 128 activations; a multiple of 32 inputs (a scale group
 //           whose size is no multiple of 32 is filled up: `map` says which input is where).
 // quad    = four steps; a step is 4 weights of each of 16 rows, 64 bytes when decoded: byte 4 * row + i.
@@ -67,6 +68,8 @@ struct MatrixHeader {
     int32_t tiles;
     int32_t folds;    // 0: no fold
     int32_t fold_type;
+    int32_t zeros;    // whether each piece has zeros
+    int32_t unused;
     float unit_fast, unit_precise;
     int8_t fast[16], upper[16], lower[16];
     int64_t tile_bytes;
@@ -98,6 +101,8 @@ inline CodeFormat format_of(int bits) {
 inline int quads_of(int blocks, bool sparse) { return sparse ? blocks : 2 * blocks; }
 
 inline int scale_bytes(int kind) { return kind == kRowScale ? 0 : kind == kHalfPerPiece ? 2 * kRows : 4 * kRows; }
+
+inline int zero_bytes(const MatrixHeader& m) { return m.zeros ? 2 * kRows : 0; }
 
 template <class T>
 const T* at(const MatrixHeader* m, int64_t offset) {

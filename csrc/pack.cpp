@@ -153,6 +153,7 @@ int check(const SlimlmMatrix& m) {
         return m.values_bytes == m.rows * m.columns * size_of(m.type) ? SLIMLM_OK : SLIMLM_WRONG_SIZE;
     }
     if (m.levels && m.bits > 4) return SLIMLM_BAD_ARGUMENT;
+    if (m.zero && (m.levels || m.transposed || m.two_of_four)) return SLIMLM_BAD_ARGUMENT;
     if (m.scale_type != SLIMLM_F32 && m.scale_type != SLIMLM_F16) return SLIMLM_BAD_ARGUMENT;
     if (m.group < 0 || (m.transposed && (m.keep || m.two_of_four || m.input_scale))) return SLIMLM_BAD_ARGUMENT;
     if (m.two_of_four && (m.columns % 4 || (m.scale_columns > 1 && m.group % 4))) return SLIMLM_BAD_ARGUMENT;
@@ -167,6 +168,13 @@ int check(const SlimlmMatrix& m) {
 
 float scale_at(const SlimlmMatrix& m, int64_t row, int64_t group) {
     return value_of(m.scale, m.scale_type, (m.scale_rows == 1 ? 0 : row) * m.scale_columns + group);
+}
+
+int zero_at(const SlimlmMatrix& m, int64_t row, int64_t group) {
+    const int64_t bit = ((m.scale_rows == 1 ? 0 : row) * m.scale_columns + group) * m.bits;
+    unsigned word = m.zero[bit >> 3];
+    if ((bit & 7) + m.bits > 8) word |= unsigned(m.zero[(bit >> 3) + 1]) << 8;
+    return int(word >> (bit & 7) & ((1u << m.bits) - 1));
 }
 
 void plan_columns(const SlimlmMatrix& m, int64_t columns, Plan& plan) {
@@ -203,7 +211,7 @@ void plan_columns(const SlimlmMatrix& m, int64_t columns, Plan& plan) {
     const CodeFormat format = format_of(m.bits);
     head.tile_bytes = 4 * kRows;
     for (const Piece& piece : plan.pieces)
-        head.tile_bytes += scale_bytes(head.scale_kind) + quads_of(piece.blocks, head.sparse) * format.quad_bytes(head.sparse);
+        head.tile_bytes += scale_bytes(head.scale_kind) + zero_bytes(head) + quads_of(piece.blocks, head.sparse) * format.quad_bytes(head.sparse);
     head.tile_bytes = aligned(head.tile_bytes);
 }
 
@@ -260,6 +268,7 @@ Plan plan_of(const SlimlmMatrix& m) {
         head.kind = kCoded;
         head.sparse = m.two_of_four;
         head.codebook = m.levels != nullptr;
+        head.zeros = m.zero != nullptr;
         plan_columns(m, head.columns, plan);
         plan_rows(m, head.rows, plan);
     }
@@ -365,6 +374,7 @@ int pack_coded(const SlimlmMatrix& m, Plan& plan, uint8_t* to) {
     std::vector<uint8_t> code(width), keep(width);
     std::vector<int16_t> placed(padded);
     std::vector<int64_t> counts(256);
+    const int64_t group = m.scale_columns > 1 ? m.group : std::max<int64_t>(1, head.columns);
     // Filling meets activations of zero, so any code serves there.
     const int zero = source.zero, filling = std::max(zero, 0);
     for (int t = 0; t < head.tiles; ++t) {
@@ -386,8 +396,10 @@ int pack_coded(const SlimlmMatrix& m, Plan& plan, uint8_t* to) {
                 if (p % 4 == 0) kept_in_four = 0;
                 if (outside)
                     placed[p] = int16_t(head.sparse && kept_in_four >= 2 ? -1 : filling);
+                else if (keep[size_t(c)])
+                    placed[p] = int16_t(code[size_t(c)]);
                 else
-                    placed[p] = int16_t(keep[size_t(c)] ? code[size_t(c)] : -1);
+                    placed[p] = int16_t(m.zero ? zero_at(m, row, c / group) : -1);
                 kept_in_four += placed[p] >= 0;
             }
             row_scale[lane] = !real ? 0 : head.folds || head.scale_kind != kRowScale ? 1 : scale_at(m, row, 0);
@@ -400,6 +412,11 @@ int pack_coded(const SlimlmMatrix& m, Plan& plan, uint8_t* to) {
                 if (head.scale_kind == kFloatPerPiece)
                     reinterpret_cast<float*>(at)[lane] = real ? scale_at(m, row, piece.group) : 0;
                 at += scale_bytes(head.scale_kind);
+                if (head.zeros) {
+                    const int shift = real ? zero_at(m, row, piece.group) - (1 << (m.bits - 1)) : 0;
+                    reinterpret_cast<uint16_t*>(at)[lane] = float_to_half(float(shift));
+                }
+                at += zero_bytes(head);
                 for (int q = 0; q < quads_of(piece.blocks, head.sparse); ++q) {
                     const int error = put_quad(at, head, format, zero, lane, next);
                     if (error) return error;
@@ -502,6 +519,8 @@ int unpack(const MatrixHeader* m, int precision, float* dense) {
                 if (head.scale_kind == kHalfPerPiece) scale *= half_to_float(reinterpret_cast<const uint16_t*>(next)[lane]);
                 if (head.scale_kind == kFloatPerPiece) scale *= reinterpret_cast<const float*>(next)[lane];
                 next += scale_bytes(head.scale_kind);
+                const int zero = head.zeros ? int(half_to_float(reinterpret_cast<const uint16_t*>(next)[lane])) : 0;
+                next += zero_bytes(head);
                 for (int q = 0; q < quads_of(pieces[p].blocks, head.sparse); ++q) {
                     int level[32] = {};
                     unpack_quad(next, head, format, level_of, lane, level);
@@ -509,7 +528,7 @@ int unpack(const MatrixHeader* m, int precision, float* dense) {
                     for (int i = 0; i < per_quad; ++i, ++place) {
                         const int64_t c = map ? map[place] : place;
                         if (c < 0 || c >= width) continue;
-                        float value = float(level[i]) * scale;
+                        float value = float(level[i] - zero) * scale;
                         if (head.folds) value *= value_of(at<uint8_t>(m, head.fold), head.fold_type, tile.fold * width + c);
                         row[c] = input_scale ? value * input_scale[c] : value;
                     }

@@ -319,10 +319,15 @@ struct Kernel {
         return V::to_float(V::subtract(total, V::splat_int(too_much)));
     }
 
-    // Sum of column b's activations over some blocks of 32, times the code that stands for zero.
-    static SLIMLM_INLINE int32_t too_much(const MatrixHeader* m, const Quantized& q, int64_t block, int blocks, int64_t b) {
+    // Sum of column b's activations over some blocks of 32.
+    static SLIMLM_INLINE uint32_t activations(const Quantized& q, int64_t block, int blocks, int64_t b) {
         const uint32_t* before = q.sums + block * q.filled() + b;
-        return int32_t((before[blocks * q.filled()] - before[0]) << (m->bits - 1));
+        return before[blocks * q.filled()] - before[0];
+    }
+
+    // The same times the code that stands for zero on a symmetric grid.
+    static SLIMLM_INLINE int32_t too_much(const MatrixHeader* m, const Quantized& q, int64_t block, int blocks, int64_t b) {
+        return int32_t(activations(q, block, blocks, b) << (m->bits - 1));
     }
 
     template <Mode kMode>
@@ -345,7 +350,7 @@ struct Kernel {
         const Tables tables(m, kMode);
         const auto* first = at<int32_t>(m, m->first_piece);
         const auto* pieces = at<Piece>(m, m->piece_list);
-        const int kind = m->scale_kind, scales = scale_bytes(kind);
+        const int kind = m->scale_kind, scales = scale_bytes(kind), zeros = zero_bytes(*m);
         const uint8_t* tile = at<uint8_t>(m, m->data) + t * m->tile_bytes;
         const uint8_t* data = tile + 4 * kRows;
         const int64_t to_lower = q.lower - q.upper;
@@ -366,7 +371,7 @@ struct Kernel {
                 for (int p = first[g]; p < first[g + 1]; ++p) {
                     Sums<kTogether, kWeights, kPlanes, kColumns> sums;
                     const uint8_t* own_scales = next;
-                    next += scales;
+                    next += scales + zeros;
                     const uint8_t* stop = next + quads_of(pieces[p].blocks, kSparse) * kQuadBytes;
                     for (; next != stop; next += kQuadBytes, from += kInputBytes) {
                         if (half == 0) {
@@ -379,10 +384,14 @@ struct Kernel {
 SLIMLM_UNROLL(4)
                     for (int h = 0; h < kTogether; ++h) {
                         const F scale = kind == kRowScale ? V::splat_float(1) : scale_of(kind, own_scales, half + h);
+                        F value[kColumns];
 SLIMLM_UNROLL(4)
                         for (int b = 0; b < kColumns; ++b)
-                            part[h][b] = V::fma(
-                                value_of_sums<kSparse, kMode>(sums, h, b, m, q, own_block, pieces[p].blocks), scale, part[h][b]);
+                            value[b] = value_of_sums<kSparse, kMode>(sums, h, b, m, q, own_block, pieces[p].blocks);
+                        if constexpr (as_codes(kSparse, kMode))
+                            if (zeros) take_zeros(own_scales + scales, half + h, q, own_block, pieces[p].blocks, value);
+SLIMLM_UNROLL(4)
+                        for (int b = 0; b < kColumns; ++b) part[h][b] = V::fma(value[b], scale, part[h][b]);
                     }
                     own_block += pieces[p].blocks;
                 }
@@ -434,6 +443,16 @@ SLIMLM_UNROLL(4)
             }
             return value;
         }
+    }
+
+    // Subtracts from the values of a piece its rows' zeros times the sums of its activations.
+    template <int kColumns>
+    static SLIMLM_INLINE void take_zeros(const uint8_t* zeros, int half, const Quantized& q, int64_t block, int blocks,
+                                         F (&value)[kColumns]) {
+        const F zero = V::load_half(reinterpret_cast<const uint16_t*>(zeros) + half * kLanes);
+SLIMLM_UNROLL(4)
+        for (int b = 0; b < kColumns; ++b)
+            value[b] = V::fma(zero, V::splat_float(-float(int32_t(activations(q, block, blocks, b)))), value[b]);
     }
 
     template <int kColumns>
@@ -516,6 +535,7 @@ SLIMLM_UNROLL(2)
         alignas(64) uint8_t weight[2][32][64];   // dense: at most 8 quads of 4 steps
         alignas(64) int32_t sums[2][4][kRows];   // of the weights, per piece
         alignas(64) float scale[4][kRows];
+        alignas(64) float zero[4][kRows];
     };
 
     template <bool kSparse, int kBits, Mode kMode>
@@ -532,6 +552,10 @@ SLIMLM_UNROLL(2)
                 V::store(to.scale[own] + half * kLanes,
                          m->scale_kind == kRowScale ? V::splat_float(1) : scale_of(m->scale_kind, data, half));
             data += scale_bytes(m->scale_kind);
+            if (m->zeros)
+                for (int half = 0; half < kHalves; ++half)
+                    V::store(to.zero[own] + half * kLanes, V::load_half(reinterpret_cast<const uint16_t*>(data) + half * kLanes));
+            data += zero_bytes(*m);
             I weights[kWeights][kHalves];
             for (int w = 0; w < kWeights; ++w)
                 for (int h = 0; h < kHalves; ++h) weights[w][h] = V::zero();
@@ -611,11 +635,14 @@ SLIMLM_UNROLL(8)
         const auto* pieces = at<Piece>(m, m->piece_list);
         const float* x_scale = q.scale + g * q.filled() + b0;
         alignas(64) int32_t too_much_of[kActivationGroup / kBlock][kMany];
+        alignas(64) float less_activations_of[kActivationGroup / kBlock][kMany];
         if constexpr (as_codes(kSparse, kMode)) {
             int64_t at_block = place_ / kBlock;
             for (int p = first[g]; p < first[g + 1]; at_block += pieces[p++].blocks)
-                for (int b = 0; b < kMany; ++b)
+                for (int b = 0; b < kMany; ++b) {
                     too_much_of[p - first[g]][b] = too_much(m, q, at_block, pieces[p].blocks, b0 + b);
+                    less_activations_of[p - first[g]][b] = -float(int32_t(activations(q, at_block, pieces[p].blocks, b0 + b)));
+                }
         }
         for (int half = 0; half < kHalves; ++half) {
             int64_t start = q.offset(b0, place_);
@@ -640,6 +667,9 @@ SLIMLM_UNROLL(8)
                         for (int w = 0; w < kWeights; ++w)
                             for (int x = 0; x < kPlanes; ++x) own[w][x] = sum[w][x][b];
                         value = joined_codes<kMode>(own, too_much_of[own_piece][b]);
+                        if (m->zeros)
+                            value = V::fma(V::load_float(decoded.zero[own_piece] + half * kLanes),
+                                           V::splat_float(less_activations_of[own_piece][b]), value);
                     } else {
                         value = joined<kMode, 0>(sum[0][0][b], sum[0][kPlanes - 1][b],
                                                  V::load_ints(decoded.sums[0][own_piece] + half * kLanes));

@@ -24,7 +24,7 @@ float uniform() { return float(random_bits()) / 2147483648.f - 1; }
 // A stored matrix of random bytes, with the memory that it points to.
 struct Stored {
     SlimlmMatrix matrix{};
-    std::vector<uint8_t> values, keep;
+    std::vector<uint8_t> values, keep, zero;
     std::vector<uint16_t> scale, levels, input_scale;
     std::vector<float> wide_scale, plain;
 
@@ -78,6 +78,12 @@ struct Stored {
         input_scale.resize(size_t(columns));
         for (uint16_t& s : input_scale) s = half();
         if (scaled) matrix.input_scale = input_scale.data();
+    }
+
+    void give_zeros() {
+        zero.resize(size_t((matrix.scale_rows * matrix.scale_columns * matrix.bits + 7) / 8));
+        for (uint8_t& byte : zero) byte = uint8_t(below(256));
+        matrix.zero = zero.data();
     }
 };
 
@@ -151,6 +157,7 @@ std::vector<Layer> layers() {
                         const bool float_scale = ++turn % 3 == 0, scaled = turn % 5 == 0 && !table;
                         layer.stored.emplace_back(
                             new Stored(shape[0], shape[1], false, bits, group, table, sparse, float_scale, scaled));
+                        if (turn % 2 && !table && !sparse) layer.stored.back()->give_zeros();
                         all.push_back(std::move(layer));
                     }
     for (int group : {0, 4, 20, 32, 128})

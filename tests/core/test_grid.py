@@ -46,6 +46,29 @@ def test_the_values_of_the_even_grid_are_its_codes(bits: int) -> None:
     assert torch.equal(grid.nearest(ratio), nearest_code(ratio, bits))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_with_zeros_the_value_is_the_nearest_that_the_zero_leaves(bits: int) -> None:  # law 2
+    grid, top = Grid.of_bits(bits, zeros=True), 2**bits - 1
+    weight, scale = 2 * draw(20, 50), 0.01 + draw(20, 50, seed=1).abs()
+    zero = torch.randint(0, top + 1, (20, 50), generator=torch.Generator().manual_seed(2)).float()
+    index, value = grid.round(weight, scale, zero)
+    every = (torch.arange(top + 1) - zero[..., None]) * scale[..., None]
+    assert torch.equal(value, every.gather(2, index.long()[..., None])[..., 0])
+    nearest = (every - weight[..., None]).abs().amin(dim=2)
+    torch.testing.assert_close((value - weight).abs(), nearest, rtol=1e-5, atol=1e-6)  # between two, rounding decides
+
+
+def test_zeros_in_the_middle_are_the_even_grid() -> None:
+    weight, scale = 2 * draw(500), torch.tensor(0.3)
+    even, middle = Grid.of_bits(4).round(weight, scale), Grid.of_bits(4, zeros=True).round(weight, scale, torch.tensor(8.0))
+    assert torch.equal(even[0], middle[0]) and torch.equal(even[1], middle[1])
+
+
+def test_a_centred_grid_by_hand() -> None:
+    assert Grid.centred(2).values.tolist() == [-1.5, -0.5, 0.5, 1.5]
+    assert Grid.centred(1).values.tolist() == [-0.5, 0.5] and not Grid.centred(1).even
+
+
 def test_the_size_and_extremes_of_a_codebook_by_hand() -> None:
     assert (CODEBOOK.bits, CODEBOOK.largest, CODEBOOK.largest_magnitude) == (3, 3.0, 4.0)
 

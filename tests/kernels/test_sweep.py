@@ -15,7 +15,7 @@ from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_in_order
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import OutputGroups, Swept, order_of, rounded_sweep, sweep, unrounded_sweep
+from slimlm.core.solvers.sweep import OutputGroups, Swept, activation_order, order_of, rounded_sweep, sweep, unrounded_sweep
 from slimlm.kernels import compression
 from slimlm.kernels import sweep as kernel
 from tests.conftest import needs_kernels
@@ -28,6 +28,8 @@ GRIDS = {
     "1-bit": Grid(torch.tensor([-1.0, 1.0]), False),
     "3-bit": Grid.of_bits(3),
     "8-bit": Grid.of_bits(8),
+    "2-bit, zeros": Grid.of_bits(2, zeros=True),
+    "4-bit, zeros": Grid.of_bits(4, zeros=True),
     "sixteen": SIXTEEN,
 }
 SHAPES = [(1, 8), (37, 200), (96, 128)]
@@ -119,6 +121,26 @@ def test_scales_of_every_input_are_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(found.value, law.value)
     assert found.index is not None and law.index is not None
     assert torch.equal(found.index, law.index)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("given", [False, True])
+def test_inputs_in_activation_order_are_decided_as_with_torch(
+    grid: Grid, group_size: GroupSize, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, covariance = problem((37, 200))
+    order = activation_order(covariance.diagonal(), group_size=group_size)
+    inverse = inverse_in_order(covariance, order.inputs, damp=0.01, cache=Cache())
+    mask = draw(37, 200, seed=9) > 0 if given else None
+
+    def run() -> Swept:
+        return rounded_sweep(weight, inverse, order, grid=grid, mask=mask)
+
+    found = run()
+    assert_alike(found, with_torch(monkeypatch, run), (37, 200), slack=0.03)
+    dense = found.part(group_size).dense()
+    torch.testing.assert_close(dense if mask is None else dense * mask, found.value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

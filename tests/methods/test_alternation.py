@@ -229,6 +229,32 @@ def test_over_four_bits_no_table_is_tried(bits: int) -> None:
     assert torch.equal(auto.parts().dense(), solved(bits=bits, codebook="none").parts().dense())
 
 
+@pytest.mark.parametrize("options", [{"pattern": ""}, {"pattern": 0.2}, {"pattern": "", "base": "project"}], ids=str)
+def test_with_zeros_groups_that_lie_off_zero_leave_less(options: dict[str, Any]) -> None:
+    weight = draw(16, 32, seed=5) + 2 * draw(16, 2, seed=6).repeat_interleave(16, dim=1).abs()
+    step = Alternation(**{"bits": 3, "group_size": 16, "rank": 0.0, "asymmetric": 0.0, "codebook": "none", **options})
+    symmetric = step(Layer.of("fc1", weight), STATS)
+    layer = replace(step, zero=True)(Layer.of("fc1", weight), STATS)
+    base = base_of(layer)
+    assert isinstance(base, Uniform) and base.zero is not None
+    assert bits_of(layer) == bits_of(symmetric) + -(-base.zero.numel() * 3 // 8) * 8
+    assert left(layer) < 0.8 * left(symmetric)
+
+
+@pytest.mark.parametrize("options", [{}, {"base": "project"}, {"pattern": 0.5, "group_size": "per-tensor"}], ids=str)
+def test_with_zeros_a_mask_keeps_what_it_says_and_drops_the_rest(options: dict[str, Any]) -> None:  # law 8
+    layer = solved(zero=True, **options)
+    base = base_of(layer)
+    assert isinstance(base, Uniform) and base.zero is not None and layer.mask is not None
+    assert int((layer.parts().base.dense()[~layer.mask] != 0).sum()) == 0
+    assert left(layer) <= 1.05 * left(solved(codebook="none", **options))
+
+
+def test_with_zeros_no_table_is_tried() -> None:
+    assert isinstance(base_of(solved(zero=True, codebook="auto")), Uniform)
+    assert not Alternation(zero=True).may_fit_codebook and Alternation().may_fit_codebook
+
+
 def test_two_bits_and_one_scale_for_all_work() -> None:
     stats, layer = stats_of(inputs(64)), layer_of(32, 64)
     joint = Alternation(bits=2, group_size="per-tensor", codebook="fitted", rank=0.1, asymmetric=0.0)(layer, stats)
@@ -381,6 +407,8 @@ def test_an_even_aim_needs_no_note() -> None:
         ({"codebook": "fitted", "rounds": 1}, 'codebook = "fitted", rounds = 1.*give two'),
         ({"codebook": "fitted", "bits": 5}, 'codebook = "fitted", bits = 5.*up to 4 bits; use "none"'),
         ({"codebook": "fitted", "bits": 16}, 'codebook = "fitted", bits = 16'),
+        ({"zero": True, "codebook": "fitted"}, 'zero = true, codebook = "fitted".*use codebook = "none" or "auto"'),
+        ({"zero": True, "bits": 16}, "zero = true, .*bits = 16.* 2 to 8 bits"),
         ({"asymmetric": -0.1}, "asymmetric = -0.1"),
         ({"asymmetric": float("nan")}, "asymmetric = nan"),
     ],

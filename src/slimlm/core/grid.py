@@ -1,6 +1,7 @@
 """Quantization grids: weight = grid value x scale.
 
-The even grid of b bits has the values -2^(b-1) to 2^(b-1) - 1, so that zero is exact; a codebook has any 2^b values.
+The even grid of b bits has the values -2^(b-1) to 2^(b-1) - 1, so that zero is exact; a codebook has any 2^b values. On an even
+grid a scale may come with a zero, the code that stands for zero: weight = (code - zero) x scale.
 
 One scale is shared by the whole matrix, a row, or a group of consecutive inputs of a row; the last group of a row is shorter
 where the width does not divide. The search for a scale (slimlm.core.solvers.scale_search) and the quantizers that use it
@@ -80,12 +81,19 @@ class Grid:
     """float32 `[2^bits]`, ascending"""
     even: bool
     """whether the values are the codes of the even grid"""
+    zeros: bool = False
+    """whether each scale comes with a zero, on an even grid"""
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of_bits(cls, bits: int) -> "Grid":
-        """The even grid of this many bits."""
-        return cls(torch.arange(-top_code(bits) - 1, top_code(bits) + 1).float(), True)
+    def of_bits(cls, bits: int, *, zeros: bool = False) -> "Grid":
+        """The even grid of this many bits; `zeros`: whether each scale comes with a zero."""
+        return cls(torch.arange(-top_code(bits) - 1, top_code(bits) + 1).float(), True, zeros)
+
+    @classmethod
+    def centred(cls, bits: int) -> "Grid":
+        """A codebook of evenly spaced values on both sides of zero, such as -1.5, -0.5, 0.5 and 1.5."""
+        return cls(torch.arange(2**bits) - (2**bits - 1) / 2, False)
 
     @property
     def bits(self) -> int:
@@ -114,21 +122,25 @@ class Grid:
             return (nearest_code(ratio, self.bits) - self.values[0]).long()
         return self._borders_below(ratio).long()
 
-    def round(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Round weights to the nearest multiples grid value x scale.
+    def round(self, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Round weights to the nearest multiples grid value x scale, or with zeros (index - zero) x scale.
 
         Args:
             weight: `[out, in]`, or of any other shape.
             scale: of a shape that broadcasts to that of `weight`; where it is zero the value is zero.
+            zero: likewise, the indices that stand for zero on an even grid with zeros; None: the grid has none.
 
         Returns:
             The index of the nearest grid value (an integer, or a float without a fraction) and the value that it stands for,
             float, both of the shape of `weight`.
         """
-        return self.round_with(weight, scale, reciprocal(scale))
+        return self.round_with(weight, scale, reciprocal(scale), zero)
 
-    def round_with(self, weight: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    def round_with(self, weight: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `round` (e.g. of `[out]`), given `inverse = reciprocal(scale)`, too, for scales that are used often."""
+        if zero is not None:
+            index = (weight * inverse).round_().add_(zero).clamp_(0, len(self.values) - 1)
+            return index, (index - zero) * scale
         if self.even:
             code = nearest_code(weight * inverse, self.bits)
             value = code * scale
@@ -193,7 +205,7 @@ def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
     """Scales as a tensor that multiplies a weight.
 
     Args:
-        scale: `[rows, groups]`, any float dtype.
+        scale: `[rows, groups]`, numbers of any dtype.
         width: inputs of the weight.
         group_size: how many weights share a scale.
 
@@ -206,19 +218,22 @@ def spread(scale: Tensor, width: int, group_size: GroupSize) -> Tensor:
     return scale.float().repeat_interleave(group_size, dim=1)[:, :width]
 
 
-def dense(codes: Tensor, scale: Tensor, group_size: GroupSize) -> Tensor:
-    """The matrix that codes (or grid values) stand for under scales.
+def dense(codes: Tensor, scale: Tensor, group_size: GroupSize, zero: Tensor | None = None) -> Tensor:
+    """The matrix (codes - zero) x scale that codes (or grid values) stand for.
 
     Args:
         codes: `[out, in]`, integers or float32.
         scale: `[rows, groups]`, see `scale_shape`.
         group_size: how many weights share a scale.
+        zero: of the shape of `scale`, the code that stands for zero; None: 0 everywhere.
 
     Returns:
         float32 `[out, in]`.
     """
     values = codes.float() if codes.dtype != torch.float32 else codes.clone()
     out, width = values.shape
+    if zero is not None:
+        values -= spread(zero, width, group_size)
     if scale.shape[1] > 1 and isinstance(group_size, int) and width % group_size == 0:
         return values.view(out, -1, group_size).mul_(scale.float()[..., None]).view(out, width)
     return values.mul_(spread(scale, width, group_size))

@@ -15,7 +15,7 @@ from typing import Any
 
 from slimlm.kernels import processor
 
-ABI = 4
+ABI = 6
 """The version of the functions' signatures; `slimlm_abi()` of a library that fits gives the same."""
 OVERRIDE = "SLIMLM_KERNEL_LIBRARY"
 NEEDS = {

@@ -131,8 +131,8 @@ def rows_layout(entries: PartEntries) -> MatrixLayout | Refusal:
     layout = entries.base.kernel_layout()
     if entries.added or not isinstance(layout, MatrixLayout) or layout.elements != "integers" or layout.mask is not None:
         return Refusal(f"it is one part of integer codes without a mask, not {entries.summary()}")
-    if layout.group_size == "per-tensor" or layout.channel_scale:
-        return Refusal("its scales are one per row or group, and none per input")
+    if layout.group_size == "per-tensor" or layout.channel_scale or layout.zero:
+        return Refusal("its scales are one per row or group, and none per input, without zeros")
     return layout
 
 

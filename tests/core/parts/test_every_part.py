@@ -39,11 +39,18 @@ def scales(shape: tuple[int, int], group_size: GroupSize) -> Tensor:
     return scale if scale.numel() == 1 else scale.half()
 
 
-def uniform(shape: tuple[int, int], bits: int, group_size: GroupSize, *, channels: bool = False) -> Uniform:
+def uniform(
+    shape: tuple[int, int], bits: int, group_size: GroupSize, *, channels: bool = False, zeros: bool = False
+) -> Uniform:
     generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator).to(torch.int8)
+
+    def drawn(sizes: tuple[int, int]) -> Tensor:
+        return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), sizes, generator=generator).to(torch.int8)
+
+    codes = drawn(shape)
     inputs = (draw(shape[1], seed=2).abs() + 0.5).half() if channels else None
-    return Uniform(codes, scales(shape, group_size), bits, group_size, inputs)
+    zero = drawn(scale_shape(shape, group_size)) if zeros else None
+    return Uniform(codes, scales(shape, group_size), bits, group_size, inputs, zero)
 
 
 def codebook(shape: tuple[int, int], bits: int, group_size: GroupSize) -> Codebook:
@@ -57,6 +64,7 @@ def elementwise(shape: tuple[int, int]) -> Iterator[Elementwise]:
         yield Plain(draw(*shape).to(dtype))
     for group_size in GROUPS:
         yield from (uniform(shape, bits, group_size, channels=bits == 3) for bits in (2, 3, 4, 8))
+        yield from (uniform(shape, bits, group_size, channels=bits == 4, zeros=True) for bits in (2, 3, 4, 8))
         yield from (codebook(shape, bits, group_size) for bits in (1, 3, 4))
 
 
@@ -162,6 +170,9 @@ def dense_of(operand: KernelOperand) -> Tensor:
     values = values.float()
     if layout.elements != "floats":
         assert operand.scale is not None
+        if layout.zero:
+            assert operand.zero is not None
+            values = values - spread(operand.zero, values.shape[1], layout.group_size)
         values = values * spread(operand.scale, values.shape[1], layout.group_size)
     if layout.channel_scale:
         assert operand.channel_scale is not None
@@ -182,7 +193,8 @@ def test_kernels_are_told_the_matrix_that_the_part_stands_for(part: Part) -> Non
     torch.testing.assert_close(dense_of(operand), part.dense(), rtol=1e-6, atol=0)
     if isinstance(operand, MatrixOperand):
         assert operand.layout == layout
-        held = {name for name in ("scale", "codebook", "channel_scale", "mask") if getattr(operand, name) is not None}
+        names = ("scale", "zero", "codebook", "channel_scale", "mask")
+        held = {name for name in names if getattr(operand, name) is not None}
         assert held | {""} == part.tensors().keys()
 
 
@@ -253,6 +265,14 @@ def test_bits_beyond_a_row_s_end_are_found() -> None:
     assert words == "weight has bits set beyond the end of 1 rows, the first of them 2"
 
 
+def test_bits_beyond_the_last_zero_are_found() -> None:
+    part = uniform((3, 5), 3, "per-channel", zeros=True)
+    tensors = part.tensors()
+    tensors["zero"][-1] |= 0b10
+    [words] = part.describe().check(tensors, part.shape, "weight")
+    assert words == "weight_zero has bits set beyond the end of 1 rows, the first of them 0"
+
+
 def test_a_mask_that_is_none_of_its_pattern_is_found_with_its_place() -> None:
     part = pruned(uniform((4, 8), 4, "per-channel"), "2:4")
     tensors = part.tensors()
@@ -316,6 +336,10 @@ def test_damage_of_a_factor_is_told_by_the_factor_s_name() -> None:
             "group_size is 'row'; .* \"per-channel\"",
         ),
         ({"kind": "uniform", "bits": 4, "group_size": 8}, "channel_scale is None, neither true nor false"),
+        (
+            {"kind": "uniform", "bits": 4, "group_size": 8, "channel_scale": False, "zero": 7},
+            "zero is 7, neither true nor false",
+        ),
         ({"kind": "codebook", "bits": 9, "group_size": 8}, "codebook has 1 to 8 bits, not 9"),
         ({"kind": "plain", "dtype": "int8"}, "dtype is 'int8'; it can be float16 or bfloat16 or float32 or float64"),
         ({"kind": "pruned", "pattern": 0.5, "inner": {"kind": "plain", "dtype": "float16"}}, "pattern is 0.5, not a text"),

@@ -12,7 +12,7 @@ from slimlm.core.mask import Pattern, choose
 from slimlm.core.parts.base import Part, parse_entry
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.low_rank import LowRank
-from slimlm.core.parts.pack import PartEntries, Parts
+from slimlm.core.parts.pack import LayerEntry, PartEntries, Parts, TensorEntry
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
@@ -106,6 +106,38 @@ def test_a_sum_of_parts_comes_back_bit_for_bit(rank: int, bits: int) -> None:  #
     # Outliers and an adapter of the same kind stand together, and neither takes the other's tensors.
     assert_comes_back(base, adapter, LowRank(factor(7), plain((rank, 12))))
     assert_comes_back(base, None, plain((7, 12)))
+
+
+def test_zeros_by_hand() -> None:
+    # Two rows of two groups of two inputs: 2-bit codes under scales 1 and 2 (row 0), 0.5 and 4 (row 1).
+    codes = torch.tensor([[-2, 1, 0, -1], [1, 1, -2, 0]], dtype=torch.int8)
+    scale = torch.tensor([[1, 2], [0.5, 4]]).half()
+    zero = torch.tensor([[-2, 1], [0, -1]], dtype=torch.int8)
+    part = Uniform(codes, scale, 2, 2, None, zero)
+    assert part.dense().tolist() == [[0, 3, -2, -4], [0.5, 0.5, -4, 4]]
+    # With 2 added the zeros are 0, 3, 2 and 1, two bits each, the first lowest: one byte, and so are the codes of a row.
+    tensors = part.tensors()
+    assert tensors["zero"].tolist() == [0b01_10_11_00]
+    assert part.storage_bits() == 8 * (2 * 1 + 4 * 2 + 1)
+    assert assert_comes_back(part).base.describe().to_json()["zero"] is True
+
+
+def test_a_symmetric_grid_is_stored_as_ever_and_is_that_of_zeros_in_the_middle() -> None:
+    part = uniform((7, 12), 3, 5)
+    middle = Uniform(part.codes, part.scale, 3, 5, None, torch.zeros_like(part.scale, dtype=torch.int8))
+    assert torch.equal(middle.dense(), part.dense())
+    assert set(part.describe().to_json()) == {"kind", "bits", "group_size", "channel_scale"}
+    assert {name: t for name, t in middle.tensors().items() if name != "zero"}.keys() == part.tensors().keys()
+    assert all(torch.equal(middle.tensors()[name], tensor) for name, tensor in part.tensors().items())
+
+
+def test_a_reader_that_knows_no_zeros_is_not_misled() -> None:
+    # Such a reader passes over the entry's field; the tensor that it does not expect is what stops it.
+    part = Parts(uniform((4, 8), 4, "per-channel"))
+    data = {name: TensorEntry.of(tensor) for name, tensor in part.tensors().items()}
+    data["weight_zero"] = TensorEntry(torch.uint8, (2,))
+    with pytest.raises(CheckpointError, match=r"its parts are stored in weight, weight_scale; it names .*weight_zero"):
+        LayerEntry(shape=(4, 8), bias=False, parts=part.describe(), tensors=data).check()
 
 
 def test_a_mask_lets_nothing_through() -> None:  # law 8

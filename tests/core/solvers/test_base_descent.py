@@ -34,7 +34,7 @@ def test_no_pass_raises_the_objective_and_codes_and_mask_stay_lawful(kind: str, 
     }
     for seed, group_size in enumerate(groups.get(pattern, [4, "per-tensor"])):
         weight, covariance = draw(12, 36, seed=seed), covariance_of(36, kind, seed=seed + 40)
-        grid = (Grid.of_bits(3), CODEBOOK)[seed % 2]
+        grid = (Grid.of_bits(3), CODEBOOK, Grid.of_bits(3, zeros=True))[seed % 3]
         found = started(weight, covariance, group_size, pattern, grid)
         losses = [loss(weight, dense_of(found, group_size), covariance)]
         for _ in range(2):
@@ -78,14 +78,17 @@ def gains_of_single_codes(weight: Tensor, covariance: Tensor, found: Swept) -> T
     """What the objective would fall by for each kept weight and each of its grid, in float64: `[grid, out, in]`."""
     assert found.scale is not None and found.grid is not None
     scale = spread(found.scale, weight.shape[1], 16).double()
-    change = found.grid.values.double()[:, None, None] * scale - found.value.double()
+    values = found.grid.values.double()[:, None, None]
+    if found.zero is not None:
+        values = torch.arange(len(values))[:, None, None] - spread(found.zero, weight.shape[1], 16).double()
+    change = values * scale - found.value.double()
     slope = (weight.double() - found.value.double()) @ covariance.double()
     gains = 2 * change * slope - change.square() * covariance.double().diagonal()
     return gains if found.mask is None else gains * found.mask
 
 
 @pytest.mark.parametrize("pattern", [None, 0.5])
-@pytest.mark.parametrize("grid", [Grid.of_bits(3), CODEBOOK])
+@pytest.mark.parametrize("grid", [Grid.of_bits(3), CODEBOOK, Grid.of_bits(3, zeros=True)])
 def test_at_convergence_no_single_code_would_do_better(grid: Grid, pattern: float | None) -> None:
     weight, covariance = draw(12, 36), covariance_of(36)
     base, _ = swept(weight, covariance, grid=grid, pattern=pattern)

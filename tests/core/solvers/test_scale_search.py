@@ -15,6 +15,7 @@ from slimlm.core.solvers.scale_search import (
     fitted_codebook,
     grid_error,
     least_squares_scale,
+    nearby_affine_scale,
     nearby_scale,
     signed_scale,
 )
@@ -431,3 +432,27 @@ def test_the_error_of_a_search_is_that_of_trying_every_grid_value(grid: Grid) ->
     found = grid_error(points, weights, torch.stack([scale, -scale], dim=1), grid)
     expected = torch.stack([error(points, weights, sign * scale, grid) for sign in (1, -1)], dim=1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)  # float32, differences of near numbers
+
+
+# Scales with zeros
+
+
+def affine_error(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    _, value = Grid.of_bits(bits, zeros=True).round(points, scale[:, None], zero[:, None])
+    return (weights * (value - points).square()).sum(dim=1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_scale_and_a_zero_near_earlier_ones_are_no_worse_and_near(bits: int) -> None:
+    points, weights = draw(50, 24) + 0.5, draw(50, 24, seed=1).square()
+    scale = 0.1 + 2 ** (2 - bits) * draw(50, seed=2).abs()
+    zero = torch.randint(0, 2**bits, (50,), generator=generator(3)).float()
+    found, middle = nearby_affine_scale(points, weights, scale, zero, bits=bits)
+    before, after = (affine_error(points, weights, *each, bits) for each in ((scale, zero), (found, middle)))
+    assert bool((after <= before * (1 + 1e-5)).all()) and float(after.sum()) < 0.9 * float(before.sum())
+    assert float((middle - zero).abs().max()) <= 1 and bool(((middle >= 0) & (middle < 2**bits)).all())
+
+
+def test_near_a_scale_of_zero_there_is_no_other() -> None:
+    found, middle = nearby_affine_scale(torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(1), torch.zeros(1), bits=3)
+    assert (float(found), float(middle)) == (0, 0)

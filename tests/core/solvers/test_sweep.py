@@ -310,10 +310,23 @@ def test_scales_that_start_from_earlier_ones_stay_near_them() -> None:
     weight, covariance, order = draw(6, 40), covariance_of(40), by_input(40, 16)
     inverse = inverse_of(covariance, damp=0.01)
     first = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4))
-    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first.scale)
+    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first)
     assert first.scale is not None and again.scale is not None
     ratio = again.scale / first.scale
     assert float(ratio.min()) > 0.8 and float(ratio.max()) < 1.25  # 12 % either way, and the least squares after
+
+
+def test_zeros_that_start_from_earlier_ones_leave_no_more() -> None:
+    # Without correlations a group's weights are the same in both sweeps, and so is what each costs.
+    weight, covariance = draw(6, 40) + 1, torch.diag(draw(40, seed=4).exp())
+    grid, order = Grid.of_bits(3, zeros=True), order_of(covariance.diagonal(), group_size=16, pattern=None)
+    inverse = inverse_of(covariance[order.inputs][:, order.inputs], damp=0)
+    first = rounded_sweep(weight, inverse, order, grid=grid)
+    again = rounded_sweep(weight, inverse, order, grid=grid, start=first)
+    assert first.zero is not None and again.zero is not None
+    assert float((again.zero - first.zero).abs().max()) <= 1
+    assert loss(weight, again.value, covariance) <= (1 + 1e-3) * loss(weight, first.value, covariance)  # scales are float16
+    torch.testing.assert_close(again.part(16).dense(), again.value, rtol=1e-6, atol=0)
 
 
 def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
@@ -323,7 +336,7 @@ def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
     assert order.sizes == [8, 16, 16]
     inverse = inverse_of(covariance[order.inputs][:, order.inputs], damp=0.01)
     first = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4))
-    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first.scale)
+    again = rounded_sweep(weight, inverse, order, grid=Grid.of_bits(4), start=first)
     assert first.scale is not None and again.scale is not None
     assert first.scale.abs().argsort(dim=1).tolist() == [[0, 1, 2]] * 6
     assert float((again.scale / first.scale - 1).abs().max()) < 0.25  # 12 % either way, and the least squares after

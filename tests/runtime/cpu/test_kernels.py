@@ -31,7 +31,7 @@ from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.inference.decode import native_decoder
 from slimlm.kernels import native
-from slimlm.runtime.backends.cpu import pack, pack_sum
+from slimlm.runtime.backends.cpu import pack, pack_sum, unfit
 from slimlm.runtime.cpu import bindings
 from slimlm.runtime.cpu.bindings import PackedProducts, Precision
 from slimlm.runtime.linear import CompressedLinear
@@ -56,12 +56,23 @@ def random_scale(shape: tuple[int, int], group: grid.GroupSize, dtype: torch.dty
 
 
 def uniform(
-    shape: tuple[int, int], bits: int, group_size: grid.GroupSize, dtype: torch.dtype = torch.float16, *, scaled: bool = False
+    shape: tuple[int, int],
+    bits: int,
+    group_size: grid.GroupSize,
+    dtype: torch.dtype = torch.float16,
+    *,
+    scaled: bool = False,
+    zeros: bool = False,
 ) -> Uniform:
-    """Codes of the whole range, the smallest included; `scaled` puts a factor on each input."""
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
+    """Codes of the whole range, the smallest included; `scaled` puts a factor on each input, `zeros` a zero on each scale."""
+
+    def drawn(sizes: tuple[int, int]) -> Tensor:
+        return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), sizes, dtype=torch.int8)
+
+    codes = drawn(shape)
     channel_scale = (torch.rand(shape[1]) + 0.5).half() if scaled else None
-    return Uniform(codes, random_scale(shape, group_size, dtype), bits, group_size, channel_scale)
+    zero = drawn(grid.scale_shape(shape, group_size)) if zeros else None
+    return Uniform(codes, random_scale(shape, group_size, dtype), bits, group_size, channel_scale, zero)
 
 
 def codebook(shape: tuple[int, int], bits: int, group_size: grid.GroupSize, *, zero: bool = False) -> Codebook:
@@ -138,6 +149,45 @@ def test_tables_of_levels_multiply_as_their_matrix(variant: str, bits: int, patt
         shape = SHAPES[(i + bits) % len(SHAPES)]
         base = codebook(shape, bits, group_size)
         assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group_size))
+
+
+@pytest.mark.parametrize("pattern", ["dense", "2:4", 0.4])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_with_zeros_multiply_as_their_matrix(variant: str, bits: int, pattern: str | float) -> None:
+    for i, group_size in enumerate(GROUPS):
+        shape = SHAPES[(i + bits) % len(SHAPES)]
+        dtype = torch.float32 if i % 3 == 0 else torch.float16
+        base = uniform(shape, bits, group_size, dtype, scaled=i % 4 == 0, zeros=True)
+        assert_law([base if pattern == "dense" else pruned(base, pattern)], (1, 3, 13), (shape, group_size))
+
+
+def test_zeros_in_the_middle_multiply_as_a_symmetric_grid_to_the_last_bit(variant: str) -> None:
+    base = uniform((33, 172), 4, 32)
+    middle = Uniform(base.codes, base.scale, 4, 32, None, torch.zeros_like(base.scale, dtype=torch.int8))
+    x = torch.randn(13, 172)
+    for precision in BOUND:
+        for batch in (1, 3, 13):
+            assert torch.equal(layer([middle])(x[:batch], precision)[0], layer([base])(x[:batch], precision)[0])
+
+
+def test_zeros_of_inputs_that_are_all_alike_do_not_drown_the_product(variant: str) -> None:
+    # Every weight of a row is 0 or its scale, far from the middle of the codes, and the inputs do not cancel.
+    codes = torch.full((16, 128), 7, dtype=torch.int8)
+    codes[:, ::2] = 6
+    part = Uniform(codes, torch.full((16, 1), 0.01).half(), 4, 128, None, torch.full((16, 1), 6, dtype=torch.int8))
+    x = 1 + 0.001 * torch.randn(9, 128)
+    for batch in (1, 3, 9):
+        [y] = layer([part])(x[:batch], "precise")
+        torch.testing.assert_close(y, x[:batch] @ part.dense().T, rtol=1e-4, atol=0)
+
+
+def test_a_factor_with_zeros_is_refused_in_words_and_by_the_library() -> None:
+    shape = (33, 172)
+    factor = uniform((6, 33), 4, 8, zeros=True)
+    parts = Parts(uniform(shape, 4, 32), adapter=LowRank(factor, uniform((6, 172), 4, 32)))
+    assert unfit(parts.describe()) == "a factor of its adapter has zeros beside its scales"
+    with pytest.raises(CheckpointError, match="an argument that the kernels do not take"):
+        packed_sum(list(parts))
 
 
 @pytest.mark.parametrize("kind", ["uniform-4", "uniform-7", "table-3"])
@@ -228,10 +278,11 @@ def test_layers_of_one_input_multiply_together_as_alone(variant: str) -> None:  
         [pruned(uniform((33, 172), 4, 128), "2:4"), low_rank((33, 172), 6, 8, 32)],
         [codebook((50, 172), 4, 20)],
         [uniform((16, 172), 8, "per-channel", scaled=True)],
+        [uniform((40, 172), 4, 64, zeros=True)],
         [uniform((7, 172), 3, 32), low_rank((7, 172), 3, 16, "per-channel")],
         [Plain(torch.randn(5, 172).half())],
     ]
-    biases = [torch.randn(33), None, torch.randn(16), None, torch.randn(5)]
+    biases = [torch.randn(33), None, torch.randn(16), torch.randn(40), None, torch.randn(5)]
     together = several(layers, biases)
     for batch in (1, 3, 13, 130):
         x = torch.randn(batch, 172)
@@ -242,9 +293,10 @@ def test_layers_of_one_input_multiply_together_as_alone(variant: str) -> None:  
 
 
 @pytest.mark.parametrize("precision", BOUND)
-def test_what_is_unpacked_is_what_multiplies(precision: Precision) -> None:
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_is_unpacked_is_what_multiplies(precision: Precision, zeros: bool) -> None:
     parts: list[Part] = [
-        pruned(uniform((50, 172), 5, 20, scaled=True), "2:4"),
+        pruned(uniform((50, 172), 5, 20, scaled=True, zeros=zeros), "2:4"),
         low_rank((50, 172), 6, 4, 20),
         LowRank(codebook((3, 50), 4, 32), codebook((3, 172), 2, "per-channel")),
         LowRank(Plain(torch.randn(2, 50)), Plain(torch.randn(2, 172).half())),

@@ -1,5 +1,7 @@
 """Layers of all kinds of parts, on a GPU where there is one, else where Triton's interpreter computes."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ def codes(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed:
     drawn = torch.randint(-top, top, shape, generator=generator, dtype=torch.int8)
     channel_scale = (0.5 + torch.rand(shape[1], generator=generator)).half() if inputs else None
     return Uniform(drawn, scales(shape, group, seed), bits, group, channel_scale)
+
+
+def with_zeros(inner: Uniform, *, seed: int = 9) -> Uniform:
+    top = 2 ** (inner.bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    zero = torch.randint(-top, top, tuple(inner.scale.shape), generator=generator, dtype=torch.int8)
+    return replace(inner, zero=zero)
 
 
 def table(shape: tuple[int, int], group: grid.GroupSize, *, bits: int = 4, seed: int = 0, power: int = 3) -> Codebook:
@@ -90,6 +99,12 @@ def combinations(out: int = OUT, width: int = WIDTH) -> dict[str, tuple[Part, ..
         "groups of 8, half kept": (half_kept(codes(shape, 8)),),
         "table, groups of 64 + adapter of tables": (table(shape, 64), adapter("tables", out, width)),
         "one group longer than a row": (codes(shape, 512),),
+        "zeros, groups of 128 + adapter": (with_zeros(codes(shape, 128)), adapter("groups", out, width)),
+        "zeros, groups of 32, 3 bits, inputs scaled": (with_zeros(codes(shape, 32, bits=3, inputs=True)),),
+        "zeros of rows": (with_zeros(codes(shape, "per-channel")),),
+        "one zero": (with_zeros(codes(shape, "per-tensor")),),
+        "zeros, 2:4, groups of 64": (pruned(with_zeros(codes(shape, 64))),),
+        "zeros, groups of 24, half kept": (half_kept(with_zeros(codes(shape, 24))),),
     }
 
 

@@ -116,13 +116,13 @@ def compiled(variant: Variant | Unpacked, capability: int) -> Any:
     """The kernel for one GPU; products have their bias."""
     mode = {0: triton_kernels.TENSOR, 1: triton_kernels.BLOCK}.get(variant.spans, triton_kernels.SPANS)
     fixed = {
-        "sparse": variant.sparse, "has_codebook": variant.has_codebook, "scale_mode": mode.value,
+        "sparse": variant.sparse, "has_codebook": variant.has_codebook, "has_zero": False, "scale_mode": mode.value,
         "spans": max(1, variant.spans), "tail": variant.tail, "tile": ROWS,
     }  # fmt: skip
     options = {"num_warps": 8 if variant.dtype == "fp32" else 4}
     pointers = {
         "words": "*i32", "bits": "*i32", "counters": "*i32", "members": "*i32", "codebook": "*fp32",
-        "tail_codebook": "*fp32",
+        "tail_codebook": "*fp32", "zero": "*fp16",
         "scale": "*fp16" if variant.spans == 1 else "*fp32", "partial": "*fp32", "tail_scale": "*fp16",
     }  # fmt: skip
     pointers |= dict.fromkeys(("x", "y", "t", "bias", "out"), f"*{variant.dtype}")

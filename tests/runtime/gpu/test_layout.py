@@ -19,7 +19,7 @@ from slimlm.runtime.backends.triton import Gpu
 from slimlm.runtime.dispatch import select_backend
 from slimlm.runtime.gpu import device, layout, tiles
 from slimlm.runtime.linear import CompressedLinear
-from tests.runtime.gpu.layers import REASON, WHERE, adapter, codes, draw, pruned, table
+from tests.runtime.gpu.layers import REASON, WHERE, adapter, codes, draw, pruned, table, with_zeros
 
 SHAPE = (24, 48)
 
@@ -44,6 +44,10 @@ def stored(*parts: Part) -> Stored:
         (
             (codes(SHAPE, 8), LowRank(codes((5, 24), 8, bits=8), codes((5, 48), 8))),
             "its adapter: codes of 8 bits; the GPU kernels take up to 4",
+        ),
+        (
+            (codes(SHAPE, 8), LowRank(with_zeros(codes((5, 24), 8)), codes((5, 48), 8))),
+            "a factor of its adapter has zeros beside its scales",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def without_channel_scale(part: Part) -> Part:
     """As the layout has it."""
     if isinstance(part, Pruned) and isinstance(part.inner, Uniform):
         return replace(part, inner=replace(part.inner, channel_scale=None))
-    return part
+    return replace(part, channel_scale=None) if isinstance(part, Uniform) else part
 
 
 def multiplied(parts: tuple[Part, ...], x: Tensor, *, bias: bool = True) -> Tensor:
@@ -61,7 +61,10 @@ def test_the_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("batch", "out", "width"), [(1, 64, 256), (9, 130, 512), (20, 3, 260), (40, 66, 8), (130, 64, 256)])
-@pytest.mark.parametrize("name", ["2:4 groups of 32 + adapter", "groups of 128 + adapter of rows"])
+@pytest.mark.parametrize(
+    "name",
+    ["2:4 groups of 32 + adapter", "groups of 128 + adapter of rows", "zeros, groups of 32, 3 bits, inputs scaled"],
+)
 def test_every_batch_and_shape_has_its_tile(name: str, batch: int, out: int, width: int) -> None:
     parts = combinations(out, width)[name]
     x = draw(batch, width, seed=4).half()
@@ -99,7 +102,7 @@ def test_an_unpacked_weight_is_that_of_the_reference_to_the_bit(name: str, dtype
             right = products.matrix(ready.right, dtype).cpu()
             assert torch.equal(right[: extra.rank], extra.right.dense().to(dtype)) and not right[extra.rank :].any()
         if ready.tail is not None and (tail := ready.tail.packed) is not None:
-            about = tail.words, tail.scale, tail.codebook, OUT, tail.width, ready.tail.group, dtype
+            about = tail.words, tail.scale, tail.codebook, OUT, tail.width, ready.tail.group, dtype, None
             left = torch.ops.slimlm.gpu_unpacked(*about).cpu()
             assert torch.equal(left[:, : extra.rank], extra.left.dense().T.to(dtype)) and not left[:, extra.rank :].any()
 
@@ -176,17 +179,18 @@ def test_a_layer_that_was_prepared_in_inference_mode_gives_gradients_later() -> 
     assert x.grad is not None and bool(x.grad.any())
 
 
-def test_the_operations_that_torch_compile_sees_are_well_behaved() -> None:
-    one = layer(combinations()["2:4 groups of 32 + adapter"])
+@pytest.mark.parametrize("name", ["2:4 groups of 32 + adapter", "zeros, groups of 128 + adapter"])
+def test_the_operations_that_torch_compile_sees_are_well_behaved(name: str) -> None:
+    one = layer(combinations()[name])
     ready = Gpu().prepare(one.stored()).layer
     base, tail = ready.base, ready.tail
     assert tail is not None and tail.packed is not None
     x = draw(2, 1, WIDTH).to(WHERE, torch.float16).requires_grad_()
     t = draw(2, 1, tail.packed.width).to(WHERE, torch.float16).requires_grad_()
     packed = tail.packed.words, tail.packed.scale, None
-    arguments = (x, base.words, base.scale, None, one.bias, t, *packed, ready.counters, OUT, WIDTH, tail.group)
+    arguments = (x, base.words, base.scale, None, one.bias, t, *packed, ready.counters, OUT, WIDTH, tail.group, base.zero)
     torch.library.opcheck(torch.ops.slimlm.gpu_product.default, arguments)
-    unpacked = (base.words, base.scale, None, OUT, WIDTH, 0, torch.float32)
+    unpacked = (base.words, base.scale, None, OUT, WIDTH, 0, torch.float32, base.zero)
     torch.library.opcheck(torch.ops.slimlm.gpu_unpacked.default, unpacked)
 
 

@@ -28,6 +28,7 @@ from tests.runtime.gpu.layers import (
     layer,
     pruned,
     table,
+    with_zeros,
 )
 
 interpreted = pytest.mark.skipif(REASON is not None, reason=f"no GPU kernels: {REASON}")
@@ -52,6 +53,11 @@ def trios(outs: Sequence[int] = OUTS, width: int = WIDTH) -> dict[str, list[tupl
         "groups of 128 + plain adapters": [
             (codes((out, width), 128, seed=i), adapter("plain", out, width, rank)) for i, (out, rank) in numbered
         ],
+        "zeros, groups of 64": [(with_zeros(codes((out, width), 64, seed=i), seed=i),) for i, (out, _) in numbered],
+        "zeros + adapters": [
+            (with_zeros(codes((out, width), 128, seed=i)), adapter("groups", out, width, rank)) for i, (out, rank) in numbered
+        ],
+        "zeros of rows": [(with_zeros(codes((out, width), "per-channel", seed=i), seed=i),) for i, (out, _) in numbered],
         "rows + adapters of rows": [
             (codes((out, width), "per-channel", seed=i), adapter("rows", out, width, rank)) for i, (out, rank) in numbered
         ],
@@ -77,7 +83,7 @@ def test_each_output_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype, 
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["2:4 tables + adapters of tables", "groups of 128 + plain adapters"])
+@pytest.mark.parametrize("name", ["2:4 tables + adapters of tables", "groups of 128 + plain adapters", "zeros, groups of 64"])
 def test_a_piece_multiplies_as_it_did_before_it_was_one(name: str) -> None:  # law 25
     x = draw(2, WIDTH, seed=4).to(WHERE, torch.float16)
     layers = built(trios()[name])
@@ -131,15 +137,16 @@ def test_joined_layers_lie_in_memory_once_and_are_joined_once() -> None:
 
 
 @interpreted
-def test_the_operation_is_well_behaved() -> None:
-    ready = [Gpu().prepare(one.stored()) for one in built(trios()["2:4 groups of 32 + adapters"])]
+@pytest.mark.parametrize("name", ["2:4 groups of 32 + adapters", "zeros + adapters"])
+def test_the_operation_is_well_behaved(name: str) -> None:
+    ready = [Gpu().prepare(one.stored()) for one in built(trios()[name])]
     own = StackedLayers(ready).stack
     assert own.tail is not None and own.tail.packed is not None and isinstance(own.right, layout.Packed)
     x = draw(2, 1, WIDTH).to(WHERE, torch.float16)
     t = draw(2, 1, own.right.rows).to(WHERE, torch.float16)
     tail = own.tail.packed
     arguments: tuple[Any, ...] = (x, own.base.words, own.base.scale, None, None, t, tail.words, tail.scale, None, own.members)
-    arguments += (own.counters, own.base.rows, WIDTH, own.step)
+    arguments += (own.counters, own.base.rows, WIDTH, own.step, own.base.zero)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.slimlm.gpu_stacked_product.default, arguments, test_utils=checks)
 

@@ -16,9 +16,10 @@ from slimlm.core.mask import Pattern
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """One element per weight. weight = element, or codebook[element], x scale x channel_scale, zero where masked.
+    """One element per weight. weight = (element - zero), or codebook[element], x scale x channel_scale, zero where masked.
 
-    The stored tensors are named "" (the packed elements), "scale", "codebook", "channel_scale" and "mask", where there are any.
+    The stored tensors are named "" (the packed elements), "scale", "zero", "codebook", "channel_scale" and "mask", where there
+    are any.
     """
 
     elements: Literal["integers", "indices", "floats"]
@@ -33,6 +34,8 @@ class MatrixLayout:
     """whether there is a factor for each input"""
     mask: Pattern | None = None
     """the pattern by which weights were dropped; those that stay are stored without gaps. None: all stay"""
+    zero: bool = False
+    """whether each scale of integers comes with the integer that stands for zero; stored as one stream, 2^(bits-1) added"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class MatrixOperand:
     """`[columns]`"""
     mask: Tensor | None = None
     """bool `[rows, columns]`; True stays"""
+    zero: Tensor | None = None
+    """int8, of the shape of `scale`"""
 
 
 @dataclass(frozen=True)

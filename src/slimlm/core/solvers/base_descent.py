@@ -107,6 +107,7 @@ class _Descent:
         self.leaves = divided(self.groups, width, kernel.piece_of(of) if library else of or LEAF)
         self.masks = None if searched is None else torch.tensor(_masks(searched), device=covariance.device)
         self.inverse = reciprocal(self.scale)
+        self.zero = [None] * len(self.scale) if base.zero is None else list(base.zero.T.contiguous().unbind())
         self.solvers = None if self.masks is None else self._solvers(self.masks, of)
         self.kernel = self._kernel() if library else None
 
@@ -143,7 +144,7 @@ class _Descent:
         if first == low:
             self._rescale(number)
         if self.kernel is not None:
-            self.kernel.decide(low, high, kernel_rounding(self.grid, self.scale[number]))
+            self.kernel.decide(low, high, kernel_rounding(self.grid, self.scale[number], self.zero[number]))
         elif self.masks is None:
             self._recode(low, high, number)
         else:
@@ -175,7 +176,7 @@ class _Descent:
 
     def _recode(self, low: int, high: int, number: int) -> None:
         """New codes for these inputs one after another, under the same mask."""
-        scale = self.scale[number], self.inverse[number]
+        scale = self.scale[number], self.inverse[number], self.zero[number]
         for place in range(low, high):
             if self.dead[place]:
                 continue
@@ -204,10 +205,10 @@ class _Descent:
         among, inverse, upper = (of[unit] for of in (self.solvers.among, self.solvers.inverse, self.solvers.upper))
         right_sides = right_side[self.masks]
         best = inverse @ right_sides
-        scale, inverse_scale = self.scale[number], self.inverse[number]
+        scale = self.scale[number], self.inverse[number], self.zero[number]
         values, indices = [], []
         for i in range(self.masks.shape[1]):
-            index, value = self.grid.round_with(best[:, i], scale, inverse_scale)
+            index, value = self.grid.round_with(best[:, i], *scale)
             values.append(value)
             indices.append(index)
             if i + 1 < self.masks.shape[1]:

@@ -131,6 +131,55 @@ def affine_scale(points: Tensor, weights: Tensor, *, bits: int, coarse: int = 24
 
 
 @profiled("scale search")
+def nearby_affine_scale(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """A scale and a zero no worse than earlier ones: the best near them, then least squares for that one's codes.
+
+    Seven scales within 12 % of the earlier one are tried, each with the earlier zero and those next to it.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, by which the squared error of each point is multiplied.
+        scale: `[sets]`, the earlier scales; 0 stays 0.
+        zero: `[sets]`, the earlier zeros, whole numbers from 0 to 2^bits - 1.
+        bits: of a code.
+
+    Returns:
+        Scales and zeros, both `[sets]`.
+    """
+    found = _searched_in_pieces(
+        lambda piece, w, start: _nearby_affine_scale(piece, w, start, bits), points, weights, torch.stack([scale, zero], dim=1)
+    )
+    return found[:, 0].contiguous(), found[:, 1].contiguous()
+
+
+@profiled("scale search")
+def scale_and_zero(points: Tensor, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The scale of least weighted squared error for each set, and its zero where a grid has zeros.
+
+    Args:
+        points: `[sets, size]`.
+        weights: `[sets, size]`, by which the squared error of each point is multiplied; none negative.
+        grid: the values that codes stand for.
+
+    Returns:
+        `[sets]` each: scales, of either sign where there are no zeros; the indices that stand for zero, or None.
+    """
+    if not grid.zeros:
+        return signed_scale(points, weights, grid), None
+    return affine_scale(points, weights, bits=grid.bits)
+
+
+@profiled("scale search")
+def nearby_scale_and_zero(
+    points: Tensor, weights: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `scale_and_zero` for points and weights `[sets, size]`, no worse than earlier scales and zeros `[sets]`, near them."""
+    if zero is None:
+        return nearby_scale(points, weights, grid, scale), None
+    return nearby_affine_scale(points, weights, scale, zero, bits=grid.bits)
+
+
+@profiled("scale search")
 def search_scales(weight: Tensor, *, bits: int, group_size: GroupSize, second_moment: Tensor | None = None) -> Tensor:
     """Scales of least squared error for a weight under its own distribution, on the even grid.
 
@@ -398,6 +447,29 @@ def _affine_scale(points: Tensor, weights: Tensor, bits: int, coarse: int) -> Te
         scale, zero = best_of(scale.expand_as(beside), beside)
         ratio = ratio ** (2 / (_FINE - 1))
     return torch.stack([scale, zero], dim=1) * (high > low)[:, None]
+
+
+def _nearby_affine_scale(points: Tensor, weights: Tensor, start: Tensor, bits: int) -> Tensor:
+    """Scales and zeros `[sets, 2]` near those of `start` `[sets, 2]`."""
+    top = 2**bits - 1
+    old, middle = start.T
+    safe = torch.where(old == 0, torch.ones_like(old), old)
+    scale, zero, least = safe, middle, _affine_cost(points, weights, safe, middle, top)
+
+    def keep_better(scales: Tensor, zeros: Tensor) -> None:
+        nonlocal scale, zero, least
+        cost = _affine_cost(points, weights, scales, zeros, top)
+        better = cost < least
+        scale, zero = torch.where(better, scales, scale), torch.where(better, zeros, zero)
+        least = torch.where(better, cost, least)
+
+    for beside in (middle, (middle - 1).clamp_min(0), (middle + 1).clamp_max(top)):
+        for step in 1.12 ** torch.linspace(-1, 1, 7, device=points.device):
+            keep_better(safe * step, beside)
+    code = torch.minimum(torch.maximum((points / scale).round_(), -zero), top - zero)
+    fitted = (points * code * weights).sum(dim=0) / (code.square() * weights).sum(dim=0)
+    keep_better(torch.where(fitted.isfinite() & (fitted > 0), fitted, scale), zero)
+    return torch.stack([torch.where(old == 0, old, scale), torch.where(old == 0, middle, zero)], dim=1)
 
 
 def _affine_cost(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:

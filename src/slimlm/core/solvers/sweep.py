@@ -29,11 +29,13 @@ from slimlm.core.parts.elementwise import Elementwise
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers.inverse import Inverse
-from slimlm.core.solvers.scale_search import distribution, nearby_scale, signed_scale
+from slimlm.core.solvers.scale_search import distribution, nearby_scale_and_zero, scale_and_zero, signed_scale
 from slimlm.kernels import sweep as kernel
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
+_LEAST_WEIGHT = 1e-6
+"""What an input counts at least in a search of scales before the sweep, as a share of the mean: a dead one is rounded, too."""
 LEAF = 4
 """Inputs that are decided one after another without a product of matrices in between; under n:m there are m of them."""
 
@@ -108,36 +110,51 @@ class InputGroups:
     """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
 
     The search multiplies each squared error by what it costs at that point of the sweep, and starts from an earlier scale
-    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one) and `index` `[in, out]`.
+    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one), `zero` of the same shape where
+    the grid has zeros, and `index` `[in, out]`.
 
     Args:
         grid: the values that codes stand for.
         sizes: inputs of each group, in the order of the sweep.
         out: outputs of the weight.
         one: whether all rows share one scale (and there is one group).
-        start: `[groups, out]`, earlier scales in the order of the sweep, or None.
+        start: earlier scales `[groups, out]` in the order of the sweep, and their zeros where the grid has zeros; or None.
         device: of the weight.
     """
 
-    def __init__(self, grid: Grid, sizes: list[int], out: int, *, one: bool, start: Tensor | None, device: torch.device):
+    def __init__(
+        self,
+        grid: Grid,
+        sizes: list[int],
+        out: int,
+        *,
+        one: bool,
+        start: tuple[Tensor, Tensor | None] | None,
+        device: torch.device,
+    ) -> None:
         self.grid, self.one, self.start = grid, one, start
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.scale = torch.zeros(len(sizes), 1 if one else out, device=device)
+        self.zero = torch.zeros_like(self.scale) if grid.zeros else None
         self.index = torch.zeros(sum(sizes), out, dtype=torch.uint8, device=device)
         self.rows = self.index.unbind()
 
     def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Search the scales of a group with these `rows` and `weights` `[inputs, out]`."""
+        """Search the scales and zeros of a group with these `rows` and `weights` `[inputs, out]`."""
         if self.one:
             points, weights = distribution((rows * (weights > 0)).reshape(1, -1))
         else:
             points, weights = rows.T, weights.T
         if self.start is None:
-            scale = signed_scale(points, weights, self.grid)
+            scale, zero = scale_and_zero(points, weights, self.grid)
         else:
-            scale = nearby_scale(points, weights, self.grid, self.start[number])
+            scales, zeros = self.start
+            old = None if zeros is None else zeros[number]
+            scale, zero = nearby_scale_and_zero(points, weights, self.grid, scales[number], old)
         self.scale[number] = as_stored(scale, self.scale.numel())
-        self.current = self.scale[number], reciprocal(self.scale[number])
+        if self.zero is not None and zero is not None:
+            self.zero[number] = zero
+        self.current = self.scale[number], reciprocal(self.scale[number]), zero
 
     def round(self, place: int, number: int, column: Tensor) -> Tensor:
         """The nearest values `[out]` under the group's scales; `index` takes their indices."""
@@ -151,8 +168,49 @@ class InputGroups:
         return self.index
 
     def in_kernel(self, number: int) -> kernel.Rounding:
-        """With the scales of the group."""
-        return kernel_rounding(self.grid, self.scale[number])
+        """With the scales and zeros of the group."""
+        return kernel_rounding(self.grid, self.scale[number], None if self.zero is None else self.zero[number])
+
+
+class FixedGroups:
+    """Groups whose scales were found beforehand, so that their inputs need not be next to each other in the sweep.
+
+    The sweep fills `index` `[in, out]`.
+
+    Args:
+        grid: the values that codes stand for.
+        groups: int64 `[in]`, the group of each input in the order of the sweep.
+        out: outputs of the weight.
+        scale: `[groups, out]`, or `[1, 1]`.
+        zero: of the same shape where the grid has zeros; else None.
+    """
+
+    def __init__(self, grid: Grid, groups: Tensor, out: int, scale: Tensor, zero: Tensor | None) -> None:
+        self.grid = grid
+        self.starts = [0]
+        self.wide = scale[groups].expand(-1, out)
+        self.inverse = reciprocal(self.wide)
+        self.zero = None if zero is None else zero[groups].expand(-1, out)
+        self.index = torch.zeros(self.wide.shape, dtype=torch.uint8, device=scale.device)
+
+    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
+        """Nothing to prepare for `rows` and `weights` `[inputs, out]`: the scales were found beforehand."""
+
+    def round(self, place: int, number: int, column: Tensor) -> Tensor:
+        """The nearest values `[out]` under the input's scales; `index` takes their indices."""
+        zero = None if self.zero is None else self.zero[place]
+        index, value = self.grid.round_with(column, self.wide[place], self.inverse[place], zero)
+        self.index[place] = index
+        return value
+
+    @property
+    def indices(self) -> Tensor:
+        """`index`."""
+        return self.index
+
+    def in_kernel(self, number: int) -> kernel.Rounding:
+        """With the scales and zeros of every input."""
+        return kernel_rounding(self.grid, self.wide, self.zero)
 
 
 class OutputGroups:
@@ -196,9 +254,9 @@ class OutputGroups:
         return kernel_rounding(self.grid, self.wide)
 
 
-def kernel_rounding(grid: Grid, scale: Tensor) -> kernel.Rounding:
-    """How the library rounds to a grid under float32 scales `[out]`, `[1]` or `[in, out]`."""
-    return kernel.Rounding(scale, grid.bits, None if grid.even else grid.values)
+def kernel_rounding(grid: Grid, scale: Tensor, zero: Tensor | None = None) -> kernel.Rounding:
+    """How the library rounds to a grid under float32 scales `[out]`, `[1]` or `[in, out]`, and zeros of the same shape."""
+    return kernel.Rounding(scale, grid.bits, None if grid.even else grid.values, zero)
 
 
 def in_library(grid: Grid | None, pattern: Pattern | None, *tensors: Tensor) -> bool:
@@ -230,14 +288,16 @@ class Swept:
     scale: Tensor | None = None
     """float32 `[out, groups]` or `[1, 1]`"""
     grid: Grid | None = None
+    zero: Tensor | None = None
+    """of the shape of `scale`, where the grid has zeros: the indices that stand for zero"""
 
     def part(self, group_size: GroupSize) -> Elementwise:
         """The rounded base as a part, without its mask; `group_size` is what the sweep was given."""
         assert self.index is not None and self.scale is not None and self.grid is not None
-        return part_of(self.index, self.scale, self.grid, group_size)
+        return part_of(self.index, self.scale, self.grid, group_size, self.zero)
 
 
-def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize) -> Uniform | Codebook:
+def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize, zero: Tensor | None = None) -> Uniform | Codebook:
     """The part of grid values under scales.
 
     Args:
@@ -245,12 +305,14 @@ def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize) -> 
         scale: `[rows, groups]`.
         grid: even for a `Uniform`, any other for a `Codebook`.
         group_size: how many weights share a scale.
+        zero: `[rows, groups]`, the indices that stand for zero, where an even grid has zeros.
     """
     # Torch calls a transposed column contiguous, and yet it cannot be viewed as bytes; this copy can.
     stored = storable(scale).flatten().view(scale.shape)
     if grid.even:
-        codes = (index.to(torch.int16) + int(grid.values[0])).to(torch.int8)
-        return Uniform(codes, stored, grid.bits, group_size)
+        lowest = int(grid.values[0])
+        codes = (index.to(torch.int16) + lowest).to(torch.int8)
+        return Uniform(codes, stored, grid.bits, group_size, None, None if zero is None else (zero + lowest).to(torch.int8))
     return Codebook(index, grid.values.half(), stored, grid.bits, group_size)
 
 
@@ -273,6 +335,9 @@ class Order:
     """inputs in each group, in that order"""
     group_size: GroupSize
     """how many weights share a scale"""
+    second_moment: Tensor | None = None
+    """float32 `[in]`, of the inputs, where those of a group are not next to each other in the order: scales are then searched
+    before the sweep, squared errors multiplied by these; None: they are searched when the sweep reaches their group"""
 
     @property
     def positions(self) -> Tensor:
@@ -302,6 +367,19 @@ def order_of(second_moment: Tensor, *, group_size: GroupSize, pattern: Pattern |
     return Order(torch.cat([few for group in chunks for few in group]).to(device), [len(group) for group in groups], group_size)
 
 
+@profiled("order")
+def activation_order(second_moment: Tensor, *, group_size: GroupSize) -> Order:
+    """The inputs in order of falling second moment `[in]`, each by itself: GPTQ's act-order with its static groups.
+
+    Groups are those of consecutive inputs as ever, so no index of groups has to be stored; their scales are found before the
+    sweep, since it comes to the inputs of a group at different times.
+    """
+    mean = second_moment.mean()
+    weights = (second_moment / mean).clamp_min(_LEAST_WEIGHT) if float(mean) > 0 else torch.ones_like(second_moment)
+    inputs = second_moment.argsort(descending=True, stable=True)
+    return Order(inputs, [len(second_moment)], group_size, weights)
+
+
 # Sweeps
 
 
@@ -314,22 +392,25 @@ def rounded_sweep(
     grid: Grid,
     pattern: Pattern | None = None,
     mask: Tensor | None = None,
-    start: Tensor | None = None,
+    start: Swept | None = None,
 ) -> Swept:
     """A sweep that rounds, and drops where a pattern or a mask says so (GPTQ, and SparseGPT with rounding).
 
     Args:
         weight: W `[out, in]`, the reference of the base.
         inverse: of the covariance with its inputs in the order (see `inverse_in_order`).
-        order: see `order_of`; it also determines which weights share a scale.
+        order: see `order_of` and `activation_order`; it also determines which weights share a scale.
         grid: the values that codes stand for.
-        pattern: of the mask, which the sweep chooses.
+        pattern: of the mask, which the sweep chooses; None under an `activation_order`.
         mask: bool `[out, in]`, True stays; in place of a pattern.
-        start: `[rows, groups]`, scales of an earlier sweep; only scales near them are tried.
+        start: an earlier sweep; only scales and zeros near its own are tried.
 
     Returns:
-        The base, its codes and scales, in the order of the weight's inputs.
+        The base, its codes, scales and zeros, in the order of the weight's inputs.
     """
+    if order.second_moment is not None:
+        assert pattern is None, "the mask of a pattern is chosen among neighbouring inputs"
+        return _fixed_sweep(weight, inverse, order, order.second_moment, grid, mask)
     first = torch.tensor([0, *order.sizes[:-1]]).cumsum(0)
     group_size = order.group_size
     place = torch.zeros(1, dtype=torch.int64) if isinstance(group_size, str) else order.inputs.cpu()[first] // group_size
@@ -338,14 +419,46 @@ def rounded_sweep(
         order.sizes,
         len(weight),
         one=group_size == "per-tensor",
-        start=None if start is None else start.T[place.to(start.device)],
+        start=None if start is None else _start_of(start, place),
         device=weight.device,
     )
     swept = _swept_in(order, weight, inverse, rounding, pattern, mask)
-    positions = order.positions
-    scale = torch.empty_like(rounding.scale)
-    scale[place.to(scale.device)] = rounding.scale
-    return replace(swept, index=_ordered(rounding.index.T, positions), scale=scale.T.contiguous(), grid=grid)
+    index, scale = _ordered(rounding.index.T, order.positions), _placed(rounding.scale, place)
+    zero = None if rounding.zero is None else _placed(rounding.zero, place)
+    return replace(swept, index=index, scale=scale, grid=grid, zero=zero)
+
+
+def _start_of(earlier: Swept, place: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scales and zeros `[groups, out]` of an earlier sweep, its groups in the order `place` `[groups]`."""
+    assert earlier.scale is not None
+    zero = None if earlier.zero is None else earlier.zero.T[place.to(earlier.zero.device)]
+    return earlier.scale.T[place.to(earlier.scale.device)], zero
+
+
+def _placed(found: Tensor, place: Tensor) -> Tensor:
+    """Scales or zeros `[groups, out]` as `[out, groups]`, the groups at their places `[groups]`."""
+    placed = torch.empty_like(found)
+    placed[place.to(found.device)] = found
+    return placed.T.contiguous()
+
+
+def _fixed_sweep(
+    weight: Tensor, inverse: Inverse, order: Order, second_moment: Tensor, grid: Grid, mask: Tensor | None
+) -> Swept:
+    """`rounded_sweep` with scales and zeros that are found before it, their squared errors multiplied by `[in]` numbers."""
+    group_size = order.group_size
+    masked = weight if mask is None else weight * mask
+    weights = second_moment.expand_as(masked) if mask is None else second_moment * mask
+    points, weights = distribution(scale_sets(masked, group_size), scale_sets(weights, group_size))
+    found, zero = scale_and_zero(points, weights, grid)
+    shape = scale_shape((weight.shape[0], weight.shape[1]), group_size)
+    scale = as_stored(found, found.numel()).view(shape)
+    zero = None if zero is None else zero.view(shape)
+    size = group_size if isinstance(group_size, int) else weight.shape[1]
+    by_group = None if zero is None else zero.T.contiguous()
+    rounding = FixedGroups(grid, order.inputs // size, len(weight), scale.T.contiguous(), by_group)
+    swept = _swept_in(order, weight, inverse, rounding, None, mask)
+    return replace(swept, index=_ordered(rounding.index.T, order.positions), scale=scale, grid=grid, zero=zero)
 
 
 def unrounded_sweep(

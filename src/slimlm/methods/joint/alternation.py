@@ -30,6 +30,7 @@ the original model, so M = W (C - H) with the cross-covariance C, the mean of z^
 
 codebook  "none": integer codes. "fitted": 2^bits values (at most 16) fitted to the weights that are rounded (under 2:4 none of
           them is near zero). "auto": a codebook, from the second sweep on, where it saves at least 4 % of the rounding error.
+zero      True: each scale comes with a zero, as in GPTQ's files, and there is no codebook.
 base      "sweep", or "project": highest |w| sqrt(H_jj) stay, scales searched, no error feedback (as OATS does).
 norm      "full", or "diagonal": H is replaced by its diagonal throughout, except for the reference.
 bits      16 leaves the base unrounded.
@@ -58,7 +59,7 @@ from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base, gradient_of
 from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.solvers.scale_search import distribution, fitted_codebook, signed_scale
+from slimlm.core.solvers.scale_search import distribution, fitted_codebook, scale_and_zero
 from slimlm.core.solvers.sweep import Swept, check_grouping, order_of, rounded_sweep, unrounded_sweep
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.statistics.covariance import Covariance
@@ -92,6 +93,7 @@ class Alternation(StepDefaults):
     adapter_bits: AdapterBits = 4
     adapter_group_size: int = 128
     codebook: Literal["auto", "none", "fitted"] = "auto"
+    zero: bool = False
     rounds: int = 16
     descent_rounds: int = 8
     tolerance: float = 0.005
@@ -118,6 +120,11 @@ class Alternation(StepDefaults):
         if self.base == "project" and self.codebook == "fitted":
             raise RecipeError(
                 'codebook = "fitted" needs the weights that sweeps round; use base = "sweep", or codebook = "none"'
+            )
+        if self.zero and (self.codebook == "fitted" or self.bits == 16):
+            raise RecipeError(
+                f'zero = true, codebook = "{self.codebook}", bits = {self.bits}: zeros are of the scales of integer codes; use '
+                'codebook = "none" or "auto", and 2 to 8 bits'
             )
         if self.codebook == "fitted" and self.bits > grid.LARGEST_CODEBOOK_BITS:
             raise RecipeError(
@@ -152,7 +159,7 @@ class Alternation(StepDefaults):
     @property
     def may_fit_codebook(self) -> bool:
         """Whether the search may fit a codebook."""
-        return self.codebook != "none"
+        return self.codebook != "none" and not self.zero
 
     @property
     def needs_plan(self) -> bool:
@@ -254,7 +261,7 @@ class _Search:
         self.reference = layer.reference if layer.outliers is None else layer.reference - layer.outliers.dense()
         self.given_mask = layer.mask
         self.pattern = options.sparsity
-        self.grid = None if options.bits == 16 else Grid.of_bits(options.bits)
+        self.grid = None if options.bits == 16 else Grid.of_bits(options.bits, zeros=options.zero)
         self.order = order_of(covariance.diagonal(), group_size=options.group_size, pattern=self.pattern)
         self.inverse = self._inverse(self.order.inputs, cache) if options.base == "sweep" else None
         rank = float(options.rank)
@@ -338,7 +345,7 @@ class _Search:
         assert self.inverse is not None
         if self.grid is None:
             return unrounded_sweep(reference, self.inverse, self.order, pattern=pattern, mask=self.given_mask)
-        start = None if self.base is None or number < _FRESH_SWEEPS else self.base.scale
+        start = None if number < _FRESH_SWEEPS else self.base
         swept = rounded_sweep(
             reference,
             self.inverse,
@@ -348,7 +355,7 @@ class _Search:
             mask=self.given_mask,
             start=start,
         )
-        if options.codebook != "none" and options.bits <= grid.LARGEST_CODEBOOK_BITS:
+        if options.may_fit_codebook and options.bits <= grid.LARGEST_CODEBOOK_BITS:
             self._fit_codebook(swept)
         return swept
 
@@ -427,8 +434,9 @@ def _projected(
     )
     if group_size == "per-tensor":
         sets, weights = distribution(sets)
-    scale = grid.storable(
-        signed_scale(sets, weights, base_grid).view(grid.scale_shape((len(masked), masked.shape[1]), group_size))
-    ).float()
-    index, value = base_grid.round(masked, grid.spread(scale, masked.shape[1], group_size).expand_as(masked))
-    return Swept(value if mask is None else value * mask, reference, mask, index.to(torch.uint8), scale, base_grid)
+    found, zeros = scale_and_zero(sets, weights, base_grid)
+    shape, width = grid.scale_shape((len(masked), masked.shape[1]), group_size), masked.shape[1]
+    scale, zero = grid.storable(found.view(shape)).float(), None if zeros is None else zeros.view(shape)
+    wide = None if zero is None else grid.spread(zero, width, group_size)
+    index, value = base_grid.round(masked, grid.spread(scale, width, group_size).expand_as(masked), wide)
+    return Swept(value if mask is None else value * mask, reference, mask, index.to(torch.uint8), scale, base_grid, zero)

@@ -99,6 +99,8 @@ def unfit(entries: PartEntries) -> str | None:
         if not isinstance(layout, ProductLayout):
             return f"the kernels add low-rank parts to a base, not a {entry.kind} part"
         factors += [layout.left, layout.right]
+    if any(factor.zero for factor in factors):
+        return "a factor of its adapter has zeros beside its scales"
     if isinstance(base, Refusal):
         return base.reason
     if base.mask is not None and base.elements == "floats":
@@ -125,9 +127,14 @@ def _lacks_zero(stored: Stored) -> str | None:
 
 
 def _two_of_four(layout: MatrixLayout, width: int) -> bool:
-    """Whether a masked matrix is laid out as 2:4. Groups that would tear a four apart are laid out as zeros in full."""
+    """Whether a masked matrix is laid out as 2:4.
+
+    Groups that would tear a four apart are laid out as zeros in full. So are grids with zeros: a zero multiplies the sum of the
+    inputs of its weights, and under a mask every row would have sums of its own.
+    """
     size = layout.group_size
-    return layout.mask == _TWO_OF_FOUR and (not isinstance(size, int) or size >= width or size % 4 == 0)
+    whole = not isinstance(size, int) or size >= width or size % 4 == 0
+    return layout.mask == _TWO_OF_FOUR and whole and not layout.zero
 
 
 def pack(stored: Stored) -> Tensor:
@@ -183,6 +190,8 @@ def _matrix(
     found.scale = address("scale", torch.float16 if scale.dtype == torch.float16 else torch.float32, sizes)
     found.scale_rows, found.scale_columns = sizes
     found.group = layout.group_size if isinstance(layout.group_size, int) else 0
+    if layout.zero:
+        found.zero = address("zero", torch.uint8, (bitstream.packed_bytes(sizes[0] * sizes[1], layout.bits),))
     if layout.elements == "indices":
         found.levels = address("codebook", torch.float16, (2**layout.bits,))
     if layout.channel_scale:

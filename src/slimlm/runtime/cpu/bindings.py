@@ -18,7 +18,7 @@ from slimlm.kernels import native
 Precision = Literal["fast", "precise"]
 """Activations as 8-bit or as 16-bit integers, one scale for 128 of them."""
 
-LAYOUT = "cpu-1"
+LAYOUT = "cpu-2"
 """The name of the layout of the bytes, for files that hold them (csrc/kernels.h: SLIMLM_LAYOUT)."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -58,6 +58,7 @@ class Matrix(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("levels", ctypes.c_void_p),
         ("input_scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
     )
 
 

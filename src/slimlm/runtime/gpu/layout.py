@@ -10,7 +10,8 @@ Any other weight, `[blocks, rows, 8]`: a block is 64 inputs, word c stands for 8
 16 h + 4 j, so that neighbours come apart into the halves of one register.
 
 Scales: one `[1]`, one for each row `[rows]`, or `[blocks, rows, spans]` with one for as many inputs as divide both the group
-and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves.
+and 256 (2:4) or 128 (others) inputs. One span a block scales sums; several, float32, scale the weights themselves. Zeros, the
+numbers that stand for zero, lie as their scales do. Under a mask a grid with zeros is laid out with all its weights.
 
 Rows are padded with zeros to multiples of 64, inputs to whole blocks, ranks to multiples of 64.
 
@@ -56,6 +57,8 @@ class Packed:
     """float32 `[16]`; None: the codes are numbers"""
     rows: int
     width: int
+    zero: Tensor | None = None
+    """of the shape of `scale`, whole numbers in float16 or float32; None: 0"""
 
     @property
     def sparse(self) -> bool:
@@ -64,7 +67,7 @@ class Packed:
 
     def bytes(self) -> int:
         """Bytes in the GPU's memory."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.codebook) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.codebook, self.zero) if t is not None)
 
 
 class CachedCasts:
@@ -177,7 +180,7 @@ def unfit(entries: PartEntries, shape: tuple[int, int]) -> str | None:
         return f"the GPU kernels add a low-rank part to a base, not a {added[0].kind} part"
     if not isinstance(base, MatrixLayout) or base.elements == "floats":
         return f"its base is {entries.base.kind}; the GPU kernels take codes of up to {LARGEST_CODE} bits"
-    sparse = base.mask == _TWO_OF_FOUR
+    sparse = _is_sparse(base)
     if base.mask is not None and not sparse and base.elements == "indices":
         return f"a codebook under the mask {base.mask}; the GPU kernels take codebooks under 2:4 or no mask"
     if sparse and shape[1] % 4:
@@ -196,6 +199,8 @@ def _unfit_adapter(adapter: ProductLayout, width: int) -> str | None:
     for factor, along in ((adapter.right, 8), (adapter.left, None)):
         if factor.channel_scale:
             return "a factor of its adapter has scales of inputs"
+        if factor.zero:
+            return "a factor of its adapter has zeros beside its scales"
         if factor.elements == "floats":
             if factor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                 return f"its adapter is {_name(factor.dtype)}; the GPU kernels take float16, bfloat16 and float32"
@@ -213,6 +218,11 @@ def _unfit(layout: MatrixLayout, multiple: int | None, width: int) -> str | None
     return None
 
 
+def _is_sparse(layout: MatrixLayout) -> bool:
+    """Whether a weight is laid out as 2:4."""
+    return layout.mask == _TWO_OF_FOUR and not layout.zero
+
+
 def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -221,7 +231,7 @@ def lay_out(stored: Stored) -> GpuLayer:
     """Pack a layer that `unfit` has no word against, where its tensors lie; raises CheckpointError for damaged ones."""
     base, *added = (part.kernel_operand() for part in stored.parts())
     assert isinstance(base, MatrixOperand), "the GPU kernels do not take this layer"
-    packed = _sparse(base) if base.layout.mask == _TWO_OF_FOUR else _dense(base)
+    packed = _sparse(base) if _is_sparse(base.layout) else _dense(base)
     right, tail = None, None
     if added and isinstance(adapter := added[0], ProductOperand) and len(adapter.left.elements):
         right, tail = _right(adapter.right), _tail(adapter.left)
@@ -243,6 +253,14 @@ def _nibbles(operand: MatrixOperand) -> Tensor:
     """The codes `[rows, width]` as unsigned nibbles, uint8."""
     codes = operand.elements
     return codes if operand.layout.elements == "indices" else codes.view(torch.uint8) & 15
+
+
+def _nibbles_of_zero(operand: MatrixOperand) -> Tensor:
+    """The nibbles that stand for zero, uint8, of a shape that broadcasts to that of the codes."""
+    if operand.zero is None:
+        return torch.zeros(1, 1, dtype=torch.uint8, device=operand.elements.device)
+    wide = grid.spread(operand.zero, operand.elements.shape[1], operand.layout.group_size)
+    return wide.to(torch.int8).view(torch.uint8) & 15
 
 
 def _codebook(operand: MatrixOperand) -> Tensor | None:
@@ -284,7 +302,8 @@ def _sparse(operand: MatrixOperand) -> Packed:
         for plane, values in enumerate((kept[..., 0], kept[..., 1], bits)):
             filled = _filled(values, len(stays), wide // 4).view(len(stays), -1, 8, 8)
             words[:, plane, begin : begin + len(stays)] = _words(filled).transpose(0, 1)
-    return Packed(words, _scales(operand, padded, SPARSE_BLOCK), _codebook(operand), rows, width)
+    scale = _in_blocks(_scale_of(operand), operand, padded, SPARSE_BLOCK)
+    return Packed(words, scale, _codebook(operand), rows, width)
 
 
 def _dense(operand: MatrixOperand, *, rows: int | None = None) -> Packed:
@@ -293,9 +312,11 @@ def _dense(operand: MatrixOperand, *, rows: int | None = None) -> Packed:
     padded, wide = _up(own, ROWS), _up(width, DENSE_BLOCK)
     nibbles = _nibbles(operand)
     if operand.mask is not None:
-        nibbles = nibbles * operand.mask
+        nibbles = torch.where(operand.mask, nibbles, _nibbles_of_zero(operand))
     words = _dense_words(nibbles, padded, wide)
-    return Packed(words, _scales(operand, padded, DENSE_BLOCK), _codebook(operand), rows or own, width)
+    scale = _in_blocks(_scale_of(operand), operand, padded, DENSE_BLOCK)
+    zero = None if operand.zero is None else _in_blocks(operand.zero.half(), operand, padded, DENSE_BLOCK)
+    return Packed(words, scale, _codebook(operand), rows or own, width, zero)
 
 
 def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
@@ -309,8 +330,9 @@ def _dense_words(nibbles: Tensor, padded: int, wide: int) -> Tensor:
     return words
 
 
-def _scales(operand: MatrixOperand, padded: int, block: int) -> Tensor:
-    scale, size = _scale_of(operand), operand.layout.group_size
+def _in_blocks(scale: Tensor, operand: MatrixOperand, padded: int, block: int) -> Tensor:
+    """Scales (or zeros) of an operand as they lie in memory."""
+    size = operand.layout.group_size
     if size == "per-tensor":
         return scale.reshape(1).clone()
     if scale.shape[1] == 1:

@@ -63,12 +63,13 @@ def _product(
     rows: int,
     width: int,
     tail_group: int,
+    zero: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, width)
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], rows)
     middle = None if t is None else t.reshape(len(flat), -1)
-    packed = Packed(words, scale, codebook, rows, width)
+    packed = Packed(words, scale, codebook, rows, width, zero)
     if fits_one_launch(flat, packed):
         second = None if middle is None or tail is None else SecondFactor(middle, tail, tail_scale, tail_codebook, tail_group)
         y = _launch_that_fits(flat, Operands(packed, bias, second, counters))
@@ -85,30 +86,37 @@ def fits_one_launch(x: Tensor, packed: Packed) -> bool:
 
 
 @_product.register_fake
-def _(x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, counters, rows, width, tail_group):  # type: ignore[no-untyped-def]
+def _(x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, counters, rows, width, tail_group, zero):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("slimlm::gpu_unpacked", mutates_args=())
 def _unpacked(
-    words: Tensor, scale: Tensor, codebook: Tensor | None, rows: int, width: int, tail_group: int, dtype: torch.dtype
+    words: Tensor,
+    scale: Tensor,
+    codebook: Tensor | None,
+    rows: int,
+    width: int,
+    tail_group: int,
+    dtype: torch.dtype,
+    zero: Tensor | None,
 ) -> Tensor:
     """float16, bfloat16 or float32 `[rows, width]`, in memory rows of whole blocks; tail_group 0: not a tail."""
     kernels = _kernels()
     out = words.new_empty(rows, _room(words), dtype=dtype)
     with _on(words.device):
         kernels.unpack_kernel[(words.shape[-2] // ROWS, words.shape[0])](
-            words, scale, words if codebook is None else codebook, out, rows, _plane(words), out.stride(0),
+            words, scale, _or(zero, words), _or(codebook, words), out, rows, _plane(words), out.stride(0),
             scale.stride(0) if tail_group else 0, max(1, tail_group),
-            sparse=words.ndim == 4, has_codebook=codebook is not None, tail=tail_group > 0, tile=ROWS,
-            scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
+            sparse=words.ndim == 4, has_codebook=codebook is not None, has_zero=zero is not None, tail=tail_group > 0,
+            tile=ROWS, scale_mode=kernels.TENSOR if tail_group else _scale_mode(kernels, scale),
             spans=scale.shape[2] if scale.ndim == 3 else 1, num_warps=8 if dtype == torch.float32 else 4,
         )  # fmt: skip
     return out[:, :width]
 
 
 @_unpacked.register_fake
-def _(words, scale, codebook, rows, width, tail_group, dtype):  # type: ignore[no-untyped-def]
+def _(words, scale, codebook, rows, width, tail_group, dtype, zero):  # type: ignore[no-untyped-def]
     return words.new_empty(rows, _room(words), dtype=dtype)[:, :width]
 
 
@@ -120,7 +128,8 @@ def _room(words: Tensor) -> int:
 def matrix(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The matrix `[rows, width]` that a weight stands for, unpacked."""
     found = torch.float32 if dtype not in NARROW else dtype
-    return _unpacked(packed.words, packed.scale, packed.codebook, packed.rows, packed.width, 0, found).to(dtype)
+    packed_words, scale, codebook = packed.words, packed.scale, packed.codebook
+    return _unpacked(packed_words, scale, codebook, packed.rows, packed.width, 0, found, packed.zero).to(dtype)
 
 
 def _tail_matrix(
@@ -130,7 +139,7 @@ def _tail_matrix(
     if scale is None:
         return tail[:rows].to(dtype)
     found = torch.float32 if dtype not in NARROW else dtype
-    return _unpacked(tail, scale, codebook, rows, scale.shape[-1], group, found).to(dtype)
+    return _unpacked(tail, scale, codebook, rows, scale.shape[-1], group, found, None).to(dtype)
 
 
 class SecondFactor(NamedTuple):
@@ -219,13 +228,13 @@ def launch(x: Tensor, operands: Operands, tile: Tile) -> Tensor:
         tail_stride = (tail if tail_scale is None else tail_scale).stride(0)
     with _on(x.device):
         kernels.product_kernel[(across, splits, along)](
-            x, packed.words, scale, _or(packed.codebook, none), _or(bias, none), y, partial, counters,
+            x, packed.words, scale, _or(packed.zero, none), _or(packed.codebook, none), _or(bias, none), y, partial, counters,
             constants(x.device, x.dtype), t, tail, _or(tail_scale, none), _or(tail_codebook, none),
             _or(members, none), batch, packed.rows, blocks, _plane(packed.words), x.stride(0),
             0 if second is None else t.stride(0), share, splits, 0 if second is None else t.shape[1] // 64, tail_stride,
             max(1, tail_group),
-            sparse=packed.sparse, has_codebook=packed.codebook is not None, scale_mode=_scale_mode(kernels, scale),
-            spans=scale.shape[2] if scale.ndim == 3 else 1, has_bias=bias is not None,
+            sparse=packed.sparse, has_codebook=packed.codebook is not None, has_zero=packed.zero is not None,
+            scale_mode=_scale_mode(kernels, scale), spans=scale.shape[2] if scale.ndim == 3 else 1, has_bias=bias is not None,
             tail_kind=kind, tail_has_codebook=tail_codebook is not None, split=splits > 1, stacked=members is not None,
             tile=tile.rows, tokens=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -245,24 +254,24 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, _, rows, width, tail_group = inputs
-    ctx.save_for_backward(words, scale, codebook, tail, tail_scale, tail_codebook)
+    x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, _, rows, width, tail_group, zero = inputs
+    ctx.save_for_backward(words, scale, codebook, tail, tail_scale, tail_codebook, zero)
     ctx.rows, ctx.width, ctx.tail_group = rows, width, tail_group
     ctx.dtypes = x.dtype, None if bias is None else bias.dtype, None if t is None else t.dtype
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """To x, the bias and t; what is packed is frozen."""
-    words, scale, codebook, tail, tail_scale, tail_codebook = ctx.saved_tensors
+    words, scale, codebook, tail, tail_scale, tail_codebook, zero = ctx.saved_tensors
     of_x, of_bias, of_t = ctx.dtypes
     to_x = to_bias = to_t = None
     if ctx.needs_input_grad[0]:
-        to_x = gradient.to(of_x) @ matrix(Packed(words, scale, codebook, ctx.rows, ctx.width), of_x)
+        to_x = gradient.to(of_x) @ matrix(Packed(words, scale, codebook, ctx.rows, ctx.width, zero), of_x)
     if ctx.needs_input_grad[4]:
         to_bias = gradient.flatten(0, -2).sum(dim=0).to(of_bias)
     if ctx.needs_input_grad[5]:
         to_t = gradient.to(of_t) @ _tail_matrix(tail, tail_scale, tail_codebook, ctx.rows, ctx.tail_group, of_t)
-    return to_x, None, None, None, to_bias, to_t, *(None,) * 7
+    return to_x, None, None, None, to_bias, to_t, *(None,) * 8
 
 
 torch.library.register_autograd("slimlm::gpu_product", _gradients, setup_context=_keep)
@@ -294,7 +303,7 @@ def product(
     t, tail, tail_scale, tail_codebook, tail_group = second or (None, None, None, None, 0)
     return _product(
         x, packed.words, packed.scale, packed.codebook, bias, t, tail, tail_scale, tail_codebook, counters,
-        packed.rows, packed.width, tail_group,
+        packed.rows, packed.width, tail_group, packed.zero,
     )  # fmt: skip
 
 
@@ -314,19 +323,20 @@ def _stacked(
     rows: int,
     width: int,
     step: int,
+    zero: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, width)
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], rows)
     middle = None if t is None else t.reshape(len(flat), -1)
     second = None if middle is None or tail is None else SecondFactor(middle, tail, tail_scale, tail_codebook, 1)
-    packed = Packed(words, scale, codebook, rows, width)
+    packed = Packed(words, scale, codebook, rows, width, zero)
     y = _launch_that_fits(flat, Operands(packed, bias, second, counters, members), step)
     return y.view(*x.shape[:-1], rows)
 
 
 @_stacked.register_fake
-def _(x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, members, counters, rows, width, step):  # type: ignore[no-untyped-def]
+def _(x, words, scale, codebook, bias, t, tail, tail_scale, tail_codebook, members, counters, rows, width, step, zero):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -353,7 +363,7 @@ def stacked_product(x: Tensor, stack: Stack, bias: Tensor | None) -> Tensor:
         no_bias_and_factor = (None,) * 5
         t = _stacked(
             x, right.words, right.scale, right.codebook, *no_bias_and_factor, stack.right_members, stack.counters,
-            right.rows, right.width, ROWS,
+            right.rows, right.width, ROWS, right.zero,
         )  # fmt: skip
     elif stack.right is not None:
         t = F.linear(x, stack.right.of(x.dtype))
@@ -363,5 +373,5 @@ def stacked_product(x: Tensor, stack: Stack, bias: Tensor | None) -> Tensor:
         scale, codebook = (None, None) if tail.packed is None else (tail.packed.scale, tail.packed.codebook)
     return _stacked(
         x, base.words, base.scale, base.codebook, bias, t, words, scale, codebook, stack.members, stack.counters,
-        base.rows, base.width, stack.step,
+        base.rows, base.width, stack.step, base.zero,
     )  # fmt: skip

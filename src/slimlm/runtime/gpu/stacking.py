@@ -64,7 +64,7 @@ def _kind(factor: Packed | Values | Tensor | None) -> tuple[object, ...]:
     # One scale for all can be given to every row.
     spans = factor.scale.shape[2:]
     inputs = factor.width if factor.scale.ndim != 2 else None
-    return (inputs, factor.sparse, factor.codebook is not None, factor.scale.ndim == 3, spans)
+    return (inputs, factor.sparse, factor.codebook is not None, factor.zero is not None, factor.scale.ndim == 3, spans)
 
 
 def stack(layers: Sequence[GpuLayer]) -> Stack:
@@ -105,11 +105,18 @@ def _height(factor: Packed | Values) -> int:
 
 def _stacked(factors: Sequence[Packed]) -> Packed:
     words = torch.cat([factor.words for factor in factors], dim=-2)
-    if factors[0].scale.ndim == 3:
-        scale = _cat([factor.scale for factor in factors], dim=1)
-    else:
-        scale = _cat([factor.scale.expand(padded_rows(factor)) for factor in factors], dim=0)
-    return Packed(words, scale, _stacked_codebooks(factors), words.shape[-2], factors[0].width)
+    heights = [padded_rows(factor) for factor in factors]
+    scale = _stacked_scales([factor.scale for factor in factors], heights)
+    zeros = [factor.zero for factor in factors if factor.zero is not None]
+    zero = _stacked_scales(zeros, heights) if zeros else None
+    return Packed(words, scale, _stacked_codebooks(factors), words.shape[-2], factors[0].width, zero)
+
+
+def _stacked_scales(scales: Sequence[Tensor], heights: Sequence[int]) -> Tensor:
+    """Scales, or zeros, of weights with so many rows below each other."""
+    if scales[0].ndim == 3:
+        return _cat(scales, dim=1)
+    return _cat([scale.expand(height) for scale, height in zip(scales, heights, strict=True)], dim=0)
 
 
 def _stacked_codebooks(factors: Sequence[Packed]) -> Tensor | None:
@@ -153,8 +160,13 @@ def _view(factor: Packed | Values, first: int, height: int, rows: int, number: i
     if isinstance(factor, Values):
         return factor.part(first, height)
     own = slice(first, first + height)
-    scale = factor.scale[:, own] if factor.scale.ndim == 3 else factor.scale[own]
-    return Packed(factor.words[..., own, :], scale, _codebook_view(factor, number), rows, factor.width)
+
+    def of_rows(scale: Tensor) -> Tensor:
+        return scale[:, own] if scale.ndim == 3 else scale[own]
+
+    zero = None if factor.zero is None else of_rows(factor.zero)
+    words, codebook = factor.words[..., own, :], _codebook_view(factor, number)
+    return Packed(words, of_rows(factor.scale), codebook, rows, factor.width, zero)
 
 
 def _codebook_view(factor: Packed, number: int) -> Tensor | None:

@@ -108,9 +108,10 @@ class Kind:
         """The class of a weight, for activations of a dtype."""
         form = "2:4" if packed.sparse else "dense"
         codebook = "" if packed.codebook is None else " codebook"
+        zeros = "" if packed.zero is None else " zeros"
         spans = f" {packed.scale.shape[2]} spans" if packed.scale.ndim == 3 else ""
         large = packed.words.shape[-2] * packed.width >= _LARGE
-        return cls(form + codebook + spans, str(dtype).removeprefix("torch."), large)
+        return cls(form + codebook + zeros + spans, str(dtype).removeprefix("torch."), large)
 
     def __str__(self) -> str:
         return f"{self.weight}, {self.dtype}, {'large' if self.large else 'small'}"

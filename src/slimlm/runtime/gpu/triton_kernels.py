@@ -90,6 +90,29 @@ def _scaled(tile, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def _less_zeros(tile, zero, dtype: tl.constexpr):
+    """A tile of codes in `dtype` less zeros of its shape, which is exact: both are small whole numbers."""
+    if INTERPRETED:
+        difference = (tile.to(tl.float32) - zero.to(tl.float32)).to(dtype)
+    else:
+        difference = tile - zero.to(dtype)
+    return difference
+
+
+@triton.jit
+def _of_words(scale, block, half, row, column, padded, mode: tl.constexpr, spans: tl.constexpr):
+    """Scales, or zeros, per word of half a block of a dense weight, `[rows, 8]`."""
+    if mode == TENSOR:
+        found = tl.load(scale + (row[:, None] + column[None, :]) * 0)
+    elif mode == ROW:
+        found = tl.load(scale + row[:, None] + column[None, :] * 0)
+    else:
+        span = (half * 8 + column) * spans // 16
+        found = tl.load(scale + (block * padded + row)[:, None] * spans + span[None, :])
+    return found
+
+
+@triton.jit
 def _dot(weight, x, total):
     if INTERPRETED:
         total = tl.dot(weight.to(tl.float32), x.to(tl.float32), total)
@@ -164,15 +187,19 @@ def _dense_weight(words, codebook, number: tl.constexpr, even_bits, odd_bits, dt
 
 @triton.jit
 def _dense_block(
-    total, at, scale, codebook, x_at, even_bits, odd_bits,
-    dtype: tl.constexpr, has_codebook: tl.constexpr, scaled: tl.constexpr,
+    total, at, scale, zero, codebook, x_at, even_bits, odd_bits,
+    dtype: tl.constexpr, has_codebook: tl.constexpr, scaled: tl.constexpr, has_zero: tl.constexpr,
 ):  # fmt: skip
-    """Add the product with 64 inputs of a dense weight; `scale` `[rows, 8]` is per word, 8 inputs."""
+    """Add the product with 64 inputs of a dense weight; `scale` and `zero` `[rows, 8]` are per word, 8 inputs."""
     words = tl.load(at)
     if scaled:
         scale = _side_by_side(scale, scale)
+    if has_zero:
+        zero = _side_by_side(zero, zero)
     for number in tl.static_range(4):
         weight = _dense_weight(words, codebook, number, even_bits, odd_bits, dtype, has_codebook)
+        if has_zero:
+            weight = _less_zeros(weight, zero, dtype)
         if scaled and has_codebook:
             weight = weight * scale.to(tl.float32)
         elif scaled:
@@ -200,9 +227,9 @@ def _tail_block(
 
 @triton.jit(do_not_specialize=["batch", "blocks", "share", "splits", "tail_blocks"])
 def product_kernel(
-    x, words, scale, codebook, bias, y, partial, counters, bits, t, tail, tail_scale, tail_codebook, members,
+    x, words, scale, zero, codebook, bias, y, partial, counters, bits, t, tail, tail_scale, tail_codebook, members,
     batch, rows, blocks, padded, x_stride, t_stride, share, splits, tail_blocks, tail_width, tail_group,
-    sparse: tl.constexpr, has_codebook: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
+    sparse: tl.constexpr, has_codebook: tl.constexpr, has_zero: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
     has_bias: tl.constexpr, tail_kind: tl.constexpr, tail_has_codebook: tl.constexpr, split: tl.constexpr,
     stacked: tl.constexpr, tile: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
@@ -266,13 +293,16 @@ def product_kernel(
         else:
             for half in tl.static_range(2):
                 if scaled:
-                    span = (half * 8 + column) * spans // 16
-                    own = tl.load(scale + (block * padded + row)[:, None] * spans + span[None, :])
+                    own = _of_words(scale, block, half, row, column, padded, scale_mode, spans)
                 else:
                     own = 0.0
+                if has_zero:
+                    middle = _of_words(zero, block, half, row, column, padded, scale_mode, spans)
+                else:
+                    middle = 0.0
                 total = _dense_block(
-                    total, at + half * plane, own, codebook, x_at + half * 64, even_bits, odd_bits,
-                    dtype, has_codebook, scaled,
+                    total, at + half * plane, own, middle, codebook, x_at + half * 64, even_bits, odd_bits,
+                    dtype, has_codebook, scaled, has_zero,
                 )  # fmt: skip
             at += 2 * plane
         if scale_mode == BLOCK:
@@ -363,9 +393,9 @@ def _repeated(tile, times: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
-    words, scale, codebook, out, rows, padded, out_stride, scale_stride, scale_group,
-    sparse: tl.constexpr, has_codebook: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr, tail: tl.constexpr,
-    tile: tl.constexpr,
+    words, scale, zero, codebook, out, rows, padded, out_stride, scale_stride, scale_group,
+    sparse: tl.constexpr, has_codebook: tl.constexpr, has_zero: tl.constexpr, scale_mode: tl.constexpr, spans: tl.constexpr,
+    tail: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """The matrix that a packed weight stands for, in the dtype of `out`; 256 (2:4) or 64 inputs of `tile` rows a program.
 
@@ -412,6 +442,9 @@ def unpack_kernel(
         if tail:
             values *= tl.load(scale + (row // scale_group)[:, None] * scale_stride + k[None, :]).to(tl.float32)
         else:
+            if has_zero:
+                middle = _of_words(zero, block // 2, block % 2, row, column, padded, scale_mode, spans)
+                values -= _repeated(middle.to(tl.float32), 8)
             values *= _repeated(factor, 8)
         values = values.to(dtype)
     tl.store(out + row[:, None].to(tl.int64) * out_stride + k[None, :], values, mask=(row < rows)[:, None])

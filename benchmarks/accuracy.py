@@ -1,7 +1,7 @@
 """One table and one picture per model: what every recipe costs in bits and in perplexity.
 
     python benchmarks/accuracy.py MODEL --data CALIBRATION --text EVALUATION      # the table
-    python benchmarks/accuracy.py MODEL --data ... --text ... --ablation          # what each ingredient of `best` brings
+    python benchmarks/accuracy.py MODEL --data ... --text ... --ablation          # what each ingredient of `best-24` brings
     python benchmarks/accuracy.py --made                                          # a tiny random model on its own text
     python benchmarks/accuracy.py MODEL --markdown                                # tables for docs/, from the results alone
 
@@ -108,7 +108,7 @@ class Entry:
 def table_entries(budgets: Sequence[float]) -> list[Entry]:
     """The shipped recipes, the baselines at other bits that none of them is, and the budgets."""
     known = {name: open_recipe(name) for name in shipped()}
-    entries = [Entry(name, "ours" if name.startswith("best") else "baseline", recipe) for name, recipe in known.items()]
+    entries = [Entry(name, "ours" if name.startswith("best-24") else "baseline", recipe) for name, recipe in known.items()]
     taken = [recipe.steps for recipe in known.values() if not recipe.sequential and recipe.block_reconstruction is None]
     variants = {name: recipe_of(name, steps) for name, steps in baselines().items()}
     entries += [Entry(name, "baseline", recipe) for name, recipe in variants.items() if recipe.steps not in taken]
@@ -135,14 +135,14 @@ def baselines() -> dict[str, list[Data]]:
 
 
 def ablation_entries() -> list[Entry]:
-    """From SLiM as printed to `best` and beyond, one ingredient switched on at a time."""
-    best = open_recipe("best").to_dict()
+    """From SLiM as printed to `best-24` and beyond, one ingredient switched on at a time."""
+    best = open_recipe("best-24").to_dict()
     [joint] = [step for step in best["steps"] if "joint" in step]
     group_size, rank = joint["group_size"], joint["rank"]
     paper = [named.to_dict() for named in open_recipe("slim-paper").steps]
     groups: list[Data] = [{"quantize": "slim_quant", "group_size": group_size}, {"prune": "wanda", "pattern": "2:4"}]
     off = {**joint, "rounds": 1, "descent_rounds": 0, "asymmetric": 0.0, "codebook": "none", "adapter_bits": 16}
-    matched = open_recipe("best-matched").to_dict() if "best-matched" in shipped() else {}
+    matched = open_recipe("best-24-matched").to_dict() if "best-24-matched" in shipped() else {}
     rungs: list[tuple[str, list[Data], Data]] = [
         ("slim-paper", paper, {}),
         (f"groups-of-{group_size}", [*groups, {"compensate": "slim_lora", "rank": rank, "bits": 16}], {}),

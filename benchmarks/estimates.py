@@ -55,7 +55,7 @@ def main() -> None:
     asked.add_argument("--data", default="stdlib")
     asked.add_argument("--samples", type=int, default=32)
     asked.add_argument("--length", type=int, default=512)
-    asked.add_argument("--recipes", nargs="+", default=["slim", "gptq", "best"])
+    asked.add_argument("--recipes", nargs="+", default=["slim", "gptq", "best-24"])
     given = asked.parse_args()
     if len(given.recipes) == 1:
         print(json.dumps(compared(given.model, given.recipes[0], given.data, given.samples, given.length)), flush=True)

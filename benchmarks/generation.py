@@ -6,7 +6,7 @@
 
 Every measurement is a process of its own, so that its memory is its own; all import torch, llama.cpp's, too. The ways take
 turns in random order, round after round, and figures are medians. Models of the same shape with random weights are made once
-(--folder keeps them): a packed slimlm checkpoint like those of recipe `best`, a dense bfloat16 folder, and GGUF files that
+(--folder keeps them): a packed slimlm checkpoint like those of recipe `best-24`, a dense bfloat16 folder, and GGUF files that
 llama.cpp's own quantizer makes.
 Tokens are counted over all texts of a batch; further tokens by the median time between them, the first with the prompt.
 With one thread the clock is the process's CPU time, with more the wall clock (see slimlm/evaluate/layer_speed.py).

@@ -83,7 +83,7 @@ def codebook(shape: tuple[int, int], group_size: grid.GroupSize, size: float, ge
 
 
 def tokens_by_width(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Uniform:
-    """An embedding or a head as recipe `best` stores it; the weights' root mean square is about 0.02."""
+    """An embedding or a head as recipe `best-24` stores it; the weights' root mean square is about 0.02."""
     top = grid.top_code(bits)
     codes = torch.randint(-top, top + 1, shape, generator=generator, dtype=torch.int8)
     return Uniform(codes, _scale(shape, 32, 0.02 * 3**0.5 / top * shape[1] ** 0.5, generator), bits, 32)
@@ -110,7 +110,7 @@ def low_rank(shape: tuple[int, int], rank: int, generator: torch.Generator) -> L
 
 
 def best_like(name: str) -> Kind:
-    """What recipe `best` may make of a layer: 2:4 in groups of 32, an adapter, and a table in some layers, here in most."""
+    """What recipe `best-24` may make of a layer: 2:4 in groups of 32, an adapter, and a table in some layers, here in most."""
     return Kind(32, table=not name.endswith(("o_proj", "down_proj")), rank=0.1)
 
 

@@ -10,7 +10,7 @@ Python, torch and transformers, and compare. Groups of cases:
 tiny        every shipped recipe, and recipes for what none of them uses, on one random Llama of two blocks
 families    two recipes on a random model of every architecture that the tests know, mixtures of experts among them
 real        slim, gptq and best on trained models: stories260K-hf and babyllama-tok105-hf in the folder --data
-bundled     every shipped recipe on the bundled model, calibrated on Python's standard library; `best` takes minutes
+bundled     every shipped recipe on the bundled model, calibrated on Python's standard library; `best-24` takes minutes
 
 Of each case are kept: dtype, shape and SHA-256 of every stored tensor; the figures of its record (errors, bits, perplexities,
 the plan); and for each choice of kernels that the CPU has the SHA-256 of the logits on fixed tokens, the greedy
@@ -99,7 +99,7 @@ joint = "alternation"
 rounds = 2
 descent_rounds = 1
 """
-"""`best` in little time."""
+"""`best-24` in little time."""
 
 OWN: dict[str, tuple[str, Data]] = {
     "budget-size": (SHORT, {"bits": 3.0}),
@@ -153,8 +153,8 @@ def cases(data: Path | None) -> list[Case]:
         found += [Case("families", f"{name}/{of}", name, recipe) for of, recipe in (("slim", "slim"), ("short", sequential))]
     if data is not None:
         for model in ("stories260K-hf", "babyllama-tok105-hf"):
-            found += [Case("real", f"{model}/{of}", model, of, 16, 256) for of in ("slim", "gptq", "best")]
-    slow = ("best", "hassle-free", "oats", "best-matched")
+            found += [Case("real", f"{model}/{of}", model, of, 16, 256) for of in ("slim", "gptq", "best-24")]
+    slow = ("best-24", "hassle-free", "oats", "best-24-matched")
     ordered = sorted(shipped(), key=lambda name: slow.index(name) if name in slow else -1)
     return found + [Case("bundled", name, "pystd-5m", name, 8, 64, {"data": "stdlib"}) for name in ordered]
 

@@ -150,7 +150,7 @@ def test_a_comparison_that_was_stopped_continues_with_what_was_compressed(
 def test_the_demo_shows_rounding_gptq_and_one_sparse_model_and_more_with_full() -> None:
     quick, full = _trials(Path("kept"), full=False), _trials(Path("kept"), full=True)
     assert [trial.recipe for trial in quick] == ["absmax", "gptq", "slim"]
-    assert {"absmax", "magnitude", "wanda", "slim", "best"} <= {trial.recipe for trial in full}
+    assert {"absmax", "magnitude", "wanda", "slim", "best-24"} <= {trial.recipe for trial in full}
     assert sum(trial.bits is not None for trial in full) == 2
     assert len({trial.name for trial in full}) == len(full)
     assert [trial.out for trial in quick] == [None, None, Path("kept")] and full[-1].out == Path("kept")

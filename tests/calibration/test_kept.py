@@ -285,10 +285,10 @@ ONE_ROUND = {"joint": "alternation", "bits": 4, "group_size": 32, "pattern": "2:
 RECIPES: dict[str, str | dict[str, Any]] = {
     "slim": "slim",
     "gptq": "gptq",
-    # As `best`, in little time: one round, and of one block only.
-    "best": {
-        "name": "best",
-        "summary": "best",
+    # As `best-24`, in little time: one round, and of one block only.
+    "best-24": {
+        "name": "best-24",
+        "summary": "best-24",
         "sequential": True,
         "ignore": ["model.layers.[!0].*"],
         "steps": [{**ONE_ROUND, "rounds": 1, "descent_rounds": 0}],
@@ -317,7 +317,7 @@ def test_a_checkpoint_is_the_same_whatever_its_passes_keep(
 
         patch.setattr(prepare, "_room_of", no_room)
         assert made("no-room") == kept
-    assert sum("in common" in words for words in told) == (recipe == "best")
+    assert sum("in common" in words for words in told) == (recipe == "best-24")
 
     def each(*_: object, **__: object) -> Passes:
         return EachPass()

@@ -156,7 +156,7 @@ def test_only_compress_is_divided(line: Line, monkeypatch: pytest.MonkeyPatch) -
 def test_two_ranks_give_the_bytes_of_one_process(
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `best` is among the recipes of four ranks.
+    # `best-24` is among the recipes of four ranks.
     recipes = ["slim", "gptq"]
     done = run_ranks(2, tmp_path / "two", recipes=recipes, models=[str(model)], options=options(text_file))
     assert [status for status, _ in done] == [0, 0], done
@@ -170,7 +170,7 @@ def test_four_ranks_matching_and_activations_on_the_disk_give_the_bytes_of_one_p
     model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Slow: four processes and five recipes each, on two cores.
-    recipes = ["slim", "gptq", "best", "best-matched", "jsq"]
+    recipes = ["slim", "gptq", "best-24", "best-24-matched", "jsq"]
     asked: dict[str, Any] = {"models": [str(model)], "options": {**options(text_file), "memory": 1000}}
     done = run_ranks(4, tmp_path / "four", recipes=recipes, **asked)
     assert [status for status, _ in done] == [0] * 4, done
@@ -199,7 +199,7 @@ def test_batches_that_are_divided_give_the_same_but_for_rounding(
     alone(model, text_file, tmp_path / "one", recipes, monkeypatch, tokens=8192)
     for recipe in recipes:
         logits, errors = far_apart(tmp_path / "one" / recipe, tmp_path / "four" / recipe)
-        # Sums of other pieces differ in the last bit of float32, which can move a weight that lies between two codes. `best`
+        # Sums of other pieces differ in the last bit of float32, which can move a weight that lies between two codes. `best-24`
         # decides mask and codes in turn and goes other ways from there, so it is compared where batches are whole.
         assert logits < 0.01 and errors < 0.001, recipe
 

@@ -73,9 +73,9 @@ def quick(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, steps=tuple(steps), ignore=ignore)
 
 
-RECIPES = ["best", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
+RECIPES = ["best-24", "gptq-32", "slim", "slim-paper", "jsq", "l2qer", "qera"]
 LONG = ["hassle-free", "oats"]
-"""They alternate for as long as `best`, through the same code."""
+"""They alternate for as long as `best-24`, through the same code."""
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(wi
 
 
 def test_deciding_all_together_does_less_than_a_third_of_slim_s_damage(windows: torch.Tensor, tmp_path: Path) -> None:
-    # `best` with fewer rounds, for time; on the whole text and with all rounds it does about an eighth.
+    # `best-24` with fewer rounds, for time; on the whole text and with all rounds it does about an eighth.
     steps = [{"joint": "alternation", "rounds": 4, "descent_rounds": 2}]
     quick = recipe_from_dict({"name": "quick", "sequential": True, "steps": steps}, source="test")
     together, slim = rise(quick, windows, tmp_path / "quick"), rise("slim", windows, tmp_path / "slim")

@@ -227,7 +227,7 @@ def test_a_loaded_model_can_be_saved_and_opened_again(tmp_path: Path, text_file:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [{"recipe": "best-matched"}, {"recipe": "best", "bits": 5.0}])
+@pytest.mark.parametrize("asked", [{"recipe": "best-24-matched"}, {"recipe": "best-24", "bits": 5.0}])
 def test_matching_and_plans_take_experts(asked: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
     folder = save(random_model("qwen3-moe"), tmp_path / "m")
     record = slimlm.compress(folder, tmp_path / "o", **options(text_file, **asked)).record

@@ -83,7 +83,7 @@ def test_only_one_block_is_filled_at_a_time(tmp_path: Path, text_file: Path, mon
 def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimlm.calibration.capture.TOKENS_AT_ONCE", 4 * 32)
     folder = save(random_model("llama"), tmp_path / "m")
-    options: Any = {**OPTIONS, "recipe": "best-matched", "data": str(text_file)}
+    options: Any = {**OPTIONS, "recipe": "best-24-matched", "data": str(text_file)}
     told: list[str] = []
     slimlm.compress(folder, tmp_path / "memory", **options, memory=2**30, notify=told.append)
     assert not any("stay on the disk" in text for text in told)
@@ -102,7 +102,7 @@ def test_activations_on_the_disk_give_the_same_bytes(tmp_path: Path, text_file: 
         assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("asked", [{"data": "self"}, {"bits": 5.0, "recipe": "best"}])
+@pytest.mark.parametrize("asked", [{"data": "self"}, {"bits": 5.0, "recipe": "best-24"}])
 def test_what_needs_the_whole_model_is_refused_over_the_limit(tmp_path: Path, text_file: Path, asked: dict[str, Any]) -> None:
     folder = save(random_model("llama"), tmp_path / "m")
     with pytest.raises(ModelError, match=r"whole model has to be in memory, .* more than the `memory` of 100\.00 kB"):

@@ -26,7 +26,7 @@ from slimlm.recipe import AS_STORED, apply_steps, open_recipe, shipped
 from tests.conftest import FAMILIES, random_model, save
 
 
-@pytest.mark.parametrize("recipe", [name for name in shipped() if name != "best-matched"])
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name != "best-24-matched"])
 @pytest.mark.parametrize("shape", [(40, 72), (64, 36)])
 def test_the_form_of_the_steps_counts_the_bits_of_their_parts(recipe: str, shape: tuple[int, int]) -> None:
     steps = brief(resolved(open_recipe(recipe).steps))
@@ -81,7 +81,7 @@ def test_an_estimate_reads_no_text_and_no_weight_where_a_block_does_not_fit(
 
 
 def test_stages_and_inputs_are_those_of_the_model(llama_folder: Path) -> None:
-    needs = needs_of(llama_folder, "best")
+    needs = needs_of(llama_folder, "best-24")
     names = [[name.rpartition(".")[2] for name in stage] for stage in needs.stages]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     first = next(iter(needs.blocks))
@@ -95,10 +95,10 @@ def needs_of(folder: Path, recipe: str, samples: int = 8, length: int = 32) -> R
 
 
 def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
-    slim, best = needs_of(llama_folder, "slim"), needs_of(llama_folder, "best")
+    slim, best = needs_of(llama_folder, "slim"), needs_of(llama_folder, "best-24")
     assert best.copies == best.streams == 2 and slim.copies == slim.streams == 1
     assert best.held_bytes == 2 * slim.held_bytes == 2 * 8 * 32 * best.width * 4
-    assert needs_of(llama_folder, "best-matched").held_bytes == 3 * slim.held_bytes
+    assert needs_of(llama_folder, "best-24-matched").held_bytes == 3 * slim.held_bytes
     assert best.least_bytes > 2 * best.block_bytes > slim.least_bytes
     # Of one number per input the statistics take next to nothing.
     assert 0 < slim.least_bytes - slim.block_bytes == slim.statistics_bytes < 0.05 * slim.block_bytes
@@ -108,7 +108,7 @@ def test_what_is_held_grows_as_it_should(llama_folder: Path) -> None:
 
 
 def test_arguments_that_depend_on_the_text_take_memory_with_what_computes_them(llama_folder: Path) -> None:
-    for recipe, more in (("slim", 1), ("best-matched", 2)):
+    for recipe, more in (("slim", 1), ("best-24-matched", 2)):
         without = needs_of(llama_folder, recipe)
         needs = dataclasses.replace(without, text_dependent=True)
         kept = needs.tokens * needs.width * 4

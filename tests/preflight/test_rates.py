@@ -29,7 +29,7 @@ def test_rates_are_measured_where_the_clock_says() -> None:
     assert rates.products == 2 * 2048 * 512 * 1024 and rates.passes == 8 * 2**22 and rates.written == 2**25
 
 
-@pytest.mark.parametrize("recipe", ["slim", "gptq", "jsq", "best"])
+@pytest.mark.parametrize("recipe", ["slim", "gptq", "jsq", "best-24"])
 def test_the_steps_are_tried_no_larger_than_the_largest_layer(recipe: str) -> None:
     times = iter(range(1, 100))
     cost = measured_steps(open_recipe(recipe).steps, 48, length=16, device=CPU, clock=lambda: float(next(times)))

@@ -295,8 +295,8 @@ def test_at_eight_bits_the_bundled_model_s_perplexity_hardly_moves() -> None:
 
 def test_of_the_shipped_recipes_only_the_best_ones_ask_for_it() -> None:
     asked = {name: open_recipe(name).embedding_bits for name in shipped()}
-    assert {name for name, bits in asked.items() if bits != 16} == {"best", "best-matched"}
-    assert asked["best"] == asked["best-matched"] == 8
+    assert {name for name, bits in asked.items() if bits != 16} == {"best", "best-24", "best-24-matched"}
+    assert asked["best"] == asked["best-24"] == asked["best-24-matched"] == 8
 
 
 @pytest.mark.parametrize("bits", [3, 9, 0, 17, True, 8.0, "8"])
@@ -309,9 +309,9 @@ def test_a_number_given_takes_precedence_over_the_recipe_s() -> None:
     def opened(recipe: str, bits: int | None) -> Recipe:
         return RunConfig(model="m", recipe=recipe, embedding_bits=bits).opened_recipe
 
-    assert opened("best", 16).embedding_bits == 16
+    assert opened("best-24", 16).embedding_bits == 16
     assert opened("slim", 5).embedding_bits == 5
-    assert opened("best", None) == open_recipe("best")
+    assert opened("best-24", None) == open_recipe("best-24")
 
 
 def test_the_command_line_asks_and_shows(llama_folder: Path, tmp_path: Path, text_file: Path, line: Line) -> None:

@@ -129,7 +129,7 @@ def test_a_run_that_stops_says_so_without_the_words_of_the_error(
 
 def test_a_run_that_is_refused_leaves_no_log(model: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(slimlm.SlimlmError):
-        slimlm.compress(model, tmp_path / "o", **{**options(text_file, "best-matched"), "samples": 1})
+        slimlm.compress(model, tmp_path / "o", **{**options(text_file, "best-24-matched"), "samples": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,7 +145,7 @@ def test_in_a_folder_that_is_there_the_log_lies_inside(model: Path, text_file: P
 
 
 def test_reconstructed_blocks_are_logged_as_they_are_stored(model: Path, text_file: Path, tmp_path: Path) -> None:
-    result = slimlm.compress(model, tmp_path / "o", **options(text_file, "best-matched"))
+    result = slimlm.compress(model, tmp_path / "o", **options(text_file, "best-24-matched"))
     layers = [line for line in entries(tmp_path / "o.log.jsonl") if line["event"] == "layer"]
     logged = [(line["error"], tuple(line["reconstruction"])) for line in layers]
     assert logged == [(record.error, record.reconstruction) for record in result.record.layers]

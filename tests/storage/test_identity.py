@@ -50,8 +50,8 @@ def test_another_run_is_refused_in_python_s_own_words(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.match_identity({"recipe": "slim"})
     journal.match_identity({"recipe": "slim"})
-    with pytest.raises(CheckpointError, match=r'recipe was "slim" and is "best".*pass `restart`'):
-        journal.match_identity({"recipe": "best"})
+    with pytest.raises(CheckpointError, match=r'recipe was "slim" and is "best-24".*pass `restart`'):
+        journal.match_identity({"recipe": "best-24"})
     journal.match_weights({"layers.0": "1"})
     with pytest.raises(CheckpointError, match=r"layers\.0 changed since.*pass `restart`"):
         journal.match_weights({"layers.0": "2"})

@@ -114,5 +114,6 @@ def _trials(out: Path | None, *, full: bool) -> tuple["Trial", ...]:
         Trial("magnitude", "4 bits, 2:4, the smallest weights removed", "magnitude"),
         Trial("wanda", "4 bits, 2:4, weighted by the inputs", "wanda"),
         Trial("slim", slim, "slim"),
-        Trial("best", "4 bits, 2:4 and adapters solved together; the default", "best", continues=True, out=out),
+        Trial("best-24", "4 bits, 2:4 and adapters solved together", "best-24"),
+        Trial("best", "4 bits, solved for layer after layer; the default", "best", continues=True, out=out),
     )

@@ -128,8 +128,8 @@ def compress(
             embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
             ignore: A pattern on the full names of layers that are not compressed ("*.down_proj"), or several.
             data: The calibration text: a file, a folder, a hub data set, "stdlib", "self", or a list of texts.
-            samples: The number of calibration samples (128).
-            length: Tokens per sample (2048), at most the model's context.
+            samples: The number of calibration samples; left out, as many as the model and the recipe need.
+            length: Tokens per sample (512), at most the model's context.
             seed: The seed by which samples are drawn.
             device: "auto", "cpu", "cuda" or "cuda:N"; one block at a time is worked on there.
             memory: Bytes ("8GB") that calibration activations may take before they stay on the disk; None: half of the free

@@ -20,7 +20,7 @@ INSTALL = "python -m pip install "
 TEST = "python -m pytest "
 NOT_HERE = (INSTALL, TEST, "slimlm demo")
 SECONDS = 600
-"""A page compresses a model of five million parameters three times at most, none of them by `best-24`: half a minute when idle."""
+"""A page compresses a model of five million parameters three times at most, none by `best-24`: half a minute when idle."""
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,14 @@ Data = Annotated[
         show_default=DEFAULT_DATA,
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample; at most the model's context is used.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calibration samples.", show_default="as many as the model and the recipe need"),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per calibration sample; at most the model's context is used.", show_default="512"),
+]
 Seed = Annotated[int, typer.Option(help="Seed by which calibration samples are drawn.")]
 Memory = Annotated[
     str | None,

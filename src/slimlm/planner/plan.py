@@ -26,7 +26,7 @@ from slimlm.planner.options import Budget, Option, budget_of, options_of
 from slimlm.planner.trials import Judged, Original, Tried, Visited
 from slimlm.recipe import Recipe, Rule
 
-_JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
+JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
 """The most tokens that losses are measured on, and the most of a window of them."""
 _LEAST_SAMPLES = 3
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
@@ -167,7 +167,7 @@ def refuse_few_samples(count: int) -> None:
 def judged_windows(count: int, length: int) -> tuple[int, int]:
     """How many of so many samples, and how many tokens of each, losses are measured on; as many check the choice."""
     length = min(length, _JUDGED_LENGTH)
-    return max(1, min(count // 8, _JUDGED_TOKENS // length)), length
+    return max(1, min(count // 8, JUDGED_TOKENS // length)), length
 
 
 def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Budget, progress: Observer) -> Plan:

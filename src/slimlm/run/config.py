@@ -37,8 +37,8 @@ class RunOptions(TypedDict, total=False):
     embedding_bits: int | None
     ignore: str | Sequence[str] | None
     data: str | Path | Sequence[str] | None
-    samples: int
-    length: int
+    samples: int | None
+    length: int | None
     seed: int
     device: str | torch.device
     memory: int | str | None
@@ -69,10 +69,10 @@ class RunConfig:
     """Patterns on the full names of layers that are not compressed, besides those that the recipe ignores."""
     data: Source | None = None
     """The calibration text: a file, a folder, a hub data set, "stdlib", "self" or texts; None: the default data set."""
-    samples: int = 128
-    """The number of calibration samples."""
-    length: int = 2048
-    """Tokens per sample, at most the model's context."""
+    samples: int | None = None
+    """The number of calibration samples; None: as many as the model and the recipe need (slimlm.preflight.calibration)."""
+    length: int | None = None
+    """Tokens per sample, at most the model's context; None: 512."""
     seed: int = 0
     """The seed by which samples are drawn."""
     device: str = "auto"
@@ -89,7 +89,8 @@ class RunConfig:
         return cls(model=arguments.model_source(model, "model"), out=folder, **checked)
 
     def __post_init__(self) -> None:
-        check_seed(self.calibration.seed)
+        check_seed(self.seed)
+        Calibration(samples=1 if self.samples is None else self.samples, length=2 if self.length is None else self.length)
         _ = self.opened_recipe  # raises RecipeError where it cannot be opened
 
     @cached_property
@@ -104,7 +105,8 @@ class RunConfig:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The calibration text and how much of it is used."""
+        """The calibration text and how much of it is used, once that is decided."""
+        assert self.samples is not None and self.length is not None, "chosen when the model was opened"
         return Calibration(self.data or DEFAULT_DATA, self.samples, self.length, self.seed)
 
     @property
@@ -186,6 +188,10 @@ def _bits(given: object) -> float | None:
     return arguments.real_number(given, "bits", example=4, refusal=RecipeError)
 
 
+def _count(given: object, name: str, *, least: int, example: int) -> int | None:
+    return None if given is None else arguments.whole_number(given, name, least=least, example=example, refusal=DataError)
+
+
 def _embedding_bits(given: object) -> int | None:
     return None if given is None else check_embedding_bits(given, "`embedding_bits`")
 
@@ -196,8 +202,8 @@ _CHECKS: dict[str, Callable[[object], Any]] = {
     "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
     "embedding_bits": _embedding_bits,
     "data": _data,
-    "samples": lambda given: arguments.whole_number(given, "samples", least=1, example=128, refusal=DataError),
-    "length": lambda given: arguments.whole_number(given, "length", least=2, example=2048, refusal=DataError),
+    "samples": lambda given: _count(given, "samples", least=1, example=128),
+    "length": lambda given: _count(given, "length", least=2, example=2048),
     "seed": lambda given: arguments.whole_number(given, "seed", least=None, example=0, refusal=DataError),
     "device": _device,
     "memory": lambda given: None if given is None else arguments.size(given, "memory"),

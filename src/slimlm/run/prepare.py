@@ -25,7 +25,7 @@ from slimlm.data.documents import name_of
 from slimlm.distributed.group import Group
 from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
 from slimlm.evaluation.stored_model import LastOutputs, StoredModel
-from slimlm.events import Event, Observer
+from slimlm.events import Event, Notify, Observer, silent
 from slimlm.models.dense import DenseModel, open_dense
 from slimlm.models.embeddings import Embeddings, embeddings_of
 from slimlm.models.lazy import LazyModel, open_lazy
@@ -33,6 +33,7 @@ from slimlm.models.structure import blocks_of, context_length, vocabulary_size
 from slimlm.planner.options import Budget
 from slimlm.planner.plan import Plan, auto_budget, make_plan, refuse_budget, refuse_few_samples
 from slimlm.planner.trials import Original
+from slimlm.preflight.calibration import amount_of
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
@@ -120,6 +121,8 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     dense = open_lazy(config.model, run.journal.folder / "original", run.notify)
     blocks = blocks_of(dense.model)
     make_room(_most_files(dense, len(dense.files), len(blocks)))
+    shapes = compressible(blocks, recipe)
+    config = _with_samples(config, dense, shapes, run.notify)
     match_run(config.identity(dense.files, dense.config, device), run)
     with dense.outer_tensors_filled(blocks):
         embeddings = planned_embeddings(dense, recipe)
@@ -128,16 +131,16 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         run.journal.match_weights(weights_identity(dense.weights, blocks, dense.release))
     skipped = without_embeddings(skipped, embeddings)
     run.progress(Event("open the model", 1, 1))
-    shapes = compressible(blocks, recipe)
     if config.planned and budget is None:
         budget = auto_budget(recipe, list(shapes.values()), config.objective)
     if budget is not None:
         refuse_budget(shapes, budget)
     refuse_unfit_model(dense, blocks)
     # With as many samples as are asked for, before any block or the whole model is read.
-    length = min(config.length, context_length(dense.model) or config.length)
-    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits)
-    shares = shares_of(torch.empty(config.samples, length, device="meta"), run.group.size)
+    wanted = config.calibration
+    length = min(wanted.length, context_length(dense.model) or wanted.length)
+    needs = RunNeeds(dense, blocks, recipe, embeddings, skipped, wanted.samples, length, config.bits)
+    shares = shares_of(torch.empty(wanted.samples, length, device="meta"), run.group.size)
     check_device(needs, device)
     check_memory(_memory_of_rank(needs, config, run.group, shares), config.memory)
     calls = rehearse(dense, blocks, shapes)
@@ -166,6 +169,17 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
         room=_room_of(memory, device, run),
         budget=budget,
     )
+
+
+def _with_samples(config: RunConfig, dense: LazyModel, shapes: dict[str, tuple[int, int]], notify: Notify) -> RunConfig:
+    """The configuration with as many samples and tokens as are asked for, or as the model and the recipe need."""
+    if not shapes:
+        return dataclasses.replace(config, samples=config.samples or 1, length=config.length or 2)  # refused in a moment
+    context, asked = context_length(dense.model), (config.samples, config.length)
+    amount = amount_of(asked, shapes, config.opened_recipe, context=context, planned=config.planned)
+    if amount.reason is not None:
+        notify(f"calibration takes {amount.samples} samples of {amount.length} tokens: {amount.reason}; `samples` gives others")
+    return dataclasses.replace(config, samples=amount.samples, length=amount.length)
 
 
 def refuse_unfit_model(dense: LazyModel, blocks: dict[str, nn.Module]) -> None:
@@ -290,8 +304,9 @@ def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
     recipe, blocks = config.opened_recipe, blocks_of(dense.model)
     embeddings = planned_embeddings(dense, recipe)
     skipped = without_embeddings(refuse_early(dense, blocks, recipe, planning=config.planned), embeddings)
-    length = min(config.length, context_length(dense.model) or config.length)
-    return RunNeeds(dense, blocks, recipe, embeddings, skipped, config.samples, length, config.bits, text_dependent=True)
+    wanted = _with_samples(config, dense, compressible(blocks, recipe), silent).calibration
+    length = min(wanted.length, context_length(dense.model) or wanted.length)
+    return RunNeeds(dense, blocks, recipe, embeddings, skipped, wanted.samples, length, config.bits, text_dependent=True)
 
 
 def rehearsed(needs: RunNeeds, allowed: int | None) -> RunNeeds:

@@ -5,7 +5,7 @@ the blocks. `settings` is the whole table:
 
     dense                       the model itself
     absmax, gptq, slim, ...     every shipped recipe by its name
-    joint-BITS-GROUP            the joint solver of `best-24`, dense: no mask and no adapters
+    joint-BITS-GROUP            the joint solver of `best`, dense: no mask and no adapters
     gptq-asymmetric-BITS-GROUP  GPTQ on a grid with integer zero points
     budget-BITS                 `slimlm compress --bits`
     Q4_0, Q4_0+imatrix, ...     llama.cpp's file types, without and with an importance matrix

@@ -82,7 +82,7 @@ def small_gpt2() -> PreTrainedModel:
 BASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "plain": (lambda: small_llama(attention_bias=True), {"recipe": "slim"}),
     "tied": (lambda: small_llama(tie_word_embeddings=True), {"recipe": "slim", "embedding_bits": 8}),
-    "embedding": (small_llama, {"recipe": "gptq", "embedding_bits": 4}),
+    "embedding": (small_llama, {"recipe": "gptq-zero", "embedding_bits": 4}),
     "tables": (small_llama, {"recipe": "best-24"}),
     "sharded": (small_gpt2, {"recipe": "slim"}),
 }

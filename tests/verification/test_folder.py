@@ -330,3 +330,16 @@ def test_a_folder_without_their_checksums_is_read_and_says_so(copy: Path) -> Non
     found = slimlm.verify(copy)
     assert found.sound
     assert any("no checksums of its config" in note for note in found.notes)
+
+
+def test_a_folder_with_zeros_is_sound_opens_on_kernels_and_damage_is_named(text_file: Path, tmp_path: Path) -> None:
+    dense = save(random_model("llama", torch.float16), tmp_path / "dense")
+    out = slimlm.compress(dense, tmp_path / "out", data=str(text_file), **{**OPTIONS, "recipe": "gptq-zero"}).path
+    assert slimlm.verify(out).sound
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        law, found = (slimlm.load(out, kernels=k, dtype=torch.float32)(ids).logits for k in ("reference", "auto"))
+    assert (found - law).norm() < 1e-3 * law.norm()
+    name = f"{LAYER}.weight_zero"
+    change(out, name, lambda tensor: torch.cat([tensor, tensor[:1]]))
+    assert "weight_zero" in " ".join(slimlm.verify(out).problems)

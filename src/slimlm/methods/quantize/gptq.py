@@ -9,10 +9,9 @@ covariance of few tokens is shrunk toward its diagonal. After a pruner the mask 
 the pruning.
 
 zero     False: the grid is symmetric, and the scale may be negative, so that the longer side of the grid is used for the
-         largest weight. True: as GPTQ is mostly used, each scale comes with a zero, a whole number of `bits` bits; scale and
-         zero are searched together, several zeros for each of many scales (Lin, Hu, Wan: NeUQI: Near-Optimal Uniform
-         Quantization Parameter Initialization for Low-Bit LLMs, arXiv 2505.17595, has the same aim, with zeros that need not
-         be whole).
+         largest weight. True: as GPTQ is mostly used, each scale comes with a zero, a whole number of `bits` bits; the two are
+         searched together, several zeros for each of many scales (Lin, Hu, Wan: NeUQI: Near-Optimal Uniform Quantization
+         Parameter Initialization for Low-Bit LLMs, arXiv 2505.17595, has the same aim, with zeros that need not be whole).
 centred  True: the grid has no zero but lies evenly on both sides of it: -1.5, -0.5, 0.5, 1.5 with 2 bits. It is stored as a
          codebook, of up to 4 bits.
 order    of the inputs in the sweep. "energy": groups, and fours within them, by falling second moment (mean square) of their

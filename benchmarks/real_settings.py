@@ -272,7 +272,7 @@ def opened(ground: Ground) -> LazyModel:
 def importance_of(ground: Ground, seed: int) -> dict[str, Tensor]:
     """The mean square of each input `[in]` of the layers to round, in the dense model, on slimlm's calibration samples."""
     wanted = Calibration(str(ground.texts.calibration), ground.samples, ground.length, seed)
-    samples = draw_samples(opened(ground), wanted, print)
+    samples = draw_samples(opened(ground), wanted, print).samples
     model, device, found = open_any(str(ground.dense)).model, torch.device("cpu"), {}
     blocks = blocks_of(model)
     with torch.no_grad():

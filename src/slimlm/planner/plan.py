@@ -16,8 +16,8 @@ from torch import Tensor
 
 from slimlm.core.errors import DataError, NumericsError, RecipeError
 from slimlm.core.objective import Objective
+from slimlm.core.output_error import NEEDS
 from slimlm.core.statistics.base import Needs
-from slimlm.core.statistics.covariance import Covariance
 from slimlm.events import Event, Observer
 from slimlm.models.structure import weight_of
 from slimlm.planner.budget import choose_options
@@ -235,7 +235,7 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
 
 def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
     """The statistics of all options' steps; raises RecipeError where one compares with the original model."""
-    needs: Needs = frozenset({Covariance}).union(*(needs_of(brief(option.steps)) for option in options))
+    needs: Needs = NEEDS.union(*(needs_of(brief(option.steps)) for option in options))
     compared = [statistic.__name__ for statistic in needs if statistic.source.compares]
     if compared:
         raise RecipeError(

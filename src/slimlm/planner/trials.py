@@ -20,9 +20,8 @@ from slimlm.calibration.measurement import measure
 from slimlm.calibration.stages import stages_of
 from slimlm.core.errors import NumericsError
 from slimlm.core.layer import Layer
-from slimlm.core.solvers.linalg import weighted_square
+from slimlm.core.output_error import relative_output_error
 from slimlm.core.statistics.base import Needs, Stats
-from slimlm.core.statistics.covariance import Covariance
 from slimlm.evaluation.divergence import kl_divergence
 from slimlm.evaluation.perplexity import pieces_of
 from slimlm.evaluation.stored_model import LastOutputs, StoredModel
@@ -103,14 +102,11 @@ class Visited:
         if any(option.refuses((shape[0], shape[1])) is not None for shape in shapes):
             return None
         made = {layer: self.made(layer, option.steps) for layer in group}
-        errors = [self._relative_error(layer, weight) for layer, weight in made.items()]
+        errors = [
+            relative_output_error(weight_of(self.block.get_submodule(layer)), weight, self.stats[layer])
+            for layer, weight in made.items()
+        ]
         return Tried(made, sum(errors) / len(errors))
-
-    def _relative_error(self, layer: str, made: Tensor) -> float:
-        """The mean square of the error of a layer's outputs over that of the outputs."""
-        weight, covariance = weight_of(self.block.get_submodule(layer)), self.stats[layer][Covariance]
-        whole = weighted_square(weight, covariance.to(weight))
-        return 0.0 if whole == 0 else weighted_square(weight - made, covariance.to(weight)) / whole
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -99,6 +99,10 @@ class BlockArguments:
     kept: "KeptArguments" = field(default_factory=lambda: KeptArguments())
     """The captured arguments of the block that is worked on."""
 
+    def holds_one(self, name: str) -> bool:
+        """Whether the arguments of a block are known for a single sample."""
+        return name not in self.text_dependent and (name, 1) in self.shared
+
     def of(self, name: str, batch: int, count: int) -> Arguments:
         """The arguments of a block for a batch, of which the number and the number of its samples are given."""
         if name not in self.text_dependent:

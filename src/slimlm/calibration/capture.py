@@ -88,9 +88,14 @@ class BlockRun:
     passes: Passes = field(default_factory=EachPass)
     """How its forward passes are made."""
 
-    def of_first_batch(self) -> "BlockRun":
-        """The same block on its first batch only, in this process only; nothing is kept of its passes."""
-        return replace(self, inputs=BlockInputs(self.inputs.hidden[:1], self.inputs.arguments), passes=EachPass())
+    def of_little(self) -> "BlockRun":
+        """The same block on one sample only, or on its first batch where its arguments are not known for one sample.
+
+        In this process only; nothing is kept of its passes.
+        """
+        first, arguments = self.inputs.hidden[0], self.inputs.arguments
+        some = first[:1] if arguments.holds_one(self.name) else first
+        return replace(self, inputs=BlockInputs([some], arguments), passes=EachPass())
 
 
 def enter(model: nn.Module, blocks: dict[str, nn.Module], samples: Tensor, *, tokens_at_once: int | None = None) -> BlockInputs:

@@ -204,7 +204,8 @@ def starting_streams(prepared: Prepared, run: Run) -> Streams:
 
 def _shared_arguments(prepared: Prepared, batches: Sequence[Tensor]) -> BlockArguments:
     """The arguments of all blocks for batches of token ids `[samples, length]`, but for those that depend on the text."""
-    shared = shared_arguments(prepared.dense.model, prepared.blocks, prepared.calls, batches)
+    # And for one sample, on which a question about the block's structure is answered soon.
+    shared = shared_arguments(prepared.dense.model, prepared.blocks, prepared.calls, [*batches, batches[0][:1]])
     return BlockArguments(shared, batches, prepared.calls.text_dependent)
 
 

@@ -278,7 +278,7 @@ def test_importances_are_the_mean_squares_of_inputs_on_calibration_samples(
     found = parts.importance_of(ground, 0)
     model = open_any(str(ground.dense)).model
     wanted = parts.Calibration(str(texts.calibration), 4, 48, 0)
-    samples = parts.draw_samples(parts.opened(ground), wanted, print)
+    samples = parts.draw_samples(parts.opened(ground), wanted, print).samples
     inputs: list[Tensor] = []
     name = "model.layers.0.mlp.down_proj"
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))

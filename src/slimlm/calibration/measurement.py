@@ -34,8 +34,9 @@ def measure(
     Layers that are given the same tensor (q, k and v; gate and up) share one measurement. Every rank measures its samples, and
     all get the statistics of all samples. A statistic is None where its source (`Source`) does not exist for a layer: an expert
     that is routed other tokens than in the original model has none of original inputs; a layer whose output is not added to the
-    block's output, or that is measured with others, has none of output residuals. An expert that is given fewer tokens than it
-    has inputs gets the statistics of the same layer of all experts of the block together, and a note of it.
+    block's output, or that is measured with others, has none of output residuals; one that has these has none of original
+    inputs, which say less. An expert that is given fewer tokens than it has inputs gets the statistics of the same layer of all
+    experts of the block together, and a note of it.
 
     Args:
         block_run: The block and its inputs.
@@ -49,13 +50,15 @@ def measure(
     """
     assert original is not None or not any(own.source.compares for own in needs), "these statistics need the original block"
     of_residuals = frozenset(own for own in needs if own.source is Source.OUTPUT_RESIDUALS)
-    found = _measured_inputs(block_run, linears, needs - of_residuals, original)
     if not of_residuals:
-        return found
-    values: dict[type[Statistic], Tensor | None] = dict.fromkeys(of_residuals)
+        return _measured_inputs(block_run, linears, needs, original)
+    residuals: dict[type[Statistic], Tensor | None] = {}
     if len(linears) == 1 and original is not None:
         ((layer, linear),) = linears.items()
-        values |= _measured_residuals(block_run, layer, linear, of_residuals, original)
+        residuals = _measured_residuals(block_run, layer, linear, of_residuals, original)
+    spared = frozenset(own for own in needs if residuals and own.source is Source.ORIGINAL_INPUTS)
+    found = _measured_inputs(block_run, linears, needs - of_residuals - spared, original)
+    values: dict[type[Statistic], Tensor | None] = {**dict.fromkeys(of_residuals | spared), **residuals}
     # One object for layers that share an input, so that they share its cache.
     complete = {id(stats): replace(stats, values={**stats.values, **values}) for stats in found.values()}
     return {layer: complete[id(stats)] for layer, stats in found.items()}

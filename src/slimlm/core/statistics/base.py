@@ -33,7 +33,7 @@ class Source(Enum):
     """inputs of whole calibration samples; not for experts, which have only some of the tokens"""
     ORIGINAL_INPUTS = "original inputs"
     """inputs, and the layer's inputs in the original model for the same tokens; not for experts, to which the router may have
-    assigned other tokens there"""
+    assigned other tokens there, nor where there are output residuals, which say more"""
     OUTPUT_RESIDUALS = "output residuals"
     """inputs, and the original block's outputs less the block's; only for layers whose output is added to the block's
     output as it is"""

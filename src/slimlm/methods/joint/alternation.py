@@ -205,15 +205,14 @@ class Alternation(StepDefaults):
 
     def __call__(self, layer: Layer, stats: Stats) -> Layer:
         covariance, notes = shrunk(stats[Covariance].to(layer.original), stats.tokens)
-        cross_covariance = stats.get(CrossCovariance) if self.asymmetric else None
-        if self.asymmetric and cross_covariance is None:
+        residual = stats.get(OutputResidualCovariance) if self.asymmetric else None
+        if self.asymmetric and residual is None and (cross_covariance := stats.get(CrossCovariance)) is not None:
+            residual = layer.original @ (cross_covariance.to(layer.original) - covariance)
+        if self.asymmetric and residual is None:
             notes = (*notes, "no asymmetric calibration: tokens are routed differently than in the original model")
         elif self.asymmetric and notes:
             notes = (*notes, "no asymmetric calibration, for the same reason")
-        elif cross_covariance is not None:
-            residual = stats.get(OutputResidualCovariance)
-            if residual is None:
-                residual = layer.original @ (cross_covariance.to(layer.original) - covariance)
+        elif residual is not None:
             reference = _reference(layer.original, covariance, residual.to(layer.original), self.asymmetric, stats.cache)
             layer = replace(layer, reference=reference)
         if self.norm == "diagonal":

@@ -569,6 +569,10 @@ def test_output_residuals_are_known_where_a_layer_s_output_is_added_to_the_block
     assert found == [ADDED[kind]]
     together = measure(here, linears_of(block), needs, here)
     assert all(stats.get(OutputResidualCovariance) is None for stats in together.values())
+    # What compares with the layer's own inputs in the original model is measured for the others alone.
+    for layer, linear in linears_of(block).items():
+        stats = measure(here, {layer: linear}, needs | {CrossCovariance}, here)[layer]
+        assert (stats.get(CrossCovariance) is None) == (layer == ADDED[kind])
 
 
 def test_output_residuals_are_what_the_block_lacks_of_the_original_against_the_layer_s_inputs() -> None:

@@ -24,7 +24,7 @@ STAGES = {
     "a layer's steps are done": ("matched", Moment(("slimlm.run.block:record_of",), 9), 1),
     "a block is reconstructed": ("matched", Moment(("slimlm.pipeline:reconstruct_block",), 2, after=True), 1),
     "activations are passed on": ("matched", Moment(("slimlm.run.block:run_through",), 6), 2),
-    "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 3, half=True), 1),
+    "a block's file is written": ("matched", Moment(("slimlm.storage.journal:write_tensors",), 5, half=True), 1),
     "activations are written": ("matched", Moment(("slimlm.storage.activations:write_stream",), 3, half=True), 1),
     "the journal is written": ("own", Moment(("slimlm.storage.journal:Journal._write",), 6, after=True), 2),
     "embedding and head are compressed": ("matched", Moment(("slimlm.run.assemble:compress_embeddings",), after=True), BLOCKS),

@@ -186,6 +186,7 @@ FLOORS: dict[tuple[str, str], Callable[..., Work]] = {
     ("adapter rounding", "_rounded"): of_adapter,
     ("adapter rounding", "_swept"): of_adapter,
     ("objective", "weighted_square"): of_objective,
+    ("objective", "gradient_of"): of_objective,
     ("packing", "from_parts"): of_weight(5.0),
     ("unpacking", "prepare"): of_weight(5.0),
 }

@@ -135,7 +135,8 @@ def main() -> None:
         rows[form] = {"torch": with_torch(form, fresh(layers)), "library": timed(form, fresh(layers))}
         print(form, json.dumps(rows[form]))
     about = {**this_run("solvers.py"), "layers": len(layers), "form": FORMS, "rows": rows}
-    about["command"] = f"python benchmarks/solvers.py MODEL --data {Path(given.data).name}"
+    asked_for = f"--blocks {' '.join(map(str, given.blocks))} --samples {given.samples} --length {given.length}"
+    about["command"] = f"python benchmarks/solvers.py MODEL --data {Path(given.data).name} {asked_for}"
     (RESULTS / "solvers.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

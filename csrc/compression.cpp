@@ -3,6 +3,7 @@
 #include "compression.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -173,7 +174,7 @@ extern "C" int slimlm_least_squares_scale(const float* points, const float* weig
 
 extern "C" int slimlm_histogram(const float* numbers, const float* weights, int64_t count, float low, float width, int32_t bins,
                                 double* totals, int32_t threads) try {
-    if (count < 0 || bins < 1 || !(width > 0) || !totals || (!numbers && count)) return SLIMLM_BAD_ARGUMENT;
+    if (count < 0 || bins < 1 || !(width > 0) || !std::isfinite(width) || !std::isfinite(low) || !totals || (!numbers && count)) return SLIMLM_BAD_ARGUMENT;
     const Loops& loops = active_loops();
     // Each piece has bins of its own, and the pieces do not depend on the threads, nor does the order in which they are added.
     constexpr int64_t kMostPieces = 8, kFewest = 1 << 18;

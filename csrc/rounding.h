@@ -42,7 +42,10 @@ void bin(const float* numbers, const float* weights, int64_t count, float low, f
         int64_t i = begin;
         for (; i + kLanes <= end; i += kLanes)
             store(at + (i - begin), smaller(larger((load(numbers + i) - low) / width, first), last));
-        for (; i < end; ++i) at[i - begin] = std::min(std::max((numbers[i] - low) / width, 0.f), float(bins - 1));
+        for (; i < end; ++i) {
+            const float place = (numbers[i] - low) / width;
+            at[i - begin] = place > 0 ? std::min(place, float(bins - 1)) : 0.f;  // NaN joins the first, as in the vectors
+        }
         for (i = 0; i < end - begin; ++i) place[i] = int32_t(at[i]);
         if (weights)
             for (i = begin; i < end; ++i) totals[place[i - begin]] += double(weights[i]);

@@ -228,7 +228,7 @@ def _warn(record: Record, notify: Notify) -> None:
 def plan(
     model: str | Path, *, progress: Show = "auto", notify: Notify = logged, **options: Unpack[RunOptions]
 ) -> tuple[Plan, Recipe]:
-    """Choose how each layer is stored within a budget; the whole model is in memory meanwhile, in float32.
+    """Choose how each layer is stored within a budget; one block is in memory at a time.
 
     Args:
         model: A folder or a hub name.

@@ -296,7 +296,10 @@ RECIPES: dict[str, str | dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# The two that are not sequential keep little and take ten seconds each.
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "best-24" else pytest.mark.slow) for name in RECIPES]
+)
 def test_a_checkpoint_is_the_same_whatever_its_passes_keep(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,14 @@ def test_ties_are_rounded_to_even_and_numbers_beyond_the_grid_to_its_ends() -> N
     assert codes.tolist() == [[0, 2, 2, 0, -2, 7, -8, 7]]
 
 
+def test_a_histogram_takes_no_infinity_and_stays_in_its_bins() -> None:
+    numbers = torch.tensor([0.5] * 33 + [float("nan"), -3.0, 3.0])
+    assert compression.histogram(numbers, None, low=-1.0, width=0.5, bins=4).tolist() == [2, 0, 0, 34]
+    for low, width in ((float("-inf"), 1.0), (0.0, float("inf"))):
+        with pytest.raises(compression.CompressionKernelError):
+            compression.histogram(numbers, None, low=low, width=width, bins=4)
+
+
 # Scales
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import slimlm
 from slimlm.core.errors import ModelError, SlimlmError
 from slimlm.models.dense import open_dense
+from slimlm.models.gguf_config import config_of
 from slimlm.models.gguf_header import READ, open_gguf
 from slimlm.models.lazy import LazyModel, open_lazy
 from tests.gguf_models import MODELS, QUANTIZED, SCALES, TEMPLATE, source_model, write
@@ -57,6 +58,23 @@ def test_the_logits_are_those_of_the_file_opened_by_transformers(name: str, tmp_
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_in_float32_is_the_model_that_it_was_made_of(name: str, tmp_path: Path) -> None:
     assert deviation(open_dense(str(write(tmp_path / "m.gguf", name, ("F32",)))).model, source_model(name)) <= ALIKE
+
+
+def test_what_a_header_may_leave_out_is_as_llama_cpp_takes_it(tmp_path: Path) -> None:
+    llama = open_gguf(str(write(tmp_path / "m.gguf", "llama", ("F32",))))
+    llama.metadata.pop("llama.attention.head_count_kv")
+    assert config_of(llama)["num_key_value_heads"] == config_of(llama)["num_attention_heads"]
+    llama.metadata["llama.rope.scale_linear"] = 4.0
+    assert config_of(llama)["rope_parameters"]["rope_type"] == "linear"
+    assert config_of(llama)["rope_parameters"]["factor"] == 4.0
+    llama.metadata["llama.attention.head_count_kv"] = [1, 2]
+    with pytest.raises(ModelError, match="differ in their heads"):
+        config_of(llama)
+    gemma = open_gguf(str(write(tmp_path / "g.gguf", "gemma2", ("F32",))))
+    assert "query_pre_attn_scalar" not in config_of(gemma)
+    gemma.metadata["gemma2.block_count"] = 46
+    config = config_of(gemma)
+    assert config["query_pre_attn_scalar"] == config["hidden_size"] // config["num_attention_heads"]
 
 
 def test_all_types_are_dequantized_as_transformers_does_it(tmp_path: Path) -> None:

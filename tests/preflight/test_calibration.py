@@ -12,7 +12,7 @@ SHAPES = {"narrow": (64, 512), "wide": (512, 4864)}
     ("recipe", "planned", "expected"),
     [
         ("best", False, 76),  # 8 x 4864 = 38912 tokens
-        ("best", True, 80),  # and 2 x 1024 for a plan's checks
+        ("best", True, 80),  # and 2 x 2 for a plan's losses and its check
         ("absmax", False, 16),  # 8192 tokens
     ],
 )
@@ -29,6 +29,9 @@ def test_what_is_asked_for_is_taken_and_the_rest_follows() -> None:
     recipe = open_recipe("best")
     both = amount_of((5, 7), SHAPES, recipe, context=2048, planned=False)
     assert (both.samples, both.length, both.reason) == (5, 7, None)
+    beyond = amount_of((None, 100_000), SHAPES, recipe, context=2048, planned=False)
+    assert (beyond.samples, beyond.length) == (19, 2048)
+    assert amount_of((None, 100_000), SHAPES, recipe, context=None, planned=True).samples == 3
     long = amount_of((None, 2048), SHAPES, recipe, context=4096, planned=False)
     assert (long.samples, long.length) == (19, 2048)
     few = amount_of((3, None), SHAPES, recipe, context=None, planned=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, DataError
 from slimlm.core.profiling import profiled
-from slimlm.data.documents import DEFAULT_DATA, Source, label_of
+from slimlm.data.documents import Source, label_of
 from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, tokens_of, windows_of
 from slimlm.events import Event, Notify, Observer
 from slimlm.models.dense import DenseModel
@@ -29,11 +29,11 @@ _HELD_BACK_LENGTH = 512
 class Calibration:
     """Where the calibration text comes from and how much of it is used."""
 
-    data: Source = DEFAULT_DATA
+    data: Source
     """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", "self" (text that the model writes), or texts."""
-    samples: int = 128
+    samples: int
     """The number of samples."""
-    length: int = 2048
+    length: int
     """Tokens per sample, at most the model's context."""
     seed: int = 0
     """The seed by which samples are drawn."""

@@ -35,6 +35,7 @@ class Rounding:
         """As the library takes it; the tensors must live as long."""
         if self.scale is None:
             return _Rounding()
+        assert self.scale.dtype == torch.float32 and (self.scale.ndim == 2 or self.scale.is_contiguous())
         per_input, per_output = self.scale.stride() if self.scale.ndim == 2 else (0, int(len(self.scale) > 1))
         assert self.zero is None or self.zero.stride() == self.scale.stride()
         codebook, zero = (None if tensor is None else tensor.data_ptr() for tensor in (self.codebook, self.zero))

@@ -22,6 +22,8 @@ _BEYOND = {"qwen3": {"attention.key_length": "head_dim"}}
 _NEEDED = ("context_length", "block_count", "feed_forward_length", "embedding_length", "attention.head_count")
 _WIDE_ACTIVATIONS = ("gemma2", "gemma3")
 """Architectures whose activations go beyond the range of float16."""
+_SCALED_QUERIES = {"gemma2": 46, "gemma3": 62}
+"""The blocks of the Gemma models (27B) whose scores have another scale than the others', which no header says."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """How all Llama models from 3.1 on have their rotary frequencies scaled, but for the factor."""
 
@@ -47,6 +49,13 @@ def config_of(gguf: Gguf) -> dict[str, Any]:
         raise gguf.error(f"it holds no matrix {EMBEDDING}, which every language model has. Download it again")
     names = {**GGUF_CONFIG_MAPPING[architecture], **_BEYOND.get(architecture, {})}
     given = {name: gguf.number(f"{architecture}.{key}") for key, name in names.items() if name is not None}
+    if given.get("num_key_value_heads") is None:
+        # Left out where every head has keys and values of its own; a list says how many each block has.
+        if f"{architecture}.attention.head_count_kv" in gguf.metadata:
+            raise gguf.error("its blocks differ in their heads of keys, which slimlm does not read. Give the original's folder")
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    if given["num_hidden_layers"] == _SCALED_QUERIES.get(architecture):
+        given["query_pre_attn_scalar"] = (given["hidden_size"] or 0) // (given["num_attention_heads"] or 1)
     theta = given.pop("rope_theta", None)
     kind = MODEL_TYPES[architecture]
     config: dict[str, Any] = {
@@ -83,12 +92,14 @@ def _dtype(gguf: Gguf, architecture: str) -> str:
 def _rotary(gguf: Gguf, architecture: str, theta: float | None) -> dict[str, Any] | None:
     """The scaling of rotary frequencies; None where they are not scaled."""
     kind = gguf.text(f"{architecture}.rope.scaling.type")
+    factor = gguf.number(f"{architecture}.rope.scaling.factor") or gguf.number(f"{architecture}.rope.scale_linear")
+    if kind is None and factor not in (None, 0, 1):
+        kind = "linear"  # as older files say it
     factors = gguf.tensors.get(ROTARY_FACTORS)
     if factors is not None:
         return _llama3(gguf, architecture, theta)
     if kind in (None, "none"):
         return None
-    factor = gguf.number(f"{architecture}.rope.scaling.factor")
     original = gguf.number(f"{architecture}.rope.scaling.original_context_length")
     if factor is None or theta is None or kind not in ("linear", "yarn") or architecture in _WIDE_ACTIVATIONS:
         raise gguf.error(

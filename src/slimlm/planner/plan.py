@@ -26,8 +26,10 @@ from slimlm.planner.options import Budget, Option, budget_of, options_of
 from slimlm.planner.trials import Judged, Original, Tried, Visited
 from slimlm.recipe import Recipe, Rule
 
-JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
+_JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
 """The most tokens that losses are measured on, and the most of a window of them."""
+_LEAST_LOSS = 1e-8
+"""What a measured loss counts at least: less is rounding of float32, and 0 would make all options of a group equal."""
 _LEAST_SAMPLES = 3
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
 """The range of budgets, in bits per weight."""
@@ -167,7 +169,7 @@ def refuse_few_samples(count: int) -> None:
 def judged_windows(count: int, length: int) -> tuple[int, int]:
     """How many of so many samples, and how many tokens of each, losses are measured on; as many check the choice."""
     length = min(length, _JUDGED_LENGTH)
-    return max(1, min(count // 8, JUDGED_TOKENS // length)), length
+    return max(1, min(count // 8, _JUDGED_TOKENS // length)), length
 
 
 def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Budget, progress: Observer) -> Plan:
@@ -258,10 +260,11 @@ class _Group:
 
     def losses(self, measured: float) -> list[float]:
         """Each option's loss, given that of the option `measured`."""
-        error = self.errors[self.measured]
-        if error == 0:
-            return [0.0 if own == 0 else float("inf") for own in self.errors]
-        return [measured * own / error if math.isfinite(own) else float("inf") for own in self.errors]
+        error, measured = self.errors[self.measured], max(measured, _LEAST_LOSS)
+        return [
+            0.0 if own == 0 else measured * own / error if error > 0 and math.isfinite(own) else float("inf")
+            for own in self.errors
+        ]
 
 
 def _tried(here: Visited, stage: list[str], budget: Budget) -> tuple[_Group, Tried]:

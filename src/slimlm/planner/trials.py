@@ -163,12 +163,13 @@ class Judged:
             here: The block.
             changes: The weights `[out, in]` of some of its layers, for each new model.
         """
-        passed = [self.output(here, hidden) for hidden in self.changed]
+        for model, before in enumerate(self.changed):
+            self.changed[model] = self.output(here, before)
         (hidden,) = self.inputs.hidden
         for weights in changes:
             with here.holding(weights):
-                passed.append(self.output(here, hidden))
-        self.inputs, self.changed = replace(self.inputs, hidden=[self.output(here, hidden)]), passed
+                self.changed.append(self.output(here, hidden))
+        self.inputs = replace(self.inputs, hidden=[self.output(here, hidden)])
 
     def change_all(self, here: Visited, changes: Sequence[Mapping[str, Tensor]]) -> None:
         """Pass the block with changes to all models; the first block begins them."""

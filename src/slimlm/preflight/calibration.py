@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from slimlm.core.statistics.covariance import Covariance
-from slimlm.planner.plan import JUDGED_TOKENS
+from slimlm.planner.plan import judged_windows
 from slimlm.recipe import Recipe
 
 _LENGTH = 512
@@ -44,11 +44,14 @@ def amount_of(
     samples, length = asked
     if samples is not None and length is not None:
         return Amount(samples, length, None)
-    length = length or min(_LENGTH, context or _LENGTH)
+    length = min(length or _LENGTH, context or length or _LENGTH)
     name, (_, width) = max(shapes.items(), key=lambda entry: entry[1][1])
     needs_covariances = planned or Covariance in recipe.needs
-    tokens = max(_LEAST_TOKENS, _TOKENS_PER_INPUT * width if needs_covariances else 0) + (2 * JUDGED_TOKENS if planned else 0)
+    tokens = max(_LEAST_TOKENS, _TOKENS_PER_INPUT * width if needs_covariances else 0)
     chosen = samples or -(-tokens // length)
+    if samples is None and planned:
+        # A plan takes whole samples for itself.
+        chosen += 2 * judged_windows(chosen, length)[0]
     widest = f"{_TOKENS_PER_INPUT} tokens for each of the {width} inputs of the widest layer ({name})"
     why = widest if needs_covariances and _TOKENS_PER_INPUT * width > _LEAST_TOKENS else f"{_LEAST_TOKENS} tokens"
     return Amount(chosen, length, why if samples is None else None)

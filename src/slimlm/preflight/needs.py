@@ -286,7 +286,8 @@ class RunNeeds:
         if not self.planned:
             return 0
         windows, length = judged_windows(self.sample_count, self.length)
-        judged = len(self.blocks) * len(self.inputs) * windows * length
+        # Twice, because the logits are computed from all of them together.
+        judged = 2 * len(self.blocks) * len(self.inputs) * windows * length
         statistics = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes)
         return 4 * self.width * (2 * self.tokens + judged) + 2 * self.block_bytes + statistics + self.captured_bytes
 

@@ -90,7 +90,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        Calibration(samples=1 if self.samples is None else self.samples, length=2 if self.length is None else self.length)
+        Calibration(
+            DEFAULT_DATA, samples=1 if self.samples is None else self.samples, length=2 if self.length is None else self.length
+        )
         _ = self.opened_recipe  # raises RecipeError where it cannot be opened
 
     @cached_property

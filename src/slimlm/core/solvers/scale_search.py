@@ -10,12 +10,14 @@ On a CPU the same candidates are tried by loops in C++ (slimlm.kernels.compressi
 error is equal up to rounding in float32. What is written with torch here is their law, and runs on a GPU or without that.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from slimlm.core.chunks import at_once
+from slimlm.core.errors import NumericsError
 from slimlm.core.grid import Grid, GroupSize, nearest_code, scale_sets, scale_shape
 from slimlm.core.profiling import profiled
 from slimlm.kernels import compression
@@ -294,6 +296,8 @@ def distribution(sets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
 
 def _histogram(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = max(map(abs, map(float, values.aminmax())))
+    if not math.isfinite(largest):
+        raise NumericsError("weights or what is made of them hold NaN or infinity")
     if largest == 0:
         return values.new_zeros(_BINS), values.new_ones(_BINS)
     width = 2 * largest / _BINS

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,19 @@ from slimlm.models.structure import blocks_of, linears_of
 from slimlm.recipe import apply_steps, recipe_from_dict
 
 RESULTS = Path(__file__).parent / "results"
+DENSE: dict[str, Any] = {"joint": "alternation", "group_size": 64, "pattern": "", "rank": 0.0, "asymmetric": 0.0}
+GPTQ: dict[str, Any] = {"quantize": "gptq", "group_size": 64}
 FORMS: dict[str, dict[str, Any]] = {
-    "dense": {"joint": "alternation", "bits": 4, "group_size": 64, "pattern": "", "rank": 0.0, "asymmetric": 0.0},
-    "2:4": {"joint": "alternation", "asymmetric": 0.0},
-    "gptq": {"quantize": "gptq"},
+    "best": {**DENSE, "bits": 4},
+    "best, zeros": {**DENSE, "bits": 4, "zero": True},
+    "best, 3 bits": {**DENSE, "bits": 3},
+    "best, 3 bits, zeros": {**DENSE, "bits": 3, "zero": True},
+    "best-24": {"joint": "alternation", "asymmetric": 0.0},
+    "gptq, groups of 64": GPTQ,
+    "gptq, zeros": {**GPTQ, "zero": True},
+    "gptq, zeros, act-order": {**GPTQ, "zero": True, "order": "activation"},
 }
-"""The steps of `best`, `best-24` and `gptq`, the first two without asymmetric calibration."""
-_available = compression.available
+"""The steps of recipes, and near them: zeros beside codebooks, and orders of the inputs."""
 
 
 class Clock:
@@ -87,26 +94,30 @@ def measured(model: nn.Module, samples: Tensor, numbers: list[int]) -> dict[str,
 
 
 def timed(form: str, layers: dict[str, tuple[Tensor, Stats]]) -> dict[str, Any]:
-    """CPU seconds by section, and the geometric mean of the layers' relative output errors."""
-    clock, logs = Clock(), []
+    """Bits per weight, CPU seconds by section, and the geometric mean of the layers' relative output errors."""
+    clock, logs, bits = Clock(), [], 0
     steps = recipe_from_dict({"name": form, "steps": [FORMS[form]]}, source="benchmarks/solvers.py").steps
     began = time.process_time()
     with profiling(clock):
         for name, (weight, stats) in layers.items():
-            made = apply_steps(steps, Layer.of(name, weight, torch.float16), stats)
-            logs.append(math.log(relative_output_error(weight, made.parts().dense(), stats)))
+            made = apply_steps(steps, Layer.of(name, weight, torch.float16), stats).parts()
+            bits += made.storage_bits()
+            logs.append(math.log(relative_output_error(weight, made.dense(), stats)))
     everything = time.process_time() - began
+    per_weight = bits / sum(weight.numel() for weight, _ in layers.values())
     sections = {section: round(seconds, 3) for section, seconds in clock.seconds.most_common()}
-    return {"seconds": round(everything, 3), "error": math.exp(sum(logs) / len(logs)), "sections": sections}
+    return {
+        "bits": round(per_weight, 4),
+        "seconds": round(everything, 3),
+        "error": math.exp(sum(logs) / len(logs)),
+        "sections": sections,
+    }
 
 
 def with_torch(form: str, layers: dict[str, tuple[Tensor, Stats]]) -> dict[str, Any]:
     """The same without the library's loops."""
-    compression.available = lambda: False  # type: ignore[assignment]
-    try:
+    with patch.object(compression, "available", lambda: False):
         return timed(form, layers)
-    finally:
-        compression.available = _available  # type: ignore[assignment]
 
 
 def fresh(layers: dict[str, tuple[Tensor, Stats]]) -> dict[str, tuple[Tensor, Stats]]:

@@ -110,11 +110,11 @@ struct WholeNumbers {
 };
 
 // At most sixteen values in ascending order.
-struct Levels {
+struct CodebookValues {
     alignas(64) float value[16], border[16];  // the border above each value; none above the last
     int count;
 
-    explicit Levels(const SlimlmRounding& rounding) : count(1 << rounding.bits) {
+    explicit CodebookValues(const SlimlmRounding& rounding) : count(1 << rounding.bits) {
         for (int i = 0; i < 16; ++i) value[i] = rounding.codebook[std::min(i, count - 1)];
         for (int i = 0; i < 16; ++i) border[i] = i + 1 < count ? (value[i + 1] + value[i]) / 2 : HUGE_VALF;
     }
@@ -146,7 +146,7 @@ void with_grid(const SlimlmRounding& rounding, F body) {
     if (!rounding.scale)
         body(NoGrid(rounding));
     else if (rounding.codebook)
-        body(Levels(rounding));
+        body(CodebookValues(rounding));
     else
         body(WholeNumbers(rounding));
 }

@@ -238,28 +238,28 @@ int with_type(int32_t size, F body) {
 
 }  // namespace
 
-extern "C" int slimlm_keep(const void* all, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* some,
+extern "C" int slimlm_gather(const void* all, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* some,
                            int32_t threads) try {
     if (rows < 0 || width < 0 || kept < 0 || kept > width) return SLIMLM_BAD_ARGUMENT;
     return with_type(size, [&](auto zero) {
         using T = decltype(zero);
         share_rows(threads, rows, width, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row)
-                keep_row(static_cast<const T*>(all) + row * width, mask + row * width, width, kept, static_cast<T*>(some) + row * kept);
+                gather_row(static_cast<const T*>(all) + row * width, mask + row * width, width, kept, static_cast<T*>(some) + row * kept);
         });
     });
 } catch (const std::bad_alloc&) {
     return SLIMLM_NO_MEMORY;
 }
 
-extern "C" int slimlm_place(const void* some, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* all,
+extern "C" int slimlm_scatter(const void* some, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* all,
                             int32_t threads) try {
     if (rows < 0 || width < 0 || kept < 0 || kept > width) return SLIMLM_BAD_ARGUMENT;
     return with_type(size, [&](auto zero) {
         using T = decltype(zero);
         share_rows(threads, rows, width, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row)
-                place_row(static_cast<const T*>(some) + row * kept, mask + row * width, width, kept, static_cast<T*>(all) + row * width);
+                scatter_row(static_cast<const T*>(some) + row * kept, mask + row * width, width, kept, static_cast<T*>(all) + row * width);
         });
     });
 } catch (const std::bad_alloc&) {

@@ -123,9 +123,9 @@ SLIMLM_API int slimlm_unpack_codes(const uint8_t* packed, int64_t rows, int64_t 
                                    int32_t threads);
 // Numbers of `size` bytes (1, 2 or 4) [rows, width] that a mask of bytes, 0 or 1, keeps, `kept` in each row: [rows, kept]; and back
 // to their places, with zeros where the mask drops.
-SLIMLM_API int slimlm_keep(const void* all, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* some,
+SLIMLM_API int slimlm_gather(const void* all, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* some,
                            int32_t threads);
-SLIMLM_API int slimlm_place(const void* some, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* all,
+SLIMLM_API int slimlm_scatter(const void* some, const uint8_t* mask, int64_t rows, int64_t width, int64_t kept, int32_t size, void* all,
                             int32_t threads);
 
 #ifdef __cplusplus

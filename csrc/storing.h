@@ -72,7 +72,7 @@ void unpack_row(const Steps& steps, int bits, const uint8_t* packed, int64_t cou
 
 // The numbers of a row that a mask of bytes, 0 or 1, keeps, without gaps; `kept` of them.
 template <class T>
-void keep_row(const T* all, const uint8_t* mask, int64_t width, int64_t kept, T* some) {
+void gather_row(const T* all, const uint8_t* mask, int64_t width, int64_t kept, T* some) {
     int64_t k = 0;
     for (int64_t i = 0; i < width && k < kept; ++i) {
         some[k] = all[i];
@@ -82,7 +82,7 @@ void keep_row(const T* all, const uint8_t* mask, int64_t width, int64_t kept, T*
 
 // The inverse: zero where the mask drops.
 template <class T>
-void place_row(const T* some, const uint8_t* mask, int64_t width, int64_t kept, T* all) {
+void scatter_row(const T* some, const uint8_t* mask, int64_t width, int64_t kept, T* all) {
     int64_t k = 0, i = 0;
     for (; i < width && k < kept; ++i) {
         all[i] = T(some[k] * mask[i]);  // not a branch, which would be mispredicted

@@ -258,9 +258,9 @@ def test_what_a_mask_keeps_is_what_torch_selects(dtype: torch.dtype, kept: int) 
     mask = draw(300, 100).argsort(dim=1) < kept
     elements = (100 * draw(300, 100, seed=2)).clamp(-120, 120).abs().to(dtype)
     for threads in (1, 2):
-        some = on_threads(threads, lambda: compression.keep(elements, mask, kept))
+        some = on_threads(threads, lambda: compression.gather(elements, mask, kept))
         assert torch.equal(some.flatten(), elements[mask])
-        assert torch.equal(on_threads(threads, lambda: compression.place(some, mask)), elements * mask)  # noqa: B023
+        assert torch.equal(on_threads(threads, lambda: compression.scatter(some, mask)), elements * mask)  # noqa: B023
 
 
 def test_a_pruned_part_is_stored_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ class BlockRun:
     passes: Passes = field(default_factory=EachPass)
     """How its forward passes are made."""
 
-    def of_little(self) -> "BlockRun":
+    def of_one_sample(self) -> "BlockRun":
         """The same block on one sample only, or on its first batch where its arguments are not known for one sample.
 
         In this process only; nothing is kept of its passes.

@@ -24,7 +24,7 @@ def residual_batches(block_run: BlockRun, linear: nn.Module, original: BlockRun)
         The batches; None where the layer's output is not added unchanged to the block's output (an inner layer, a norm after
         it, an expert). One sample shows that: a small change of the layer's output must appear unchanged in the block's.
     """
-    if not block_run.inputs.group.broadcast(lambda: _adds_to_output(block_run.of_little(), linear)):
+    if not block_run.inputs.group.broadcast(lambda: _adds_to_output(block_run.of_one_sample(), linear)):
         return None
     return _batches(block_run, linear, original)
 

@@ -77,8 +77,8 @@ def _functions() -> ctypes.CDLL:
         "slimlm_descend_right": [pointer, i64, i64],
         "slimlm_pack_codes": [pointer, i64, i64, i32, pointer, i32],
         "slimlm_unpack_codes": [pointer, i64, i64, i32, pointer, i32],
-        "slimlm_keep": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
-        "slimlm_place": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
+        "slimlm_gather": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
+        "slimlm_scatter": [pointer, pointer, i64, i64, i64, i32, pointer, i32],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -211,23 +211,23 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes
 
 
-def keep(elements: Tensor, mask: Tensor, kept: int) -> Tensor:
+def gather(elements: Tensor, mask: Tensor, kept: int) -> Tensor:
     """The elements `[out, in]` of 1, 2 or 4 bytes where a mask, bool `[out, in]`, is True, `kept` a row: `[out, kept]`."""
     elements, mask = elements.contiguous(), mask.contiguous()
     rows, width = elements.shape
     assert mask.shape == elements.shape and mask.dtype == torch.bool
     some = torch.empty(rows, kept, dtype=elements.dtype, device="cpu")
-    called("slimlm_keep", elements, mask, rows, width, kept, elements.dtype.itemsize, some)
+    called("slimlm_gather", elements, mask, rows, width, kept, elements.dtype.itemsize, some)
     return some
 
 
-def place(elements: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `keep`: elements `[out, kept]` at their places in `[out, in]`, zero where the mask is False."""
+def scatter(elements: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `gather`: elements `[out, kept]` at their places in `[out, in]`, zero where the mask is False."""
     elements, mask = elements.contiguous(), mask.contiguous()
     rows, width = mask.shape
     assert len(elements) == rows and mask.dtype == torch.bool
     full = torch.empty(rows, width, dtype=elements.dtype, device="cpu")
-    called("slimlm_place", elements, mask, rows, width, elements.shape[1], elements.dtype.itemsize, full)
+    called("slimlm_scatter", elements, mask, rows, width, elements.shape[1], elements.dtype.itemsize, full)
     return full
 
 

@@ -155,7 +155,7 @@ def _kept_per_row(mask: Tensor) -> int:
 def _kept(elements: Tensor, mask: Tensor) -> Tensor:
     """The elements `[out, kept]` that a mask `[out, in]` keeps, equally many in each row."""
     if compression.takes_bytes(elements, mask, sizes=_SIZES):
-        return compression.keep(elements, mask, _kept_per_row(mask))
+        return compression.gather(elements, mask, _kept_per_row(mask))
     return elements[mask].view(len(elements), -1)
 
 
@@ -167,5 +167,5 @@ def _scattered(elements: Tensor, shape: tuple[int, int], mask: Tensor | None) ->
     if elements.numel() != kept:
         raise CheckpointError(f"a stored mask keeps {kept} weights, but {elements.numel()} are stored")
     if compression.takes_bytes(elements, mask, sizes=_SIZES):
-        return compression.place(elements, mask)
+        return compression.scatter(elements, mask)
     return torch.zeros(shape, dtype=elements.dtype, device=elements.device).masked_scatter_(mask, elements)

@@ -28,7 +28,8 @@ from slimlm.core.solvers import linalg
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import order_of, rounded_sweep, unrounded_sweep
+from slimlm.core.solvers.order import order_of
+from slimlm.core.solvers.sweep import rounded_sweep, unrounded_sweep
 from slimlm.report.tables import plain_table
 
 RESULTS = Path(__file__).parent / "results"

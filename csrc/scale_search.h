@@ -1,5 +1,6 @@
 // The search for scales: for each set of numbers ("points") the scale of least sum of weight x (grid value x scale - point)^2.
-// The law is slimlm/core/solvers/scale_search.py, which says what is tried and why; the candidates here are the same.
+// With a zero for each scale: of ((clamp(round(point / scale) + zero) - zero) x scale - point)^2. The laws are
+// slimlm/core/solvers/scale_search.py and affine_search.py, which say what is tried and why; the candidates here are the same.
 //
 // All is arithmetic on vectors. Of small sets a vector holds one point of each of kLanes sets, so each lane searches by itself and
 // nothing is ever added up across lanes. Of a large set a vector holds kLanes of its points; then every lane has the same

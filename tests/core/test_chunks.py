@@ -10,8 +10,9 @@ from slimlm.core import bits
 from slimlm.core.chunks import at_once, pieces_of
 from slimlm.core.grid import Grid, encode, scale_sets
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.solvers.scale_search import best_scale, distribution, grid_error, search_scales, signed_scale
-from tests.fake_gpu import FAKE_GPU, fake_gpu, unwrapped
+from slimlm.core.solvers.scale_search import best_scale, search_scales, signed_scale
+from tests.core.solvers.point_sets import squared_error
+from tests.fake_gpu import FAKE_GPU, fake_gpu
 
 EVEN = Grid.of_bits(4)
 CODEBOOK = Grid(torch.tensor([-2.0, -0.5, 0.25, 1.0]), False)
@@ -52,7 +53,7 @@ def test_the_size_of_the_pieces_changes_no_result(name: str, size: int) -> None:
     else:
         # float32 sums of another shape: of two scales that err alike one or the other may be found.
         points = scale_sets(draw(60, 96), "per-tensor" if before.numel() == 1 else "per-channel")
-        errors = [grid_error(points, torch.ones_like(points), scale.view(-1, 1), EVEN) for scale in (after, before)]
+        errors = [squared_error(points, torch.ones_like(points), scale.flatten(), EVEN) for scale in (after, before)]
         torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
 
 
@@ -73,16 +74,3 @@ def test_larger_pieces_take_fewer_operations() -> None:
             best_scale(points.to(FAKE_GPU), torch.ones(4096, 64, device=FAKE_GPU), EVEN)
         operations.append(counts.operations)
     assert operations[0] < 0.6 * operations[1]
-
-
-def test_the_weights_of_a_histogram_are_added_on_a_gpu_in_any_order() -> None:
-    values, weights = draw(40_000), draw(40_000).square()
-    here = distribution(values[None], weights[None])[1][0]
-    with fake_gpu():
-        order = torch.randperm(40_000, generator=torch.Generator().manual_seed(1))
-        found = [
-            unwrapped(distribution(v[None].to(FAKE_GPU), w[None].to(FAKE_GPU))[1][0])
-            for v, w in ((values, weights), (values[order], weights[order]))
-        ]
-    assert torch.equal(*found)
-    torch.testing.assert_close(found[0], here, rtol=1e-6, atol=1e-12)  # 2^-47 of the largest weight, 40000 times

@@ -19,7 +19,8 @@ from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import order_of, rounded_sweep
+from slimlm.core.solvers.order import order_of
+from slimlm.core.solvers.sweep import rounded_sweep
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.kernels import compression
 from slimlm.models.structure import blocks_of, linears_of

@@ -15,7 +15,10 @@ from slimlm.core.solvers.adapter_descent import descend_adapter
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_in_order
 from slimlm.core.solvers.low_rank import AdapterFormat, low_rank_part
-from slimlm.core.solvers.sweep import OutputGroups, Swept, activation_order, order_of, rounded_sweep, sweep, unrounded_sweep
+from slimlm.core.solvers.order import activation_order, order_of
+from slimlm.core.solvers.rounding import OutputGroups
+from slimlm.core.solvers.sweep import rounded_sweep, sweep, unrounded_sweep
+from slimlm.core.solvers.swept import Swept
 from slimlm.kernels import compression
 from slimlm.kernels import sweep as kernel
 from tests.conftest import needs_kernels

@@ -13,7 +13,7 @@ from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.pruned import Pruned
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.linalg import weighted_square
-from slimlm.core.solvers.sweep import activation_order
+from slimlm.core.solvers.order import activation_order
 from slimlm.core.statistics.base import Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.mean_square import MeanSquare

@@ -157,7 +157,7 @@ def nearby_scale(points: Tensor, weights: Tensor, values: Tensor, start: Tensor,
 
 
 def affine_scale(points: Tensor, weights: Tensor, *, bits: int, coarse: int) -> tuple[Tensor, Tensor]:
-    """The scale and the zero of least weighted squared error for each set (slimlm.core.solvers.scale_search).
+    """The scale and the zero of least weighted squared error for each set (slimlm.core.solvers.affine_search).
 
     Args:
         points: float32 `[sets, size]`, with any strides.

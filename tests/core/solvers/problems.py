@@ -6,7 +6,9 @@ from torch import Tensor
 from slimlm.core.grid import Grid, GroupSize
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers.inverse import inverse_of
-from slimlm.core.solvers.sweep import Order, Swept, order_of, rounded_sweep
+from slimlm.core.solvers.order import Order, order_of
+from slimlm.core.solvers.sweep import rounded_sweep
+from slimlm.core.solvers.swept import Swept
 
 CODEBOOK = Grid(
     torch.tensor([-1.0, -0.75, -0.5, -0.375, -0.25, -0.125, -0.0625, 0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1]), False

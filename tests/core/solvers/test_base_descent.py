@@ -10,7 +10,7 @@ from torch import Tensor
 from slimlm.core.grid import Grid, GroupSize, spread
 from slimlm.core.mask import Pattern, choose
 from slimlm.core.solvers.base_descent import descend_base
-from slimlm.core.solvers.sweep import Swept
+from slimlm.core.solvers.swept import Swept
 from tests.core.solvers.problems import CODEBOOK, COVARIANCES, covariance_of, dense_of, draw, loss, swept
 
 

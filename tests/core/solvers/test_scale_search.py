@@ -1,7 +1,6 @@
-"""The search for scales against brute force, for codebooks against Lloyd's conditions, and scales of either sign."""
+"""The search for scales against brute force: positive ones, those of either sign, those near an earlier one."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,66 +8,24 @@ from torch import Tensor
 
 from slimlm.core.chunks import pieces_of
 from slimlm.core.grid import Grid, absmax_scale, scale_sets
-from slimlm.core.solvers.scale_search import (
-    best_scale,
-    distribution,
-    fitted_codebook,
-    grid_error,
-    least_squares_scale,
-    nearby_affine_scale,
-    nearby_scale,
-    signed_scale,
+from slimlm.core.solvers.distribution import distribution
+from slimlm.core.solvers.scale_search import best_scale, least_squares_scale, nearby_scale, signed_scale
+from tests.core.solvers.point_sets import (
+    CODEBOOK,
+    DISTRIBUTIONS,
+    GRIDS,
+    laplace,
+    mean_square_error,
+    one_outlier,
+    squared_error,
+    student4,
+    uneven_weights,
+    uniform,
 )
-from slimlm.kernels import compression
-from tests.conftest import needs_kernels
 from tests.core.solvers.problems import draw
 
-CODEBOOK = Grid(torch.tensor([-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0]), False)
-ALL = [*map(Grid.of_bits, (2, 3, 4, 8)), CODEBOOK]
+pytestmark = pytest.mark.usefixtures("form")
 
-
-@pytest.fixture(params=["torch", pytest.param("C++", marks=needs_kernels)], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loops of torch and those in C++ in turn: the laws hold for both."""
-    if request.param == "torch":
-        monkeypatch.setattr(compression, "available", lambda: False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return 2 * torch.rand(*shape, generator=generator(seed)) - 1
-
-
-def laplace(count: int) -> Tensor:
-    half = uniform(count).clamp(-1 + 1e-6, 1 - 1e-6)
-    return half.sign() * -torch.log1p(-half.abs())
-
-
-def student4(count: int) -> Tensor:
-    return draw(count) / draw(4, count, seed=1).square().mean(dim=0).sqrt()
-
-
-def outlier_mixture(count: int) -> Tensor:
-    return draw(count) * torch.where(uniform(count, seed=1) > 0.98, 20.0, 1.0)
-
-
-def one_outlier(count: int) -> Tensor:
-    values = draw(count)
-    values[count // 2] = 50
-    return values
-
-
-DISTRIBUTIONS: dict[str, Callable[[int], Tensor]] = {
-    "gaussian": draw,
-    "laplace": laplace,
-    "student-t4": student4,
-    "outlier-mixture": outlier_mixture,
-    "uniform": uniform,
-    "one-outlier": one_outlier,
-}
 DEGENERATE = {
     "constant": torch.full((300,), 0.37),
     "negative-constant": torch.full((300,), -0.37),
@@ -80,17 +37,14 @@ DEGENERATE = {
 SLACK = {2: 1.06, 3: 1.03, 4: 1.015, 8: 1.015}
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def searched(values: Tensor, bits: int) -> Tensor:
     """The scale `[1]` found for one set of values `[n]`."""
     points, weights = distribution(values.view(1, -1))
     return best_scale(points, weights, Grid.of_bits(bits))
-
-
-def mean_square_error(values: Tensor, scale: Tensor | float, bits: int) -> float:
-    """An independent quantizer in float64; the scale 0 makes everything 0."""
-    x, s = values.double(), float(scale)
-    codes = (x / (s or 1.0)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return float((codes * s - x).square().mean())
 
 
 def brute_force(values: Tensor, bits: int) -> float:
@@ -136,25 +90,6 @@ def test_a_set_of_one_magnitude_is_represented_exactly(name: str, bits: int) -> 
 
 
 @pytest.mark.parametrize("bits", SLACK)
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_the_error_under_the_histogram_is_the_error_itself(name: str, bits: int) -> None:  # law 3
-    values = DISTRIBUTIONS[name](100_000)
-    points, weights = distribution(values.view(1, -1))
-    assert points.shape[1] < values.numel(), "this test is about the histogram branch"
-    assert float(weights.sum()) == values.numel()
-    scale = searched(values, bits)
-    estimate = float(grid_error(points, weights, scale[:, None], Grid.of_bits(bits))) / values.numel()
-    assert estimate == pytest.approx(mean_square_error(values, scale, bits), rel=0.02)  # the bound of law 3
-
-
-def test_the_outermost_points_of_the_histogram_are_the_exact_extremes() -> None:
-    values = one_outlier(40000)
-    points, weights = distribution(values.view(1, -1))
-    assert (float(points[0, 0]), float(points[0, -1])) == (-50, 50)
-    assert float(weights[0, -1]) == 1
-
-
-@pytest.mark.parametrize("bits", SLACK)
 @pytest.mark.parametrize("count", [3000, 40000], ids=["every-weight", "histogram"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_the_scale_found_is_never_worse_than_absmax(name: str, bits: int, count: int) -> None:  # law 3
@@ -188,7 +123,7 @@ def test_sets_are_searched_independently_of_one_another() -> None:
     together = best_scale(points, weights, Grid.of_bits(4))
     alone = torch.cat([searched(row, 4) for row in sets])
     # Sums of another shape round differently, so that of two scales that err alike one or the other may be found.
-    errors = [grid_error(points, weights, torch.where(s == 0, 1.0, s)[:, None], Grid.of_bits(4)) for s in (together, alone)]
+    errors = [squared_error(points, weights, scale, Grid.of_bits(4)) for scale in (together, alone)]
     torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
     assert float(together[2]) == float(alone[2]) == 0
 
@@ -239,85 +174,15 @@ def test_no_search_changes_its_argument() -> None:
     assert torch.equal(values, before)
 
 
-def test_the_cost_of_a_scale_by_hand() -> None:
-    # Points 1 and 3 at scale 2: 1 is a tie and goes to 0, 3 (1.5) to 4: 1 * 1 + 5 * 1.
-    points, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 5.0]])
-    assert grid_error(points, weights, torch.tensor([[2.0]]), Grid.of_bits(4)).tolist() == [[6.0]]
-
-
-# Any grid, any weights
-
-
-def uneven_weights(*shape: int, seed: int = 5) -> Tensor:
-    """Uneven, a fifth of them zero."""
-    return torch.exp(draw(*shape, seed=seed)) * (draw(*shape, seed=seed + 1) > -0.8)
-
-
-def error(points: Tensor, weights: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Weight x squared distance to the nearest of all grid values, tried one by one in float64: `[sets]`."""
-    values = grid.values.double() * scale.double()[:, None]
-    return ((points.double()[:, :, None] - values[:, None, :]).square().amin(dim=2) * weights.double()).sum(dim=1)
-
-
-# Fitted codebooks
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_fitted_codebook_errs_no_more_than_the_grid_it_started_from(bits: int, seed: int) -> None:
-    start = Grid.of_bits(bits)
-    ratio, weights = draw(3000, seed=seed) * start.largest / 2, uneven_weights(3000, seed=seed)
-    codebook = fitted_codebook(ratio, weights, start)
-
-    def left(grid: Grid) -> float:
-        return float(error(ratio[None], weights[None], torch.ones(1), grid))
-
-    assert len(codebook.values) == 2**bits and not codebook.even
-    assert codebook.values.tolist() == sorted(codebook.values.tolist())
-    assert left(codebook) < 0.99 * left(start)  # Gaussian numbers on an even grid of a few values leave more than that
-    again = fitted_codebook(ratio, weights, codebook)
-    assert left(again) <= left(codebook) * (1 + 1e-6)  # float16 rounds where Lloyd stood still
-
-
-def test_the_values_of_a_fitted_codebook_are_the_means_of_what_is_nearest_to_them() -> None:
-    ratio, weights = draw(400) * 2, uneven_weights(400)
-    codebook = Grid.of_bits(2)
-    for _ in range(10):  # ten of Lloyd's steps at a time, until it stands still
-        codebook = fitted_codebook(ratio, weights, codebook)
-    index = codebook.index(ratio)
-    means = [float((weights * ratio)[index == i].sum() / weights[index == i].sum()) for i in range(4)]
-    # Values are rounded to float16 (2^-11), and points near a border may lie on either side of it for that.
-    assert codebook.values.tolist() == pytest.approx(means, rel=5e-3, abs=5e-3)
-
-
-def test_a_codebook_fitted_to_points_on_its_values_is_the_same() -> None:
-    start = Grid.of_bits(4)
-    points = start.values[torch.randint(16, (500,), generator=torch.Generator().manual_seed(2))]
-    assert torch.equal(fitted_codebook(points, torch.ones(500), start).values, start.values)
-
-
-def test_values_without_points_stay_and_points_without_weight_count_nothing() -> None:
-    codebook = fitted_codebook(torch.tensor([0.3, 0.3, 9.0]), torch.tensor([1.0, 3.0, 0.0]), Grid.of_bits(2))
-    assert codebook.values.tolist() == [-2, -1, pytest.approx(0.3, rel=2**-11), 1]
-
-
-def test_a_fitted_codebook_by_hand() -> None:
-    # The nearest of 0.2 and 0.4 is 0; 0.2 counts three times. That of 1.4 and the far 5 is 1.
-    ratio, weights = torch.tensor([0.2, 0.4, 1.4, 5.0]), torch.tensor([3.0, 1.0, 1.0, 1.0])
-    codebook = fitted_codebook(ratio, weights, Grid.of_bits(2))
-    # (0.2 x 3 + 0.4) / 4 = 0.25; (1.4 + 5) / 2 = 3.2, from which 1.4 goes to 0.25: (3 x 0.2 + 0.4 + 1.4) / 5 = 0.48 and 5.
-    assert codebook.values.tolist() == [-2, -1, pytest.approx(0.48, rel=2**-11), 5]
-
-
 # Scales that may be negative
 
 
-@pytest.mark.parametrize("grid", ALL)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_a_scale_of_either_sign_is_the_better_of_the_two_searches(grid: Grid) -> None:  # law 3
     points, weights = draw(200, 24), uneven_weights(200, 24)
     scale = signed_scale(points, weights, grid)
     plain, turned = best_scale(points, weights, grid, coarse=24), -best_scale(-points, weights, grid, coarse=24)
-    found, one, other = (error(points, weights, each, grid) for each in (scale, plain, turned))
+    found, one, other = (squared_error(points, weights, each, grid) for each in (scale, plain, turned))
     assert bool((found <= torch.minimum(one, other) * (1 + 1e-4)).all())  # compared in float32, differences of near numbers
     # A negative scale is taken only where it errs less, and here it sometimes does and sometimes does not.
     assert torch.equal(scale, torch.where(scale < 0, turned, plain))
@@ -326,13 +191,13 @@ def test_a_scale_of_either_sign_is_the_better_of_the_two_searches(grid: Grid) ->
     assert float(found.sum()) < min(float(one.sum()), float(other.sum()))
 
 
-@pytest.mark.parametrize("grid", ALL)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_turning_the_weights_round_changes_no_error_and_turns_the_scale_but_for_ties(grid: Grid) -> None:  # law 1
     points, weights = draw(50, 24), uneven_weights(50, 24)
     here, there = signed_scale(points, weights, grid), signed_scale(-points, weights, grid)
-    one, other = error(points, weights, here, grid), error(-points, weights, there, grid)
+    one, other = squared_error(points, weights, here, grid), squared_error(-points, weights, there, grid)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=0)  # of a tie in float32 either may be taken
-    untied = error(points, weights, -here, grid) > one * (1 + 1e-4)
+    untied = squared_error(points, weights, -here, grid) > one * (1 + 1e-4)
     assert torch.equal(there[untied], -here[untied])
 
 
@@ -355,13 +220,13 @@ def test_weights_on_a_grid_get_a_scale_that_loses_almost_nothing(bits: int) -> N
     codes = torch.randint(0, 2**bits, (50, 64), generator=torch.Generator().manual_seed(1)).float() + grid.values[0]
     scale = 0.01 * torch.exp(draw(50)) * torch.where(draw(50, seed=1) > 0, 1.0, -1.0)
     points, weights = codes * scale[:, None], torch.ones(50, 64)
-    left = error(points, weights, signed_scale(points, weights, grid), grid)
+    left = squared_error(points, weights, signed_scale(points, weights, grid), grid)
     # The search's last step is finer than 2^-9 of the scale, and an even spread of rounding errors would leave 1 / 12.
     assert float((left / scale.square() / 64).max()) < 0.01 / 12
 
 
 def test_a_set_of_zeros_gets_the_scale_zero_and_one_without_weight_a_finite_one() -> None:
-    for grid in ALL:
+    for grid in GRIDS:
         points, weights = torch.stack([torch.zeros(8), draw(8)]), torch.stack([torch.ones(8), torch.zeros(8)])
         found = signed_scale(points, weights, grid)
         assert float(found[0]) == 0
@@ -371,13 +236,13 @@ def test_a_set_of_zeros_gets_the_scale_zero_and_one_without_weight_a_finite_one(
 def test_a_codebook_whose_largest_value_is_below_one_is_searched_like_any_other() -> None:
     points, weights = draw(50, 24), uneven_weights(50, 24)
     small = Grid(CODEBOOK.values / 4, False)
-    here, there = (error(points, weights, signed_scale(points, weights, each), each) for each in (small, CODEBOOK))
+    here, there = (squared_error(points, weights, signed_scale(points, weights, each), each) for each in (small, CODEBOOK))
     # The two searches try other candidates, and some sets have two scales that are nearly as good.
     assert float(here.sum()) == pytest.approx(float(there.sum()), rel=0.03)
 
 
 def test_weights_without_weight_do_not_move_the_scale() -> None:
-    for grid in ALL:
+    for grid in GRIDS:
         points, weights = draw(20, 12), uneven_weights(20, 12)
         loud = torch.where(weights > 0, points, 1e3)
         assert torch.equal(signed_scale(loud, weights, grid), signed_scale(points * (weights > 0), weights, grid))
@@ -386,13 +251,13 @@ def test_weights_without_weight_do_not_move_the_scale() -> None:
 # Scales near an earlier one
 
 
-@pytest.mark.parametrize("grid", ALL)
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_a_nearby_scale_errs_no_more_than_the_start(grid: Grid, sign: int) -> None:
     points, weights = draw(200, 24), uneven_weights(200, 24)
     start = sign * torch.exp(draw(200, seed=8)) / grid.largest
     found = nearby_scale(points, weights, grid, start)
-    before, after = (error(points, weights, scale, grid) for scale in (start, found))
+    before, after = (squared_error(points, weights, scale, grid) for scale in (start, found))
     assert bool((after <= before * (1 + 1e-5)).all())  # float32 sums of 24 squares
     assert float(after.sum()) < 0.95 * float(before.sum())
 
@@ -406,7 +271,7 @@ def test_a_nearby_scale_finds_the_exact_grid_again() -> None:
 
 
 def test_a_nearby_scale_of_zero_stays_zero_and_nothing_becomes_infinite() -> None:
-    for grid in ALL:
+    for grid in GRIDS:
         points = torch.stack([draw(8), torch.zeros(8), draw(8, seed=1)])
         weights = torch.stack([torch.ones(8), torch.ones(8), torch.zeros(8)])
         found = nearby_scale(points, weights, grid, torch.tensor([0.0, 0.3, 0.3]))
@@ -414,7 +279,7 @@ def test_a_nearby_scale_of_zero_stays_zero_and_nothing_becomes_infinite() -> Non
         assert bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("grid", ALL)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_searching_many_sets_at_once_is_searching_each(grid: Grid) -> None:
     points, weights, start = draw(40, 24), uneven_weights(40, 24), 0.3 + draw(40, seed=4).abs()
     whole = signed_scale(points, weights, grid), nearby_scale(points, weights, grid, start)
@@ -422,37 +287,5 @@ def test_searching_many_sets_at_once_is_searching_each(grid: Grid) -> None:
         pieces = signed_scale(points, weights, grid), nearby_scale(points, weights, grid, start)
     for one, other in zip(whole, pieces, strict=True):
         # float32 sums of another shape: of two scales that err alike one or the other may be found.
-        errors = [grid_error(points, weights, scale[:, None], grid) for scale in (one, other)]
+        errors = [squared_error(points, weights, scale, grid) for scale in (one, other)]
         torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("grid", ALL)
-def test_the_error_of_a_search_is_that_of_trying_every_grid_value(grid: Grid) -> None:
-    points, weights, scale = draw(20, 12), uneven_weights(20, 12), 0.2 * torch.exp(draw(20, seed=3))
-    found = grid_error(points, weights, torch.stack([scale, -scale], dim=1), grid)
-    expected = torch.stack([error(points, weights, sign * scale, grid) for sign in (1, -1)], dim=1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)  # float32, differences of near numbers
-
-
-# Scales with zeros
-
-
-def affine_error(points: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    _, value = Grid.of_bits(bits, zeros=True).round(points, scale[:, None], zero[:, None])
-    return (weights * (value - points).square()).sum(dim=1)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_a_scale_and_a_zero_near_earlier_ones_are_no_worse_and_near(bits: int) -> None:
-    points, weights = draw(50, 24) + 0.5, draw(50, 24, seed=1).square()
-    scale = 0.1 + 2 ** (2 - bits) * draw(50, seed=2).abs()
-    zero = torch.randint(0, 2**bits, (50,), generator=generator(3)).float()
-    found, middle = nearby_affine_scale(points, weights, scale, zero, bits=bits)
-    before, after = (affine_error(points, weights, *each, bits) for each in ((scale, zero), (found, middle)))
-    assert bool((after <= before * (1 + 1e-5)).all()) and float(after.sum()) < 0.9 * float(before.sum())
-    assert float((middle - zero).abs().max()) <= 1 and bool(((middle >= 0) & (middle < 2**bits)).all())
-
-
-def test_near_a_scale_of_zero_there_is_no_other() -> None:
-    found, middle = nearby_affine_scale(torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(1), torch.zeros(1), bits=3)
-    assert (float(found), float(middle)) == (0, 0)

@@ -1,28 +1,18 @@
-"""The column sweep: equal to the plain method that it speeds up; its codes, scales, masks and order."""
+"""The column sweep: equal to the plain method that it speeds up; its codes, scales and masks."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimlm.core.errors import RecipeError
 from slimlm.core.grid import Grid, GroupSize, scale_shape, spread
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts.codebook import Codebook
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.base_descent import descend_base
 from slimlm.core.solvers.inverse import inverse_of
-from slimlm.core.solvers.sweep import (
-    InputGroups,
-    Order,
-    OutputGroups,
-    Swept,
-    check_grouping,
-    order_of,
-    part_of,
-    rounded_sweep,
-    sweep,
-    unrounded_sweep,
-)
+from slimlm.core.solvers.order import Order, order_of
+from slimlm.core.solvers.rounding import FixedScales
+from slimlm.core.solvers.sweep import rounded_sweep, sweep, unrounded_sweep
+from slimlm.core.solvers.swept import Swept
 from tests.core.solvers.problems import CODEBOOK, by_input, covariance_of, dense_of, draw, loss, swept
 
 
@@ -275,19 +265,6 @@ def test_codes_stay_in_range_whatever_the_errors_that_reach_them() -> None:
         assert -(2 ** (bits - 1)) <= int(part.codes.min()) and int(part.codes.max()) < 2 ** (bits - 1)
 
 
-def test_a_codebook_gives_a_codebook_part_and_the_even_grid_a_uniform_one() -> None:
-    weight, covariance = draw(6, 40), covariance_of(40)
-    assert isinstance(swept(weight, covariance, grid=CODEBOOK)[0].part(16), Codebook)
-    assert isinstance(swept(weight, covariance)[0].part(16), Uniform)
-
-
-def test_scales_beyond_float16_are_stored_in_float32() -> None:
-    index, scale = torch.zeros(2, 4, dtype=torch.uint8), torch.tensor([[1e-9], [1.0]])
-    part = part_of(index, scale, Grid.of_bits(4), "per-channel")
-    assert part.scale.dtype == torch.float32
-    assert torch.equal(part.dense(), scale.expand(2, 4) * -8)
-
-
 def test_a_given_mask_is_kept_and_no_pattern_chooses_beside_it() -> None:
     weight, covariance = draw(6, 40), covariance_of(40)
     mask = draw(6, 40, seed=4) > 0  # rows of different counts, as no pattern would give
@@ -344,13 +321,8 @@ def test_earlier_scales_belong_to_their_groups_whatever_the_order() -> None:
 
 def test_two_inputs_by_hand() -> None:
     # 0.6 rounds up to 1, so the second input, which goes with the first, wants 0.6 - 0.9 x 0.4 = 0.24 and rounds down.
-    class Whole(InputGroups):
-        def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-            self.scale[number] = 1
-            self.current = self.scale[number], self.scale[number]
-
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    rounding = Whole(Grid.of_bits(4), [2], 1, one=False, start=None, device=covariance.device)
+    rounding = FixedScales(Grid.of_bits(4), torch.ones(2, 1))
     found = sweep(torch.tensor([[0.6, 0.6]]), inverse_of(covariance, damp=0), rounding=rounding)
     assert found.value.tolist() == [[1, 0]]
     torch.testing.assert_close(found.updated, torch.tensor([[0.6, 0.24]]))
@@ -366,63 +338,3 @@ def test_one_of_two_by_hand() -> None:
     # 2^2 x (1 - 0.99^2) < 1; then the third stands for both: 0.5 + 0.99 x 2.
     assert found.mask.tolist() == [[True, False, True, False]]
     torch.testing.assert_close(found.value, torch.tensor([[1.0, 0, 2.48, 0]]))
-
-
-@pytest.mark.parametrize("group_size", [5, 16, 64])
-@pytest.mark.parametrize("rank", [1, 6])
-def test_groups_across_outputs_mean_what_was_rounded(rank: int, group_size: int) -> None:
-    factor = draw(24, rank)
-    rounding = OutputGroups(factor, Grid.of_bits(4), group_size)
-    found = sweep(factor, inverse_of(covariance_of(rank) + torch.eye(rank), damp=0.01), rounding=rounding)
-    part = part_of(rounding.index, rounding.scale, Grid.of_bits(4), group_size)
-    assert torch.equal(part.dense(), found.value.T)
-
-
-# The order
-
-
-@pytest.mark.parametrize("width", [8, 40, 172, 352])
-@pytest.mark.parametrize("group_size", [4, 32, 48, 128, "per-channel", "per-tensor"])
-@pytest.mark.parametrize("pattern", [None, "2:4", "2:8", 0.5])
-def test_an_order_is_a_permutation_that_tears_no_group_and_no_four(
-    width: int, group_size: GroupSize, pattern: str | float | None
-) -> None:
-    form = None if pattern is None else Pattern.parse(pattern)
-    if isinstance(group_size, int) and form is not None and form.of and (group_size % form.of or width % form.of):
-        return  # refused
-    second_moment = torch.exp(draw(width))
-    order = order_of(second_moment, group_size=group_size, pattern=form)
-    assert sorted(order.inputs.tolist()) == list(range(width))
-    assert sum(order.sizes) == width
-    assert order.inputs[order.positions].tolist() == list(range(width))
-    size = width if isinstance(group_size, str) else min(group_size, width)
-    groups = list(order.inputs.split(order.sizes))
-    for own in groups:
-        assert len(set((own // size).tolist())) == 1
-        chunks = own.split(8 if pattern == "2:8" else 4)
-        # Only the last four of the matrix may be short, and then it is short wherever it comes.
-        means = [float(second_moment[few].mean()) for few in chunks]
-        if width % 8 == 0:
-            assert all((few == few[0] + torch.arange(len(few))).all() for few in chunks)
-            assert means == sorted(means, reverse=True)
-    means = [float(second_moment[own].mean()) for own in groups]
-    assert means == sorted(means, reverse=True)
-
-
-def test_equal_second_moments_leave_the_inputs_as_they_are() -> None:
-    assert order_of(torch.zeros(40), group_size=16, pattern=None).inputs.tolist() == list(range(40))
-
-
-def test_an_order_by_hand() -> None:
-    second_moment = torch.tensor([1.0] * 4 + [2.0] * 4 + [9.0] * 4 + [3.0] * 4)
-    order = order_of(second_moment, group_size=8, pattern=Pattern.parse("2:4"))
-    assert order.inputs.tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 4, 5, 6, 7, 0, 1, 2, 3]
-    assert order.sizes == [8, 8]
-
-
-def test_a_group_that_cuts_through_fours_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"group_size = 6: .* multiple of 4"):
-        check_grouping(6, Pattern.parse("2:4"))
-    check_grouping(6, Pattern.parse(0.5))
-    check_grouping("per-channel", Pattern.parse("2:4"))
-    check_grouping(6, None)

@@ -22,7 +22,7 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
-from slimlm.core.solvers.sweep import in_library, kernel_rounding
+from slimlm.core.solvers.rounding import in_library, kernel_rounding
 from slimlm.kernels import sweep as kernel
 
 INPUTS_AT_ONCE = 64

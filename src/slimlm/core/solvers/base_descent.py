@@ -5,7 +5,7 @@ the same objective, tr((W - B) H (W - B)^T): the mask of an n:m group and its co
 coordinate descent on codes alone is QuantEase, Behdin et al., arXiv 2309.01885.)
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from dataclasses import replace
 from itertools import combinations
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from slimlm.core.grid import GroupSize, reciprocal
 from slimlm.core.mask import Pattern
 from slimlm.core.profiling import profiled
-from slimlm.core.solvers.sweep import LEAF, Swept, as_stored, divided, end_of, in_library, kernel_rounding
+from slimlm.core.solvers.recursion import LEAF, divided, end_of, middle_of
+from slimlm.core.solvers.rounding import as_stored, in_library, kernel_rounding
+from slimlm.core.solvers.swept import Swept
 from slimlm.kernels import sweep as kernel
 
 _MOST_MASKS = 70
@@ -131,14 +133,16 @@ class _Descent:
 
     def walk(self, low: int, high: int) -> None:
         """Decide the inputs from low up to high; their gradient is exact."""
-        for borders in (self.groups, self.leaves):
-            inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
-            if inside:
-                middle = min(inside, key=lambda border: abs(2 * border - low - high))
-                self.walk(low, middle)
-                self.gradient[middle:high].addmm_(self.covariance[middle:high, low:middle], self.change[low:middle], alpha=-1)
-                self.walk(middle, high)
-                return
+        middle = middle_of(low, high, (self.groups, self.leaves))
+        if middle is None:
+            self._leaf(low, high)
+            return
+        self.walk(low, middle)
+        self.gradient[middle:high].addmm_(self.covariance[middle:high, low:middle], self.change[low:middle], alpha=-1)
+        self.walk(middle, high)
+
+    def _leaf(self, low: int, high: int) -> None:
+        """Decide the inputs of a leaf, after the scales of their group where it begins."""
         number = bisect_right(self.groups, low) - 1
         first, last = self.groups[number], end_of(self.groups, self.groups[number], len(self.value))
         if first == low:

@@ -18,8 +18,10 @@ from slimlm.core.parts.uniform import Uniform, as_uniform
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.inverse import Inverse, inverse_of
+from slimlm.core.solvers.rounding import InputGroups, OutputGroups
 from slimlm.core.solvers.scale_search import best_scale
-from slimlm.core.solvers.sweep import InputGroups, OutputGroups, part_of, sweep
+from slimlm.core.solvers.sweep import sweep
+from slimlm.core.solvers.swept import part_of
 
 REFITS = 2
 """Rounds of refitting; the first brings most of the gain, a third next to nothing."""

@@ -8,379 +8,32 @@ triangular, deciding costs (w_j - b_j)^2 / U_jj^2, and the best update of the la
     SparseGPT  (Frantar, Alistarh, arXiv 2301.00774, equations 3 and 4, section 3.4)  dropping by w^2 / U_jj^2, no rounding
     both       (SparseGPT, section 3.5)                                               each column is dropped or rounded
 
-The sweep is recursive: the left half of the inputs is swept, its errors are applied to the right half in one matrix product,
-the right half is swept. So nearly all arithmetic is in products of matrices, and Python does a few operations per input on
-vectors `[out]`; on a CPU a loop in C++ (slimlm.kernels.sweep) decides the inputs of a leaf of this recursion instead. Weights
-are held `[in, out]` here, so that one input's weights are contiguous.
+The sweep is recursive (slimlm.core.solvers.recursion): the left half of the inputs is swept, its errors are applied to the
+right half in one matrix product, the right half is swept. So nearly all arithmetic is in products of matrices, and Python does
+a few operations per input on vectors `[out]`; on a CPU a loop in C++ (slimlm.kernels.sweep) decides the inputs of a leaf of
+this recursion instead. Weights are held `[in, out]` here, so that one input's weights are contiguous.
 """
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from slimlm.core.errors import RecipeError
-from slimlm.core.grid import Grid, GroupSize, reciprocal, scale_sets, scale_shape, spread, storable
+from slimlm.core.grid import Grid, scale_sets, scale_shape
 from slimlm.core.mask import Pattern, choose
-from slimlm.core.parts.codebook import Codebook
-from slimlm.core.parts.elementwise import Elementwise
-from slimlm.core.parts.uniform import Uniform
 from slimlm.core.profiling import profiled
+from slimlm.core.solvers.affine_search import scale_and_zero
+from slimlm.core.solvers.distribution import distribution
 from slimlm.core.solvers.inverse import Inverse
-from slimlm.core.solvers.scale_search import distribution, nearby_scale_and_zero, scale_and_zero, signed_scale
+from slimlm.core.solvers.order import Order
+from slimlm.core.solvers.recursion import LEAF, divided, end_of, middle_of
+from slimlm.core.solvers.rounding import FixedScales, InputGroups, Rounding, Unrounded, as_stored, in_library
+from slimlm.core.solvers.swept import Swept
 from slimlm.kernels import sweep as kernel
 
 _SHARE_AT_ONCE = 128
 """Inputs among which a share of each row is dropped at a time."""
-_LEAST_WEIGHT = 1e-6
-"""What an input counts at least in a search of scales before the sweep, as a share of the mean: a dead one is rounded, too."""
-LEAF = 4
-"""Inputs that are decided one after another without a product of matrices in between; under n:m there are m of them."""
-
-
-# How the weights of one input are rounded
-
-
-class Rounding(Protocol):
-    """How a sweep rounds the weights of one input after another. A group is the inputs whose scales are found together."""
-
-    starts: list[int]
-    """where along the inputs, in the order of the sweep, groups begin"""
-
-    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Prepare for a group, whose inputs are rounded next.
-
-        Args:
-            number: of the group, from 0.
-            rows: `[inputs, out]`, its weights, updated for the errors of earlier inputs.
-            weights: `[inputs, out]`, by which the squared error of each is multiplied; 0 where it is dropped.
-        """
-
-    def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """Round the weights of one input.
-
-        Args:
-            place: of the input in the order of the sweep.
-            number: of its group.
-            column: `[out]`, its weights.
-
-        Returns:
-            `[out]`.
-        """
-
-    @property
-    def grid(self) -> Grid | None:
-        """The values that codes stand for; None: nothing is rounded."""
-
-    @property
-    def indices(self) -> Tensor | None:
-        """uint8 `[in, out]`, which a sweep fills with the indices of grid values; None: nothing is rounded."""
-
-    def in_kernel(self, number: int) -> kernel.Rounding:
-        """How the library rounds the weights of a group, which `begin` has prepared."""
-
-
-class Unrounded:
-    """No rounding: SparseGPT alone."""
-
-    def __init__(self) -> None:
-        self.starts = [0]
-        self.grid: None = None
-
-    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Nothing to prepare for `rows` and `weights` `[inputs, out]`."""
-
-    def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The weights `[out]` themselves."""
-        return column
-
-    @property
-    def indices(self) -> None:
-        """Nothing is rounded."""
-        return None
-
-    def in_kernel(self, number: int) -> kernel.Rounding:
-        """Not at all."""
-        return kernel.Rounding()
-
-
-class InputGroups:
-    """Groups of consecutive inputs of a row share a scale, searched when the sweep reaches the group.
-
-    The search multiplies each squared error by what it costs at that point of the sweep, and starts from an earlier scale
-    where there is one. The sweep fills `scale` `[groups, out]` (`[1, 1]` where there is one), `zero` of the same shape where
-    the grid has zeros, and `index` `[in, out]`.
-
-    Args:
-        grid: the values that codes stand for.
-        sizes: inputs of each group, in the order of the sweep.
-        out: outputs of the weight.
-        one: whether all rows share one scale (and there is one group).
-        start: earlier scales `[groups, out]` in the order of the sweep, and their zeros where the grid has zeros; or None.
-        device: of the weight.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        sizes: list[int],
-        out: int,
-        *,
-        one: bool,
-        start: tuple[Tensor, Tensor | None] | None,
-        device: torch.device,
-    ) -> None:
-        self.grid, self.one, self.start = grid, one, start
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.scale = torch.zeros(len(sizes), 1 if one else out, device=device)
-        self.zero = torch.zeros_like(self.scale) if grid.zeros else None
-        self.index = torch.zeros(sum(sizes), out, dtype=torch.uint8, device=device)
-        self.rows = self.index.unbind()
-
-    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Search the scales and zeros of a group with these `rows` and `weights` `[inputs, out]`."""
-        if self.one:
-            points, weights = distribution((rows * (weights > 0)).reshape(1, -1))
-        else:
-            points, weights = rows.T, weights.T
-        if self.start is None:
-            scale, zero = scale_and_zero(points, weights, self.grid)
-        else:
-            scales, zeros = self.start
-            old = None if zeros is None else zeros[number]
-            scale, zero = nearby_scale_and_zero(points, weights, self.grid, scales[number], old)
-        self.scale[number] = as_stored(scale, self.scale.numel())
-        if self.zero is not None and zero is not None:
-            self.zero[number] = zero
-        self.current = self.scale[number], reciprocal(self.scale[number]), zero
-
-    def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The nearest values `[out]` under the group's scales; `index` takes their indices."""
-        index, value = self.grid.round_with(column, *self.current)
-        self.rows[place].copy_(index)
-        return value
-
-    @property
-    def indices(self) -> Tensor:
-        """`index`."""
-        return self.index
-
-    def in_kernel(self, number: int) -> kernel.Rounding:
-        """With the scales and zeros of the group."""
-        return kernel_rounding(self.grid, self.scale[number], None if self.zero is None else self.zero[number])
-
-
-class FixedGroups:
-    """Groups whose scales were found beforehand, so that their inputs need not be next to each other in the sweep.
-
-    The sweep fills `index` `[in, out]`.
-
-    Args:
-        grid: the values that codes stand for.
-        groups: int64 `[in]`, the group of each input in the order of the sweep.
-        out: outputs of the weight.
-        scale: `[groups, out]`, or `[1, 1]`.
-        zero: of the same shape where the grid has zeros; else None.
-    """
-
-    def __init__(self, grid: Grid, groups: Tensor, out: int, scale: Tensor, zero: Tensor | None) -> None:
-        self.grid = grid
-        self.starts = [0]
-        self.wide = scale[groups].expand(-1, out)
-        self.inverse = reciprocal(self.wide)
-        self.zero = None if zero is None else zero[groups].expand(-1, out)
-        self.index = torch.zeros(self.wide.shape, dtype=torch.uint8, device=scale.device)
-
-    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Nothing to prepare for `rows` and `weights` `[inputs, out]`: the scales were found beforehand."""
-
-    def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The nearest values `[out]` under the input's scales; `index` takes their indices."""
-        zero = None if self.zero is None else self.zero[place]
-        index, value = self.grid.round_with(column, self.wide[place], self.inverse[place], zero)
-        self.index[place] = index
-        return value
-
-    @property
-    def indices(self) -> Tensor:
-        """`index`."""
-        return self.index
-
-    def in_kernel(self, number: int) -> kernel.Rounding:
-        """With the scales and zeros of every input."""
-        return kernel_rounding(self.grid, self.wide, self.zero)
-
-
-class OutputGroups:
-    """Groups of consecutive outputs of one input share a scale, searched beforehand: the left factor of an adapter.
-
-    `scale` is `[in, groups]`; the sweep fills `index` `[in, out]`.
-
-    Args:
-        weight: `[out, in]`.
-        grid: the values that codes stand for.
-        group_size: how many outputs of an input share a scale.
-    """
-
-    def __init__(self, weight: Tensor, grid: Grid, group_size: int) -> None:
-        columns = weight.T.contiguous()
-        sets = scale_sets(columns, group_size)
-        scale = signed_scale(sets, torch.ones_like(sets), grid)
-        self.grid = grid
-        self.starts = [0]
-        self.scale = storable(scale.view(scale_shape((len(columns), len(weight)), group_size))).float()
-        self.wide = spread(self.scale, len(weight), group_size).expand_as(columns)
-        self.inverse = reciprocal(self.wide)
-        self.index = torch.zeros_like(columns, dtype=torch.uint8)
-
-    def begin(self, number: int, rows: Tensor, weights: Tensor) -> None:
-        """Nothing to prepare for `rows` and `weights` `[inputs, out]`: the scales were found beforehand."""
-
-    def round(self, place: int, number: int, column: Tensor) -> Tensor:
-        """The nearest values `[out]` under the input's scales; `index` takes their indices."""
-        index, value = self.grid.round_with(column, self.wide[place], self.inverse[place])
-        self.index[place] = index
-        return value
-
-    @property
-    def indices(self) -> Tensor:
-        """`index`."""
-        return self.index
-
-    def in_kernel(self, number: int) -> kernel.Rounding:
-        """With the scales of every input."""
-        return kernel_rounding(self.grid, self.wide)
-
-
-def kernel_rounding(grid: Grid, scale: Tensor, zero: Tensor | None = None) -> kernel.Rounding:
-    """How the library rounds to a grid under float32 scales `[out]`, `[1]` or `[in, out]`, and zeros of the same shape."""
-    return kernel.Rounding(scale, grid.bits, None if grid.even else grid.values, zero)
-
-
-def in_library(grid: Grid | None, pattern: Pattern | None, *tensors: Tensor) -> bool:
-    """Whether the library decides leaves; `pattern` is of a mask that is chosen, `tensors` are float matrices `[...]`."""
-    codebook = None if grid is None or grid.even else len(grid.values)
-    return kernel.takes(codebook, pattern.of if pattern is not None else 0, *tensors)
-
-
-def as_stored(scale: Tensor, count: int) -> Tensor:
-    """Some scales `[n]` of a part with `count` of them, float32, as they will be stored: a single one is not rounded."""
-    return storable(scale.repeat(2) if count > 1 else scale)[: len(scale)].float()
-
-
-# The result of a sweep
-
-
-@dataclass(frozen=True)
-class Swept:
-    """The result of a sweep, in the order of the weight's inputs."""
-
-    value: Tensor
-    """float32 `[out, in]`: the base, zero where dropped"""
-    updated: Tensor
-    """float32 `[out, in]`: each weight as it was when it was decided, updated for the errors of earlier inputs"""
-    mask: Tensor | None
-    """bool `[out, in]`, True where the weight stays; None: all stay"""
-    index: Tensor | None = None
-    """uint8 `[out, in]`: indices of grid values, where rounded"""
-    scale: Tensor | None = None
-    """float32 `[out, groups]` or `[1, 1]`"""
-    grid: Grid | None = None
-    zero: Tensor | None = None
-    """of the shape of `scale`, where the grid has zeros: the indices that stand for zero"""
-
-    def part(self, group_size: GroupSize) -> Elementwise:
-        """The rounded base as a part, without its mask; `group_size` is what the sweep was given."""
-        assert self.index is not None and self.scale is not None and self.grid is not None
-        return part_of(self.index, self.scale, self.grid, group_size, self.zero)
-
-
-def part_of(index: Tensor, scale: Tensor, grid: Grid, group_size: GroupSize, zero: Tensor | None = None) -> Uniform | Codebook:
-    """The part of grid values under scales.
-
-    Args:
-        index: uint8 `[out, in]`, indices of grid values.
-        scale: `[rows, groups]`.
-        grid: even for a `Uniform`, any other for a `Codebook`.
-        group_size: how many weights share a scale.
-        zero: `[rows, groups]`, the indices that stand for zero, where an even grid has zeros.
-    """
-    # Torch calls a transposed column contiguous, and yet it cannot be viewed as bytes; this copy can.
-    stored = storable(scale).flatten().view(scale.shape)
-    if grid.even:
-        lowest = int(grid.values[0])
-        codes = (index.to(torch.int16) + lowest).to(torch.int8)
-        return Uniform(codes, stored, grid.bits, group_size, None, None if zero is None else (zero + lowest).to(torch.int8))
-    return Codebook(index, grid.values.half(), stored, grid.bits, group_size)
-
-
-# The order of the inputs
-
-
-def check_grouping(group_size: GroupSize, pattern: Pattern | None) -> None:
-    """Raise RecipeError where a group would cut through the n:m groups of a mask."""
-    if pattern is not None and pattern.of and isinstance(group_size, int) and group_size % pattern.of:
-        raise RecipeError(f"group_size = {group_size}: under the pattern {pattern} give a multiple of {pattern.of}")
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order in which a sweep takes the inputs."""
-
-    inputs: Tensor
-    """int64 `[in]`, the inputs in that order"""
-    sizes: list[int]
-    """inputs in each group, in that order"""
-    group_size: GroupSize
-    """how many weights share a scale"""
-    second_moment: Tensor | None = None
-    """float32 `[in]`, of the inputs, where those of a group are not next to each other in the order: scales are then searched
-    before the sweep, squared errors multiplied by these; None: they are searched when the sweep reaches their group"""
-
-    @property
-    def positions(self) -> Tensor:
-        """Where in the order each input is, int64 `[in]`."""
-        return self.inputs.argsort()
-
-
-@profiled("order")
-def order_of(second_moment: Tensor, *, group_size: GroupSize, pattern: Pattern | None) -> Order:
-    """The inputs in order of falling second moment, without dividing groups that share a scale or those of n:m.
-
-    Groups are sorted by their mean second moment, and inside a group fours (or the m of n:m) by theirs. So the inputs of a
-    scale remain contiguous, scales can be searched when their group is reached, and no index of groups has to be stored, which
-    GPTQ's act-order needs.
-
-    Args:
-        second_moment: `[in]`, the inputs' mean squares; zeros give the order of the inputs.
-        group_size: how many weights share a scale.
-        pattern: what is dropped, or None.
-    """
-    width = len(second_moment)
-    size = width if isinstance(group_size, str) else min(group_size, width)
-    device, second_moment = second_moment.device, second_moment.cpu()
-    chunk = pattern.of if pattern is not None and pattern.of else LEAF
-    groups = sorted(torch.arange(width).split(size), key=lambda group: -float(second_moment[group].mean()))
-    chunks = [sorted(group.split(chunk), key=lambda few: -float(second_moment[few].mean())) for group in groups]
-    return Order(torch.cat([few for group in chunks for few in group]).to(device), [len(group) for group in groups], group_size)
-
-
-@profiled("order")
-def activation_order(second_moment: Tensor, *, group_size: GroupSize) -> Order:
-    """The inputs in order of falling second moment `[in]`, each by itself: GPTQ's act-order with its static groups.
-
-    Groups are those of consecutive inputs as ever, so no index of groups has to be stored; their scales are found before the
-    sweep, since it comes to the inputs of a group at different times.
-    """
-    mean = second_moment.mean()
-    weights = (second_moment / mean).clamp_min(_LEAST_WEIGHT) if float(mean) > 0 else torch.ones_like(second_moment)
-    inputs = second_moment.argsort(descending=True, stable=True)
-    return Order(inputs, [len(second_moment)], group_size, weights)
-
-
-# Sweeps
 
 
 @profiled("sweep")
@@ -455,10 +108,15 @@ def _fixed_sweep(
     scale = as_stored(found, found.numel()).view(shape)
     zero = None if zero is None else zero.view(shape)
     size = group_size if isinstance(group_size, int) else weight.shape[1]
-    by_group = None if zero is None else zero.T.contiguous()
-    rounding = FixedGroups(grid, order.inputs // size, len(weight), scale.T.contiguous(), by_group)
+    groups, out = order.inputs // size, len(weight)
+    rounding = FixedScales(grid, _widened(scale, groups, out), None if zero is None else _widened(zero, groups, out))
     swept = _swept_in(order, weight, inverse, rounding, None, mask)
     return replace(swept, index=_ordered(rounding.index.T, order.positions), scale=scale, grid=grid, zero=zero)
+
+
+def _widened(found: Tensor, groups: Tensor, out: int) -> Tensor:
+    """Scales or zeros `[out, groups]` or `[1, 1]` as `[in, out]`, given the group of each input, int64 `[in]`."""
+    return found.T.contiguous()[groups].expand(-1, out)
 
 
 def unrounded_sweep(
@@ -547,36 +205,31 @@ class _Sweep:
         self.groups = rounding.starts
         self.units = [] if self.pattern is None else _units(self.groups, width, self.pattern)
         self.kernel = self._kernel() if in_library(rounding.grid, self.pattern, weight, self.upper) else None
+        self.borders = self._borders(width)
+
+    def _borders(self, width: int) -> tuple[list[int], list[int], list[int]]:
+        """Where the recursion divides the inputs, see `middle_of`: two kinds of pieces, the larger ones first, and leaves."""
         of = 0 if self.pattern is None else self.pattern.of
-        if self.kernel is None:
-            leaf, borders = of or LEAF, {*self.groups, *self.units}
-        else:
-            leaf, borders = kernel.piece_of(of), {*self.groups, *([] if of else self.units)}
-        self.leaves = divided(sorted(borders), width, leaf)
-        self.coarse = sorted((self.groups, [] if self.kernel is not None and of else self.units), key=len)
+        # In the library a leaf has many n:m units.
+        units = [] if self.kernel is not None and of else self.units
+        leaf = (of or LEAF) if self.kernel is None else kernel.piece_of(of)
+        coarse, fine = sorted((self.groups, units), key=len)
+        return coarse, fine, divided(sorted({*self.groups, *units}), width, leaf)
 
     def _kernel(self) -> kernel.Sweep:
-        pattern, index = self.pattern, self.rounding.indices
+        pattern, index = self.pattern, self.rounding.index
         unit = (pattern.of, pattern.kept) if pattern is not None and pattern.of else None
         return kernel.Sweep(self.remaining, self.value, self.error, self.upper.contiguous(), self.mask, index, unit)
 
     def walk(self, low: int, high: int) -> None:
         """Sweep the inputs from low up to high, whose weights are updated for all earlier errors."""
-        middle = self._cut(low, high)
+        middle = middle_of(low, high, self.borders)
         if middle is None:
             self._leaf(low, high)
             return
         self.walk(low, middle)
         self.remaining[middle:high].addmm_(self.upper[low:middle, middle:high].T, self.error[low:middle], alpha=-1)
         self.walk(middle, high)
-
-    def _cut(self, low: int, high: int) -> int | None:
-        """The border nearest the middle, of the coarsest kind that lies inside, so that no group or unit is divided early."""
-        for borders in (*self.coarse, self.leaves):
-            inside = borders[bisect_right(borders, low) : bisect_left(borders, high)]
-            if inside:
-                return min(inside, key=lambda border: abs(2 * border - low - high))
-        return None
 
     def _leaf(self, low: int, high: int) -> None:
         if low in self.units[bisect_left(self.units, low) :][:1]:
@@ -624,18 +277,6 @@ class _Sweep:
             count = int(high * pattern.dropped + 1e-9) - int(low * pattern.dropped + 1e-9)
             pattern = replace(pattern, dropped=count / (high - low))
         self.mask[low:high] = choose(score, pattern).T
-
-
-def end_of(borders: list[int], low: int, width: int) -> int:
-    """The end of the piece that begins at `low`."""
-    after = bisect_right(borders, low)
-    return borders[after] if after < len(borders) else width
-
-
-def divided(borders: list[int], width: int, size: int) -> list[int]:
-    """The starts of pieces when those between borders are cut further into pieces of this size."""
-    stops = [*borders[1:], width]
-    return [place for low, high in zip(borders, stops, strict=True) for place in range(low, high, size)]
 
 
 def _units(groups: list[int], width: int, pattern: Pattern) -> list[int]:

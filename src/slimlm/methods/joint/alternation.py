@@ -56,11 +56,15 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.profiling import profiled
 from slimlm.core.solvers import linalg
 from slimlm.core.solvers.adapter_descent import descend_adapter
+from slimlm.core.solvers.affine_search import scale_and_zero
 from slimlm.core.solvers.base_descent import descend_base, gradient_of
+from slimlm.core.solvers.codebook_fit import fitted_codebook
+from slimlm.core.solvers.distribution import distribution
 from slimlm.core.solvers.inverse import Inverse, check_damp, inverse_in_order, shrunk
 from slimlm.core.solvers.low_rank import AdapterBits, AdapterFormat, low_rank_part
-from slimlm.core.solvers.scale_search import distribution, fitted_codebook, scale_and_zero
-from slimlm.core.solvers.sweep import Swept, check_grouping, order_of, rounded_sweep, unrounded_sweep
+from slimlm.core.solvers.order import check_grouping, order_of
+from slimlm.core.solvers.sweep import rounded_sweep, unrounded_sweep
+from slimlm.core.solvers.swept import Swept
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.statistics.cross_covariance import CrossCovariance

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal
 from slimlm.core.layer import Layer
 from slimlm.core.mask import Pattern
 from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
-from slimlm.core.solvers.sweep import order_of, unrounded_sweep
+from slimlm.core.solvers.order import order_of
+from slimlm.core.solvers.sweep import unrounded_sweep
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.step import StepDefaults

@@ -31,7 +31,8 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.objective import Objective
 from slimlm.core.solvers.inverse import check_damp, inverse_in_order, shrunk
-from slimlm.core.solvers.sweep import Order, activation_order, order_of, rounded_sweep
+from slimlm.core.solvers.order import Order, activation_order, order_of
+from slimlm.core.solvers.sweep import rounded_sweep
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.core.step import StepDefaults, widths_around

@@ -1,4 +1,4 @@
-"""How a sweep rounds an input's weights: the scales that it searches or is given, and what the library is told of them."""
+"""How a sweep rounds an input's weights: the scales that it searches or is given, and when the library does it."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def affine_scale(points: Tensor, weights: Tensor, *, bits: int) -> tuple[Tensor,
     """
     if compression.takes(points, weights):
         return compression.affine_scale(points, weights, bits=bits, coarse=_COARSE)
-    found = searched_in_pieces(lambda piece, w, _: _affine_scale(piece, w, bits), points, weights)
+    found = searched_in_pieces(lambda piece, w: _affine_scale(piece, w, bits), points, weights)
     return found[:, 0].contiguous(), found[:, 1].contiguous()
 
 

@@ -55,7 +55,7 @@ def best_scale(points: Tensor, weights: Tensor, grid: Grid, *, coarse: int = _CO
     """
     if _taken(grid, points, weights):
         return compression.best_scale(points, weights, grid.values, even=grid.even, coarse=coarse)
-    return searched_in_pieces(lambda piece, w, _: _best_scale(piece, w, grid, coarse), points, weights)
+    return searched_in_pieces(lambda piece, w: _best_scale(piece, w, grid, coarse), points, weights)
 
 
 @profiled("scale search")
@@ -146,13 +146,21 @@ def least_squares_scale(sets: Tensor, scale: Tensor, bits: int, weights: Tensor 
     return torch.cat([_least_squares_scale(piece, old, bits, w) for piece, old, w in pieces])
 
 
-def searched_in_pieces(
-    search: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor, weights: Tensor, *others: Tensor
-) -> Tensor:
-    """The result `[sets]` of a search on points and weights `[size, sets]` and other `[sets]`, a few sets at a time."""
+def searched_in_pieces(search: Callable[..., Tensor], points: Tensor, weights: Tensor, *others: Tensor) -> Tensor:
+    """The result of a search, a few sets at a time.
+
+    Args:
+        search: takes points and weights `[size, sets]` and the others; gives `[sets, ...]`.
+        points: `[sets, size]`.
+        weights: `[sets, size]`.
+        others: `[sets, ...]` each, such as earlier scales.
+
+    Returns:
+        `[sets, ...]`.
+    """
     sets = max(1, at_once(_POINTS_AT_ONCE, points.device) // max(1, points.shape[1]))
-    pieces = zip(*(given.split(sets) for given in (points, weights, *(others or (points[:, 0],)))), strict=True)
-    return torch.cat([search(piece.T.contiguous(), w.T.contiguous(), other) for piece, w, other in pieces])
+    pieces = zip(*(given.split(sets) for given in (points, weights, *others)), strict=True)
+    return torch.cat([search(piece.T.contiguous(), w.T.contiguous(), *own) for piece, w, *own in pieces])
 
 
 def nearby_factors(device: torch.device) -> Tensor:

@@ -127,7 +127,10 @@ def compress(
             objective: What that budget counts: "size" or "speed".
             embedding_bits: Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's.
             ignore: A pattern on the full names of layers that are not compressed ("*.down_proj"), or several.
-            data: The calibration text: a file, a folder, a hub data set, "stdlib", "self", or a list of texts.
+            data: The calibration text: a file, a folder, a hub data set, "stdlib", "self", or a list of texts; or several by
+                name, each with its share of the samples: {"a.jsonl": 0.7, "b.txt": 0.3}.
+            chat: What the tokenizer's chat template is applied to: conversations in the text ("auto"), text, too, as a message
+                of the user ("yes"), or nothing ("no").
             samples: The number of calibration samples; left out, as many as the model and the recipe need.
             length: Tokens per sample (512), at most the model's context.
             seed: The seed by which samples are drawn.
@@ -296,6 +299,6 @@ def estimate(
             name=config.model_name,
             memory=memory_of(needs, config.memory),
             disk_free=free,
-            seconds=timed(needs, folder, device),
+            times=timed(needs, folder, device),
             problems=problems_of(needs, device, config.out, config.memory, config.data),
         )

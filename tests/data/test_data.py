@@ -12,15 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimlm
 from slimlm.core.errors import DataError
-from slimlm.data.documents import pieces
+from slimlm.data.documents import Source, pieces
 from slimlm.data.files import PIECE, pieces_of
-from slimlm.data.rows import Reading
+from slimlm.data.rows import Chat, Reading
 from slimlm.data.stdlib import split_of, stdlib_documents
-from slimlm.data.windows import choose_windows, tokens_of, windows_of
+from slimlm.data.windows import chat_template_of, choose_windows, tokens_of, windows_of
 from slimlm.evaluation.perplexity import perplexity
 from slimlm.inference.generate import generate
 from tests.conftest import ENDS, LLAMA_LIKE, byte_tokenizer, documents, random_model, save
@@ -152,7 +152,7 @@ ROWS_WITHOUT_TEXT = [
     ({"text": ""}, '"text" is empty'),
     (None, "it is null; expected a field"),
     (7, "it is a number; expected a field"),
-    ({"instruction": "a", "output": "b"}, "it has the fields instruction, output; expected"),
+    ({"title": "a", "url": "b"}, "it has the fields title, url; expected"),
     ({}, r"it has the fields \(none\)"),
     ({"messages": []}, 'its "messages" is empty'),
     ({"messages": "hello"}, 'its "messages" is text, not a list of messages'),
@@ -190,14 +190,42 @@ def test_parquet_rows_without_text_are_skipped_too(tmp_path: Path) -> None:
 
 
 TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+SHAREGPT = [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "ba"}]
 CONVERSATIONS = [
     {"messages": TURNS},
     {"messages": [{"role": "user", "content": [{"text": "a"}, {"text": "b"}]}, TURNS[1] | {"content": [{"text": "ba"}]}]},
-    {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "ba"}]},
+    {"conversations": SHAREGPT},
     {"prompt": "ab", "completion": "ba"},
+    {"prompt": "ab", "response": "ba"},
+    {"instruction": "ab", "input": "", "output": "ba"},
+    {"question": "ab", "answer": "ba"},
     {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    {"text": "of another template", "messages": TURNS},
 ]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+
+
+def rows_in(folder: Path, kind: str, rows: list[Any]) -> Path:
+    """A file of these rows."""
+    path = folder / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_as(tokenizer: PreTrainedTokenizerFast, source: Source, chat: Chat, told: list[str] | None = None) -> str:
+    """The text that a source is read as, a start token before each document."""
+    reading = Reading(chat_template_of(tokenizer), chat)
+    tokens = tokens_of(tokenizer, source, "calibration", notify=[].append if told is None else told.append, reading=reading)
+    return str(tokenizer.decode(tokens)).replace(str(tokenizer.bos_token), "^")
 
 
 @pytest.mark.parametrize("row", CONVERSATIONS)
@@ -205,28 +233,78 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }
 def test_conversations_are_written_by_the_chat_template_with_one_start_token(
     tmp_path: Path, row: dict[str, Any], kind: str
 ) -> None:
-    path = tmp_path / f"a.{kind}"
-    if kind == "jsonl":
-        path.write_text(2 * (json.dumps(row) + "\n"))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
-    tokenizer, told = byte_tokenizer(), []
-    with pytest.raises(DataError, match=r"(line 1|row 0) is a conversation, and the model's tokenizer has no chat template"):
-        tokens_of(tokenizer, str(path), "calibration")
-    tokenizer.chat_template = TEMPLATE
-    one = [tokenizer.bos_token_id, *tokenizer("u:ab\na:ba\n", add_special_tokens=False)["input_ids"]]
-    assert tokens_of(tokenizer, str(path), "calibration", notify=told.append).tolist() == 2 * one
+    path, told = rows_in(tmp_path, kind, [row, row]), []
+    if "text" not in row:
+        with pytest.raises(
+            DataError, match=r"(line 1|row 0) is a conversation, and the model's tokenizer has no chat template"
+        ):
+            tokens_of(byte_tokenizer(), str(path), "calibration")
+    assert read_as(chat_tokenizer(), str(path), "auto", told) == "^u:ab\na:ba\n^u:ab\na:ba\n"
     assert told == [f"{path}: 2 conversations were written as text by the tokenizer's chat template"]
+    assert read_as(chat_tokenizer(), str(path), "yes") == "^u:ab\na:ba\n^u:ab\na:ba\n"
+    plain = row.get("text", "ab\n\nba")
+    for tokenizer in (byte_tokenizer(), chat_tokenizer()):
+        assert read_as(tokenizer, str(path), "no") == f"^{plain}^{plain}"
 
 
-def test_a_conversation_that_the_template_does_not_accept_is_skipped(tmp_path: Path) -> None:
-    path, tokenizer, told = tmp_path / "a.jsonl", byte_tokenizer(), []
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
-    path.write_text(
-        json.dumps({"messages": [{"role": "system", "content": "a"}]}) + "\n" + json.dumps({"messages": TURNS}) + "\n"
-    )
-    assert len(tokens_of(tokenizer, str(path), "calibration", notify=told.append)) == 2
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_system_prompt_and_what_an_instruction_is_about_stand_beside_a_conversation(tmp_path: Path, kind: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"system": "s", "conversations": SHAREGPT, "instruction": None, "input": None, "output": None},
+        {"system": "s", "conversations": [{"from": "system", "value": "t"}, *SHAREGPT], "instruction": None, "output": None},
+        {"system": None, "conversations": None, "instruction": "ab", "input": "i", "output": "ba"},
+    ]
+    found = read_as(chat_tokenizer(), str(rows_in(tmp_path, kind, rows)), "auto")
+    assert found == "^s:s\nu:ab\na:ba\n^s:t\nu:ab\na:ba\n^u:ab\n\ni\na:ba\n"
+
+
+def test_text_is_a_message_of_the_user_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo")
+    rows = rows_in(tmp_path, "jsonl", [{"text": "one"}, "two"])
+    sources: list[Source] = [str(tmp_path / "a.txt"), str(rows), ("one", "two")]
+    for source in sources:
+        told: list[str] = []
+        assert read_as(chat_tokenizer(), source, "auto", told) == read_as(chat_tokenizer(), source, "no") == "^one^two"
+        assert told == []
+        assert read_as(chat_tokenizer(), source, "yes", told) == "^u:one\n^u:two\n"
+        assert [note.partition(": ")[2] for note in told] == [
+            "2 texts, each as a message of the user, were written as text by the tokenizer's chat template"
+        ]
+
+
+def test_a_long_document_is_a_message_for_each_piece_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * (PIECE + 5))
+    reading = Reading(chat_template_of(chat_tokenizer("<{{ messages[0].content }}>")), "yes")
+    found = list(documents(str(tmp_path / "a.txt"), "calibration", reading))
+    assert [len(text) for text in found] == [PIECE + 2, 7] and all(text[0] == "<" and text[-1] == ">" for text in found)
+
+
+def test_a_chat_template_that_is_asked_for_must_be_there() -> None:
+    with pytest.raises(DataError, match='`chat="yes"`: the model\'s tokenizer has no chat template'):
+        Reading(None, "yes")
+
+
+@pytest.mark.parametrize("chat", ["auto", "yes", "no"])
+def test_conversations_without_a_word_are_skipped(tmp_path: Path, chat: Chat) -> None:
+    path, told = rows_in(tmp_path, "jsonl", [{"messages": []}, {"messages": [TURNS[0] | {"content": ""}]}, {"text": "x"}]), []
+    read_as(chat_tokenizer(), str(path), chat, told)
+    assert any(f"{2 if chat == 'no' else 1} of 3 rows were skipped" in note for note in told)
+
+
+@pytest.mark.parametrize("chat", ["auto", "yes"])
+def test_a_conversation_that_the_template_does_not_accept_is_skipped(tmp_path: Path, chat: Chat) -> None:
+    tokenizer = chat_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
+    told: list[str] = []
+    path = rows_in(tmp_path, "jsonl", [{"messages": [{"role": "system", "content": "a"}]}, {"messages": TURNS}])
+    assert read_as(tokenizer, str(path), chat, told) == "^x"
     assert any("1 of 2 rows were skipped" in note and "no system role" in note for note in told)
+
+
+def test_text_that_the_template_does_not_accept_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    tokenizer = chat_tokenizer("{{ raise_exception('no user role') }}")
+    with pytest.raises(DataError, match=r"the chat template does not accept the conversation .*no user role"):
+        read_as(tokenizer, str(tmp_path / "a.txt"), "yes")
 
 
 def test_text_that_begins_with_the_start_token_gets_no_second_one() -> None:

@@ -1,14 +1,27 @@
 """The calibration samples of a run: drawn from a text, or written by the model itself, and stored in the journal."""
 
+import hashlib
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimlm.core.errors import CheckpointError, DataError
 from slimlm.core.profiling import profiled
-from slimlm.data.documents import Source, label_of
-from slimlm.data.windows import choose_windows, refuse_unknown_tokens, sample_from_model, tokens_of, windows_of
+from slimlm.data.documents import label_of, name_of
+from slimlm.data.mixture import Data, Mixture, each_at_least_once, interleaved, most_samples, portions_of
+from slimlm.data.rows import Chat, Reading
+from slimlm.data.windows import (
+    chat_template_of,
+    choose_windows,
+    refuse_unknown_tokens,
+    sample_from_model,
+    tokens_of,
+    windows_of,
+)
 from slimlm.events import Event, Notify, Observer
 from slimlm.models.dense import DenseModel
 from slimlm.models.lazy import LazyModel
@@ -29,20 +42,37 @@ _HELD_BACK_LENGTH = 512
 class Calibration:
     """Where the calibration text comes from and how much of it is used."""
 
-    data: Source
-    """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", "self" (text that the model writes), or texts."""
+    data: Data
+    """A .txt, .jsonl or .parquet file or folder, a hub data set, "stdlib", "self" (text that the model writes), or texts; or
+    several of them, each with a share of the samples."""
     samples: int
     """The number of samples."""
     length: int
     """Tokens per sample, at most the model's context."""
     seed: int = 0
     """The seed by which samples are drawn."""
+    chat: Chat = "auto"
+    """What the tokenizer's chat template is applied to."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise DataError(
                 f"samples = {self.samples}, length = {self.length}: calibration needs at least one sample of two tokens"
             )
+
+    @cached_property
+    def order(self) -> list[int]:
+        """For each sample the number of the source that it is drawn from."""
+        return interleaved([portion.share for portion in portions_of(self.data)], self.samples)
+
+    def refuse_empty_shares(self) -> None:
+        """Raise DataError where there are so few samples that a source gives none."""
+        for number, portion in enumerate(portions_of(self.data)):
+            if number not in self.order:
+                raise DataError(
+                    f"`samples={self.samples}`: the share of {label_of(portion.source)} ({portion.share:g}) is less than one "
+                    f"sample; give at least {math.ceil(1 / portion.share)} samples, or leave that text out"
+                )
 
 
 @dataclass(frozen=True)
@@ -55,12 +85,24 @@ class Drawn:
     """Windows of the same text that share no token with the samples, `[count, length]`; None: there are no more."""
 
     @classmethod
-    def of(cls, windows: Tensor, samples: int) -> "Drawn":
-        """The first of these windows `[count, length]` as samples; of those after them as many tokens as are held back."""
-        length = min(windows.shape[1], _HELD_BACK_LENGTH)
+    def of(cls, windows: Tensor, samples: int, held_back: int | None = None) -> "Drawn":
+        """The first of these windows `[count, length]` as samples; of those after them as many tokens as are held back.
+
+        Args:
+            windows: The windows of a text.
+            samples: How many are samples.
+            held_back: The most windows of at most 512 tokens that are held back; None: as many as all text together has.
+        """
+        length, most = held_back_windows(windows.shape[1])
         whole = windows.shape[1] // length * length
-        rest = windows[samples:, :whole].reshape(-1, length)[: max(1, HELD_BACK_TOKENS // length)]
+        rest = windows[samples:, :whole].reshape(-1, length)[: most if held_back is None else held_back]
         return cls(windows[:samples], rest if len(rest) else None)
+
+
+def held_back_windows(length: int) -> tuple[int, int]:
+    """The tokens of each window that is held back, and how many are, where samples have `length` tokens."""
+    own = min(length, _HELD_BACK_LENGTH)
+    return own, max(1, HELD_BACK_TOKENS // own)
 
 
 def calibration_samples(
@@ -100,14 +142,23 @@ def calibration_samples(
         journal.note_tensor(TEXT, drawn.samples)
     elif not torch.equal(stored, drawn.samples):
         raise CheckpointError(
-            f"the run in {journal.folder} was begun on other calibration text: {label_of(wanted.data)} has changed since, or "
-            "the tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
+            f"the run in {journal.folder} was begun on other calibration text: {_changed(stored, drawn.samples, wanted)} "
+            "changed since, or the tokenizer has. Bring it back to resume the run, or give `restart=True` to begin again"
         )
     if drawn.held_back is None:
         return drawn
     if (held_back := journal.noted_tensor(HELD_BACK)) is None:
         journal.note_tensor(HELD_BACK, held_back := drawn.held_back)
     return Drawn(drawn.samples, held_back)
+
+
+def _changed(before: Tensor, now: Tensor, wanted: Calibration) -> str:
+    """The sources whose samples are no longer the same, as the subject of a sentence."""
+    portions = portions_of(wanted.data)
+    same = before.shape == now.shape
+    changed = {source for i, source in enumerate(wanted.order[: len(now)]) if not same or not torch.equal(before[i], now[i])}
+    names = " and ".join(label_of(portions[source].source) for source in sorted(changed))
+    return f"{names} {'has' if len(changed) == 1 else 'have'}"
 
 
 def generate_samples(dense: DenseModel, wanted: Calibration, progress: Observer) -> Tensor:
@@ -127,11 +178,68 @@ def draw_samples(dense: LazyModel, wanted: Calibration, notify: Notify) -> Drawn
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
     length = min(wanted.length, context_length(dense.model) or wanted.length)
-    ahead = _READ_AHEAD * wanted.samples * length
-    tokens = tokens_of(dense.tokenizer, wanted.data, "calibration", at_most=ahead, notify=notify)
-    windows = windows_of(tokens, length, source=label_of(wanted.data))
-    drawn = Drawn.of(choose_windows(windows, wanted.samples + HELD_BACK_TOKENS, wanted.seed), wanted.samples)
+    template = chat_template_of(dense.tokenizer)
+    portions, shares = portions_of(wanted.data), [portion.share for portion in portions_of(wanted.data)]
+    held_back = each_at_least_once(shares, held_back_windows(length)[1])
+    parts, conversations = [], 0
+    for number, portion in enumerate(portions):
+        reading, count = Reading(template, wanted.chat), wanted.order.count(number)
+        ahead = _READ_AHEAD * count * length
+        tokens = tokens_of(dense.tokenizer, portion.source, "calibration", at_most=ahead, notify=notify, reading=reading)
+        windows = windows_of(tokens, length, source=label_of(portion.source))
+        chosen = choose_windows(windows, count + HELD_BACK_TOKENS, wanted.seed)
+        parts.append(Drawn.of(chosen, count, held_back[number]))
+        conversations += reading.conversations
+    if isinstance(wanted.data, Mixture):
+        _refuse_short(parts, wanted)
+    drawn = _together(parts, wanted, notify)
     for own in (drawn.samples, drawn.held_back):
         if own is not None:
             refuse_unknown_tokens(own, dense.model, dense.tokenizer)
+    if wanted.chat == "auto" and template is not None and not conversations:
+        notify(
+            "the model's tokenizer has a chat template, and the calibration text holds no conversations: where the model will "
+            'be used in chats, rows with `messages` (or `chat="yes"`) are more like what it will see'
+        )
     return drawn
+
+
+def _refuse_short(parts: list[Drawn], wanted: Calibration) -> None:
+    """Raise DataError where a source has too few samples for its share."""
+    portions = portions_of(wanted.data)
+    for number, (portion, part) in enumerate(zip(portions, parts, strict=True)):
+        asked, (found, length) = wanted.order.count(number), part.samples.shape
+        if found < asked:
+            most = most_samples([portion.share for portion in portions], [len(part.samples) for part in parts])
+            fewer = f", or at most {most} `samples`" if most >= len(portions) else ""
+            raise DataError(
+                f"{label_of(portion.source)} gives {found} samples of {length} tokens, and its share of {portion.share:g} of "
+                f"{wanted.samples} samples is {asked}; give more of this text, a smaller share{fewer}"
+            )
+
+
+def _together(parts: list[Drawn], wanted: Calibration, notify: Notify) -> Drawn:
+    """The samples of all sources, interleaved by their shares, and the windows of all that are held back."""
+    if len(parts) == 1:
+        return parts[0]
+    samples = torch.cat([part.samples for part in parts])
+    placed = torch.empty_like(samples)
+    # The places of the first source's samples, then those of the second's.
+    placed[torch.tensor(wanted.order).argsort(stable=True)] = samples
+    without = [portion for portion, part in zip(portions_of(wanted.data), parts, strict=True) if part.held_back is None]
+    held_back = [part.held_back for part in parts if part.held_back is not None]
+    if held_back and without:
+        names = ", ".join(label_of(portion.source) for portion in without)
+        notify(f"the samples are all of the text of {names} that was read; the comparison at the end is on the other text")
+    return Drawn(placed, torch.cat(held_back) if held_back else None)
+
+
+def sources_of(samples: Tensor, wanted: Calibration) -> list[dict[str, Any]]:
+    """The sources of calibration samples `[count, length]` as a record describes them, each with a checksum of its samples."""
+    order = torch.tensor(wanted.order[: len(samples)])
+    found = []
+    for number, portion in enumerate(portions_of(wanted.data)):
+        own = samples[order == number]
+        checksum = hashlib.sha256(own.numpy().tobytes()).hexdigest()
+        found.append({"data": name_of(portion.source), "share": portion.share, "samples": len(own), "sha256": checksum})
+    return found

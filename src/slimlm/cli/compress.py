@@ -25,6 +25,8 @@ def compress(
     embedding_bits: options.EmbeddingBits = None,
     ignore: options.Ignore = None,
     data: options.Data = None,
+    share: options.Share = None,
+    chat: options.ChatTemplate = "auto",
     samples: options.Samples = None,
     length: options.Length = None,
     seed: options.Seed = 0,
@@ -41,7 +43,7 @@ def compress(
     Exit codes: 0; 2 after an error; 3 where the model was written but its perplexity on some of the calibration text is more
     than twice the original's.
     """
-    limit = options.bytes_of(memory)
+    limit, texts = options.bytes_of(memory), options.sources_of(data, share)
 
     from slimlm.cli.opened import kernels_for
     from slimlm.display import progress_on
@@ -58,7 +60,8 @@ def compress(
             embedding_bits=embedding_bits,
             ignore=ignore,
             notify=notifier(context),
-            data=data,
+            data=texts,
+            chat=chat,
             samples=samples,
             length=length,
             seed=seed,

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from slimlm.core import arguments
+from slimlm.core.errors import DataError
 from slimlm.core.objective import Objective
 from slimlm.data.documents import DEFAULT_DATA
+from slimlm.data.rows import Chat
 from slimlm.runtime.kernel_names import Kernels
 
 _TEXTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set"
@@ -51,10 +53,25 @@ Ignore = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help=f"Calibration text: {_TEXTS}, stdlib (Python's own source), or self (text that the model writes).",
+        help=f"Calibration text: {_TEXTS}, stdlib (Python's own source), or self (text that the model writes); may be given "
+        "several times.",
         show_default=DEFAULT_DATA,
+    ),
+]
+Share = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Share of the samples that the --data before it gives, such as 0.7; one for each, and 1 together.",
+        show_default="equal shares",
+    ),
+]
+ChatTemplate = Annotated[
+    Chat,
+    typer.Option(
+        help="What the tokenizer's chat template is applied to: conversations in the calibration text (auto), text, too, as a "
+        "message of the user (yes), or nothing (no)."
     ),
 ]
 Samples = Annotated[
@@ -80,6 +97,21 @@ MeasuredLength = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens per sample of the text.", show_default="the model's context, at most 2048"),
 ]
+
+
+def sources_of(data: list[str] | None, share: list[float] | None) -> str | dict[str, float] | None:
+    """The calibration text that --data and --share name together; raises DataError where they do not belong together."""
+    names = data or []
+    if share is not None and len(share) != len(names):
+        raise DataError(
+            f"--share is given {len(share)} times, and --data {len(names)} times; give one share for each text, or none for "
+            "equal shares"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"--data {twice[0]} is given twice; name each text once, and give it a larger --share")
+    if share is None and len(names) < 2:
+        return names[0] if names else None
+    return dict(zip(names, share or [1 / len(names)] * len(names), strict=True))
 
 
 def bytes_of(text: str | None) -> int | None:

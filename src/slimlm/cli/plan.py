@@ -32,6 +32,8 @@ def plan(
     recipe: options.RecipeName = DEFAULT_RECIPE,
     ignore: options.Ignore = None,
     data: options.Data = None,
+    share: options.Share = None,
+    chat: options.ChatTemplate = "auto",
     samples: options.Samples = None,
     length: options.Length = None,
     seed: options.Seed = 0,
@@ -46,7 +48,7 @@ def plan(
     "auto" in the recipe) that takes seconds, and for large models as long as reading them once.
     """
     _refuse_file(save)
-    limit = options.bytes_of(memory)
+    limit, texts = options.bytes_of(memory), options.sources_of(data, share)
 
     from slimlm.display import progress_on
     from slimlm.pipeline import estimate
@@ -58,7 +60,8 @@ def plan(
     asked: dict[str, Any] = {"recipe": opened, "bits": bits, "objective": objective, "embedding_bits": embedding_bits}
     asked |= {
         "ignore": ignore,
-        "data": data,
+        "data": texts,
+        "chat": chat,
         "samples": samples,
         "length": length,
         "seed": seed,

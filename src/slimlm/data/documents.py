@@ -54,13 +54,13 @@ def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece
             documents are read.
     """
     if isinstance(source, tuple):
-        return (piece for text in source for piece in pieces_of(text))
+        return (piece for text in source for piece in pieces_of(reading.document(text)))
     if source == "self":
         raise DataError(
             "'self' is the text a model writes; it serves calibration, not evaluation. Name another text to measure on"
         )
     if source == "stdlib":
-        return (piece for text in stdlib_documents(purpose) for piece in pieces_of(text))
+        return (piece for text in stdlib_documents(purpose) for piece in pieces_of(reading.document(text)))
     path = arguments.path(source, "data" if purpose == "calibration" else "text", DataError)
     if path.is_dir():
         files = files_in(path, reading)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from slimlm.core.errors import DataError
-from slimlm.data.rows import CHAT_FIELDS, EXPECTED, TEXT_FIELDS, Reading
+from slimlm.data.rows import EXPECTED, Reading, fields_to_read
 
 SEPARATOR = "<|endoftext|>"
 PIECE = 2**20
@@ -100,7 +100,8 @@ def pieces_in(path: Path, reading: Reading) -> Iterator[Piece]:
             if _kind(path) == ".jsonl":
                 yield from _of_jsonl(file, path, reading)
             else:
-                yield from _of_text(file)
+                for piece in _of_text(file):
+                    yield from (piece,) if reading.chat != "yes" else pieces_of(reading.document(piece.text))
     except UnicodeDecodeError as error:
         raise DataError(_undecodable(path)) from error
     except OSError as error:
@@ -231,7 +232,10 @@ def _of_parquet(path: Path, reading: Reading) -> Iterator[Piece]:
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
-    columns = _columns(file.schema_arrow.names, path)
+    names = file.schema_arrow.names
+    columns = fields_to_read(names)
+    if not columns:
+        raise DataError(f"{path} has the columns {', '.join(names)}; expected {EXPECTED}")
     number = 0
     try:
         for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
@@ -242,12 +246,3 @@ def _of_parquet(path: Path, reading: Reading) -> Iterator[Piece]:
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged at row {number}: {error}") from error
-
-
-def _columns(names: list[str], path: Path) -> list[str]:
-    """The columns to read: text fields and those of conversations, as rows differ; raises DataError where there are none."""
-    text = [name for name in TEXT_FIELDS if name in names]
-    chat = [name for name in CHAT_FIELDS if name in names]
-    if not text and not {"messages", "conversations"} & {*chat} and {*chat} != {"prompt", "completion"}:
-        raise DataError(f"{path} has the columns {', '.join(names)}; expected {EXPECTED}")
-    return [*text, *chat]

@@ -26,8 +26,9 @@ def tokens_of(
     *,
     at_most: int | None = None,
     notify: Notify = silent,
+    reading: Reading | None = None,
 ) -> Tensor:
-    """The tokens of a source; conversations in it are written as text by the tokenizer's chat template.
+    """The tokens of a source.
 
     Args:
         tokenizer: The model's.
@@ -35,6 +36,8 @@ def tokens_of(
         purpose: Which part of the source is read.
         at_most: Stop reading after this many tokens.
         notify: Is given what the user should know: rows and files that were left out, conversations.
+        reading: How rows are read, and where what is found is counted; None: conversations are written as text by the
+            tokenizer's chat template.
 
     Returns:
         int64 `[tokens]`.
@@ -42,7 +45,7 @@ def tokens_of(
     Raises:
         DataError: There is no text, or it cannot be read.
     """
-    reading = Reading(chat_template_of(tokenizer))
+    reading = reading or Reading(chat_template_of(tokenizer))
     tokens = _stream(tokenizer, pieces(source, purpose, reading), at_most)
     for note in reading.notes(label_of(source)):
         notify(note)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
-from slimlm.data.documents import Source, pieces
+from slimlm.data.documents import pieces
+from slimlm.data.mixture import Data, portions_of
 from slimlm.data.rows import Reading
 from slimlm.events import Notify
 from slimlm.preflight.estimate import Memory, memory_of
@@ -183,14 +184,15 @@ def new_parent(out: Path, notify: Notify) -> Iterator[None]:
         raise
 
 
-def check_text(data: Source) -> None:
-    """Raise DataError where the file or folder of the text does not exist; nothing is read or downloaded."""
-    if data != "self":
-        pieces(data, "calibration", Reading())
+def check_text(data: Data) -> None:
+    """Raise DataError where a file or folder of the text does not exist; nothing is read or downloaded."""
+    for portion in portions_of(data):
+        if portion.source != "self":
+            pieces(portion.source, "calibration", Reading())
 
 
 def problems_of(
-    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: Source | None = None
+    run: RunNeeds, device: torch.device, out: Path | None, allowed: int | None, data: Data | None = None
 ) -> tuple[str, ...]:
     """The messages of everything that the checks before a run would refuse or warn of."""
     checks: list[Callable[[], str | None]] = [

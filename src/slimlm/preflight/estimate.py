@@ -5,7 +5,8 @@ Memory and time are estimates; docs/estimates.md compares them with real runs.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Times:
+    """The time of a run."""
+
+    stages: dict[str, float]
+    """Seconds by stage."""
+    per_sample: float
+    """Seconds that each further calibration sample adds."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The needs of a run."""
 
@@ -86,6 +97,8 @@ class Estimate:
     """The size of the original model's tensors."""
     stored_bytes: int
     """The size of the compressed model's tensors."""
+    samples: int
+    """The number of calibration samples."""
     tokens: int
     """The number of calibration tokens."""
     tokens_needed: int | None
@@ -98,6 +111,8 @@ class Estimate:
     """Bytes free on the disk of the output; None where no output was named."""
     seconds: dict[str, float] | None
     """Seconds by stage; None where nothing was measured."""
+    seconds_per_sample: float | None
+    """Seconds that each further calibration sample adds; None where nothing was measured."""
     problems: tuple[str, ...]
     """Messages: the reasons for which `compress` would refuse, and warnings of little memory or disk."""
 
@@ -150,7 +165,7 @@ def estimate_of(
     name: str,
     memory: Memory,
     disk_free: int | None,
-    seconds: dict[str, float] | None,
+    times: Times | None,
     problems: tuple[str, ...],
 ) -> Estimate:
     """The estimate of a run.
@@ -160,7 +175,7 @@ def estimate_of(
         name: The model's name.
         memory: See `memory_of`.
         disk_free: Bytes free on the disk of the output.
-        seconds: See `timed`.
+        times: See `timed`.
         problems: See `slimlm.preflight.checks.problems_of`.
     """
     needed = run.widest_needed
@@ -176,18 +191,20 @@ def estimate_of(
         planned=run.planned,
         original_bytes=run.dense.bytes,
         stored_bytes=run.stored_bytes,
+        samples=run.sample_count,
         tokens=run.tokens,
         tokens_needed=None if needed is None else tokens_needed(needed),
         memory=memory,
         disk=run.disk_bytes,
         disk_free=disk_free,
-        seconds=seconds,
+        seconds=None if times is None else times.stages,
+        seconds_per_sample=None if times is None else times.per_sample,
         problems=problems,
     )
 
 
-def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> dict[str, float]:
-    """Seconds of each stage of a run, from rates that are measured here within seconds.
+def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock = time.perf_counter) -> Times:
+    """The time of a run, from rates that are measured here within seconds.
 
     Args:
         run: The needs of the run.
@@ -202,13 +219,23 @@ def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock
         largest[run.steps(name)] = min(_LARGEST_TRIAL, max(largest.get(run.steps(name), 0), *shape))
     for steps, side in largest.items():
         costs[steps] = measured_steps(steps, side, length=run.length, device=device, clock=clock)
-    seconds = seconds_of(run, rates, lambda name: costs[run.steps(name)])
     if not run.planned:
-        return seconds
+        return _times(run, lambda needs: seconds_of(needs, rates, lambda name: costs[run.steps(name)]))
     trials = {
         steps: measured_steps(brief(steps), side, length=run.length, device=device, clock=clock)
         for steps, side in largest.items()
     }
     # What is counted, bits or operations, changes the number of options little.
     options = len(options_of(run.recipe, run.bits, "size"))
-    return {"plan": planning_seconds(run, rates, lambda name: trials[run.steps(name)], options), **seconds}
+
+    def stages(needs: RunNeeds) -> dict[str, float]:
+        plan = planning_seconds(needs, rates, lambda name: trials[run.steps(name)], options)
+        return {"plan": plan, **seconds_of(needs, rates, lambda name: costs[run.steps(name)])}
+
+    return _times(run, stages)
+
+
+def _times(run: RunNeeds, stages: Callable[[RunNeeds], dict[str, float]]) -> Times:
+    """The time of a run, and of a further sample: the mean over as many as there are."""
+    found, twice = stages(run), stages(replace(run, sample_count=2 * run.sample_count))
+    return Times(found, (sum(twice.values()) - sum(found.values())) / run.sample_count)

@@ -4,9 +4,12 @@ import fnmatch
 
 from torch import nn
 
+from slimlm.calibration.samples import Calibration
 from slimlm.core.errors import ModelError, RecipeError
 from slimlm.core.solvers.inverse import tokens_needed
 from slimlm.core.statistics.base import Source
+from slimlm.data.rows import Reading
+from slimlm.data.windows import chat_template_of
 from slimlm.events import Notify
 from slimlm.models.embeddings import Embeddings
 from slimlm.models.experts import without_router
@@ -106,6 +109,13 @@ def refuse_experts(layers: list[str], experts: list[str], recipe: Recipe) -> Non
             f"{own[0]} is an expert's, which is given only some of the tokens; {' and '.join(needing)} of the recipe needs "
             'whole samples. Exclude such layers (`ignore="*.experts.*"`) or use another recipe'
         )
+
+
+def refuse_text(dense: LazyModel, wanted: Calibration) -> None:
+    """Raise DataError where a source has no sample, or a chat template is asked for that there is none of; reads no text."""
+    wanted.refuse_empty_shares()
+    if dense.tokenizer is not None:
+        Reading(chat_template_of(dense.tokenizer), wanted.chat)
 
 
 def warn_of_few_tokens(shapes: dict[str, tuple[int, int]], tokens: int, notify: Notify) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +16,9 @@ from slimlm.calibration.samples import Calibration
 from slimlm.core import arguments
 from slimlm.core.errors import DataError, RecipeError, SlimlmError
 from slimlm.core.objective import Objective
-from slimlm.data.documents import DEFAULT_DATA, Source, name_of
+from slimlm.data.documents import DEFAULT_DATA, name_of
+from slimlm.data.mixture import Data, Mixture, portions_of
+from slimlm.data.rows import Chat
 from slimlm.data.windows import check_seed
 from slimlm.distributed.environment import local_rank, world_size
 from slimlm.planner.options import Budget, options_of
@@ -36,7 +38,8 @@ class RunOptions(TypedDict, total=False):
     objective: Objective
     embedding_bits: int | None
     ignore: str | Sequence[str] | None
-    data: str | Path | Sequence[str] | None
+    data: str | Path | Sequence[str] | Mapping[str | Path, float] | None
+    chat: Chat
     samples: int | None
     length: int | None
     seed: int
@@ -67,8 +70,11 @@ class RunConfig:
     """Bits of input embedding and output head, 4 to 8, or 16 to keep them as stored; None: the recipe's."""
     ignore: str | Sequence[str] | None = None
     """Patterns on the full names of layers that are not compressed, besides those that the recipe ignores."""
-    data: Source | None = None
-    """The calibration text: a file, a folder, a hub data set, "stdlib", "self" or texts; None: the default data set."""
+    data: Data | None = None
+    """The calibration text: a file, a folder, a hub data set, "stdlib", "self" or texts, or several with shares; None: the
+    default data set."""
+    chat: Chat = "auto"
+    """What the tokenizer's chat template is applied to: conversations ("auto"), text, too ("yes"), or nothing ("no")."""
     samples: int | None = None
     """The number of calibration samples; None: as many as the model and the recipe need (slimlm.preflight.calibration)."""
     length: int | None = None
@@ -90,6 +96,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.data == "self" and self.chat != "auto":
+            raise DataError(
+                f'`chat="{self.chat}"` says how text is read, and with `data="self"` the model writes it; leave one out'
+            )
         Calibration(
             DEFAULT_DATA, samples=1 if self.samples is None else self.samples, length=2 if self.length is None else self.length
         )
@@ -109,7 +119,7 @@ class RunConfig:
     def calibration(self) -> Calibration:
         """The calibration text and how much of it is used, once that is decided."""
         assert self.samples is not None and self.length is not None, "chosen when the model was opened"
-        return Calibration(self.data or DEFAULT_DATA, self.samples, self.length, self.seed)
+        return Calibration(self.data or DEFAULT_DATA, self.samples, self.length, self.seed, self.chat)
 
     @property
     def planned(self) -> bool:
@@ -145,7 +155,10 @@ class RunConfig:
             "config": config,
             "recipe": self.opened_recipe.to_dict(),
             "budget": {"bits": self.bits, "objective": self.objective},
-            "calibration": {**dataclasses.asdict(self.calibration), "data": name_of(self.calibration.data)},
+            "calibration": {
+                **dataclasses.asdict(self.calibration),
+                "data": [[name_of(portion.source), portion.share] for portion in portions_of(self.calibration.data)],
+            },
             "device": device.type,
             "versions": versions("slimlm", "torch", "transformers"),
         }
@@ -164,17 +177,27 @@ def _recipe(given: object) -> str | Recipe:
     )
 
 
-def _data(given: object) -> Source | None:
+def _data(given: object) -> Data | None:
     if given is None or (isinstance(given, str) and given):
         return given
     if isinstance(given, os.PathLike):
         return str(arguments.path(given, "data", DataError))
     if isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given):
         return tuple(given)
-    found = "empty" if isinstance(given, str | list | tuple) and not given else f"of type {type(given).__name__}"
+    if isinstance(given, Mapping) and given:
+        shares = {_source_name(name): share for name, share in given.items()}
+        mixture = Mixture.of(shares)
+        return mixture if len(shares) > 1 else next(iter(shares))
+    found = "empty" if isinstance(given, str | list | tuple | Mapping) and not given else f"of type {type(given).__name__}"
     raise DataError(
-        f'`data` is {found}; give the name of a text (a file, a folder, a hub data set, "stdlib" or "self"), or a list of texts'
+        f'`data` is {found}; give the name of a text (a file, a folder, a hub data set, "stdlib" or "self"), names with shares '
+        '({"a.jsonl": 0.7, "b.txt": 0.3}), or a list of texts'
     )
+
+
+def _source_name(given: object) -> str:
+    path = arguments.path(given, "data", DataError)
+    return given if isinstance(given, str) else str(path)
 
 
 def _device(given: object) -> str:
@@ -204,6 +227,7 @@ _CHECKS: dict[str, Callable[[object], Any]] = {
     "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
     "embedding_bits": _embedding_bits,
     "data": _data,
+    "chat": lambda given: arguments.one_of(given, "chat", get_args(Chat), DataError),
     "samples": lambda given: _count(given, "samples", least=1, example=128),
     "length": lambda given: _count(given, "length", least=2, example=2048),
     "seed": lambda given: arguments.whole_number(given, "seed", least=None, example=0, refusal=DataError),

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from slimlm.calibration.calls import Arguments, BlockArguments, Calls, arguments_within, shared_arguments
 from slimlm.calibration.capture import BlockInputs, batches_of, first_inputs, shares_of
 from slimlm.calibration.kept import Room
-from slimlm.calibration.samples import calibration_samples
+from slimlm.calibration.samples import calibration_samples, sources_of
 from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, ModelError
 from slimlm.core.statistics.covariance import Covariance
-from slimlm.data.documents import name_of
+from slimlm.data.mixture import recorded_name
 from slimlm.distributed.group import Group
 from slimlm.evaluation.perplexity import Perplexity, few_of, perplexity_of, pieces_of
 from slimlm.evaluation.stored_model import LastOutputs, StoredModel
@@ -37,7 +37,7 @@ from slimlm.preflight.calibration import amount_of
 from slimlm.preflight.checks import check_device, check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
 from slimlm.preflight.needs import RunNeeds
-from slimlm.preflight.refusals import compressible, refuse_early, warn_of_few_tokens, without_embeddings
+from slimlm.preflight.refusals import compressible, refuse_early, refuse_text, warn_of_few_tokens, without_embeddings
 from slimlm.preflight.rehearsal import refuse_shared_weights, rehearse, rehearse_files
 from slimlm.recipe import AS_STORED, Recipe, recipe_from_dict
 from slimlm.run.config import RunConfig, pick_device
@@ -106,7 +106,8 @@ class Prepared:
         wanted = self.config.calibration
         count, length = self.samples.shape
         counts = {"asked": wanted.samples, "samples": count, "length": length, "tokens": self.samples.numel()}
-        return {**dataclasses.asdict(wanted), "data": name_of(wanted.data), **counts}
+        sources = sources_of(self.samples, wanted)
+        return {**dataclasses.asdict(wanted), "data": recorded_name(wanted.data), "sources": sources, **counts}
 
 
 def prepare(config: RunConfig, run: Run) -> Prepared:
@@ -127,6 +128,7 @@ def prepare(config: RunConfig, run: Run) -> Prepared:
     with dense.outer_tensors_filled(blocks):
         embeddings = planned_embeddings(dense, recipe)
     skipped = refuse_early(dense, blocks, recipe, planning=config.planned)
+    refuse_text(dense, config.calibration)
     if run.group.first:
         run.journal.match_weights(weights_identity(dense.weights, blocks, dense.release))
     skipped = without_embeddings(skipped, embeddings)
@@ -305,6 +307,7 @@ def run_needs(config: RunConfig, dense: LazyModel) -> RunNeeds:
     embeddings = planned_embeddings(dense, recipe)
     skipped = without_embeddings(refuse_early(dense, blocks, recipe, planning=config.planned), embeddings)
     wanted = _with_samples(config, dense, compressible(blocks, recipe), silent).calibration
+    refuse_text(dense, wanted)
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     return RunNeeds(dense, blocks, recipe, embeddings, skipped, wanted.samples, length, config.bits, text_dependent=True)
 

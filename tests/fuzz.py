@@ -1,5 +1,6 @@
 """Damaged checkpoints, thousands of them: `python -m tests.fuzz --count 10000 --seed 0`; and models whose files hold codes,
-GGUF files among them, as they are opened to be compressed: `python -m tests.fuzz sources`.
+GGUF files among them, as they are opened to be compressed: `python -m tests.fuzz sources`; and texts and conversations, as they
+are read to calibrate on: `python -m tests.fuzz texts`.
 
 Each takes one of a few small checkpoints, spoils a file (bytes, or values and keys of its JSON; of weight files the header, the
 length before it, or the data), mostly puts the recorded sizes and checksums right again, so that more than these is met, and
@@ -11,6 +12,8 @@ the same damage.
 import argparse
 import contextlib
 import copy
+import functools
+import gzip
 import io
 import json
 import os
@@ -27,17 +30,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import slimlm
 from slimlm.calibration.samples import Drawn
 from slimlm.cli.inspect import inspect as show
 from slimlm.core.errors import SlimlmError
+from slimlm.data.rows import Chat, Reading
+from slimlm.data.windows import chat_template_of, tokens_of
 from slimlm.models.lazy import open_lazy
 from slimlm.models.structure import blocks_of
 from slimlm.preflight.refusals import compressible
@@ -46,7 +60,7 @@ from slimlm.recipe import open_recipe
 from slimlm.run.prepare import refuse_unfit_model
 from slimlm.storage import checkpoint
 from slimlm.storage.streams import sha256_of
-from tests.conftest import ENDS, save
+from tests.conftest import ENDS, byte_tokenizer, save
 from tests.gguf_models import write as write_gguf
 from tests.models.test_dequantize import coded
 
@@ -288,6 +302,52 @@ def damaged_source(base: Path, folder: Path, draw: random.Random) -> str:
     return str(path.name) + (" as it was" if new == raw else "")
 
 
+def make_texts(folder: Path) -> dict[str, Path]:
+    """Files of text and of conversations, each of its format and compression in a folder of its own."""
+    turns = [{"role": "user", "content": "what is a river?"}, {"role": "assistant", "content": [{"text": "water"}]}]
+    shared = [{"from": "human", "value": "and a stone?"}, {"from": "gpt", "value": "no water"}]
+    rows: list[dict[str, Any]] = [
+        {"messages": turns, "text": "written before"},
+        {"conversations": shared, "system": "be brief"},
+        {"instruction": "count", "input": "trees", "output": "three"},
+        {"prompt": "one", "completion": "two"},
+        {"question": "who?", "answer": "nobody"},
+        {"content": "plain text"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    written = "one document\n<|endoftext|>\nand another \u00e4\n"
+    found = {}
+    for name, content in (
+        ("a.jsonl", lines),
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.txt", written.encode()),
+        ("a.md", written.encode("utf-16")),
+        ("a.parquet", None),
+    ):
+        found[name] = folder / name
+        found[name].mkdir(parents=True)
+        if content is None:
+            tables = [pyarrow.Table.from_pylist([row]) for row in rows]
+            pyarrow.parquet.write_table(pyarrow.concat_tables(tables, promote_options="default"), found[name] / name)
+        else:
+            (found[name] / name).write_bytes(content)
+    return found
+
+
+def damaged_text(base: Path, folder: Path, draw: random.Random) -> str:
+    """Put a damaged copy of a text into `folder`; says what was spoiled."""
+    shutil.copytree(base, folder)
+    (path,) = folder.iterdir()
+    raw = path.read_bytes()
+    if path.suffix == ".jsonl" and draw.random() < 0.7:
+        rows = damage_json([json.loads(line) for line in raw.splitlines()], draw)
+        new = "".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode()
+    else:
+        new = damage_bytes(raw, draw)
+    path.write_bytes(new)
+    return str(path.name) + (" as it was" if new == raw else "")
+
+
 # --- what is asked of each -------------------------------------------------------------------------------------------
 
 
@@ -326,6 +386,26 @@ def open_source(folder: Path) -> None:
         rehearse(dense, blocks, compressible(blocks, open_recipe("absmax")))
 
 
+@functools.cache
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat template has rules, as real ones have."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no such role') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+    )
+    return tokenizer
+
+
+def read(folder: Path) -> None:
+    """Read a text as a run does, its conversations in every way; refuses if one of them is refused."""
+    (path,) = folder.iterdir()
+    for chat in get_args(Chat):
+        reading = Reading(chat_template_of(chat_tokenizer()), chat)
+        tokens = tokens_of(chat_tokenizer(), str(path), "calibration", at_most=4096, reading=reading)
+        assert tokens.ndim == 1 and len(tokens) <= 4096
+
+
 Verbs = dict[str, Callable[[Path], None]]
 VERBS: Verbs = {"load": load, "inspect": inspect, "verify": verify}
 
@@ -343,6 +423,7 @@ class Pool:
 POOLS = {
     "checkpoints": Pool(tuple(BASES), make_bases, damaged, VERBS),
     "sources": Pool((*CODED, "gguf", "gguf-gemma"), make_sources, damaged_source, {"open": open_source}),
+    "texts": Pool(("a.jsonl", "a.jsonl.gz", "a.txt", "a.md", "a.parquet"), make_texts, damaged_text, {"read": read}),
 }
 
 

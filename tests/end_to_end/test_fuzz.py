@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[2]
     [
         ("checkpoints", 60),
         ("sources", 40),
-        *(pytest.param(pool, 10_000, marks=pytest.mark.slow) for pool in ("checkpoints", "sources")),
+        ("texts", 200),
+        *(pytest.param(pool, 10_000, marks=pytest.mark.slow) for pool in ("checkpoints", "sources", "texts")),
     ],
 )
 def test_damaged_files_do_no_harm(pool: str, count: int, tmp_path: Path) -> None:
     # A process of its own, whose memory is limited and which may die.
-    verbs = ("open",) if pool == "sources" else ("load", "inspect", "verify")
+    verbs = {"checkpoints": ("load", "inspect", "verify"), "sources": ("open",), "texts": ("read",)}[pool]
     typed = [sys.executable, "-m", "tests.fuzz", pool, "--count", str(count), "--work", str(tmp_path / "work")]
     ended = subprocess.run(typed, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode in (0, 1), f"at {[p.read_text() for p in tmp_path.glob('work/*/at-*')]}: {ended.stderr[-2000:]}"

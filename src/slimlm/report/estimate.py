@@ -52,11 +52,15 @@ def _share(found: Estimate) -> str:
 
 
 def _tokens(found: Estimate) -> str:
-    given = f"{found.tokens} tokens, if the text has that many"
+    given = f"{found.tokens} tokens in {found.samples} samples, if the text has that many"
+    seconds = found.seconds_per_sample
+    more = "" if seconds is None else f"; each further sample takes about {seconds:.2g} s more"
     if found.tokens_needed is None:
-        return f"{given}; the recipe needs no covariance"
+        return f"{given}; the recipe needs no covariance{more}"
+    name, (_, width) = max(found.layers.items(), key=lambda layer: layer[1][1])
     enough = "enough" if found.tokens >= found.tokens_needed else "too few: give more calibration samples"
-    return f"{given}; the covariance of the widest layer needs {found.tokens_needed}: {enough}"
+    per_input = f"{found.tokens / width:.3g} for each of the {width} inputs of the widest layer ({name})"
+    return f"{given}: {per_input}, whose covariance needs {found.tokens_needed}: {enough}{more}"
 
 
 def _memory(memory: Memory) -> str:

@@ -38,7 +38,7 @@ class RunOptions(TypedDict, total=False):
     objective: Objective
     embedding_bits: int | None
     ignore: str | Sequence[str] | None
-    data: str | Path | Sequence[str] | Mapping[str | Path, float] | None
+    data: str | Path | Sequence[str] | Mapping[str, float] | Mapping[Path, float] | None
     chat: Chat
     samples: int | None
     length: int | None

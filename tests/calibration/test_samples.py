@@ -48,6 +48,7 @@ def source_of(windows: Tensor) -> list[str]:
 
 
 def test_a_mixture_s_samples_are_those_that_each_source_gives_alone_in_turn(dense: LazyModel, texts: dict[str, str]) -> None:
+    # Law 32.
     mixture = Mixture.of({texts["a"]: 0.7, texts["b"]: 0.3})
     found = drawn(dense, mixture, 20)
     letters = source_of(found.samples)

@@ -42,8 +42,8 @@ def test_shares_that_do_not_fit_are_refused_with_the_flags(
 ) -> None:
     first, second = texts
     for typed, said in (
-        (("--data", first, "--share", 0.7, "--data", second), "--share is given 1 times, and --data 2 times; give one share"),
-        (("--share", 0.7), "--share is given 1 times, and --data 0 times"),
+        (("--data", first, "--share", 0.7, "--data", second), "--data is given 2 times and --share 1 times; give one share"),
+        (("--share", 0.7), "--data is given 0 times and --share 1 times"),
         (("--data", first, "--share", 0.7, "--data", second, "--share", 0.2), "--data: the shares 0.7 + 0.2 add up to 0.9"),
         (("--data", first, "--share", 0.7), "--data: the shares 0.7 add up to 0.7, not to 1"),
         (("--data", first, "--share", 70, "--data", second, "--share", 30), "a.jsonl is 70; give a part of the whole"),

@@ -18,6 +18,7 @@ def drawn_shares(random: Random, count: int) -> list[float]:
 
 @pytest.mark.parametrize("sources", [1, 2, 3, 4, 7])
 def test_shares_hold_for_every_prefix_within_one_sample(sources: int) -> None:
+    # Law 32.
     random, bound = Random(sources), 1 - 1 / (2 * sources - 2) if sources > 1 else 0
     for _ in range(20):
         shares = drawn_shares(random, sources)

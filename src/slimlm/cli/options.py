@@ -104,8 +104,8 @@ def sources_of(data: list[str] | None, share: list[float] | None) -> str | dict[
     names = data or []
     if share is not None and len(share) != len(names):
         raise DataError(
-            f"--share is given {len(share)} times, and --data {len(names)} times; give one share for each text, or none for "
-            "equal shares"
+            f"--data is given {len(names)} times and --share {len(share)} times; give one share for each text, or none "
+            "for equal shares"
         )
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"--data {twice[0]} is given twice; name each text once, and give it a larger --share")

@@ -1,6 +1,7 @@
 """The calibration text on the command line: several texts with shares, and the chat template."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_shares_that_do_not_fit_are_refused_with_the_flags(
         assert said in line.refused("compress", llama_folder, "-o", tmp_path / "o", *typed, *FEW)
         assert said in line.refused("plan", llama_folder, *typed, *FEW)
         assert not (tmp_path / "o").exists()
+
+
+def test_a_plan_says_how_many_tokens_for_each_input_and_what_a_further_sample_takes(line: Line, llama_folder: Path) -> None:
+    status, out, _ = line("plan", llama_folder, "--recipe", "gptq", "--samples", 11, "--length", 32, "--quiet")
+    shown = " ".join(out.split())
+    assert status == 0
+    assert "352 tokens in 11 samples, if the text has that many: 4 for each of the 88 inputs of the widest layer" in shown
+    assert re.search(
+        r"mlp\.down_proj\), whose covariance needs 176: enough; each further sample takes (about [\d.]+|less than 0.1) s more",
+        shown,
+    )
 
 
 def test_a_source_with_too_little_text_is_refused_with_the_flag_for_fewer_samples(

@@ -19,6 +19,7 @@ from slimlm.models.structure import blocks_of, context_length, text_config, voca
 from slimlm.pipeline import estimate
 from slimlm.planner import forms
 from slimlm.planner.forms import brief, drawn_layer, fitting, form_of, resolved
+from slimlm.preflight.estimate import times_of
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 from slimlm.preflight.times import planning_seconds, seconds_of
@@ -156,6 +157,16 @@ def test_the_time_of_a_run_with_a_budget_counts_the_planning(llama_folder: Path)
     assert alone.seconds is not None and "plan" not in alone.seconds
     assert planned.seconds is not None and planned.total_seconds is not None
     assert 0 < planned.seconds["plan"] < planned.total_seconds == pytest.approx(sum(planned.seconds.values()))
+    assert alone.samples == 8 and 0 < (alone.seconds_per_sample or 0) < (planned.seconds_per_sample or 0)
+
+
+def test_a_further_sample_takes_what_twice_as_many_take_longer(llama_folder: Path) -> None:
+    needs = needs_of(llama_folder, "gptq", samples=8)
+    found = times_of(needs, lambda own: {"once": 5.0, "each": 2.0 * own.sample_count})
+    assert (found.stages, found.per_sample) == ({"once": 5.0, "each": 16.0}, 2.0)
+    rates, nothing = Rates(1e9, 1e9, 1e9), StepCost(0.0, 0.0, 0.0, 0.0)
+    measured = times_of(needs, lambda own: seconds_of(own, rates, lambda name: nothing))
+    assert 0 < 8 * measured.per_sample < sum(measured.stages.values())
 
 
 def test_a_plan_takes_as_much_longer_as_an_option_more_costs_in_every_layer(llama_folder: Path) -> None:

@@ -220,7 +220,7 @@ def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock
     for steps, side in largest.items():
         costs[steps] = measured_steps(steps, side, length=run.length, device=device, clock=clock)
     if not run.planned:
-        return _times(run, lambda needs: seconds_of(needs, rates, lambda name: costs[run.steps(name)]))
+        return times_of(run, lambda needs: seconds_of(needs, rates, lambda name: costs[run.steps(name)]))
     trials = {
         steps: measured_steps(brief(steps), side, length=run.length, device=device, clock=clock)
         for steps, side in largest.items()
@@ -232,10 +232,10 @@ def timed(run: RunNeeds, folder: Path | None, device: torch.device, clock: Clock
         plan = planning_seconds(needs, rates, lambda name: trials[run.steps(name)], options)
         return {"plan": plan, **seconds_of(needs, rates, lambda name: costs[run.steps(name)])}
 
-    return _times(run, stages)
+    return times_of(run, stages)
 
 
-def _times(run: RunNeeds, stages: Callable[[RunNeeds], dict[str, float]]) -> Times:
-    """The time of a run, and of a further sample: the mean over as many as there are."""
+def times_of(run: RunNeeds, stages: Callable[[RunNeeds], dict[str, float]]) -> Times:
+    """The time of a run by its stages, and that of a further sample: the mean over as many more as there are."""
     found, twice = stages(run), stages(replace(run, sample_count=2 * run.sample_count))
     return Times(found, (sum(twice.values()) - sum(found.values())) / run.sample_count)

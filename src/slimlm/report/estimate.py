@@ -54,13 +54,19 @@ def _share(found: Estimate) -> str:
 def _tokens(found: Estimate) -> str:
     given = f"{found.tokens} tokens in {found.samples} samples, if the text has that many"
     seconds = found.seconds_per_sample
-    more = "" if seconds is None else f"; each further sample takes about {seconds:.2g} s more"
+    more = "" if seconds is None else f"; each further sample takes {_more(seconds)} more"
     if found.tokens_needed is None:
         return f"{given}; the recipe needs no covariance{more}"
     name, (_, width) = max(found.layers.items(), key=lambda layer: layer[1][1])
     enough = "enough" if found.tokens >= found.tokens_needed else "too few: give more calibration samples"
     per_input = f"{found.tokens / width:.3g} for each of the {width} inputs of the widest layer ({name})"
     return f"{given}: {per_input}, whose covariance needs {found.tokens_needed}: {enough}{more}"
+
+
+def _more(seconds: float) -> str:
+    if seconds < 0.05:
+        return "less than 0.1 s"
+    return f"about {seconds:.1f} s" if seconds < 10 else f"about {duration(seconds)}"
 
 
 def _memory(memory: Memory) -> str:

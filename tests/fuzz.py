@@ -320,6 +320,7 @@ def make_texts(folder: Path) -> dict[str, Path]:
     for name, content in (
         ("a.jsonl", lines),
         ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.json", json.dumps(rows, indent=1).encode()),
         ("a.txt", written.encode()),
         ("a.md", written.encode("utf-16")),
         ("a.parquet", None),
@@ -339,7 +340,9 @@ def damaged_text(base: Path, folder: Path, draw: random.Random) -> str:
     shutil.copytree(base, folder)
     (path,) = folder.iterdir()
     raw = path.read_bytes()
-    if path.suffix == ".jsonl" and draw.random() < 0.7:
+    if path.suffix == ".json" and draw.random() < 0.7:
+        new = json.dumps(damage_json(json.loads(raw), draw)).encode()
+    elif path.suffix == ".jsonl" and draw.random() < 0.7:
         rows = damage_json([json.loads(line) for line in raw.splitlines()], draw)
         new = "".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode()
     else:
@@ -423,7 +426,7 @@ class Pool:
 POOLS = {
     "checkpoints": Pool(tuple(BASES), make_bases, damaged, VERBS),
     "sources": Pool((*CODED, "gguf", "gguf-gemma"), make_sources, damaged_source, {"open": open_source}),
-    "texts": Pool(("a.jsonl", "a.jsonl.gz", "a.txt", "a.md", "a.parquet"), make_texts, damaged_text, {"read": read}),
+    "texts": Pool(("a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.md", "a.parquet"), make_texts, damaged_text, {"read": read}),
 }
 
 

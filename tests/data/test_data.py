@@ -34,12 +34,14 @@ def written(folder: Path, kind: str) -> Path:
         path.write_text("\n<|endoftext|>\n".join(TEXTS) + "\n")
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
     else:
         pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": TEXTS}), path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     assert list(documents(str(written(tmp_path, kind)), "calibration")) == TEXTS
 
@@ -189,6 +191,50 @@ def test_parquet_rows_without_text_are_skipped_too(tmp_path: Path) -> None:
         list(documents(str(path), "calibration"))
 
 
+@pytest.mark.parametrize("piece", [1, 2, 7, 50, PIECE])
+def test_a_list_of_rows_is_read_in_pieces_of_any_size(tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimlm.data.files.PIECE", piece)
+    path = tmp_path / "a.json"
+    texts = ['one \u00e4 \U0001f600 \\ " ]', "two, [three]", "x" * 300]
+    rows: list[Any] = [{"text": texts[0]}, 123456789012, None, texts[1], {"text": texts[2]}, True, -1.5e100]
+    for indent, escaped in ((None, True), (2, False)):
+        path.write_text(json.dumps(rows, indent=indent, ensure_ascii=escaped) + "\n")
+        reading = Reading()
+        assert "".join(documents(str(path), "calibration", reading)) == "".join(texts)
+        assert (reading.rows, reading.skipped) == (7, 4) and "row 1: it is a number" in reading.first_skipped
+
+
+@pytest.mark.parametrize("piece", [1, 5, PIECE])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a"}', "is no JSON list of rows; a file with a row in each line ends in .jsonl"),
+        ("", "is no JSON list of rows"),
+        ('[{"text": "a"} {"text": "b"}]', "neither a comma nor the end of the list follows row 0"),
+        ('[{"text": "a"}', "neither a comma nor the end of the list follows row 0"),
+        ('["a", "b', "row 1 is not JSON: Unterminated string"),
+        ('["a", ', "row 1 is not JSON"),
+        ('["a",]', "row 1 is not JSON"),
+        ('["a", {"text": b"}, "c"]', "row 1 is not JSON"),
+        ("[" * 100_000, "row 0 is not JSON"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(
+    tmp_path: Path, content: str, said: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimlm.data.files.PIECE", piece)
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        list(documents(str(tmp_path / "a.json"), "calibration"))
+
+
+def test_json_files_are_left_out_of_folders_and_an_empty_list_has_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    assert list(documents(str(tmp_path / "config.json"), "calibration")) == []
+    (tmp_path / "a.txt").write_text("one")
+    assert list(documents(str(tmp_path), "calibration")) == ["one"]
+
+
 TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
 SHAREGPT = [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "ba"}]
 CONVERSATIONS = [
@@ -210,6 +256,8 @@ def rows_in(folder: Path, kind: str, rows: list[Any]) -> Path:
     path = folder / f"a.{kind}"
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
@@ -229,7 +277,7 @@ def read_as(tokenizer: PreTrainedTokenizerFast, source: Source, chat: Chat, told
 
 
 @pytest.mark.parametrize("row", CONVERSATIONS)
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_conversations_are_written_by_the_chat_template_with_one_start_token(
     tmp_path: Path, row: dict[str, Any], kind: str
 ) -> None:

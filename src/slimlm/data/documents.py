@@ -2,6 +2,7 @@
 
 file.txt            one document, or several separated by lines that hold only <|endoftext|>
 file.jsonl          one document a line: text or a conversation (slimlm.data.rows)
+file.json           a list of such documents; left out of folders
 file.parquet        one document a row, likewise
 a folder            all such files in it, in order of name (slimlm.data.files says which are left out)
 stdlib              the source of Python's standard library: its calibration or its evaluation part
@@ -66,13 +67,12 @@ def pieces(source: Source, purpose: Purpose, reading: Reading) -> Iterator[Piece
         files = files_in(path, reading)
         if not files:
             left_out = "".join(f"; {remark}" for remark in reading.remarks)
-            raise DataError(
-                f"{source} holds no file that ends in {readable_endings()} (what slimlm wrote there does not count){left_out}"
-            )
+            endings = readable_endings(in_folder=True)
+            raise DataError(f"{source} holds no file that ends in {endings} (what slimlm wrote there does not count){left_out}")
         return _not_nothing((piece for file in files for piece in pieces_in(file, reading)), source, reading)
     if path.is_file():
         if not is_readable(path):
-            raise DataError(f"{source}: text is read from files that end in {readable_endings()}")
+            raise DataError(f"{source}: text is read from files that end in {readable_endings(in_folder=False)}")
         return _not_nothing(pieces_in(path, reading), source, reading)
     if is_readable(path) or source.startswith((".", "/", "~")):
         raise DataError(f"no text at {source}")

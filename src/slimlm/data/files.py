@@ -18,9 +18,15 @@ SEPARATOR = "<|endoftext|>"
 PIECE = 2**20
 """Characters of a document that are read, and tokenized, at once."""
 READABLE = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
+LIST = ".json"
+"""The end of the names of files that hold a list of rows. They are read where they are named themselves; in folders such files
+are about models and data sets."""
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing")
 """Names, without their ends, of files that are about a data set."""
+_DECODER = json.JSONDecoder()
+_LONGEST_TOKEN = 12
+"""Characters of the longest token of JSON but strings and numbers: a pair of escaped surrogates."""
 _ROWS = 256
 """Rows of a parquet file that are made into Python objects at once."""
 _MARKS = (
@@ -55,12 +61,13 @@ def pieces_of(text: str) -> Iterator[Piece]:
 def is_readable(path: Path) -> bool:
     """Whether a file's name ends as those of texts do, compressed or not; parquet files have a compression of their own."""
     kind = _kind(path)
-    return kind in READABLE and not (kind == ".parquet" and path.suffix in _COMPRESSED)
+    return kind in (*READABLE, LIST) and not (kind == ".parquet" and path.suffix in _COMPRESSED)
 
 
-def readable_endings() -> str:
-    """The ends of names, for messages."""
-    return f"{', '.join(READABLE)} (all but .parquet also with .gz or .zst after it)"
+def readable_endings(*, in_folder: bool) -> str:
+    """The ends of names, for messages about a file that is named itself or about a folder."""
+    endings = READABLE if in_folder else (*READABLE, LIST)
+    return f"{', '.join(endings)} (all but .parquet also with .gz or .zst after it)"
 
 
 def files_in(folder: Path, reading: Reading) -> list[Path]:
@@ -69,7 +76,8 @@ def files_in(folder: Path, reading: Reading) -> list[Path]:
     Hidden files, what slimlm wrote there, and files about the data set (README.md, LICENSE.txt) are left out; the last are
     named in `reading`.
     """
-    found = [p for p in folder.rglob("*") if is_readable(p) and not _hidden(p, folder) and not _own_output(p, folder)]
+    texts = [path for path in folder.rglob("*") if is_readable(path) and _kind(path) != LIST]
+    found = [path for path in texts if not _hidden(path, folder) and not _own_output(path, folder)]
     about = sorted(p.relative_to(folder).as_posix() for p in found if p.name.lower().split(".")[0] in _ABOUT)
     if about:
         reading.remarks.append(f"{folder}: left out {', '.join(about)}: about the data set, not part of its text")
@@ -99,6 +107,8 @@ def pieces_in(path: Path, reading: Reading) -> Iterator[Piece]:
         with _text_file(path, reading) as file:
             if _kind(path) == ".jsonl":
                 yield from _of_jsonl(file, path, reading)
+            elif _kind(path) == LIST:
+                yield from _of_list(file, path, reading)
             else:
                 for piece in _of_text(file):
                     yield from (piece,) if reading.chat != "yes" else pieces_of(reading.document(piece.text))
@@ -222,6 +232,73 @@ def _of_jsonl(file: TextIO, path: Path, reading: Reading) -> Iterator[Piece]:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if (text := reading.text_of(row, f"{path}, line {number}")) is not None:
             yield from pieces_of(text)
+
+
+def _of_list(file: TextIO, path: Path, reading: Reading) -> Iterator[Piece]:
+    for number, row in enumerate(_JsonList(file, path).rows()):
+        if (text := reading.text_of(row, f"{path}, row {number}")) is not None:
+            yield from pieces_of(text)
+
+
+class _JsonList:
+    """The values in a file that holds one JSON list, of which about a piece at a time is in memory."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._text, self._at = "", 0
+
+    def rows(self) -> Iterator[Any]:
+        """The values one after another; raises DataError where the file is no JSON list."""
+        if self._next() != "[":
+            raise DataError(f"{self._path} is no JSON list of rows; a file with a row in each line ends in .jsonl")
+        self._at += 1
+        if self._next() == "]":
+            return
+        number, after = 0, ","
+        while after == ",":
+            self._next()
+            yield self._value(number)
+            after, number = self._next(), number + 1
+            self._at += 1
+        if after != "]":
+            raise DataError(f"{self._path} is not JSON: neither a comma nor the end of the list follows row {number - 1}")
+
+    def _next(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            while self._at < len(self._text):
+                if not self._text[self._at].isspace():
+                    return self._text[self._at]
+                self._at += 1
+            if not (more := self._file.read(PIECE)):
+                return ""
+            self._text, self._at = more, 0
+
+    def _value(self, number: int) -> Any:
+        """The value that begins at this place."""
+        size = PIECE
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                end = len(self._text)
+                more = self._file.read(size) if _may_go_on(error, end) else ""
+                if not more:
+                    raise DataError(f"{self._path}, row {number} is not JSON: {error}") from error
+            else:
+                # A number may go on, with a decimal point or an exponent.
+                more = self._file.read(size) if end > len(self._text) - _LONGEST_TOKEN else ""
+                if not more:
+                    self._at = end
+                    return value
+            self._text, self._at, size = self._text[self._at :] + more, 0, 2 * size
+
+
+def _may_go_on(error: json.JSONDecodeError | RecursionError, length: int) -> bool:
+    """Whether a text of so many characters may be the beginning of JSON: it ends within a string, or where it is wrong."""
+    if isinstance(error, RecursionError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= length - _LONGEST_TOKEN
 
 
 def _of_parquet(path: Path, reading: Reading) -> Iterator[Piece]:

@@ -304,7 +304,7 @@ def damaged_source(base: Path, folder: Path, draw: random.Random) -> str:
 
 def make_texts(folder: Path) -> dict[str, Path]:
     """Files of text and of conversations, each of its format and compression in a folder of its own."""
-    turns = [{"role": "user", "content": "what is a river?"}, {"role": "assistant", "content": [{"text": "water"}]}]
+    turns = [{"role": "user", "content": [{"text": "what is a river?"}]}, {"role": "assistant", "content": [{"text": "water"}]}]
     shared = [{"from": "human", "value": "and a stone?"}, {"from": "gpt", "value": "no water"}]
     rows: list[dict[str, Any]] = [
         {"messages": turns, "text": "written before"},

@@ -93,7 +93,7 @@ def test_a_source_that_is_used_up_is_named_and_the_others_are_held_back(
     wanted = Calibration(Mixture.of({texts["a"]: 0.7, str(tmp_path / "few.txt"): 0.3}), 10, LENGTH)
     found = draw_samples(dense, wanted, told.append)
     assert found.held_back is not None and set(source_of(found.held_back)) == {"a"}
-    assert len(told) == 1 and "few.txt that was read; the comparison at the end is on the other text" in told[0]
+    assert len(told) == 1 and "few.txt is held back; the comparison at the end is on the rest" in told[0]
 
 
 def test_a_source_with_too_little_text_says_how_many_samples_it_has_and_how_many_are_asked(

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimlm.core.errors import CheckpointError, DataError
 from slimlm.core.profiling import profiled
 from slimlm.data.documents import label_of, name_of
-from slimlm.data.mixture import Data, Mixture, each_at_least_once, interleaved, most_samples, portions_of
+from slimlm.data.mixture import Data, Portion, each_at_least_once, interleaved, most_samples, portions_of
 from slimlm.data.rows import Chat, Reading
 from slimlm.data.windows import (
     chat_template_of,
@@ -60,14 +60,24 @@ class Calibration:
                 f"samples = {self.samples}, length = {self.length}: calibration needs at least one sample of two tokens"
             )
 
+    @property
+    def portions(self) -> tuple[Portion, ...]:
+        """The sources and their shares."""
+        return portions_of(self.data)
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each source."""
+        return [portion.share for portion in self.portions]
+
     @cached_property
     def order(self) -> list[int]:
         """For each sample the number of the source that it is drawn from."""
-        return interleaved([portion.share for portion in portions_of(self.data)], self.samples)
+        return interleaved(self.shares, self.samples)
 
     def refuse_empty_shares(self) -> None:
         """Raise DataError where there are so few samples that a source gives none."""
-        for number, portion in enumerate(portions_of(self.data)):
+        for number, portion in enumerate(self.portions):
             if number not in self.order:
                 raise DataError(
                     f"`samples={self.samples}`: the share of {label_of(portion.source)} ({portion.share:g}) is less than one "
@@ -154,10 +164,9 @@ def calibration_samples(
 
 def _changed(before: Tensor, now: Tensor, wanted: Calibration) -> str:
     """The sources whose samples are no longer the same, as the subject of a sentence."""
-    portions = portions_of(wanted.data)
     same = before.shape == now.shape
     changed = {source for i, source in enumerate(wanted.order[: len(now)]) if not same or not torch.equal(before[i], now[i])}
-    names = " and ".join(label_of(portions[source].source) for source in sorted(changed))
+    names = " and ".join(label_of(wanted.portions[source].source) for source in sorted(changed))
     return f"{names} {'has' if len(changed) == 1 else 'have'}"
 
 
@@ -174,15 +183,18 @@ def generate_samples(dense: DenseModel, wanted: Calibration, progress: Observer)
 
 @profiled("read text")
 def draw_samples(dense: LazyModel, wanted: Calibration, notify: Notify) -> Drawn:
-    """Samples drawn from a text, and windows held back; raises DataError for tokens that the model does not have."""
+    """Samples drawn from a text, or from several by their shares, and windows held back.
+
+    Raises:
+        DataError: A text cannot be read or is too short, or has tokens that the model does not have.
+    """
     if dense.tokenizer is None:
         raise DataError(f"{dense.source} has no tokenizer, so text cannot be read; add its files, or calibrate on 'self'")
     length = min(wanted.length, context_length(dense.model) or wanted.length)
     template = chat_template_of(dense.tokenizer)
-    portions, shares = portions_of(wanted.data), [portion.share for portion in portions_of(wanted.data)]
-    held_back = each_at_least_once(shares, held_back_windows(length)[1])
+    held_back = each_at_least_once(wanted.shares, held_back_windows(length)[1])
     parts, conversations = [], 0
-    for number, portion in enumerate(portions):
+    for number, portion in enumerate(wanted.portions):
         reading, count = Reading(template, wanted.chat), wanted.order.count(number)
         ahead = _READ_AHEAD * count * length
         tokens = tokens_of(dense.tokenizer, portion.source, "calibration", at_most=ahead, notify=notify, reading=reading)
@@ -190,9 +202,12 @@ def draw_samples(dense: LazyModel, wanted: Calibration, notify: Notify) -> Drawn
         chosen = choose_windows(windows, count + HELD_BACK_TOKENS, wanted.seed)
         parts.append(Drawn.of(chosen, count, held_back[number]))
         conversations += reading.conversations
-    if isinstance(wanted.data, Mixture):
-        _refuse_short(parts, wanted)
-    drawn = _together(parts, wanted, notify)
+    drawn = parts[0] if len(parts) == 1 else _together(parts, wanted)
+    without = [label_of(own.source) for own, part in zip(wanted.portions, parts, strict=True) if part.held_back is None]
+    if without and drawn.held_back is not None:
+        notify(
+            f"nothing of {', '.join(without)} is held back; the comparison at the end is on the rest of the calibration text"
+        )
     for own in (drawn.samples, drawn.held_back):
         if own is not None:
             refuse_unknown_tokens(own, dense.model, dense.tokenizer)
@@ -206,31 +221,25 @@ def draw_samples(dense: LazyModel, wanted: Calibration, notify: Notify) -> Drawn
 
 def _refuse_short(parts: list[Drawn], wanted: Calibration) -> None:
     """Raise DataError where a source has too few samples for its share."""
-    portions = portions_of(wanted.data)
-    for number, (portion, part) in enumerate(zip(portions, parts, strict=True)):
+    for number, (portion, part) in enumerate(zip(wanted.portions, parts, strict=True)):
         asked, (found, length) = wanted.order.count(number), part.samples.shape
         if found < asked:
-            most = most_samples([portion.share for portion in portions], [len(part.samples) for part in parts])
-            fewer = f", or at most {most} `samples`" if most >= len(portions) else ""
+            most = most_samples(wanted.shares, [len(part.samples) for part in parts])
+            fewer = f", or at most {most} `samples`" if most * min(wanted.shares) >= 1 else ""
             raise DataError(
                 f"{label_of(portion.source)} gives {found} samples of {length} tokens, and its share of {portion.share:g} of "
                 f"{wanted.samples} samples is {asked}; give more of this text, a smaller share{fewer}"
             )
 
 
-def _together(parts: list[Drawn], wanted: Calibration, notify: Notify) -> Drawn:
-    """The samples of all sources, interleaved by their shares, and the windows of all that are held back."""
-    if len(parts) == 1:
-        return parts[0]
+def _together(parts: list[Drawn], wanted: Calibration) -> Drawn:
+    """The samples of several sources, interleaved by their shares, and the windows of all that are held back."""
+    _refuse_short(parts, wanted)
     samples = torch.cat([part.samples for part in parts])
     placed = torch.empty_like(samples)
     # The places of the first source's samples, then those of the second's.
     placed[torch.tensor(wanted.order).argsort(stable=True)] = samples
-    without = [portion for portion, part in zip(portions_of(wanted.data), parts, strict=True) if part.held_back is None]
     held_back = [part.held_back for part in parts if part.held_back is not None]
-    if held_back and without:
-        names = ", ".join(label_of(portion.source) for portion in without)
-        notify(f"the samples are all of the text of {names} that was read; the comparison at the end is on the other text")
     return Drawn(placed, torch.cat(held_back) if held_back else None)
 
 
@@ -238,7 +247,7 @@ def sources_of(samples: Tensor, wanted: Calibration) -> list[dict[str, Any]]:
     """The sources of calibration samples `[count, length]` as a record describes them, each with a checksum of its samples."""
     order = torch.tensor(wanted.order[: len(samples)])
     found = []
-    for number, portion in enumerate(portions_of(wanted.data)):
+    for number, portion in enumerate(wanted.portions):
         own = samples[order == number]
         checksum = hashlib.sha256(own.numpy().tobytes()).hexdigest()
         found.append({"data": name_of(portion.source), "share": portion.share, "samples": len(own), "sha256": checksum})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimlm.core import arguments
 from slimlm.core.errors import DataError
-from slimlm.data.documents import Source, label_of, name_of
+from slimlm.data.documents import Source, name_of
 
 _CLOSE = 1e-6
 """How far shares may be from 1 together: thirds have an end as floating-point numbers."""
@@ -46,10 +46,6 @@ class Mixture:
             raise DataError(f"`data`: the shares {summed} add up to {total:g}, not to 1")
         _refuse_same(list(shares))
         return cls(portions)
-
-    def __str__(self) -> str:
-        """The sources and their shares."""
-        return ", ".join(f"{label_of(portion.source)} ({portion.share:g})" for portion in self.portions)
 
 
 Data = Source | Mixture

@@ -22,7 +22,7 @@ def test_without_a_word_the_widest_layer_decides_where_covariances_are_needed(
     found = amount_of((None, None), SHAPES, open_recipe(recipe), context=2048, planned=planned)
     assert (found.samples, found.length) == (expected, 512)
     assert found.reason is not None
-    assert ("4864 inputs" in found.reason) == (recipe == "best")
+    assert ("8 tokens for each of the 4864 inputs of the widest layer (wide). Where" in found.reason) == (recipe == "best")
 
 
 def test_what_is_asked_for_is_taken_and_the_rest_follows() -> None:

@@ -180,7 +180,8 @@ def _with_samples(config: RunConfig, dense: LazyModel, shapes: dict[str, tuple[i
     context, asked = context_length(dense.model), (config.samples, config.length)
     amount = amount_of(asked, shapes, config.opened_recipe, context=context, planned=config.planned)
     if amount.reason is not None:
-        notify(f"calibration takes {amount.samples} samples of {amount.length} tokens: {amount.reason}; `samples` gives others")
+        tokens = f"{amount.samples} samples of {amount.length} tokens, {amount.samples * amount.length} in all"
+        notify(f"calibration takes {tokens}: {amount.reason}; `samples` gives others")
     return dataclasses.replace(config, samples=amount.samples, length=amount.length)
 
 

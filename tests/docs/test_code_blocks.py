@@ -50,7 +50,7 @@ def script_of(page: Path) -> str:
 
     Lines that install, test or run the demo are left out: CI types them itself, and the tests run in what they made.
     """
-    lines = ["import subprocess", "from tests.docs import typed", "typed.start()", "page = {}"]
+    lines = []
     for block in blocks_of(page.read_text(encoding="utf-8")):
         if block.file is not None:
             continue
@@ -60,7 +60,10 @@ def script_of(page: Path) -> str:
             lines.append(f"exec(compile({code!r}, {str(page)!r}, 'exec'), page)")
         elif block.language == "bash":
             lines += statements_of([line for line in block.code.splitlines() if line.strip() and not line.startswith(NOT_HERE)])
-    return "\n".join(lines) + "\n"
+    begin = ["import subprocess", "from tests.docs import typed", "page = {}"]
+    if any(line.startswith("typed.run(") for line in lines):
+        begin.append("typed.start()")
+    return "\n".join(begin + lines) + "\n"
 
 
 def statements_of(lines: list[str]) -> list[str]:

@@ -69,6 +69,8 @@ VARIANTS = (
     Variant("neondot", "aarch64", ("-march=armv8.2-a+dotprod",), apple_flags=(), other_flags=("-mcpu=generic+dotprod",)),
 )
 PORTABLE = "portable"
+OWN_FLAGS = {"variant_portable.cpp": ("-O2",)}
+"""Of single files, after those of all. GCC 12 compiles this one in half the time at -O2, and the result is no slower."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def build(library: Path, *, sources: Path = SOURCES, extra: Sequence[str] = (), 
 
         def compiled(file: Path) -> Path:
             made = folder / f"{file.stem}.o"
-            tool.run(*common, *flags[variant_of(file)], "-c", str(file), "-o", str(made), *extra, about=file.name)
+            own = (*flags[variant_of(file)], *OWN_FLAGS.get(file.name, ()))
+            tool.run(*common, *own, "-c", str(file), "-o", str(made), *extra, about=file.name)
             return made
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -35,6 +35,7 @@ from slimlm.data.rows import Reading
 from slimlm.kernels import native
 from slimlm.record import Record
 from slimlm.runtime.cpu import bindings
+from tests import forked
 from tests.fake_cuda import FakeCuda, install
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels: {native.status().reason}")
@@ -75,6 +76,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def family(request: pytest.FixtureRequest) -> str:
     """Families in turn, of those with an unusual embedding or head and of mixtures one."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The process that runs of tests/forked.py and tests/faults are forked from."""
+    forked.start_server()
+    # It answers when it has imported the program, so that runs can be timed.
+    first = forked.start("", [], tmp_path_factory.mktemp("server") / "said.txt")
+    first.join()
+    assert first.exitcode == 0
 
 
 @pytest.fixture(scope="session")

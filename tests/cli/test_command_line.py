@@ -1,6 +1,5 @@
 """What the verbs say of themselves, and what they refuse before any work."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import slimlm
-from slimlm.cli.app import app
+from slimlm.cli.app import app, main
 from slimlm.core.errors import DataError
 from slimlm.data.documents import name_of
 from slimlm.pipeline import estimate
@@ -81,11 +80,23 @@ def test_a_model_in_the_current_folder_has_its_name(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("form", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
-def test_results_that_cannot_be_written_are_one_message(form: list[str]) -> None:
+@pytest.mark.parametrize("form", [["methods"], ["methods", "--json"], ["--version"]])
+def test_results_that_cannot_be_written_are_one_message(
+    form: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.argv", ["slimlm", *form])
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("slimlm: reading or writing failed") and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_python_s_last_flush_adds_nothing_to_that_message() -> None:
+    # A process of its own: Python flushes at its end. The verb imports neither torch nor transformers.
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "slimlm", "methods", *form], stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ
-        )
+        done = subprocess.run([sys.executable, "-m", "slimlm", "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("slimlm: reading or writing failed") and done.stderr.count("\n") == 1

@@ -23,8 +23,8 @@ def chatty(packed: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def given(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+def given(monkeypatch: pytest.MonkeyPatch, content: bytes, errors: str = "strict") -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
 
 
 def test_a_prompt_comes_from_standard_input_without_its_last_line_break(
@@ -55,8 +55,19 @@ def test_the_user_of_a_terminal_is_told_that_a_text_is_waited_for(
     assert "type the text to continue" in err
 
 
-# Slow: a process of its own that imports torch and transformers; the other case reads the same way.
-@pytest.mark.parametrize("flag", ["--chat", pytest.param("--json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flag", ["--chat", "--json"])
+def test_bytes_that_are_no_text_are_refused_where_standard_input_would_pass_them_on(
+    line: Line, chatty: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    # As Python opens standard input in the locales C and C.UTF-8.
+    given(monkeypatch, b"a\xff\n", errors="surrogateescape")
+    said = line.refused("generate", chatty, "--max-new-tokens", 2, flag)
+    assert "standard input is no utf-8 text" in said
+
+
+# Slow: a process of its own that imports torch and transformers; the test above reads the same way.
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--chat", "--json"])
 def test_bytes_that_are_no_text_are_refused_where_python_would_pass_them_on(chatty: Path, flag: str) -> None:
     command = [sys.executable, "-m", "slimlm", "generate", str(chatty), "--max-new-tokens", "2", flag]
     done = subprocess.run(command, input=b"a\xff\n", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})

@@ -23,6 +23,7 @@ from slimlm.calibration.capture import shares_of
 from slimlm.core.errors import DataError, RanksError
 from slimlm.distributed.group import Group, assign
 from slimlm.distributed.liveness import SILENCE, Watch
+from tests import forked
 from tests.conftest import Line, random_model, save
 from tests.faults.harness import same
 
@@ -63,31 +64,58 @@ TWO_WINDOWS = 64
 """Tokens of a batch, so that there are four batches."""
 
 
-def run_ranks(count: int, out: Path, wrap: Callable[[int], list[str]] = lambda rank: [], **asked: Any) -> list[tuple[int, str]]:
-    """Start so many processes as a launcher would; gives status and standard output of each."""
+def run_ranks(
+    count: int, out: Path, wrap: Callable[[int], list[str]] | None = None, **asked: Any
+) -> list[tuple[int | None, str]]:
+    """Start so many processes as a launcher would, by a command where one is given; gives status and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"tokens": TWO_WINDOWS, "where": -1, "trouble": "", "recipes": ["slim"], "out": str(out), **asked}
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    place: dict[str, str] = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     place |= told.pop("place", {})
-    processes = []
-    for rank in range(count):
-        own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        typed = [*wrap(rank), sys.executable, "-c", CHILD, json.dumps(told)]
-        with (out.with_name(f"{out.name}-{rank}.txt")).open("w") as said:
-            processes.append(subprocess.Popen(typed, env=own, stdout=said, stderr=said))
+    own = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} for rank in range(count)]
+    said = [out.with_name(f"{out.name}-{rank}.txt") for rank in range(count)]
+    if wrap is None:
+        statuses = _forked([json.dumps(told)], said, own)
+    else:
+        typed = [[*wrap(rank), sys.executable, "-c", CHILD, json.dumps(told)] for rank in range(count)]
+        statuses = _started(typed, said, own)
+    return [(status, file.read_text()) for status, file in zip(statuses, said, strict=True)]
+
+
+def _forked(arguments: list[str], said: list[Path], own: list[dict[str, str]]) -> list[int | None]:
+    processes = [forked.start(CHILD, arguments, *each) for each in zip(said, own, strict=True)]
     try:
-        statuses = [process.wait(timeout=500) for process in processes]
+        for process in processes:
+            process.join(500)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _started(typed: list[list[str]], said: list[Path], own: list[dict[str, str]]) -> list[int | None]:
+    processes = []
+    for command, file, variables in zip(typed, said, own, strict=True):
+        with file.open("w") as output:
+            processes.append(subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output))
+    try:
+        return [process.wait(timeout=500) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return [(status, out.with_name(f"{out.name}-{rank}.txt").read_text()) for rank, status in enumerate(statuses)]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, server: None) -> Path:
     return save(random_model("llama"), tmp_path_factory.mktemp("model") / "llama")
 
 

@@ -24,28 +24,45 @@ def windows() -> torch.Tensor:
     return windows_of(tokens, 512, source="tinystories-dev.txt")
 
 
-def rise(recipe: str | Recipe, windows: torch.Tensor, out: Path) -> float:
-    text = DATA / "text" / "tinystories-calib.txt"
-    slimlm.compress(MODEL, out, recipe=recipe, data=str(text), samples=16, length=512)
-    dense = perplexity(open_any(str(MODEL)).model, windows).value
-    return perplexity(open_any(str(out)).model, windows).value - dense
+@pytest.fixture(scope="module")
+def dense(windows: torch.Tensor) -> float:
+    """The original's perplexity."""
+    return perplexity(open_any(str(MODEL)).model, windows).value
 
 
-def test_the_dense_model_has_its_known_perplexity(windows: torch.Tensor) -> None:
+class Rises:
+    """By how much recipes raise the perplexity; each is measured once."""
+
+    def __init__(self, windows: torch.Tensor, dense: float, folder: Path) -> None:
+        self._windows, self._dense, self._folder = windows, dense, folder
+        self._found: dict[str, float] = {}
+
+    def __call__(self, recipe: str | Recipe) -> float:
+        name = recipe if isinstance(recipe, str) else recipe.name
+        if name not in self._found:
+            text, out = DATA / "text" / "tinystories-calib.txt", self._folder / name
+            slimlm.compress(MODEL, out, recipe=recipe, data=str(text), samples=16, length=512)
+            self._found[name] = perplexity(open_any(str(out)).model, self._windows).value - self._dense
+        return self._found[name]
+
+
+@pytest.fixture(scope="module")
+def rises(windows: torch.Tensor, dense: float, tmp_path_factory: pytest.TempPathFactory) -> Rises:
+    return Rises(windows, dense, tmp_path_factory.mktemp("rises"))
+
+
+def test_the_dense_model_has_its_known_perplexity(dense: float) -> None:
     # 4.574 over the whole text; the first 20 windows are easier. Another torch moves the last digits.
-    assert perplexity(open_any(str(MODEL)).model, windows).value == pytest.approx(3.7214, rel=1e-3)
+    assert dense == pytest.approx(3.7214, rel=1e-3)
 
 
-def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(windows: torch.Tensor, tmp_path: Path) -> None:
-    slim, code, wanda, magnitude, dense4 = (
-        rise(recipe, windows, tmp_path / recipe) for recipe in ("slim", "slim-code", "wanda", "magnitude", "absmax")
-    )
+def test_repair_beats_pruning_alone_and_pruning_by_activation_beats_magnitude(rises: Rises) -> None:
+    slim, code, wanda, magnitude, dense4 = map(rises, ("slim", "slim-code", "wanda", "magnitude", "absmax"))
     assert dense4 < slim < code < wanda < magnitude
 
 
-def test_deciding_all_together_does_less_than_a_third_of_slim_s_damage(windows: torch.Tensor, tmp_path: Path) -> None:
+def test_deciding_all_together_does_less_than_a_third_of_slim_s_damage(rises: Rises) -> None:
     # `best-24` with fewer rounds, for time; on the whole text and with all rounds it does about an eighth.
     steps = [{"joint": "alternation", "rounds": 4, "descent_rounds": 2}]
     quick = recipe_from_dict({"name": "quick", "sequential": True, "steps": steps}, source="test")
-    together, slim = rise(quick, windows, tmp_path / "quick"), rise("slim", windows, tmp_path / "slim")
-    assert together < slim / 3
+    assert rises(quick) < rises("slim") / 3

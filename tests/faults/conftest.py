@@ -147,13 +147,6 @@ def references() -> dict[str, Undisturbed]:
     return {}
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> None:
-    harness.start_server()
-    # It answers when it has imported the program, so that runs can be timed.
-    harness.start(["--version"], tmp_path_factory.mktemp("server") / "said.txt").ended().done()
-
-
 @pytest.fixture
 def bench(lines: Lines, references: dict[str, Undisturbed], tmp_path: Path, server: None) -> Iterator[Bench]:
     bench = Bench(lines, references, tmp_path, [])

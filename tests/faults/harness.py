@@ -1,6 +1,6 @@
 """The command line in processes of its own, with a signal at a named moment, and limits on what the system gives it.
 
-A fork server holds the imported program, so that a run costs no start of Python.
+They are forked from the server of tests/forked.py, so that a run costs no start of Python.
 """
 
 import functools
@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
+
+from tests.forked import print_to
 
 DEADLINE = 600
 """seconds after which a run is said to hang; a run takes a few"""
@@ -129,24 +130,6 @@ class Run:
         raise AssertionError("it never came to that moment")
 
 
-def start_server() -> None:
-    """Start the process that runs are forked from, with one thread: so forking is sound, and sums are the same everywhere."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["slimlm.cli.app", "transformers.models.llama.modeling_llama", "tests.faults.harness"]
-    )
-    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def start(line: list[str], said: Path, moment: Moment | None = None, limits: Limits | None = None) -> Run:
     """Run `slimlm` with these arguments; what it says goes to a file."""
     said.touch()
@@ -156,10 +139,7 @@ def start(line: list[str], said: Path, moment: Moment | None = None, limits: Lim
 
 
 def _child(line: list[str], said: Path, moment: Moment | None, limits: Limits | None) -> None:
-    handle = os.open(said, os.O_WRONLY | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
+    print_to(said)
     from slimlm.cli.app import main
 
     # Whoever starts the tests in the background has it ignored, and so would their children.

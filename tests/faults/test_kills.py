@@ -151,7 +151,7 @@ SEED = int(os.environ.get("SLIMLM_SEED", "0"))
 
 
 def test_a_run_killed_at_a_few_random_moments(bench: Bench) -> None:
-    killed_at_random(bench, 5, SEED)
+    killed_at_random(bench, 3, SEED)
 
 
 @pytest.mark.slow

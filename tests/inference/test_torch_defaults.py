@@ -1,7 +1,5 @@
 """Torch's defaults for new tensors, which a user may have set, reach neither the kernels' memory nor any number."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import slimlm
 from slimlm.core.defaults import usual_defaults
 from slimlm.core.errors import KernelError
 from slimlm.runtime.cpu import bindings
+from tests import forked
 from tests.conftest import needs_kernels
 
 CODE = """
@@ -50,14 +49,17 @@ for setting in ("bfloat16", "float16", "float64", "meta", "context"):
 
 
 @needs_kernels
-def test_opened_models_compute_the_same_whatever_the_defaults_are(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_opened_models_compute_the_same_whatever_the_defaults_are(
+    llama_folder: Path, text_file: Path, tmp_path: Path, server: None
+) -> None:
     """In a process of its own, which memory that is written beyond its end would kill."""
     options: dict[str, Any] = {"recipe": "absmax", "data": str(text_file), "samples": 4, "length": 32}
     slimlm.compress(llama_folder, tmp_path / "dense-ends", **options)
     slimlm.compress(llama_folder, tmp_path / "packed-ends", embedding_bits=8, **options)
-    typed = [sys.executable, "-c", CODE, str(tmp_path / "dense-ends"), str(tmp_path / "packed-ends")]
-    done = subprocess.run(typed, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = tmp_path / "said.txt"
+    done = forked.start(CODE, [str(tmp_path / "dense-ends"), str(tmp_path / "packed-ends")], said)
+    done.join()
+    assert done.exitcode == 0, said.read_text()
 
 
 def test_a_model_is_compressed_the_same_whatever_the_defaults_are(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import slimlm
 from slimlm import pipeline
 from slimlm.run.log import log_path
+from tests import forked
 from tests.conftest import random_model, save
 
 
@@ -37,12 +36,13 @@ def options(text: Path, recipe: str = "slim") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dead(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dead(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, server: None) -> Path:
     """The folder of a run that ended without a message, all blocks done, when the checkpoint was to be written."""
     folder = tmp_path_factory.mktemp("dead")
-    line = [sys.executable, "-c", CHILD, str(model), str(folder / "o"), str(text_file)]
-    ended = subprocess.run(line, capture_output=True, text=True)
-    assert ended.returncode == 9, ended.stderr
+    said = folder.with_name("dead.txt")
+    ended = forked.start(CHILD, [str(model), str(folder / "o"), str(text_file)], said)
+    ended.join()
+    assert ended.exitcode == 9, said.read_text()
     return folder
 
 

@@ -16,7 +16,6 @@ from slimlm.calibration.calls import BlockArguments
 from slimlm.calibration.capture import BlockInputs, BlockRun, EachPass, Passes, enter, layer_inputs, run
 from slimlm.calibration.kept import KeptOriginal, KeptOutputs, Room
 from slimlm.calibration.stages import stages_of
-from slimlm.models.bundled import bundled_model
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
 from slimlm.run import block as run_block
 from slimlm.run import prepare
@@ -296,18 +295,18 @@ RECIPES: dict[str, str | dict[str, Any]] = {
 }
 
 
-# The two that are not sequential keep little and take ten seconds each.
+# Slow: three compressions; the two that are not sequential keep little.
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=() if name == "best-24" else pytest.mark.slow) for name in RECIPES]
 )
 def test_a_checkpoint_is_the_same_whatever_its_passes_keep(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
 
     def made(name: str) -> dict[str, bytes]:
-        options: dict[str, Any] = {"data": "stdlib", "samples": 4, "length": 128, "device": "cpu"}
-        slimlm.compress(bundled_model(), tmp_path / name, recipe=RECIPES[recipe], notify=told.append, **options)
+        options: dict[str, Any] = {"data": str(text_file), "samples": 4, "length": 48, "device": "cpu"}
+        slimlm.compress(llama_folder, tmp_path / name, recipe=RECIPES[recipe], notify=told.append, **options)
         return weights(tmp_path / name)
 
     kept = made("kept")

@@ -71,13 +71,13 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(bench: Bench, disk:
 
 
 def test_a_disk_that_is_full_and_grows(bench: Bench, disk: Disk) -> None:
-    found = grown(bench, disk, [f"size={size}k" for size in (4, 16, 32, 64, 96, 128)], "size=2m")
+    found = grown(bench, disk, [f"size={size}k" for size in (4, 32, 96, 128)], "size=2m")
     assert found[0] == 0 and max(found) >= 1
 
 
 def test_a_disk_without_room_for_names_that_grows(bench: Bench, disk: Disk) -> None:
-    found = grown(bench, disk, [f"nr_inodes={number}" for number in (1, 2, 3, 5, 8, 11)], "nr_inodes=100")
-    assert found[0] == 0 and len(found) >= 4
+    found = grown(bench, disk, [f"nr_inodes={number}" for number in (1, 3, 8, 11)], "nr_inodes=100")
+    assert found[0] == 0 and len(found) >= 3
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """`slimlm.load` gives what transformers gives, holds nothing twice, and packs one layer at a time."""
 
 import gc
-import itertools
 import json
 import os
 import shutil
@@ -41,7 +40,13 @@ IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
 DTYPES = ["auto", "float32", torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(scope="module", params=itertools.product(sorted(FAMILIES), ["float32", "bfloat16"]), ids="-".join)
+# Stored dtypes are no matter of the family: two families have both.
+BOTH = ("gpt2", "llama")
+STORED = [*((name, "bfloat16") for name in sorted(FAMILIES)), *((name, "float32") for name in BOTH)]
+SLOW = [pytest.param((name, "float32"), marks=pytest.mark.slow) for name in sorted(FAMILIES) if name not in BOTH]
+
+
+@pytest.fixture(scope="module", params=[*STORED, *SLOW], ids="-".join)
 def out(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Path:
     """Every family's checkpoint, from two dtypes."""
     family, stored = request.param

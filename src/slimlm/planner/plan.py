@@ -23,7 +23,7 @@ from slimlm.models.structure import weight_of
 from slimlm.planner.budget import choose_options
 from slimlm.planner.forms import brief, needs_of, resolved
 from slimlm.planner.options import Budget, Option, budget_of, options_of
-from slimlm.planner.trials import Judged, Original, Tried, Visited
+from slimlm.planner.trials import Judged, Original, Visited
 from slimlm.recipe import Recipe, Rule
 
 _JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
@@ -201,8 +201,8 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
     changed = Judged.of(original, judged)
     for here in original.walk(statistics, needs, recipe.ignores):
         own = [_tried(here, stage, budget) for stage in here.stages]
-        changed.change(here, [found.weights for _, found in own])
-        groups += [group for group, _ in own]
+        changed.change(here, [_measured(here, stage, group, budget) for stage, group in zip(here.stages, own, strict=True)])
+        groups += own
         events.done()
     losses = [group.losses(loss) for group, loss in zip(groups, changed.losses(), strict=True)]
     events.done()
@@ -267,22 +267,26 @@ class _Group:
         ]
 
 
-def _tried(here: Visited, stage: list[str], budget: Budget) -> tuple[_Group, Tried]:
-    """All options in a group of layers, and the one whose loss is to be measured: of those with errors, nearest the budget."""
-    found = [here.tried(stage, option) for option in budget.options]
+def _tried(here: Visited, stage: list[str], budget: Budget) -> _Group:
+    """All options in a group of layers; of those with errors, the one nearest the budget is to be measured."""
+    errors = tuple(here.error(stage, option) for option in budget.options)
     sizes = [weight_of(here.block.get_submodule(layer)).shape for layer in stage]
     shapes = tuple((size[0], size[1]) for size in sizes)
     weights = sum(out * width for out, width in shapes)
-    taken = [(i, tried) for i, tried in enumerate(found) if tried is not None and math.isfinite(tried.error)]
+    taken = [i for i, error in enumerate(errors) if math.isfinite(error)]
     if not taken:
         raise NumericsError(f"none of the plan's options gives finite outputs of {here.name}.{stage[0]}; try the recipe absmax")
 
     def distance(i: int) -> float:
         return abs(sum(budget.options[i].stored_bits(shape) for shape in shapes) / weights - budget.bits)
 
-    measured, tried = min(taken, key=lambda own: (own[1].error == 0, distance(own[0])))
-    errors = tuple(float("inf") if own is None or not math.isfinite(own.error) else own.error for own in found)
-    return _Group(tuple(f"{here.name}.{layer}" for layer in stage), shapes, errors, measured), tried
+    measured = min(taken, key=lambda i: (errors[i] == 0, distance(i)))
+    return _Group(tuple(f"{here.name}.{layer}" for layer in stage), shapes, errors, measured)
+
+
+def _measured(here: Visited, stage: list[str], group: _Group, budget: Budget) -> dict[str, Tensor]:
+    """The weights of a group's layers under the option whose loss is measured."""
+    return {layer: here.made(layer, budget.options[group.measured].steps) for layer in stage}
 
 
 def _all_made(here: Visited, picks: list[dict[str, int]], options: tuple[Option, ...]) -> list[dict[str, Tensor]]:

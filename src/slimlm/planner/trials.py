@@ -7,6 +7,7 @@ to its relative error is the linearity theorem of HIGGS (Malinovskii et al., arX
 measured here with the group's own error, where the paper adds random noise.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,12 +27,18 @@ from slimlm.evaluation.divergence import kl_divergence
 from slimlm.evaluation.perplexity import pieces_of
 from slimlm.evaluation.stored_model import LastOutputs, StoredModel
 from slimlm.models.structure import blocks_of, linears_of, put_weight, vocabulary_size, weight_of
-from slimlm.planner.forms import Steps, brief
+from slimlm.planner.forms import Steps, brief, share_of
 from slimlm.planner.options import Option
 from slimlm.recipe import apply_steps
 
+_LEAST_OUTPUTS, _ONE_OF = 128, 8
 Ignores = Callable[[str], bool]
 """Whether a layer, by its full name, is not compressed."""
+
+
+def outputs_tried(out: int) -> int:
+    """On about how many of a layer's outputs an option without an adapter is tried."""
+    return min(out, max(_LEAST_OUTPUTS, out // _ONE_OF))
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Original:
             block = self.stored.block(name, self.device)
             here = BlockRun(block, name, inputs, self.device)
             linears = {n: m for n, m in linears_of(block).items() if not ignores(f"{name}.{n}")}
-            stages = stages_of(here, linears) if linears else []
+            stages = stages_of(here.of_one_sample(), linears) if linears else []
             yield Visited(name, block, stages, measure(here, linears, needs) if linears else {}, self.device)
             inputs = BlockInputs(list(run(here)), inputs.arguments)
             inside = f"{name}."
@@ -89,24 +96,34 @@ class Visited:
 
     def made(self, layer: str, steps: Steps) -> Tensor:
         """The matrix `[out, in]` that a layer has after the steps, shortened as for a trial."""
+        return self._of_steps(layer, weight_of(self.block.get_submodule(layer)), steps)
+
+    def _of_steps(self, layer: str, weight: Tensor, steps: Steps) -> Tensor:
+        """What a layer's matrix, or some of its outputs, `[outputs, in]`, is after the steps of a trial."""
         full = f"{self.name}.{layer}"
         try:
-            original = Layer.of(full, weight_of(self.block.get_submodule(layer)))
-            return apply_steps(brief(steps), original, self.stats[layer]).parts().dense()
+            return apply_steps(brief(steps), Layer.of(full, weight), self.stats[layer]).parts().dense()
         except NumericsError as error:
             raise NumericsError(f"{full}: {error}") from error
 
-    def tried(self, group: Sequence[str], option: Option) -> "Tried | None":
-        """An option in a group of layers; None where one of them cannot take it."""
+    def error(self, group: Sequence[str], option: Option) -> float:
+        """The relative squared error of an option in a group of layers, averaged over them; infinite where one cannot take it.
+
+        Where the option has no adapter, it is tried on some of a layer's outputs: all options on the same ones, so that their
+        ratios are nearly those of the whole layer. An adapter's rank would be another share of fewer outputs.
+        """
         shapes = [weight_of(self.block.get_submodule(layer)).shape for layer in group]
         if any(option.refuses((shape[0], shape[1])) is not None for shape in shapes):
-            return None
-        made = {layer: self.made(layer, option.steps) for layer in group}
-        errors = [
-            relative_output_error(weight_of(self.block.get_submodule(layer)), weight, self.stats[layer])
-            for layer, weight in made.items()
-        ]
-        return Tried(made, sum(errors) / len(errors))
+            return float("inf")
+        errors = [self._error(layer, option.steps) for layer in group]
+        mean = sum(errors) / len(errors)
+        return mean if math.isfinite(mean) else float("inf")
+
+    def _error(self, layer: str, steps: Steps) -> float:
+        weight = weight_of(self.block.get_submodule(layer))
+        if share_of(steps) == 0:
+            weight = weight[:: len(weight) // outputs_tried(len(weight))]
+        return relative_output_error(weight, self._of_steps(layer, weight, steps), self.stats[layer])
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -119,16 +136,6 @@ class Visited:
         finally:
             for layer, weight in before.items():
                 put_weight(self.block.get_submodule(layer), weight)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """An option in a group of layers."""
-
-    weights: dict[str, Tensor]
-    """The layers' matrices `[out, in]`, by name within the block."""
-    error: float
-    """The relative squared error of the layers' outputs, averaged over the layers."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from slimlm.core.statistics.base import Source
 from slimlm.core.statistics.covariance import Covariance
 from slimlm.models.structure import linears_of, vocabulary_size, weight_of
 from slimlm.planner.plan import judged_windows
+from slimlm.planner.trials import outputs_tried
 from slimlm.preflight.needs import RunNeeds
 from slimlm.preflight.rates import Rates, StepCost
 from slimlm.record import output_error_operations
@@ -97,7 +98,7 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
 
 
 def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> float:
-    """Seconds of a plan: statistics twice, every option tried in every group, one judged in each, two choices checked.
+    """Seconds of a plan: statistics twice, every option tried in every group, one put into the model, two choices checked.
 
     Args:
         run: The needs of the run.
@@ -111,11 +112,12 @@ def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> 
     judged = windows * length
     logits = vocabulary * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
     statistics = blocks * (2 * forward.seconds(run.tokens) + _sums(run, rates))
-    steps = sum(trial(name).seconds(shape) for name, shape in run.shapes.items())
+    whole = sum(trial(name).seconds(shape) for name, shape in run.shapes.items())
+    some = sum(trial(name).seconds((outputs_tried(out), width)) for name, (out, width) in run.shapes.items())
     groups = blocks * len(run.inputs)
     # A model in which one group is changed goes through the blocks after it: half of them on average.
     passed = groups * blocks / 2 * forward.seconds(judged) + groups * judged * logits
-    return 2 * statistics + (options + 2) * steps + passed
+    return 2 * statistics + options * some + 3 * whole + passed
 
 
 def _sums(run: RunNeeds, rates: Rates) -> float:

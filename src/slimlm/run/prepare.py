@@ -286,7 +286,7 @@ def _entered(prepared: Prepared, samples: Tensor) -> BlockInputs:
     dense, blocks, calls = prepared.dense, prepared.blocks, prepared.calls
     batches = batches_of(samples)
     with dense.outer_tensors_filled(blocks):
-        shared = shared_arguments(dense.model, blocks, calls, batches)
+        shared = shared_arguments(dense.model, blocks, calls, [*batches, batches[0][:1]])
         hidden = list(first_inputs(dense.model, blocks, batches))
     capture = text_capture(prepared) if calls.text_dependent else None
     return BlockInputs(hidden, BlockArguments(shared, batches, calls.text_dependent, capture))

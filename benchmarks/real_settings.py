@@ -288,7 +288,7 @@ def importance_of(ground: Ground, seed: int) -> dict[str, Tensor]:
 # All of them
 
 
-BITS, GROUPS, BUDGETS = (4, 3, 2), (128, 64, 32), (2.5, 3.0, 3.5, 4.0, 4.5)
+BITS, GROUPS, BUDGETS = (4, 3, 2), (128, 64, 32), (2.5, 3.0, 3.25, 3.5, 4.0, 4.25, 4.5)
 NEED_IMPORTANCE = {"IQ2_XS", "IQ2_M", "IQ3_XXS"}
 """File types that llama.cpp does not make without an importance matrix."""
 

@@ -26,8 +26,10 @@ from slimlm.planner.options import Budget, Option, budget_of, options_of
 from slimlm.planner.trials import Judged, Original, Visited
 from slimlm.recipe import Recipe, Rule
 
-_JUDGED_TOKENS, _JUDGED_LENGTH = 1024, 512
-"""The most tokens that losses are measured on, and the most of a window of them."""
+_JUDGED_TOKENS = 512
+"""The most tokens that losses are measured on, in windows of at most so many."""
+_TRIED_TOKENS = 4
+"""The most tokens, for each input of the widest layer, of the statistics that options are tried with."""
 _LEAST_LOSS = 1e-8
 """What a measured loss counts at least: less is rounding of float32, and 0 would make all options of a group equal."""
 _LEAST_SAMPLES = 3
@@ -168,8 +170,13 @@ def refuse_few_samples(count: int) -> None:
 
 def judged_windows(count: int, length: int) -> tuple[int, int]:
     """How many of so many samples, and how many tokens of each, losses are measured on; as many check the choice."""
-    length = min(length, _JUDGED_LENGTH)
+    length = min(length, _JUDGED_TOKENS)
     return max(1, min(count // 8, _JUDGED_TOKENS // length)), length
+
+
+def tried_samples(count: int, length: int, widest: int) -> int:
+    """Of so many samples of so many tokens, how many a plan's statistics are measured on where a layer has `widest` inputs."""
+    return min(count, -(-_TRIED_TOKENS * widest // length))
 
 
 def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Budget, progress: Observer) -> Plan:
@@ -178,8 +185,8 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
     Args:
         original: The original model.
         recipe: The recipe that is varied.
-        samples: The calibration samples, `[count, length]`. On some (at most an eighth, at least one, about 1024 tokens)
-            losses are measured, and as many others check the choice; the rest are used for statistics.
+        samples: The calibration samples, `[count, length]`. On some (at most an eighth, at least one, about 512 tokens)
+            losses are measured, and as many others check the choice; of the rest as many as needed are used for statistics.
         budget: The options, and the cost that may be spent.
         progress: An observer of the events.
 
@@ -193,6 +200,7 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
     refuse_few_samples(len(samples))
     held, length = judged_windows(len(samples), samples.shape[1])
     statistics, judged, checked = samples[: -2 * held], samples[-2 * held : -held, :length], samples[-held:, :length]
+    statistics = statistics[: tried_samples(len(statistics), samples.shape[1], original.widest(recipe.ignores))]
     needs = _needs_of_trials(budget.options)
     blocks = original.blocks
     events = _Progress(progress, 2 * len(blocks) + 2)

@@ -59,6 +59,12 @@ class Original:
         """The names of the blocks, in order."""
         return list(blocks_of(self.stored.meta_model))
 
+    def widest(self, ignores: Ignores) -> int:
+        """The most inputs of a layer that is not left out; 1 where all are."""
+        blocks = blocks_of(self.stored.meta_model)
+        layers = {f"{name}.{layer}": m for name, block in blocks.items() for layer, m in linears_of(block).items()}
+        return max((weight_of(m).shape[1] for full, m in layers.items() if not ignores(full)), default=1)
+
     def walk(self, samples: Tensor, needs: Needs, ignores: Ignores) -> Iterator["Visited"]:
         """Each block in turn with the statistics of its layers' inputs in the original model.
 

@@ -22,7 +22,7 @@ from slimlm.models.embeddings import GROUP_SIZE, Embeddings
 from slimlm.models.lazy import LazyModel
 from slimlm.models.structure import linears_of, text_config, weight_of
 from slimlm.planner.forms import Steps, form_of, resolved
-from slimlm.planner.plan import judged_windows
+from slimlm.planner.plan import judged_windows, tried_samples
 from slimlm.preflight.refusals import compressible
 from slimlm.recipe import Recipe
 
@@ -281,6 +281,13 @@ class RunNeeds:
         return self.outer_bytes + self.block_bytes + self.batch_bytes
 
     @property
+    def tried_tokens(self) -> int:
+        """The tokens of a plan's statistics."""
+        windows, _ = judged_windows(self.sample_count, self.length)
+        widest = max(width for _, width in self.shapes.values())
+        return self.length * tried_samples(self.sample_count - 2 * windows, self.length, widest)
+
+    @property
     def planning_bytes(self) -> int:
         """Bytes while a plan is made: inputs and outputs of a block, a block's statistics, and the models that are judged."""
         if not self.planned:
@@ -289,7 +296,7 @@ class RunNeeds:
         # Twice, because the logits are computed from all of them together.
         judged = 2 * len(self.blocks) * len(self.inputs) * windows * length
         statistics = max(self.measuring_bytes + self.batch_bytes, self.solving_bytes)
-        return 4 * self.width * (2 * self.tokens + judged) + 2 * self.block_bytes + statistics + self.captured_bytes
+        return 4 * self.width * (2 * self.tried_tokens + judged) + 2 * self.block_bytes + statistics + self.captured_bytes
 
     @property
     def ending_bytes(self) -> int:

@@ -80,7 +80,7 @@ def seconds_of(run: RunNeeds, rates: Rates, cost: Cost) -> dict[str, float]:
     runs = float(run.streams)
     if any(statistic.source is Source.OUTPUT_RESIDUALS for statistic in needs):
         runs += 2 + 4 / batches
-    measure = blocks * (runs * whole + _sums(run, rates))
+    measure = blocks * (runs * whole + _sums(run, rates, run.tokens))
     steps = sum(cost(name).seconds(shape) for name, shape in run.shapes.items())
     if Covariance in needs:
         steps += sum(map(output_error_operations, run.shapes.values())) / rates.products
@@ -111,7 +111,7 @@ def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> 
     windows, length = judged_windows(run.sample_count, run.length)
     judged = windows * length
     logits = vocabulary * (2 * run.width / rates.products + 8 * _DIVERGENCE / rates.passes)
-    statistics = blocks * (2 * forward.seconds(run.tokens) + _sums(run, rates))
+    statistics = blocks * (2 * forward.seconds(run.tried_tokens) + _sums(run, rates, run.tried_tokens))
     whole = sum(trial(name).seconds(shape) for name, shape in run.shapes.items())
     some = sum(trial(name).seconds((outputs_tried(out), width)) for name, (out, width) in run.shapes.items())
     groups = blocks * len(run.inputs)
@@ -120,11 +120,11 @@ def planning_seconds(run: RunNeeds, rates: Rates, trial: Cost, options: int) -> 
     return 2 * statistics + options * some + 3 * whole + passed
 
 
-def _sums(run: RunNeeds, rates: Rates) -> float:
-    """Seconds of one block's statistics."""
+def _sums(run: RunNeeds, rates: Rates, tokens: int) -> float:
+    """Seconds of one block's statistics of so many tokens."""
     measured = [sizes for stage in run.inputs for sizes in stage]
     operations = sum(statistic.operations(sizes) for statistic in run.measured_together for sizes in measured)
-    return operations * run.tokens / rates.products
+    return operations * tokens / rates.products
 
 
 def _reconstruction(run: RunNeeds, forward: Forward, rates: Rates) -> float:

@@ -187,7 +187,8 @@ class Alternation(StepDefaults):
         """For size dense codes of widths around the budget, in long and in short groups; for speed 2:4 with adapters, too.
 
         By bytes alone 2:4 loses to fewer bits. Adapters slow generation, take twice as long to try and to solve, and left at
-        most 3 % less summed error at 2.5 to 4.5 bits in two blocks of SmolLM2-135M than dense codes without them. For `rank = "auto"` and no other budget: the same base with other ranks.
+        most 3 % less summed error at 2.5 to 4.5 bits in two blocks of SmolLM2-135M than dense codes without them. For
+        `rank = "auto"` and no other budget: the same base with other ranks.
         """
         if bits is None:
             return tuple(replace(self, rank=rank) for rank in _AUTO_RANKS) if self.needs_plan else ()

@@ -5,7 +5,7 @@ the blocks. `settings` is the whole table:
 
     dense                       the model itself
     absmax, gptq, slim, ...     every shipped recipe by its name
-    joint-BITS-GROUP            the joint solver of `best`, dense: no mask and no adapters
+    joint-BITS-GROUP            the step of `best` with other bits and groups
     gptq-asymmetric-BITS-GROUP  GPTQ on a grid with integer zero points
     budget-BITS                 `slimlm compress --bits`
     Q4_0, Q4_0+imatrix, ...     llama.cpp's file types, without and with an importance matrix
@@ -295,10 +295,11 @@ NEED_IMPORTANCE = {"IQ2_XS", "IQ2_M", "IQ3_XXS"}
 
 def settings() -> dict[str, Setting]:
     """Everything that can be measured, by name."""
+    (best,) = open_recipe("best").steps
     found: list[Setting] = [Dense(), *(Ours(name, "recipes", recipe=name) for name in shipped())]
     for bits in BITS:
         for group_size in GROUPS:
-            joint = {"joint": "alternation", "bits": bits, "group_size": group_size, "pattern": "", "rank": 0.0}
+            joint = {"joint": best.method, **asdict(best.step), "bits": bits, "group_size": group_size}
             found.append(Ours(f"joint-{bits}-{group_size}", "joint solver, dense", step=tuple(joint.items())))
             gptq = {"quantize": "gptq", "bits": bits, "group_size": group_size, "zero": True}
             found.append(Ours(f"gptq-asymmetric-{bits}-{group_size}", "asymmetric GPTQ", step=tuple(gptq.items())))

@@ -30,6 +30,8 @@ _JUDGED_TOKENS = 512
 """The most tokens that losses are measured on, in windows of at most so many."""
 _TRIED_TOKENS = 4
 """The most tokens, for each input of the widest layer, of the statistics that options are tried with."""
+_TRUST = 0.5
+"""The exponent of a measured loss in sequential recipes; 1 would take it as it is."""
 _LEAST_LOSS = 1e-8
 """What a measured loss counts at least: less is rounding of float32, and 0 would make all options of a group equal."""
 _LEAST_SAMPLES = 3
@@ -212,13 +214,15 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
         changed.change(here, [_measured(here, stage, group, budget) for stage, group in zip(here.stages, own, strict=True)])
         groups += own
         events.done()
-    losses = [group.losses(loss) for group, loss in zip(groups, changed.losses(), strict=True)]
+    measured = changed.losses()
+    losses = [group.losses(loss) for group, loss in zip(groups, measured, strict=True)]
+    feared = _evened(groups, losses) if recipe.sequential else losses
     events.done()
 
     shapes = [shape for group in groups for shape in group.shapes]
     costs = [[sum(option.cost(shape, budget.objective) for shape in g.shapes) for option in budget.options] for g in groups]
     room = budget.cost(shapes)
-    chosen = choose_options(losses, costs, room)
+    chosen = choose_options(feared, costs, room)
     if chosen is None:
         raise NumericsError(
             "no choice within the budget gives finite outputs of the model for every layer; ask for more bits, or try the "
@@ -253,6 +257,21 @@ def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
             "original model; a plan tries options on the original model itself, and so cannot measure it"
         )
     return needs
+
+
+def _evened(groups: "list[_Group]", losses: list[list[float]]) -> list[list[float]]:
+    """The losses by group and option that choices are made by where later layers correct the errors of earlier ones.
+
+    A loss is measured with all other layers unchanged. In a sequential recipe the layers after it are solved for the original's
+    outputs from inputs that hold its errors, and take back more of a large loss than of a small one. So each group's losses per
+    weight are replaced by their geometric mean with the mean of all groups, in the proportions of its options.
+    """
+    weights = [sum(out * width for out, width in group.shapes) for group in groups]
+    ownest = [own[group.measured] / count for group, own, count in zip(groups, losses, weights, strict=True)]
+    usable = [math.log(loss) for loss in ownest if 0 < loss < float("inf")]
+    mean = math.exp(sum(usable) / len(usable)) if usable else 1.0
+    factors = [(mean / loss) ** (1 - _TRUST) if 0 < loss < float("inf") else 1.0 for loss in ownest]
+    return [[factor * loss for loss in own] for factor, own in zip(factors, losses, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The knapsack: as good as trying everything, and never over the budget."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 
-from slimlm.planner.budget import choose_options
+from slimlm.planner.budget import choose_options, evened
 
 
 def drawn(groups: int, options: int, seed: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -66,3 +67,20 @@ def test_a_budget_below_the_cheapest_choice_gives_nothing() -> None:
 def test_a_refused_option_is_not_chosen_where_rounding_leaves_no_room() -> None:
     losses, costs = [[float("inf"), 1.0, 0.5]] * 7, [[0.0, 7.3, 10.95]] * 7
     assert choose_options(losses, costs, 7 * 7.3) == [1] * 7
+
+
+def test_evened_losses_are_halfway_to_equal_ones_per_weight() -> None:
+    # Measured losses per weight 4 and 1, whose geometric mean is 2: both come to sqrt(2) times and sqrt(1/2) times it.
+    found = evened([[40.0, 10.0], [50.0, 100.0, 25.0]], [0, 1], [10, 100])
+    assert found[0] == pytest.approx([10 * 2 * math.sqrt(2), 2.5 * 2 * math.sqrt(2)])
+    assert found[1] == pytest.approx([50 * math.sqrt(2), 100 * math.sqrt(2), 25 * math.sqrt(2)])
+
+
+def test_equal_losses_per_weight_stay_and_so_do_zero_and_infinity() -> None:
+    same = [[20.0, 5.0], [2.0, 0.5]]
+    assert evened(same, [0, 0], [10, 1]) == [pytest.approx(own) for own in same]
+    assert evened([[0.0, 1.0], [math.inf, math.inf], [3.0, 1.0]], [0, 0, 0], [1, 1, 1]) == [
+        [0.0, 1.0],
+        [math.inf, math.inf],
+        pytest.approx([3.0, 1.0]),
+    ]

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+_TRUST = 0.5
+"""The exponent of a measured loss where later layers correct errors; 1 would take it as it is."""
 _UNITS_PER_GROUP = 256
 """Units of cost per group of layers in the dynamic program."""
 
@@ -52,6 +54,25 @@ def choose_options(losses: list[list[float]], costs: list[list[float]], budget: 
         chosen.append(int(which[at]))
         at -= own_steps[chosen[-1]]
     return chosen[::-1]
+
+
+def evened(losses: list[list[float]], measured: list[int], weights: list[int]) -> list[list[float]]:
+    """The losses that choices are made by where later layers correct the errors of earlier ones.
+
+    A loss is measured with all other layers unchanged. In a sequential recipe the layers after it are solved for the original's
+    outputs from inputs that hold its errors, and take back more of a large loss than of a small one. So each group's loss per
+    weight is replaced by its geometric mean with that of all groups; the proportions of its options stay.
+
+    Args:
+        losses: Losses by group and option.
+        measured: The option of each group whose loss was measured.
+        weights: The number of weights of each group.
+    """
+    per_weight = [own[i] / count for own, i, count in zip(losses, measured, weights, strict=True)]
+    logarithms = [math.log(loss) for loss in per_weight if 0 < loss < math.inf]
+    mean = math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
+    factors = [(mean / loss) ** (1 - _TRUST) if 0 < loss < math.inf else 1.0 for loss in per_weight]
+    return [[factor * loss for loss in own] for factor, own in zip(factors, losses, strict=True)]
 
 
 def _steps(cost: float, unit: float) -> int:

@@ -20,7 +20,7 @@ from slimlm.core.output_error import NEEDS
 from slimlm.core.statistics.base import Needs
 from slimlm.events import Event, Observer
 from slimlm.models.structure import weight_of
-from slimlm.planner.budget import choose_options
+from slimlm.planner.budget import choose_options, evened
 from slimlm.planner.forms import brief, needs_of, resolved
 from slimlm.planner.options import Budget, Option, budget_of, options_of
 from slimlm.planner.trials import Judged, Original, Visited
@@ -30,8 +30,6 @@ _JUDGED_TOKENS = 512
 """The most tokens that losses are measured on, in windows of at most so many."""
 _TRIED_TOKENS = 4
 """The most tokens, for each input of the widest layer, of the statistics that options are tried with."""
-_TRUST = 0.5
-"""The exponent of a measured loss in sequential recipes; 1 would take it as it is."""
 _LEAST_LOSS = 1e-8
 """What a measured loss counts at least: less is rounding of float32, and 0 would make all options of a group equal."""
 _LEAST_SAMPLES = 3
@@ -216,13 +214,14 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
         events.done()
     measured = changed.losses()
     losses = [group.losses(loss) for group, loss in zip(groups, measured, strict=True)]
-    feared = _evened(groups, losses) if recipe.sequential else losses
+    expected = evened(losses, [group.measured for group in groups], [group.weights for group in groups])
+    expected = expected if recipe.sequential else losses
     events.done()
 
     shapes = [shape for group in groups for shape in group.shapes]
     costs = [[sum(option.cost(shape, budget.objective) for shape in g.shapes) for option in budget.options] for g in groups]
     room = budget.cost(shapes)
-    chosen = choose_options(feared, costs, room)
+    chosen = choose_options(expected, costs, room)
     if chosen is None:
         raise NumericsError(
             "no choice within the budget gives finite outputs of the model for every layer; ask for more bits, or try the "
@@ -259,21 +258,6 @@ def _needs_of_trials(options: tuple[Option, ...]) -> Needs:
     return needs
 
 
-def _evened(groups: "list[_Group]", losses: list[list[float]]) -> list[list[float]]:
-    """The losses by group and option that choices are made by where later layers correct the errors of earlier ones.
-
-    A loss is measured with all other layers unchanged. In a sequential recipe the layers after it are solved for the original's
-    outputs from inputs that hold its errors, and take back more of a large loss than of a small one. So each group's losses per
-    weight are replaced by their geometric mean with the mean of all groups, in the proportions of its options.
-    """
-    weights = [sum(out * width for out, width in group.shapes) for group in groups]
-    ownest = [own[group.measured] / count for group, own, count in zip(groups, losses, weights, strict=True)]
-    usable = [math.log(loss) for loss in ownest if 0 < loss < float("inf")]
-    mean = math.exp(sum(usable) / len(usable)) if usable else 1.0
-    factors = [(mean / loss) ** (1 - _TRUST) if 0 < loss < float("inf") else 1.0 for loss in ownest]
-    return [[factor * loss for loss in own] for factor, own in zip(factors, losses, strict=True)]
-
-
 @dataclass(frozen=True)
 class _Group:
     """Layers that share an input, by full name, and the errors of the options."""
@@ -284,6 +268,11 @@ class _Group:
     """By option; infinite where one of the layers cannot take it."""
     measured: int
     """The option whose loss is measured in the model."""
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return sum(out * width for out, width in self.shapes)
 
     def losses(self, measured: float) -> list[float]:
         """Each option's loss, given that of the option `measured`."""

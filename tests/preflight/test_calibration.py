@@ -12,7 +12,7 @@ SHAPES = {"narrow": (64, 512), "wide": (512, 4864)}
     ("recipe", "planned", "expected"),
     [
         ("best", False, 76),  # 8 x 4864 = 38912 tokens
-        ("best", True, 80),  # and 2 x 2 for a plan's losses and its check
+        ("best", True, 78),  # and 2 x 1 for a plan's losses and its check
         ("absmax", False, 16),  # 8192 tokens
     ],
 )

@@ -48,6 +48,16 @@ class LastOutputs:
 
 
 @dataclass(frozen=True)
+class LossGradient:
+    """A loss, and its gradient at the last block's outputs."""
+
+    loss: float
+    """The loss."""
+    gradient: Tensor
+    """Float32 `[samples, length, width]`."""
+
+
+@dataclass(frozen=True)
 class StoredModel:
     """A meta model, and the tensors that belong into it."""
 
@@ -118,6 +128,23 @@ class StoredModel:
             with torch.no_grad():
                 logits = model(outputs.tokens[piece].to(device), use_cache=False).logits
             yield logits
+
+    def output_gradients(
+        self, outputs: LastOutputs, loss: Callable[[Tensor], Tensor], *, device: torch.device = _CPU
+    ) -> "LossGradient":
+        """A loss of the logits, and its gradient at the last block's outputs.
+
+        Args:
+            outputs: The last block's outputs.
+            loss: A function from the logits `[samples, length, vocabulary]` to a scalar.
+            device: The device that the modules after the blocks are run on.
+        """
+        hidden = outputs.hidden.to(device).detach().requires_grad_()
+        model = self.around({name: _giving_last(form, [hidden]) for name, form in outputs.forms.items()}).to(device)
+        with torch.enable_grad():
+            value = loss(model(outputs.tokens.to(device), use_cache=False).logits)
+            (gradient,) = torch.autograd.grad(value, hidden)
+        return LossGradient(float(value.detach()), gradient.to(_CPU))
 
     def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
         """A model whose blocks are replaced by functions, by name, and which computes in float32."""

@@ -37,6 +37,9 @@ class Source(Enum):
     OUTPUT_RESIDUALS = "output residuals"
     """inputs, and the original block's outputs less the block's; only for layers whose output is added to the block's
     output as it is"""
+    GRADIENTS = "gradients"
+    """inputs, and the gradient of a loss at the layer's outputs for the same tokens; measured in a backward pass through the
+    whole model (slimlm.calibration.gradients)"""
 
     @property
     def compares(self) -> bool:
@@ -56,6 +59,10 @@ class Batch:
     """`[tokens, in]`: the layer's inputs in the original model for the same tokens, where they can be paired"""
     output_residuals: Tensor | None = None
     """`[tokens, out]`: the original block's outputs less those of the block, for the same tokens"""
+    output_gradients: Tensor | None = None
+    """`[tokens, out]`: the gradient of the samples' losses at the layer's outputs for the same tokens"""
+    samples: int | None = None
+    """the samples that the tokens are of, where they have gradients"""
 
 
 @dataclass(frozen=True)

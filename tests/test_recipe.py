@@ -17,8 +17,7 @@ from slimlm.methods.compensate.slim_lora import SlimLora
 from slimlm.methods.joint.alternation import Alternation
 from slimlm.methods.prune.wanda import Wanda
 from slimlm.methods.quantize.slim_quant import SlimQuant
-from slimlm.recipe import Recipe, open_recipe, recipe_from_dict, shipped, to_toml
-from slimlm.tuning.block_reconstruction import ReconstructionOptions
+from slimlm.recipe import Recipe, ReconstructionOptions, open_recipe, recipe_from_dict, shipped, to_toml
 
 
 def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slimlm.preflight.estimate import Estimate
     from slimlm.recipe import Recipe, open_recipe
     from slimlm.record import Record
+    from slimlm.run.tune import Tuned, tune
     from slimlm.runtime.whole_model import prepare, use_kernels
     from slimlm.verification.folder import Verified, verify
 
@@ -41,6 +42,7 @@ __all__ = [
     "Record",
     "Result",
     "SlimlmError",
+    "Tuned",
     "Verified",
     "compress",
     "estimate",
@@ -49,6 +51,7 @@ __all__ = [
     "open_recipe",
     "plan",
     "prepare",
+    "tune",
     "use_kernels",
     "verify",
 ]
@@ -63,6 +66,7 @@ _HOMES = {
     "Recipe": "slimlm.recipe",
     "Record": "slimlm.record",
     "Result": "slimlm.pipeline",
+    "Tuned": "slimlm.run.tune",
     "Verified": "slimlm.verification.folder",
     "compress": "slimlm.pipeline",
     "estimate": "slimlm.pipeline",
@@ -71,6 +75,7 @@ _HOMES = {
     "open_recipe": "slimlm.recipe",
     "plan": "slimlm.pipeline",
     "prepare": "slimlm.runtime.whole_model",
+    "tune": "slimlm.run.tune",
     "use_kernels": "slimlm.runtime.whole_model",
     "verify": "slimlm.verification.folder",
 }

@@ -34,7 +34,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -44,7 +44,6 @@ from slimlm.core.errors import RecipeError
 from slimlm.core.layer import Layer
 from slimlm.core.statistics.base import Needs, Stats
 from slimlm.core.step import Step
-from slimlm.tuning.block_reconstruction import ReconstructionOptions
 
 _KEYS = {"name", "summary", "ignore", "sequential", "embedding_bits", "steps", "rules", "block_reconstruction"}
 AS_STORED = 16
@@ -68,6 +67,40 @@ def check_embedding_bits(bits: object, where: str) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not (4 <= bits <= 8 or bits == AS_STORED):
         raise RecipeError(f"{where} = {bits!r}: embedding and head take 4 to 8 bits, or {AS_STORED} to stay as they are stored")
     return bits
+
+
+@dataclass(frozen=True)
+class ReconstructionOptions:
+    """How blocks are reconstructed."""
+
+    passes: int = 4
+    """Passes over the samples that are not held back."""
+    rate: float = 0.02
+    """Adam's first step for a tensor, as a share of the tensor's root mean square; it falls to zero as a cosine."""
+    codes: Literal["frozen", "ste"] = "ste"
+    """Whether the base's codes are "frozen", or tuned through latent codes ("ste")."""
+    held_back: float = 0.125
+    """The share of the samples, at least one, on which iterates are compared."""
+    inputs: Literal["compressed", "dense", "asymmetric"] = "asymmetric"
+    """Which inputs and targets the run passes in. "compressed": inputs from the compressed blocks before, targets from the
+    dense block on the same;
+    "dense": both from the dense model; "asymmetric": inputs from the compressed blocks, targets from the dense model."""
+    batch: int = 2
+    """Samples per step, at most as many as one batch of the inputs holds."""
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise RecipeError(f"passes = {self.passes}: block reconstruction needs at least one pass over the samples")
+        if not 0 < self.rate < 1:
+            raise RecipeError(f"rate = {self.rate}: give the first step as a share of a tensor's size, between 0 and 1")
+        if self.codes not in ("frozen", "ste"):
+            raise RecipeError(f'codes = {self.codes!r}: give "frozen", or "ste" to move the codes of the base')
+        if not 0 < self.held_back < 1:
+            raise RecipeError(f"held_back = {self.held_back}: give a share of the samples, between 0 and 1")
+        if self.inputs not in ("compressed", "dense", "asymmetric"):
+            raise RecipeError(f'inputs = {self.inputs!r}: give "compressed", "dense" or "asymmetric"')
+        if self.batch < 1:
+            raise RecipeError(f"batch = {self.batch}: a step needs at least one sample")
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,49 @@ class Source:
         return [name for name, what in self.files.items() if what.startswith(LEFT_OUT)]
 
 
+@dataclass(frozen=True)
+class HeldBackLoss:
+    """How a model does on windows that are held back while it is tuned."""
+
+    loss: float
+    """What the tuner lowers, per token in nats."""
+    perplexity: Measured
+    """The perplexity."""
+    divergence: Divergence | None
+    """The divergence from the original; None: no original was given."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was done to tune a compressed model."""
+
+    method: str
+    """The method's name."""
+    settings: dict[str, Any]
+    """Its settings, those of the run included."""
+    data: str
+    """The name of the text."""
+    against: str | None
+    """The name of the original model; None: none was given."""
+    tokens: int
+    """The number of tokens that all steps took."""
+    steps: int
+    """The number of steps."""
+    best_step: int
+    """The number of steps after which the stored form was best on the windows that are held back; 0: before the first one, so
+    that the model is the given one."""
+    before: HeldBackLoss
+    """The given model on the windows that are held back."""
+    after: HeldBackLoss
+    """The tuned model, as it is stored, on the same windows."""
+    seconds: float
+    """The time that all runs took together."""
+    peak_memory: int | None
+    """Bytes that the whole process held at most; None where the system does not report it."""
+    versions: dict[str, str]
+    """The versions of slimlm, Python and the packages that the result depends on."""
+
+
 READ = "read: its tensors are listed"
 """What `Source.files` says of a weight file."""
 COPIED = "copied"
@@ -196,6 +239,8 @@ class Record:
     none."""
     edited: tuple[str, ...] = ()
     """The names of tensors that are no longer those of the run, because an opened model was changed and saved again."""
+    tuning: tuple[Tuning, ...] = ()
+    """How the model was tuned after the run, one after the other. The figures above are those of the run: of before."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -211,10 +256,11 @@ class Record:
         return "ok" if self.perplexity.ok else "failed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, totals included; `edited` only where there are such tensors."""
+        """Plain data for JSON, totals included; `edited` and `tuning` only where they are not empty."""
         data = dataclasses.asdict(self)
-        if not self.edited:
-            del data["edited"]
+        for name in ("edited", "tuning"):
+            if not data[name]:
+                del data[name]
         return {**data, "bits_per_weight": self.bits_per_weight, "quality": self.quality}
 
     @classmethod

@@ -31,7 +31,21 @@ def recipe_file(folder: Path, text: str) -> Path:
     return path
 
 
-VERBS = ["compress", "plan", "eval", "generate", "bench", "inspect", "verify", "methods", "recipes", "demo", "doctor", "with"]
+VERBS = [
+    "compress",
+    "plan",
+    "tune",
+    "eval",
+    "generate",
+    "bench",
+    "inspect",
+    "verify",
+    "methods",
+    "recipes",
+    "demo",
+    "doctor",
+    "with",
+]
 
 
 def test_the_verbs_are_these() -> None:

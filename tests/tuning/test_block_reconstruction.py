@@ -18,12 +18,14 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.parts.pack import Parts
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.trainable import EVERYTHING, Trains
 from slimlm.core.parts.uniform import Uniform
 from slimlm.core.solvers.scale_search import search_scales
 from slimlm.models.structure import blocks_of, linears_of, swap, weight_of
+from slimlm.recipe import ReconstructionOptions
 from slimlm.runtime.linear import CompressedLinear
 from slimlm.tuning import block_reconstruction
-from slimlm.tuning.block_reconstruction import ReconstructionOptions, ReconstructionResult, tune_block
+from slimlm.tuning.block_reconstruction import ReconstructionResult, tune_block
 from tests.conftest import random_model
 
 CPU = torch.device("cpu")
@@ -290,7 +292,7 @@ def test_the_gradient_through_a_quantized_factor_is_that_of_the_plain_one(kind: 
     factor = draw(4, 32) / 10
     part = uniform(factor, 16) if kind == "uniform" else codebook(factor)
     other = draw(4, 24, seed=1)
-    tuned = part.trainable(codes=True)
+    tuned = part.trainable(EVERYTHING)
     plain = part.dense().requires_grad_()
     assert torch.equal(tuned.dense(), plain)
     (expected,) = torch.autograd.grad(((other.T @ plain) ** 3).sum(), plain)
@@ -304,14 +306,14 @@ def test_the_gradient_through_a_quantized_factor_is_that_of_the_plain_one(kind: 
 @pytest.mark.parametrize("moving", [False, True])
 def test_parts_that_were_not_tuned_are_stored_as_they_were(kind: str, moving: bool) -> None:
     for part in parts_for(kind, draw(24, 48) / 10):
-        tuned = part.trainable(codes=moving)
+        tuned = part.trainable(EVERYTHING if moving else ~Trains.CODES)
         assert torch.allclose(tuned.dense(), part.dense(), rtol=1e-6)
         assert torch.equal(tuned.part().dense(), part.dense())
 
 
 def test_a_scale_in_float16_stays_one_and_a_scale_of_zero_stays_zero() -> None:
     scale = torch.tensor([[0.0, 1e-4], [0.1, 3e4]]).half()
-    tuned = Uniform(torch.ones(2, 4, dtype=torch.int8), scale, 4, 2).trainable(codes=False)
+    tuned = Uniform(torch.ones(2, 4, dtype=torch.int8), scale, 4, 2).trainable(~Trains.CODES)
     for factor in (1e-6, -3.0, 1e6):
         with torch.no_grad():
             tuned.scale.factor.fill_(factor)

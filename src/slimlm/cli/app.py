@@ -22,6 +22,7 @@ from slimlm.cli.inspect import inspect
 from slimlm.cli.methods import methods
 from slimlm.cli.plan import plan
 from slimlm.cli.recipes import recipes
+from slimlm.cli.tune import tune
 from slimlm.cli.verb import TERMINATED, Verb
 from slimlm.cli.verify import verify
 from slimlm.cli.with_program import with_program
@@ -31,6 +32,7 @@ from slimlm.distributed.environment import global_rank, reports, world_size
 VERBS = (
     ("compress", compress),
     ("plan", plan),
+    ("tune", tune),
     ("eval", evaluate),
     ("generate", generate),
     ("bench", bench),

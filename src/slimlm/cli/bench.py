@@ -39,18 +39,18 @@ def bench(
         typer.Option("--out", help="Write the figures to this .json file, and a plot next to it.", show_default="not written"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Coarse figures in little time.")] = False,
-    tune: Annotated[
+    tiles: Annotated[
         bool,
-        typer.Option("--tune", help="On an NVIDIA GPU: find the fastest tiles for these layers, and use them from now on."),
+        typer.Option("--tiles", help="On an NVIDIA GPU: find the fastest tiles for these layers, and use them from now on."),
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure the speed of the layers and the whole model, compared with dense ones and the bound of memory bandwidth."""
-    if tune:
+    if tiles:
         others = (against, batches, threads, prompt_tokens, new_tokens, save)
         if quick or kernels != "auto" or any(option is not None for option in others):
-            raise SlimlmError("--tune measures the GPU kernels' tiles and nothing else; give it with --json at most")
-        _tune(context, folder, as_json=as_json)
+            raise SlimlmError("--tiles measures the GPU kernels' tiles and nothing else; give it with --json at most")
+        _tiles(context, folder, as_json=as_json)
         return
     if save is not None and (save.suffix != ".json" or not save.absolute().parent.is_dir()):
         raise SlimlmError(f"--out {save}: give a file that ends in .json, in a folder that exists")
@@ -88,7 +88,7 @@ def bench(
         notify(remark)
 
 
-def _tune(context: typer.Context, folder: Path, *, as_json: bool) -> None:
+def _tiles(context: typer.Context, folder: Path, *, as_json: bool) -> None:
     from slimlm.bench.gpu_tiles import tune_kernels
     from slimlm.display import progress_on
     from slimlm.events import Event

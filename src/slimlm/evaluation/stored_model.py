@@ -119,15 +119,18 @@ class StoredModel:
         Yields:
             The logits `[samples, positions, vocabulary]` of each piece.
         """
-        given: list[Tensor] = []
-        forwards = {name: _giving_last(form, given) for name, form in outputs.forms.items()}
-        model = self.around(forwards).to(device)
+        head = self.head(outputs.forms, device)
         for piece in pieces:
-            given.append(outputs.hidden[piece].to(device))
             # Yielded outside of no_grad, which would otherwise apply to the caller's code, too.
             with torch.no_grad():
-                logits = model(outputs.tokens[piece].to(device), use_cache=False).logits
+                logits = head(outputs.tokens[piece], outputs.hidden[piece])
             yield logits
+
+    def head(self, forms: Mapping[str, OutputForm], device: torch.device = _CPU) -> "Head":
+        """The modules after the blocks, in float32 on the device; `forms` are those of the blocks' outputs, by name."""
+        given: list[Tensor] = []
+        model = self.around({name: _giving_last(form, given) for name, form in forms.items()})
+        return Head(model.to(device), given, device)
 
     def output_gradients(
         self, outputs: LastOutputs, loss: Callable[[Tensor], Tensor], *, device: torch.device = _CPU
@@ -139,12 +142,11 @@ class StoredModel:
             loss: A function from the logits `[samples, length, vocabulary]` to a scalar.
             device: The device that the modules after the blocks are run on.
         """
-        hidden = outputs.hidden.to(device).detach().requires_grad_()
-        model = self.around({name: _giving_last(form, [hidden]) for name, form in outputs.forms.items()}).to(device)
+        hidden = outputs.hidden.detach().requires_grad_()
         with torch.enable_grad():
-            value = loss(model(outputs.tokens.to(device), use_cache=False).logits)
+            value = loss(self.head(outputs.forms, device)(outputs.tokens, hidden))
             (gradient,) = torch.autograd.grad(value, hidden)
-        return LossGradient(float(value.detach()), gradient.to(_CPU))
+        return LossGradient(float(value.detach()), gradient)
 
     def around(self, forwards: Mapping[str, Forward]) -> PreTrainedModel:
         """A model whose blocks are replaced by functions, by name, and which computes in float32."""
@@ -267,6 +269,26 @@ def giving(form: OutputForm, hidden: Tensor) -> Forward:
 
 def _giving_last(form: OutputForm, given: Sequence[Tensor]) -> Forward:
     return lambda *_: form.around(given[-1])
+
+
+class Head:
+    """The modules of a model after its blocks, which give logits."""
+
+    def __init__(self, model: PreTrainedModel, given: list[Tensor], device: torch.device) -> None:
+        """Make it of a model whose blocks give the last of the `given` hidden states."""
+        self._model, self._given, self._device = model, given, device
+
+    def __call__(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits `[samples, positions, vocabulary]`; gradients pass to the hidden states.
+
+        Args:
+            tokens: Token ids `[samples, positions]`.
+            hidden: The last block's outputs for them, `[samples, positions, width]`.
+        """
+        self._given[:] = [hidden.to(self._device)]
+        logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
+        self._given.clear()
+        return logits
 
 
 class Replacement(nn.Module):

@@ -11,7 +11,7 @@ from slimlm.runtime.memory import format_bytes
 if TYPE_CHECKING:
     # Importing these modules would take seconds.
     from slimlm.inference.generate import Generated
-    from slimlm.record import Measured, Record
+    from slimlm.record import Measured, Record, Tuning
     from slimlm.verification.folder import Verified
 
 _NAMED = 5
@@ -288,3 +288,16 @@ def _notes_row(record: "Record") -> list[tuple[str, str]]:
     if not notes:
         return []
     return [("note", notes[0] + (f" ({len(notes)} notes in all; see slimlm.json)" if len(notes) > 1 else ""))]
+
+
+def tuning_table(done: "Tuning") -> Table:
+    """What a tuner did, before and after, on the windows that were held back."""
+    first, last = done.before, done.after
+    rows = [("loss", f"{first.loss:.5f}", f"{last.loss:.5f}")]
+    if first.divergence is not None and last.divergence is not None:
+        ours, theirs = first.divergence, last.divergence
+        rows.append(("KL to the original", with_error(ours.mean, 5), with_error(theirs.mean, 5)))
+        rows.append(("same top token", f"{ours.same_top.value:.2%}", f"{theirs.same_top.value:.2%}"))
+    rows.append(("perplexity", with_error(first.perplexity, 4), with_error(last.perplexity, 4)))
+    steps = f"{done.tokens} tokens of {done.data} in {done.steps} steps, best after step {done.best_step}"
+    return plain_table(f"{done.method}: {steps}; on windows held back", ("", "before", "after"), rows)

@@ -177,7 +177,8 @@ def _recipe(given: object) -> str | Recipe:
     )
 
 
-def _data(given: object) -> Data | None:
+def text_source(given: object) -> Data | None:
+    """The text that `data` names; raises DataError where it makes no sense."""
     if given is None or (isinstance(given, str) and given):
         return given
     if isinstance(given, os.PathLike):
@@ -200,7 +201,8 @@ def _source_name(given: object) -> str:
     return given if isinstance(given, str) else str(path)
 
 
-def _device(given: object) -> str:
+def device_name(given: object) -> str:
+    """The name of the device that `device` asks for; raises SlimlmError where it is none."""
     return "auto" if isinstance(given, str) and given == "auto" else str(device_of(given, _DEVICES))
 
 
@@ -213,7 +215,8 @@ def _bits(given: object) -> float | None:
     return arguments.real_number(given, "bits", example=4, refusal=RecipeError)
 
 
-def _count(given: object, name: str, *, least: int, example: int) -> int | None:
+def count_of(given: object, name: str, *, least: int, example: int) -> int | None:
+    """The whole number that an argument gives, or None; raises DataError where it is none or too small."""
     return None if given is None else arguments.whole_number(given, name, least=least, example=example, refusal=DataError)
 
 
@@ -226,12 +229,12 @@ _CHECKS: dict[str, Callable[[object], Any]] = {
     "bits": _bits,
     "objective": lambda given: arguments.one_of(given, "objective", get_args(Objective), RecipeError),
     "embedding_bits": _embedding_bits,
-    "data": _data,
+    "data": text_source,
     "chat": lambda given: arguments.one_of(given, "chat", get_args(Chat), DataError),
-    "samples": lambda given: _count(given, "samples", least=1, example=128),
-    "length": lambda given: _count(given, "length", least=2, example=2048),
+    "samples": lambda given: count_of(given, "samples", least=1, example=128),
+    "length": lambda given: count_of(given, "length", least=2, example=2048),
     "seed": lambda given: arguments.whole_number(given, "seed", least=None, example=0, refusal=DataError),
-    "device": _device,
+    "device": device_name,
     "memory": lambda given: None if given is None else arguments.size(given, "memory"),
 }
 """What makes a value of each option from what a user gives, or refuses it."""

@@ -90,8 +90,8 @@ def explaining_stops(journal: Journal, notify: Notify) -> Iterator[None]:
         if journal.restarting:
             return f"nothing of it is kept; the run that was in {journal.folder} before `restart` is still there"
         if not journal.holds_work:
-            return "no block was finished, and nothing is kept"
-        return f"{len(journal.blocks)} finished blocks are kept in {journal.folder}; the same call resumes from there"
+            return "nothing was finished, and nothing is kept"
+        return f"{journal.content.finished} are kept in {journal.folder}; the same call resumes from there"
 
     try:
         yield

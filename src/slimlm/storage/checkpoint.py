@@ -261,12 +261,12 @@ def write_record(folder: Path, record: dict[str, Any], files: Files | None = Non
     """Write slimlm.json, with sizes and checksums as `write_weights` gave them; None: they are computed from the files."""
     if files is None:
         files = {path.name: _summed(path) for path in sorted(folder.glob("*.safetensors"))}
-    beside = {path.name: sha256_of(path) for path in _beside(folder)}
+    beside = {path.name: sha256_of(path) for path in files_beside(folder)}
     data = {"format": FORMAT, "files": files, "beside": beside, **{k: v for k, v in record.items() if k != "beside"}}
     (folder / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _beside(folder: Path) -> list[Path]:
+def files_beside(folder: Path) -> list[Path]:
     """The files other than weights and record: config, tokenizer, generation config."""
     return [
         path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors" and path.name != RECORD
@@ -278,7 +278,7 @@ def changed_beside(folder: Path) -> tuple[list[str], list[str]] | None:
     recorded = read_record(folder).get("beside")
     if not isinstance(recorded, dict):
         return None
-    there = {path.name: path for path in _beside(folder)}
+    there = {path.name: path for path in files_beside(folder)}
     changed = [name for name, sha256 in recorded.items() if name in there and sha256_of(there[name]) != sha256]
     return changed, [name for name in recorded if name not in there]
 

@@ -4,6 +4,7 @@
       journal.json            the run's identity, notes, finished blocks, records of their layers, checksums
       block-0003.safetensors  the packed tensors of a finished block, under the names that they will have in the checkpoint
       inputs-0003.safetensors the inputs of the next block; the previous file is removed
+      state-0000060.safetensors of a run that tunes: the trained values, the optimizer's and the best form after so many steps
       ...                     one small file per note that holds tensors (the calibration samples)
       slimlm.aside/           the journal that a restarted run found, until it has begun (slimlm.storage.set_aside)
 
@@ -49,6 +50,8 @@ WEIGHTS = "weights"
 """The note that holds a checksum of every block's weights."""
 DENSE = "dense"
 """The note that holds the original model's perplexity on a few of the samples."""
+STATE, STEPS, TEACHER = "state", "steps", "teacher"
+"""Notes of a run that tunes: the trained values, what it has found after how many steps, and the original's hidden states."""
 MOVING = "moving"
 """The note that names the files that are being moved to the output folder."""
 _JOURNAL = "journal.json"
@@ -140,7 +143,14 @@ class Content:
     @property
     def holds_work(self) -> bool:
         """Whether there is anything that takes long to compute again."""
-        return bool(self.blocks) or bool({PLAN, OWN_TEXT} & self.notes.keys())
+        return bool(self.blocks) or bool({PLAN, OWN_TEXT, STATE, TEACHER} & self.notes.keys())
+
+    @property
+    def finished(self) -> str:
+        """What is finished, such as "3 finished blocks"."""
+        if STEPS in self.notes:
+            return f"{self.notes[STEPS]['done']} finished steps"
+        return f"{len(self.blocks)} finished blocks"
 
     @property
     def files(self) -> list[StoredFile]:
@@ -225,7 +235,7 @@ class Journal:
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise CheckpointError(
-                f"{self.folder} holds another run, with {len(self.blocks)} finished blocks; what differs: "
+                f"{self.folder} holds another run, with {self._content.finished}; what differs: "
                 f"{'; '.join(changed[:5])}{more}. Repeat that run's call to resume it, give another output folder, "
                 "or pass `restart` to drop it and start again"
             )
@@ -268,6 +278,31 @@ class Journal:
         stored = StoredFile(noted["file"], noted["sha256"])
         self._check(stored)
         return map_file(self.folder / stored.file).tensors[key].clone()
+
+    def note_file(self, key: str, name: str, sha256: str) -> None:
+        """Name a file of this folder, which is complete and on the disk."""
+        self.note(key, asdict(StoredFile(name, sha256)))
+
+    def noted_file(self, key: str) -> Path | None:
+        """The path of a file that a note names; None where there is none."""
+        noted = self.notes.get(key)
+        return None if noted is None else self.folder / noted["file"]
+
+    def commit_steps(self, steps: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Store the state of a run that tunes in place of the previous one, which is dropped afterwards.
+
+        Args:
+            steps: Plain data; `done` is the number of steps that are done.
+            tensors: All tensors of the state, of any shapes `[...]`, by name.
+        """
+        former = self.noted_file(STATE)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"state-{steps['done']:07d}.safetensors"
+        state = asdict(StoredFile(path.name, write_tensors(path, tensors)))
+        notes = {**self.notes, STATE: state, STEPS: steps}
+        self._write(replace(self._content, notes=notes, seconds=self.elapsed))
+        if former is not None and former != path:
+            former.unlink(missing_ok=True)
 
     def write_block(self, block: BlockContent) -> FinishedBlock:
         """Write the tensors of the next block to a file, which the journal names only after `commit`."""
@@ -331,7 +366,7 @@ class Journal:
             _empty(self.folder)
         named = {stored.file for stored in self._content.files}
         for path in self.folder.glob("*"):
-            leftover = path.name.startswith(("block-", "inputs-")) and path.name not in named
+            leftover = path.name.startswith(("block-", "inputs-", "state-")) and path.name not in named
             if path.name.endswith((NEW, TEMPORARY)) or leftover:
                 path.unlink()
 

@@ -17,17 +17,19 @@ scales, factors and norms differ by orders of magnitude.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from slimlm.calibration.capture import BlockInputs
-from slimlm.core.errors import DataError, RecipeError
-from slimlm.core.parts.pack import Parts
-from slimlm.models.structure import LINEAR_KINDS, swap
+from slimlm.core.errors import DataError
+from slimlm.core.parts.trainable import EVERYTHING, Trains
+from slimlm.models.structure import swap
+from slimlm.recipe import ReconstructionOptions
 from slimlm.runtime.linear import CompressedLinear
+from slimlm.tuning.trainable import TunedLinear, rounded, size_of, vectors_of
 
 _SEED = 0
 _DIVERGED = 10.0
@@ -35,40 +37,6 @@ _DIVERGED = 10.0
 
 _Rows = tuple[int, Tensor]
 """The number of a batch of the inputs, and the rows of it that are used, int64 `[rows]`."""
-
-
-@dataclass(frozen=True)
-class ReconstructionOptions:
-    """How blocks are reconstructed."""
-
-    passes: int = 4
-    """Passes over the samples that are not held back."""
-    rate: float = 0.02
-    """Adam's first step for a tensor, as a share of the tensor's root mean square; it falls to zero as a cosine."""
-    codes: Literal["frozen", "ste"] = "ste"
-    """Whether the base's codes are "frozen", or tuned through latent codes ("ste")."""
-    held_back: float = 0.125
-    """The share of the samples, at least one, on which iterates are compared."""
-    inputs: Literal["compressed", "dense", "asymmetric"] = "asymmetric"
-    """Which inputs and targets the run passes in. "compressed": inputs from the compressed blocks before, targets from the
-    dense block on the same;
-    "dense": both from the dense model; "asymmetric": inputs from the compressed blocks, targets from the dense model."""
-    batch: int = 2
-    """Samples per step, at most as many as one batch of the inputs holds."""
-
-    def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise RecipeError(f"passes = {self.passes}: block reconstruction needs at least one pass over the samples")
-        if not 0 < self.rate < 1:
-            raise RecipeError(f"rate = {self.rate}: give the first step as a share of a tensor's size, between 0 and 1")
-        if self.codes not in ("frozen", "ste"):
-            raise RecipeError(f'codes = {self.codes!r}: give "frozen", or "ste" to move the codes of the base')
-        if not 0 < self.held_back < 1:
-            raise RecipeError(f"held_back = {self.held_back}: give a share of the samples, between 0 and 1")
-        if self.inputs not in ("compressed", "dense", "asymmetric"):
-            raise RecipeError(f'inputs = {self.inputs!r}: give "compressed", "dense" or "asymmetric"')
-        if self.batch < 1:
-            raise RecipeError(f"batch = {self.batch}: a step needs at least one sample")
 
 
 @dataclass(frozen=True)
@@ -144,12 +112,7 @@ class _Form:
     @classmethod
     def of(cls, block: nn.Module) -> "_Form":
         layers: dict[str, nn.Module] = {n: m for n, m in block.named_modules() if isinstance(m, CompressedLinear)}
-        linears = {name for name, module in block.named_modules() if isinstance(module, (*LINEAR_KINDS, CompressedLinear))}
-        vectors = {
-            name: parameter.detach().clone()
-            for name, parameter in block.named_parameters()
-            if parameter.ndim == 1 and name.rpartition(".")[0] not in linears
-        }
+        vectors = {name: block.get_parameter(name).detach().clone() for name in vectors_of(block)}
         return cls(layers, vectors)
 
     def put_layers(self, block: nn.Module) -> None:
@@ -230,7 +193,7 @@ class _Descent:
         self.train = train
         self.generator = torch.Generator().manual_seed(_SEED)
         total = options.passes * len(list(self._steps()))
-        groups = [{"params": [p], "lr": options.rate * _size(p)} for p in tuned.parameters]
+        groups = [{"params": [p], "lr": options.rate * size_of(p)} for p in tuned.parameters]
         # Gradients shrink with the number of weights; Adam's usual 1e-8 would drown those of a large layer.
         self.adam = torch.optim.Adam(groups, eps=1e-15, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda done: (1 + math.cos(math.pi * done / total)) / 2)
@@ -259,19 +222,15 @@ class _Descent:
             self.schedule.step()
 
 
-def _size(tensor: Tensor) -> float:
-    """Root mean square of the elements that are not zero; 0 for a tensor of zeros, which is then not tuned."""
-    return float(tensor.detach().square().sum() / max(1, int(tensor.count_nonzero()))) ** 0.5
-
-
 class _Tuned:
     """A block's compressed layers and vectors as float parameters."""
 
     def __init__(self, form: _Form, *, moving: bool) -> None:
-        self.layers: dict[str, _TunedLinear] = {}
+        trains = EVERYTHING if moving else ~Trains.CODES
+        self.layers: dict[str, TunedLinear] = {}
         for name, layer in form.layers.items():
             assert isinstance(layer, CompressedLinear)
-            self.layers[name] = _TunedLinear(layer, moving)
+            self.layers[name] = TunedLinear(layer, trains)
         vectors = {name: vector.float().clone().requires_grad_() for name, vector in form.vectors.items()}
         self.form = _Form(dict(self.layers), vectors)
         inner = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
@@ -281,32 +240,11 @@ class _Tuned:
         """The block's form with every value rounded as it is stored."""
         layers: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
-            bias = None if layer.bias is None else _rounded(layer.bias, dtypes[f"{block_name}.{name}.bias"])
+            bias = None if layer.bias is None else rounded(layer.bias, dtypes[f"{block_name}.{name}.bias"])
             layers[name] = CompressedLinear.from_parts(layer.stored(), bias)
-        vectors = {name: _rounded(vector, dtypes[f"{block_name}.{name}"]) for name, vector in self.form.vectors.items()}
+        vectors = {name: rounded(vector, dtypes[f"{block_name}.{name}"]) for name, vector in self.form.vectors.items()}
         return _Form(layers, vectors)
 
 
 def _rounded(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector.detach().to(dtype, copy=True).float()
-
-
-class _TunedLinear(nn.Module):
-    """A compressed layer with trainable parts, in its place while it is tuned."""
-
-    def __init__(self, layer: CompressedLinear, moving: bool) -> None:
-        super().__init__()
-        self.slots = {slot: part.trainable(codes=moving) for slot, part in layer.parts().filled()}
-        self.registered = nn.ModuleList(self.slots.values())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *added = self.slots.values()
-        weight = first.dense()
-        for part in added:
-            weight = weight + part.dense()
-        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
-
-    def stored(self) -> Parts:
-        """The parts in their stored form."""
-        return Parts(**{slot: part.part() for slot, part in self.slots.items()})

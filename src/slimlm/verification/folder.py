@@ -161,6 +161,11 @@ def verify(folder: str | Path, samples: Tensor | None = None, *, device: torch.d
         problems += _unlike_source(record.source, opened, empty)
         if (warning := quality_warning(record)) is not None:
             notes.append(warning)
+        for done in record.tuning:
+            notes.append(
+                f"tuned after the run by {done.method}, on {done.tokens} tokens of {done.data}: the run's figures are those of "
+                f"before; on windows that were held back the loss fell from {done.before.loss:.4g} to {done.after.loss:.4g}"
+            )
         if edited := record.edited:
             first = edited[0] if len(edited) == 1 else f"{edited[0]} and {len(edited) - 1} more"
             notes.append(f"{first}: changed and saved again after the run, whose figures are about the tensors of before")

@@ -23,6 +23,7 @@ from slimlm.core.parts.low_rank import LowRank
 from slimlm.core.parts.pack import LayerEntry, PartEntries, Parts, TensorEntry
 from slimlm.core.parts.plain import Plain
 from slimlm.core.parts.pruned import Pruned
+from slimlm.core.parts.trainable import EVERYTHING, NOTHING, Trains
 from slimlm.core.parts.uniform import Uniform
 
 SHAPE = (6, 20)
@@ -199,9 +200,9 @@ def test_kernels_are_told_the_matrix_that_the_part_stands_for(part: Part) -> Non
 
 
 @every_part
-@pytest.mark.parametrize("codes", [False, True])
-def test_a_part_that_was_not_tuned_is_stored_as_it_was(part: Part, codes: bool) -> None:
-    tuned = part.trainable(codes=codes)
+@pytest.mark.parametrize("trains", [NOTHING, EVERYTHING, ~Trains.CODES, Trains.SCALES])
+def test_a_part_that_was_not_tuned_is_stored_as_it_was(part: Part, trains: Trains) -> None:
+    tuned = part.trainable(trains)
     # A trained copy multiplies in float32 throughout; a plain part may be wider.
     torch.testing.assert_close(tuned.dense().detach(), part.dense(), rtol=1e-5, atol=1e-6)
     stored = tuned.part()
@@ -211,10 +212,41 @@ def test_a_part_that_was_not_tuned_is_stored_as_it_was(part: Part, codes: bool) 
 
 @every_part
 def test_gradients_reach_what_may_move(part: Part) -> None:
-    tuned = part.trainable(codes=True)
+    tuned = part.trainable(EVERYTHING)
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad((tuned.dense() * draw(*SHAPE, seed=5)).sum(), parameters, allow_unused=True)
     assert parameters and all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+FIRST = Trains.SCALES | Trains.CODEBOOKS
+MOVED = {
+    Trains.SCALES: {"scale"},
+    Trains.CODEBOOKS: {"codebook"},
+    FIRST: {"scale", "codebook"},
+    Trains.WEIGHTS: {""},
+    Trains.NORMS: set[str](),
+    NOTHING: set[str](),
+}
+"""The tensors of a part outside adapters that may change where these values are trained; of adapters scales and codebooks."""
+
+
+@every_part
+@pytest.mark.parametrize("trains", MOVED)
+def test_what_is_not_trained_keeps_every_bit(part: Part, trains: Trains) -> None:  # law 27
+    tuned = part.trainable(trains)
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    assert bool(trained) == bool(part.describe().trains & trains)
+    with torch.no_grad():
+        for i, parameter in enumerate(trained):
+            parameter.mul_(1 + draw(*parameter.shape, seed=i).abs() / 4)
+    before, after = part.tensors(), tuned.part().tensors()
+    assert {name: (t.dtype, t.shape) for name, t in after.items()} == {name: (t.dtype, t.shape) for name, t in before.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    allowed = MOVED[trains]
+    low_rank = isinstance(part, LowRank)
+    kinds = {name.removeprefix("left_").removeprefix("right_") if low_rank else name for name in changed}
+    assert kinds <= (allowed & {"scale", "codebook"} if low_rank else allowed)
+    assert bool(changed) == bool(trained)
 
 
 @every_part

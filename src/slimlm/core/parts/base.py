@@ -18,7 +18,7 @@ from slimlm.core.errors import CheckpointError
 from slimlm.core.grid import GroupSize, scale_shape
 from slimlm.core.parts.fields import Fields, Json, dtype_name
 from slimlm.core.parts.kernel_layout import KernelLayout, KernelOperand, Refusal
-from slimlm.core.parts.trainable import Frozen, Trainable
+from slimlm.core.parts.trainable import NOTHING, Frozen, Trainable, Trains
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,11 @@ class Entry(ABC):
         return Refusal(f"there are no kernels for {self.kind} parts")
 
     @property
+    def trains(self) -> Trains:
+        """The kinds of values that `Part.trainable` can train in a part of this entry."""
+        return NOTHING
+
+    @property
     def added_rank(self) -> int:
         """The rank of a low-rank part; 0 for all others."""
         return 0
@@ -164,8 +169,8 @@ class Part(ABC):
         """A short description; see `Entry.summary`."""
         return self.describe().summary()
 
-    def trainable(self, *, codes: bool) -> Trainable:
-        """The part as float parameters. `codes`: whether codes are trained, too; those of adapters always are."""
+    def trainable(self, trains: Trains) -> Trainable:
+        """The part as float parameters, of which these kinds are trained; all other values keep their stored bits."""
         return Frozen(self)
 
     def kernel_operand(self) -> KernelOperand | Refusal:

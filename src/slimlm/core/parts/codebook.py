@@ -18,7 +18,7 @@ from slimlm.core.parts.base import Expected, describe_group_size, expected_scale
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand
-from slimlm.core.parts.trainable import TrainableElements, TrainableScale
+from slimlm.core.parts.trainable import TrainableElements, TrainableScale, Trains
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class CodebookEntry(ElementwiseEntry):
     def assemble(self, elements: Tensor, beside: dict[str, Tensor]) -> "Codebook":
         """The part of indices `[out, in]`, and its values `[2^bits]` and scales `[rows, groups]` by suffix."""
         return Codebook(elements, beside["codebook"], beside["scale"], self.bits, self.group_size)
+
+    @property
+    def trains(self) -> Trains:
+        """Scales, values and indices."""
+        return Trains.SCALES | Trains.CODEBOOKS | Trains.CODES
 
     def summary(self) -> str:
         """Such as "4-bit codebook (groups of 32)"."""
@@ -97,9 +102,9 @@ class Codebook(Elementwise):
         """The entry."""
         return CodebookEntry(self.bits, self.group_size)
 
-    def trainable(self, *, codes: bool) -> TrainableElements:
-        """Scales and values are trained, and with `codes` the indices, as latent values that are rounded to the nearest one."""
-        return _TrainableCodebook(self, codes)
+    def trainable(self, trains: Trains) -> TrainableElements:
+        """Scales, values, and indices as latent values that are rounded to the nearest one."""
+        return _TrainableCodebook(self, trains)
 
     def kernel_operand(self) -> MatrixOperand:
         """Indices, values and scales."""
@@ -116,13 +121,13 @@ def _expected_values(bits: int) -> Expected:
 
 
 class _TrainableCodebook(TrainableElements):
-    def __init__(self, part: Codebook, codes: bool) -> None:
+    def __init__(self, part: Codebook, trains: Trains) -> None:
         super().__init__()
         self.original = part
-        self.scale = TrainableScale(part.scale)
-        self.values = nn.Parameter(part.values.float().clone())
+        self.scale = TrainableScale(part.scale, trains)
+        self.values = nn.Parameter(part.values.float().clone(), requires_grad=Trains.CODEBOOKS in trains)
         # In units of the values, so that the weights of a value or a scale change with it.
-        self.latent = nn.Parameter(self.values.detach()[part.index.long()]) if codes else None
+        self.latent = nn.Parameter(self.values.detach()[part.index.long()]) if Trains.CODES in trains else None
 
     def _values(self) -> Tensor:
         """A value of zero stays zero."""

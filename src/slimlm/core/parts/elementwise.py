@@ -15,7 +15,7 @@ from slimlm.core.errors import CheckpointError
 from slimlm.core.parts.base import Entry, Expected, Part, fitting, joined, kind_of, not_finite
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand, Refusal
-from slimlm.core.parts.trainable import TrainableElements
+from slimlm.core.parts.trainable import TrainableElements, Trains
 from slimlm.kernels import compression
 
 _SIZES = (1, 2, 4)
@@ -109,8 +109,8 @@ class Elementwise(Part):
         """The entry from which, with the tensors, the part can be read back."""
 
     @abstractmethod
-    def trainable(self, *, codes: bool) -> TrainableElements:
-        """The part as float parameters; `codes`: whether codes are trained, too."""
+    def trainable(self, trains: Trains) -> TrainableElements:
+        """The part as float parameters; see `Part.trainable`."""
 
     @abstractmethod
     def kernel_operand(self) -> MatrixOperand | Refusal:

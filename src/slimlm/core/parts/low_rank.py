@@ -16,9 +16,11 @@ from slimlm.core.parts.base import Entry, Expected, Part, joined, under
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry, parse_elementwise
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import ProductLayout, ProductOperand, Refusal
-from slimlm.core.parts.trainable import Trainable
+from slimlm.core.parts.trainable import EVERYTHING, Trainable, Trains
 
 _SIDES = ("left", "right")
+_SHARED = Trains.SCALES | Trains.CODEBOOKS
+"""What is trained in the factors where these values are trained in all parts and adapters are not trained as a whole."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class LowRankEntry(Entry):
     def summary(self) -> str:
         """Such as "rank 25 at 4 bits"."""
         return f"rank {self.rank} at {self.left.element_bits} bits"
+
+    @property
+    def trains(self) -> Trains:
+        """The factors as a whole, or their scales and codebooks."""
+        return Trains.ADAPTERS | (_SHARED & (self.left.trains | self.right.trains))
 
     def kernel_layout(self) -> ProductLayout | Refusal:
         """The layouts of both factors."""
@@ -112,9 +119,9 @@ class LowRank(Part):
         """The entry."""
         return LowRankEntry(self.rank, self.left.describe(), self.right.describe())
 
-    def trainable(self, *, codes: bool) -> Trainable:
-        """Both factors; their codes are always trained."""
-        return _TrainableLowRank(self)
+    def trainable(self, trains: Trains) -> Trainable:
+        """Both factors, codes included where adapters are trained; else their scales and codebooks alone."""
+        return _TrainableLowRank(self, EVERYTHING if Trains.ADAPTERS in trains else trains & _SHARED)
 
     def kernel_operand(self) -> ProductOperand | Refusal:
         """The operands of both factors."""
@@ -127,10 +134,10 @@ class LowRank(Part):
 
 
 class _TrainableLowRank(Trainable):
-    def __init__(self, part: LowRank) -> None:
+    def __init__(self, part: LowRank, trains: Trains) -> None:
         super().__init__()
-        self.left = part.left.trainable(codes=True)
-        self.right = part.right.trainable(codes=True)
+        self.left = part.left.trainable(trains)
+        self.right = part.right.trainable(trains)
 
     def dense(self) -> Tensor:
         return self.left.dense().T @ self.right.dense()

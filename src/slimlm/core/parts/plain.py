@@ -16,7 +16,7 @@ from slimlm.core.parts.base import Expected, not_finite
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry
 from slimlm.core.parts.fields import Fields, dtype_name
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand
-from slimlm.core.parts.trainable import TrainableElements
+from slimlm.core.parts.trainable import TrainableElements, Trains
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,6 +52,11 @@ class PlainEntry(ElementwiseEntry):
     def check_elements(self, packed: Tensor, name: str) -> Iterator[str]:
         """A message where values in packed rows, uint8 `[rows, bytes]`, are NaN or infinite."""
         return not_finite(name, self.unpack(packed.reshape(-1), packed.numel()))
+
+    @property
+    def trains(self) -> Trains:
+        """The values."""
+        return Trains.WEIGHTS
 
     def summary(self) -> str:
         """Such as "float16"."""
@@ -90,9 +95,9 @@ class Plain(Elementwise):
         """The entry."""
         return PlainEntry(self.values.dtype)
 
-    def trainable(self, *, codes: bool) -> TrainableElements:
-        """The values are trained."""
-        return _TrainablePlain(self)
+    def trainable(self, trains: Trains) -> TrainableElements:
+        """The values, which are weights."""
+        return _TrainablePlain(self, trains)
 
     def kernel_operand(self) -> MatrixOperand:
         """The values."""
@@ -100,13 +105,15 @@ class Plain(Elementwise):
 
 
 class _TrainablePlain(TrainableElements):
-    def __init__(self, part: Plain) -> None:
+    def __init__(self, part: Plain, trains: Trains) -> None:
         super().__init__()
-        self.dtype = part.values.dtype
-        self.values = nn.Parameter(part.values.float().clone())
+        self.original = part
+        self.values = nn.Parameter(part.values.float().clone(), requires_grad=Trains.WEIGHTS in trains)
 
     def dense(self) -> Tensor:
         return self.values
 
     def part(self) -> Plain:
-        return Plain(self.values.detach().to(self.dtype))
+        if not self.values.requires_grad:
+            return self.original
+        return Plain(self.values.detach().to(self.original.values.dtype))

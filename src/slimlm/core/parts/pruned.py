@@ -21,7 +21,7 @@ from slimlm.core.parts.base import Entry, Expected, Part, fitting, joined
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry, padding_set, parse_elementwise
 from slimlm.core.parts.fields import Fields
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand, Refusal
-from slimlm.core.parts.trainable import Trainable
+from slimlm.core.parts.trainable import Trainable, Trains
 
 _BYTES_AT_ONCE = 2**22
 
@@ -75,6 +75,11 @@ class PrunedEntry(Entry):
             inner = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "mask"}
             yield from self.inner.check(inner, shape, name, kept=kept)
 
+    @property
+    def trains(self) -> Trains:
+        """What the inner part trains."""
+        return self.inner.trains
+
     def summary(self) -> str:
         """Such as "2:4 of 4-bit (groups of 32)"."""
         pattern = self.pattern if ":" in self.pattern else f"{float(self.pattern):.0%} sparse"
@@ -113,9 +118,9 @@ class Pruned(Part):
         """The entry."""
         return PrunedEntry(self.pattern, self.inner.describe())
 
-    def trainable(self, *, codes: bool) -> Trainable:
+    def trainable(self, trains: Trains) -> Trainable:
         """The inner part; the mask is not trained."""
-        return _TrainablePruned(self, codes)
+        return _TrainablePruned(self, trains)
 
     def kernel_operand(self) -> MatrixOperand | Refusal:
         """The inner part's operand under the mask."""
@@ -145,10 +150,10 @@ def pruned(base: Part, mask: Tensor, pattern: str) -> Pruned:
 
 
 class _TrainablePruned(Trainable):
-    def __init__(self, part: Pruned, codes: bool) -> None:
+    def __init__(self, part: Pruned, trains: Trains) -> None:
         super().__init__()
         self.original = part
-        self.inner = part.inner.trainable(codes=codes)
+        self.inner = part.inner.trainable(trains)
 
     def dense(self) -> Tensor:
         return self.inner.dense() * self.original.mask

@@ -1,5 +1,6 @@
 """A part while it is tuned: float parameters for what gradients may change, and the conversion back to what is stored."""
 
+from enum import Flag, auto
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,31 @@ if TYPE_CHECKING:
     from slimlm.core.parts.elementwise import Elementwise
 
 
+class Trains(Flag):
+    """The values that gradients may change; masks and zeros are never among them."""
+
+    SCALES = auto()
+    """Scales of codes and indices, also in an adapter's factors."""
+    CODEBOOKS = auto()
+    """The values of codebooks, also in an adapter's factors."""
+    CODES = auto()
+    """Codes and indices outside adapters, through latent ones that are rounded on the way forward."""
+    WEIGHTS = auto()
+    """Floating-point weights outside adapters that are not quantized."""
+    ADAPTERS = auto()
+    """All values of low-rank parts, codes included."""
+    NORMS = auto()
+    """The weights of norms, and what other vectors there are outside linear layers."""
+    BIASES = auto()
+    """The biases of compressed layers."""
+
+
+NOTHING = Trains(0)
+EVERYTHING = ~NOTHING
+
+
 class Trainable(nn.Module):
-    """A part as float parameters."""
+    """A part as float parameters, of which those that are trained require a gradient."""
 
     def dense(self) -> Tensor:
         """The matrix, float32 `[out, in]`, with gradients to the parameters."""
@@ -52,11 +76,12 @@ class Frozen(Trainable):
 class TrainableScale(nn.Module):
     """Scales as their first values times a trained factor, so that all change in proportion and none changes its sign."""
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, trains: Trains) -> None:
         super().__init__()
+        self.original = scale
         self.start = scale.float()
-        self.factor = nn.Parameter(torch.ones_like(self.start))
-        # Scales in float16 stay in its normal range, or `storable` would give them twice the bits.
+        self.factor = nn.Parameter(torch.ones_like(self.start), requires_grad=Trains.SCALES in trains)
+        # Scales in float16 stay in its normal range, where they keep their bits.
         half = scale.dtype == torch.float16
         self.least = grid.FP16_SMALLEST_NORMAL if half else torch.finfo(torch.float32).tiny
         self.most = grid.FP16_LARGEST if half else torch.finfo(torch.float32).max
@@ -66,8 +91,8 @@ class TrainableScale(nn.Module):
         return self.start.sign() * (self.start.abs() * self.factor).clamp(self.least, self.most)
 
     def stored(self) -> Tensor:
-        """The scales in the dtype in which they are stored."""
-        return grid.storable(self().detach())
+        """The scales in the dtype in which they are stored; the original ones where they are not trained."""
+        return self().detach().to(self.original.dtype) if self.factor.requires_grad else self.original
 
 
 def straight_through(latent: Tensor, rounded: Tensor) -> Tensor:

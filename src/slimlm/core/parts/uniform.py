@@ -22,7 +22,7 @@ from slimlm.core.parts.base import Expected, Part, describe_group_size, expected
 from slimlm.core.parts.elementwise import Elementwise, ElementwiseEntry, padding_set
 from slimlm.core.parts.fields import Fields, Json
 from slimlm.core.parts.kernel_layout import MatrixLayout, MatrixOperand
-from slimlm.core.parts.trainable import TrainableElements, TrainableScale, straight_through
+from slimlm.core.parts.trainable import TrainableElements, TrainableScale, Trains, straight_through
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ class UniformEntry(ElementwiseEntry):
         rows, groups = grid.scale_shape(shape, self.group_size)
         return rows * groups
 
+    @property
+    def trains(self) -> Trains:
+        """Scales and codes."""
+        return Trains.SCALES | Trains.CODES
+
     def summary(self) -> str:
         """Such as "4-bit (groups of 32)", or "4-bit with zeros (groups of 32)"."""
         return f"{self.bits}-bit{' with zeros' if self.zero else ''} ({describe_group_size(self.group_size)})"
@@ -133,9 +138,9 @@ class Uniform(Elementwise):
         """The entry."""
         return UniformEntry(self.bits, self.group_size, self.channel_scale is not None, self.zero is not None)
 
-    def trainable(self, *, codes: bool) -> TrainableElements:
-        """Scales are trained, and with `codes` the codes, as latent ones that are rounded in the forward pass; zeros stay."""
-        return _TrainableUniform(self, codes)
+    def trainable(self, trains: Trains) -> TrainableElements:
+        """Scales, and codes as latent ones that are rounded in the forward pass; zeros stay."""
+        return _TrainableUniform(self, trains)
 
     def kernel_operand(self) -> MatrixOperand:
         """Codes, scales and zeros."""
@@ -150,11 +155,11 @@ def as_uniform(part: Part) -> Uniform:
 
 
 class _TrainableUniform(TrainableElements):
-    def __init__(self, part: Uniform, codes: bool) -> None:
+    def __init__(self, part: Uniform, trains: Trains) -> None:
         super().__init__()
         self.original = part
-        self.scale = TrainableScale(part.scale)
-        self.codes = nn.Parameter(part.codes.float(), requires_grad=codes)
+        self.scale = TrainableScale(part.scale, trains)
+        self.codes = nn.Parameter(part.codes.float(), requires_grad=Trains.CODES in trains)
 
     def dense(self) -> Tensor:
         codes: Tensor = self.codes

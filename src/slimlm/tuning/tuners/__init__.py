@@ -1,0 +1,1 @@
+"""Tuners, one in each file; its name is the method's."""

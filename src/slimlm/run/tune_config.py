@@ -74,7 +74,7 @@ class TuneConfig:
                 '`data` names the text to tune on: a file, a folder, a hub data set, "stdlib", or a list of texts; text that '
                 "the model writes itself would teach it nothing"
             )
-        checked = {
+        checked: dict[str, Any] = {
             "method": str(given.get("method", cls.method)),
             "against": None if given.get("against") is None else arguments.model_source(given["against"], "against"),
             "rate": _rate(given.get("rate")),
@@ -99,7 +99,7 @@ class TuneConfig:
     @cached_property
     def asked_tuner(self) -> Tuner:
         """The method with the options that are given."""
-        asked = {"rate": self.rate, "batch": self.batch, "length": self.length}
+        asked: dict[str, Any] = {"rate": self.rate, "batch": self.batch, "length": self.length}
         return dataclasses.replace(tuner_of(self.method), **{k: v for k, v in asked.items() if v is not None})
 
     def tuner(self, context: int | None) -> Tuner:

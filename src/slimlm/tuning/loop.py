@@ -159,7 +159,11 @@ class Loop:
             "best_step": state.best_step,
             "diverged": state.diverged,
         }
-        kinds = {"parameter": student.parameters, "optimizer": self._optimization.tensors(), "best": state.best}
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "parameter": student.parameters,
+            "optimizer": self._optimization.tensors(),
+            "best": state.best,
+        }
         return plain, {f"{kind}:{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
 
     def run(self, commit: Commit, progress: Observer, notify: Notify) -> State:

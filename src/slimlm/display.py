@@ -20,7 +20,7 @@ from rich.text import Text
 
 from slimlm.core.errors import SlimlmError
 from slimlm.distributed.environment import global_rank
-from slimlm.events import BlockDone, Doing, Event, Observer, quiet
+from slimlm.events import BlockDone, Doing, Event, Observer, TuningProgress, quiet
 from slimlm.record import LayerRecord
 
 Clock = Callable[[], float]
@@ -75,6 +75,8 @@ class Progress:
     layers: tuple[str, ...] = ()
     last: LayerRecord | None = None
     """The layer that was finished last."""
+    tuning: TuningProgress | None = None
+    """What steps of tuning have found so far."""
     began: float = 0.0
     """The time when the stage began, by the clock."""
     finished: list[BlockDone] = field(default_factory=list)
@@ -96,6 +98,7 @@ class Progress:
         self.stage, self.done, self.total = event.stage, event.done, event.total
         self.doing, self.name, self.layers = event.doing, event.name, event.layers
         self.finished += event.blocks
+        self.tuning = event.tuning
         if event.layer is not None:
             self.last = event.layer.record
 
@@ -177,6 +180,8 @@ class Display:
             layers = f": {', '.join(progress.layers)}" if progress.layers else ""
             rows.insert(0, (f"block {progress.done + 1}", progress.name))
             rows.insert(1, ("now", f"{_DOING[progress.doing]}{layers}"))
+        if progress.tuning is not None:
+            rows[:0] = _of_tuning(progress.tuning, progress)
         last = None if progress.last is None else Error.of([progress.last])
         errors: dict[str, list[str]] = {}
         if (mean := progress.error) is not None:
@@ -189,6 +194,24 @@ class Display:
         for name, text in rows:
             grid.add_row(Text(name, style="dim"), Text(text, overflow="ellipsis", no_wrap=True))
         return Group(bar, grid)
+
+
+def _of_tuning(found: TuningProgress, progress: Progress) -> Iterator[tuple[str, str]]:
+    """Names and values of what steps of tuning have found."""
+    yield "held back", _held_back(found)
+    if found.loss is not None:
+        yield "last step", f"loss {found.loss:.4g}"
+    if (seconds := progress.seconds_left) is not None and progress.total > progress.done:
+        speed = found.tokens / progress.done * (progress.total - progress.done) / max(seconds, 1e-9)
+        yield "speed", f"{speed:.0f} tokens/s"
+
+
+def _held_back(found: TuningProgress) -> str:
+    """The losses of the given model and of the best form, on windows that are held back."""
+    text = f"loss {found.given.loss:.4g} -> {found.best.loss:.4g}"
+    if found.given.divergence is not None and found.best.divergence is not None:
+        text += f", KL to the original {found.given.divergence.mean.value:.4g} -> {found.best.divergence.mean.value:.4g}"
+    return text
 
 
 def _layers(progress: Progress) -> str:
@@ -216,7 +239,8 @@ class Lines:
         elif event.doing is not None:
             self._say(self._of_current_block())
         elif 0 < event.done < event.total:
-            self._say(f"{event.stage} {event.done}/{event.total}{self.progress.time_left}")
+            held_back = "" if event.tuning is None else f": {_held_back(event.tuning)}, on windows held back"
+            self._say(f"{event.stage} {event.done}/{event.total}{held_back}{self.progress.time_left}")
 
     def _of_current_block(self) -> str:
         """What is being done to the block that is not finished yet."""

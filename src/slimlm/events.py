@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from slimlm.record import LayerRecord
+from slimlm.record import HeldBackLoss, LayerRecord
 
 Notify = Callable[[str], None]
 """A function that is given messages for the user, one at a time."""
@@ -68,15 +68,30 @@ class BlockDone:
 
 
 @dataclass(frozen=True)
+class TuningProgress:
+    """What the steps of a run that tunes have found so far."""
+
+    tokens: int
+    """The number of tokens that the steps took."""
+    loss: float | None
+    """The loss of the last step, per token in nats; None: there was none in this run."""
+    given: HeldBackLoss
+    """The given model, on the windows that are held back."""
+    best: HeldBackLoss
+    """The best stored form, on the same windows."""
+
+
+@dataclass(frozen=True)
 class Event:
     """A step of a run's progress."""
 
     stage: str
-    """The stage: "open the model", "sample text", "plan", "compress", "write" or "verify"; measurements have their own."""
+    """The stage: "open the model", "sample text", "plan", "compress", "tune", "write" or "verify"; measurements have their
+    own."""
     done: int
-    """How many of the stage's blocks, samples or models are done."""
+    """How many of the stage's blocks, samples, steps or models are done."""
     total: int
-    """How many blocks, samples or models the stage has."""
+    """How many blocks, samples, steps or models the stage has."""
     doing: Doing | None = None
     """The work that begins on block number `done` + 1, while compressing."""
     name: str = ""
@@ -87,6 +102,8 @@ class Event:
     """A layer that has just been finished."""
     blocks: tuple[BlockDone, ...] = ()
     """Blocks that have just been finished; when compressing begins, those that an earlier run finished."""
+    tuning: TuningProgress | None = None
+    """What the steps of a run that tunes have found."""
 
 
 Observer = Callable[[Event], None]

@@ -22,22 +22,24 @@ from torch import Tensor
 from slimlm.calibration.backward import Hold
 from slimlm.core import arguments
 from slimlm.core.defaults import usual_defaults
-from slimlm.core.errors import CheckpointError, DataError, RecipeError
+from slimlm.core.errors import CheckpointError, DataError, RanksError, RecipeError
 from slimlm.core.parts.trainable import NOTHING, Trains
 from slimlm.data.documents import Source, label_of, name_of
 from slimlm.data.windows import refuse_unknown_tokens, tokens_of, windows_of
 from slimlm.display import Show, shown
+from slimlm.distributed.environment import world_size
 from slimlm.evaluation.stored_model import StoredModel, stored_checkpoint
 from slimlm.events import Event, Notify, logged
 from slimlm.inference.load import load, read_description, refuse_other
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.models.opening import open_tokenizer, read_config
-from slimlm.models.structure import blocks_of, context_length, text_config, vocabulary_size
+from slimlm.models.structure import blocks_of, context_length, vocabulary_size
 from slimlm.record import Record, Tuning
 from slimlm.run.assemble import peak_memory
 from slimlm.run.config import environment, pick_device
 from slimlm.run.resume import Run, open_run
 from slimlm.run.tune_config import TuneConfig, TuneOptions, settings_of
+from slimlm.run.tune_needs import BLOCK, TuneNeeds, refuse_too_large
 from slimlm.runtime.memory import total_and_free
 from slimlm.storage import checkpoint
 from slimlm.storage.activations import ActivationStore, FileBatches
@@ -57,8 +59,6 @@ _READ_AHEAD = 2
 """Windows are drawn from up to this many times the text that is needed."""
 _HIDDEN = "hidden"
 """The name of the tensor in the file of the original's hidden states."""
-_BYTES_OF_A_WEIGHT = 8
-"""What a weight takes at most in a block in memory: codes and scales as float32."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,6 +152,8 @@ def tune(
     arguments.function(notify, "notify", "each message for the user")
     config = TuneConfig.of(model, out, data, tokens, **options)
     refuse_other(str(config.model))
+    if world_size() > 1:
+        raise RanksError(f"tuning is work for one process, and {world_size()} were started; start one", reported_here=True)
     with (
         shown(progress) as observer,
         open_run(config.out, config.model, restart=restart, progress=observer, notify=notify) as run,
@@ -182,11 +184,14 @@ def _prepare(config: TuneConfig, run: Run) -> _Prepared:
     run.journal.match_identity(config.identity(tuner, checkpoint.fingerprint(config.model), identity, device))
     steps = config.tokens // (tuner.batch * tuner.length)
     windows = _windows(config, tuner, steps, stored, dense, run)
+    needs = TuneNeeds(config.model, stored, tuner, steps, dense is not None)
     memory = _memory(config)
-    original = None if dense is None else _original(dense, windows, memory, device, run)
     entrance = Entrance.of(stored, device)
-    student = Student(stored, tuner.trains, device, keep_blocks=_blocks_bytes(stored) < memory // 2)
-    hold = _hold(run, tuner.batch, tuner.batch * tuner.length * (len(student.names) + 1), stored, memory // 2)
+    student = Student(stored, tuner.trains, device, keep_blocks=BLOCK * sum(needs.block_weights) < memory // 2)
+    parameters = sum(own.numel() for own in student.parameters.values())
+    refuse_too_large(needs, parameters, config.out, config.memory)
+    original = None if dense is None else _original(dense, windows, 2 * needs.hidden <= memory, device, run)
+    hold = _hold(run, tuner.batch, in_memory=needs.step_activations <= memory // 2)
     task = Task(student, entrance, original, windows, tuner, steps, hold)
     return _Prepared(config, tuner, steps, files, task)
 
@@ -263,20 +268,13 @@ def _memory(config: TuneConfig) -> int:
     return 2**63 if free is None else free // 2
 
 
-def _blocks_bytes(stored: StoredModel) -> int:
-    """Bytes of all blocks in memory as they are tuned."""
-    blocks = blocks_of(stored.meta_model).values()
-    return sum(_BYTES_OF_A_WEIGHT * own.numel() for block in blocks for own in block.parameters())
-
-
-def _hold(run: Run, windows: int, tokens: int, stored: StoredModel, memory: int) -> Hold:
-    """Keeps outputs of blocks for so many windows, in memory where those of so many tokens fit there, and else in files."""
-    width = int(text_config(stored.meta_model).hidden_size)
-    store = ActivationStore(run.journal.folder, in_memory=tokens * width * torch.float32.itemsize <= memory)
+def _hold(run: Run, windows: int, *, in_memory: bool) -> Hold:
+    """Keeps outputs of blocks for so many windows, in memory or in files."""
+    store = ActivationStore(run.journal.folder, in_memory=in_memory)
     return lambda name, batches: store.hold(name, batches, windows)
 
 
-def _original(dense: LazyModel, windows: Windows, memory: int, device: torch.device, run: Run) -> Original:
+def _original(dense: LazyModel, windows: Windows, in_memory: bool, device: torch.device, run: Run) -> Original:
     """The original and its last hidden states, which are computed once and kept in the journal."""
     entrance = Entrance.of(StoredModel(dense.model, dense.weights, dense.release), device)
     path = run.journal.noted_file(TEACHER)
@@ -284,7 +282,7 @@ def _original(dense: LazyModel, windows: Windows, memory: int, device: torch.dev
     if path is None:
         run.progress(Event("run the original model", 0, 1))
         path = run.journal.folder / "original.safetensors"
-        hold = _hold(run, len(tokens), 2 * tokens.numel(), entrance.stored, memory)
+        hold = _hold(run, len(tokens), in_memory=in_memory)
         batches = last_hidden(entrance, tokens, AT_ONCE, hold)
         first = next(batches)
         layout = {_HIDDEN: (first.dtype, (len(tokens), *first.shape[1:]))}

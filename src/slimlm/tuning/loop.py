@@ -20,8 +20,8 @@ from slimlm.calibration.capture import batches_of
 from slimlm.core.errors import NumericsError, first_line
 from slimlm.evaluation.divergence import Predictions, divergence_of, mean_of, perplexity_from, predictions_of
 from slimlm.evaluation.perplexity import pieces_of
-from slimlm.evaluation.stored_model import Head, LastOutputs, StoredModel
-from slimlm.events import Event, Notify, Observer
+from slimlm.evaluation.stored_model import Head, LastOutputs, LossGradient, StoredModel
+from slimlm.events import Event, Notify, Observer, TuningProgress
 from slimlm.models.structure import vocabulary_size
 from slimlm.record import HeldBackLoss
 from slimlm.tuning.entrance import Entrance
@@ -136,6 +136,7 @@ class Loop:
         self._optimization = Optimization(task.student.parameters, task.tuner, task.steps)
         self._objective = _objective(task)
         self._check_points = task.check_points()
+        self._last_loss: float | None = None
         self._whole = True
         """Whether the parameters are those of `state.done` steps; they are not while the optimizer moves them."""
 
@@ -177,7 +178,7 @@ class Loop:
         committed = time.monotonic()
         try:
             for _ in self._run(notify):
-                progress(Event("tune", self.state.done, self._task.steps))
+                progress(Event("tune", self.state.done, self._task.steps, tuning=self._progress()))
                 if time.monotonic() - committed > _BETWEEN_COMMITS:
                     commit(*self.stored())
                     committed = time.monotonic()
@@ -187,6 +188,11 @@ class Loop:
             raise
         commit(*self.stored())
         return self.state
+
+    def _progress(self) -> TuningProgress:
+        windows = self._task.windows
+        tokens = self.state.done * windows.batch * windows.train.shape[1]
+        return TuningProgress(tokens, self._last_loss, self.state.first, self.state.least)
 
     def _run(self, notify: Notify) -> Iterator[None]:
         """One step after another, with the checks between them; a check that was made is not made again."""
@@ -224,7 +230,7 @@ class Loop:
     def _step(self) -> None:
         state = self.state
         try:
-            self._add_gradients()
+            self._last_loss = self._add_gradients()
         except NumericsError as error:
             self.state = dataclasses.replace(state, diverged=first_line(error))
             return
@@ -233,22 +239,24 @@ class Loop:
         self.state = dataclasses.replace(state, done=state.done + 1)
         self._whole = True
 
-    def _add_gradients(self) -> None:
-        """Give all parameters the gradient of the step's loss: its mean over the tokens that are predicted."""
+    def _add_gradients(self) -> float:
+        """Give all parameters the gradient of the step's loss, its mean over the tokens that are predicted; gives the loss."""
         task = self._task
         numbers = task.windows.numbers(self.state.done)
         tokens = task.windows.train[numbers]
         inputs = task.entrance.inputs(tokens, AT_ONCE)
         kept = task.entrance.chain(inputs, task.student.block).forward(inputs.hidden, task.hold)
-        gradients, begin = [], 0
+        found: list[LossGradient] = []
+        begin = 0
         for own, hidden in zip(inputs.arguments.batches, kept.outputs, strict=True):
             original = None
             if task.original is not None and task.tuner.loss.needs_original:
                 original = task.original.of(numbers[begin : begin + len(own)])
-            gradients.append(self._objective.gradient(own, hidden, original, 1 / tokens[:, 1:].numel()).gradient)
+            found.append(self._objective.gradient(own, hidden, original, 1 / tokens[:, 1:].numel()))
             begin += len(own)
-        for _ in kept.reverse(gradients):
+        for _ in kept.reverse([each.gradient for each in found]):
             pass
+        return sum(each.loss for each in found)
 
 
 def held_back_loss(model: StoredModel, task: Task) -> HeldBackLoss:

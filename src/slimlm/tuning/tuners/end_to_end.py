@@ -11,5 +11,5 @@ TUNER = Tuner(
     summary="scales, codebooks, adapters, norms and biases, towards the original's predictions",
     trains=Trains.SCALES | Trains.CODEBOOKS | Trains.ADAPTERS | Trains.NORMS | Trains.BIASES,
     loss=Loss(divergence=1.0),
-    rate=0.01,
+    rate=0.004,
 )

@@ -14,5 +14,5 @@ TUNER = Tuner(
     summary="scales alone, towards the original's predictions (PEQA, arXiv 2305.14152)",
     trains=Trains.SCALES,
     loss=Loss(divergence=1.0),
-    rate=0.01,
+    rate=0.004,
 )

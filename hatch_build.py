@@ -27,7 +27,7 @@ class KernelHook(BuildHookInterface):
         self.folder = None if version == "editable" else tempfile.TemporaryDirectory(prefix="slimlm-wheel-")
         place = Path(self.root, "src", INSIDE) if self.folder is None else Path(self.folder.name, "slimlm_cpu")
         library, record = place.with_suffix(".so"), place.with_suffix(".json")
-        self.app.display_info("slimlm: compiling the CPU kernels, where there is a C++ compiler; 25 s on two idle cores")
+        self.app.display_info("slimlm: compiling the CPU kernels, where there is a C++ compiler; 34 s on two idle cores")
         try:
             made = builder.install(library, os.environ.get("SLIMLM_KERNELS") or "auto")
         except builder.NotBuiltError as error:

@@ -296,3 +296,11 @@ def test_a_tuned_folder_opens_and_says_that_it_was_tuned(gptq: Example, tmp_path
     model = slimlm.load(tuned.path, kernels="reference")
     assert bool(model(torch.arange(8)[None]).logits.isfinite().all())
     assert "tuning" not in checkpoint.read_record(gptq.out)
+
+
+def test_several_texts_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    data = {str(tmp_path / "a.txt"): 0.5, str(tmp_path / "b.txt"): 0.5}
+    with pytest.raises(DataError, match="tuning takes one"):
+        slimlm.tune(tmp_path / "none", tmp_path / "out", data=data, tokens=100)

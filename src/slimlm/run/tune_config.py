@@ -11,7 +11,8 @@ import torch
 
 from slimlm.core import arguments
 from slimlm.core.errors import DataError, RecipeError
-from slimlm.data.documents import Source, name_of
+from slimlm.data.documents import Source, label_of, name_of
+from slimlm.data.mixture import Mixture
 from slimlm.data.windows import check_seed
 from slimlm.run.config import count_of, device_name, text_source, versions
 from slimlm.tuning.tuner import Tuner, tuner_of
@@ -74,6 +75,9 @@ class TuneConfig:
                 '`data` names the text to tune on: a file, a folder, a hub data set, "stdlib", or a list of texts; text that '
                 "the model writes itself would teach it nothing"
             )
+        if isinstance(source, Mixture):
+            names = ", ".join(label_of(portion.source) for portion in source.portions)
+            raise DataError(f"`data` names several texts ({names}); tuning takes one: put them into one folder or file")
         checked: dict[str, Any] = {
             "method": str(given.get("method", cls.method)),
             "against": None if given.get("against") is None else arguments.model_source(given["against"], "against"),

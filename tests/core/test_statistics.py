@@ -29,12 +29,18 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 TOKENS = SAMPLES * SIZES.length
 X, Z, D = draw(TOKENS, SIZES.inputs, seed=0), draw(TOKENS, SIZES.inputs, seed=1), draw(TOKENS, SIZES.outputs, seed=2)
+G = draw(TOKENS, SIZES.outputs, seed=3)
 
 
 def batches(*ends: int) -> list[Batch]:
     """The samples cut after these numbers of them."""
     cuts = [end * SIZES.length for end in (0, *ends, SAMPLES)]
-    return [Batch(X[low:high], SIZES.length, Z[low:high], D[low:high]) for low, high in pairwise(cuts)]
+    return [whole_batch(X[low:high], Z[low:high], D[low:high], G[low:high]) for low, high in pairwise(cuts)]
+
+
+def whole_batch(x: Tensor, z: Tensor, d: Tensor, g: Tensor) -> Batch:
+    """A batch of whole samples that has everything."""
+    return Batch(x, SIZES.length, z, d, g, len(x) // SIZES.length)
 
 
 def measured(statistic: type[Statistic], *ends: int) -> Statistic:
@@ -115,13 +121,13 @@ def test_ranks_merged_are_one_process(statistic: type[Statistic], empty_handed: 
 
 @every_statistic
 def test_a_batch_is_not_changed_and_not_held(statistic: type[Statistic]) -> None:
-    x, z, d = X.double(), Z.double(), D.double()
+    given = [tensor.double() for tensor in (X, Z, D, G)]
     found = statistic()
     for _ in range(2):
-        found.add(Batch(x, SIZES.length, z, d))
-    assert torch.equal(x, X.double()) and torch.equal(z, Z.double()) and torch.equal(d, D.double())
+        found.add(whole_batch(*given))
+    assert all(torch.equal(tensor, before.double()) for tensor, before in zip(given, (X, Z, D, G), strict=True))
     assert found.total is not None
-    assert found.total.data_ptr() not in {x.data_ptr(), z.data_ptr(), d.data_ptr()}
+    assert found.total.data_ptr() not in {tensor.data_ptr() for tensor in given}
 
 
 @every_statistic

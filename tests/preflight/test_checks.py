@@ -1,5 +1,6 @@
 """What cannot fit is refused before the work, and what might fit is not."""
 
+import dataclasses
 import json
 import shutil
 from collections import namedtuple
@@ -13,12 +14,15 @@ from typer.testing import CliRunner
 
 import slimlm
 from slimlm.cli.app import app
-from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError
+from slimlm.core.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
+from slimlm.core.statistics.fisher import Fisher
 from slimlm.events import Notify
+from slimlm.methods.quantize.gptq import Gptq
 from slimlm.models.lazy import LazyModel, open_lazy
 from slimlm.pipeline import estimate
 from slimlm.preflight.checks import check_disk, check_memory, check_whole
 from slimlm.preflight.estimate import Memory, memory_of
+from slimlm.recipe import NamedStep, open_recipe
 from slimlm.run.config import RunConfig
 from slimlm.run.prepare import run_needs
 from slimlm.storage import checkpoint
@@ -251,3 +255,17 @@ def test_a_block_that_does_not_fit_is_refused_before_one_is_read(
     for options in ({}, {"bits": 4, "memory": 100}):
         with pytest.raises(DoesNotFitError, match="the memory does not suffice"):
             slimlm.compress(llama_folder, tmp_path / "o", data=str(text_file), **{**OPTIONS, "recipe": "gptq", **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Feeling(Gptq):
+    """A step that wants a statistic of gradients."""
+
+    needs = frozenset({Fisher})
+
+
+def test_a_step_that_needs_gradients_is_refused_at_the_start(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(open_recipe("gptq"), steps=(NamedStep("quantize", "gptq", _Feeling()),))
+    with pytest.raises(RecipeError, match="needs Fisher, which is made of a loss's gradients"):
+        slimlm.compress(llama_folder, tmp_path / "out", recipe=recipe, data=str(text_file), samples=2, length=16)
+    assert not (tmp_path / "out").exists()

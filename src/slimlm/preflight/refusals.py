@@ -43,9 +43,14 @@ def refuse_early(dense: LazyModel, blocks: dict[str, nn.Module], recipe: Recipe,
         The layers that are not compressed, and why.
 
     Raises:
-        RecipeError: A pattern of the recipe fits no layer, or no layer would be compressed.
+        RecipeError: A pattern of the recipe fits no layer, no layer would be compressed, or a step needs gradients.
         ModelError: A layer cannot take the recipe, or the model has too few layers that slimlm knows.
     """
+    if wanting := [own.__name__ for own in recipe.needs if own.source is Source.GRADIENTS]:
+        raise RecipeError(
+            f"recipe {recipe.name} needs {wanting[0]}, which is made of a loss's gradients; compression measures what forward "
+            "passes give, and no gradients. Use steps that need other statistics"
+        )
     model = dense.model
     skipped = {
         name: "outside the blocks"

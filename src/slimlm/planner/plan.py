@@ -4,8 +4,9 @@ For each group of layers that share an input (q, k and v; gate and up: fused ker
 relative error of the layers' outputs is measured on the original model's activations. For one option of each group, of about
 the bits asked for, the KL divergence that it alone causes in the model's predictions is measured, too, on samples that the
 statistics do not include; the losses of the group's other options are proportional to their errors (slimlm.planner.trials). A
-knapsack picks the options of least summed loss. Because losses do not quite add up, the choice is then applied to all layers
-and must beat the best single option on further samples; otherwise that one is used. One block is in memory at a time.
+knapsack picks the options of least summed loss, in sequential recipes of evened losses (slimlm.planner.budget). Because losses
+do not quite add up, the choice is then applied to all layers and must beat the best single option on further samples; otherwise
+that one is used. One block is in memory at a time.
 """
 
 import math
@@ -214,8 +215,9 @@ def make_plan(original: Original, recipe: Recipe, samples: Tensor, *, budget: Bu
         events.done()
     measured = changed.losses()
     losses = [group.losses(loss) for group, loss in zip(groups, measured, strict=True)]
-    expected = evened(losses, [group.measured for group in groups], [group.weights for group in groups])
-    expected = expected if recipe.sequential else losses
+    expected = losses
+    if recipe.sequential:
+        expected = evened(losses, [group.measured for group in groups], [group.weights for group in groups])
     events.done()
 
     shapes = [shape for group in groups for shape in group.shapes]

@@ -32,6 +32,7 @@ from slimlm.planner.options import Option
 from slimlm.recipe import apply_steps
 
 _LEAST_OUTPUTS, _ONE_OF = 128, 8
+"""Options are tried on at least so many outputs of a layer, and on one of so many of a large layer."""
 Ignores = Callable[[str], bool]
 """Whether a layer, by its full name, is not compressed."""
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from slimlm.cli.app import app
 from slimlm.core.errors import SlimlmError
 from slimlm.display import Display, Error, Lines, Progress, duration, progress_on, shown
-from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, both, quiet
-from slimlm.record import LayerRecord
+from slimlm.events import BlockDone, BlockProgress, Event, LayerDone, TuningProgress, both, quiet
+from slimlm.record import HeldBackLoss, LayerRecord, Measured
 
 
 class Clock:
@@ -265,3 +265,16 @@ def test_the_output_error_is_shown_where_all_layers_have_it() -> None:
     assert Error.of(measured) == Error("output error", pytest.approx(0.2))
     assert Error.of([*measured, record("q2", 0.8)]) == Error("diagonal error", pytest.approx(0.6))
     assert Error.of([]) is None
+
+
+def test_a_form_that_is_worse_than_the_best_one_is_shown() -> None:
+    def found(loss: float) -> HeldBackLoss:
+        return HeldBackLoss(loss, Measured(2.0, 0.1), None)
+
+    for last, words in ((0.2, "0.24 -> 0.2, on"), (0.6, "0.24 -> 0.2, last 0.6, on")):
+        clock, file = Clock(), io.StringIO()
+        lines = Lines(file, clock)
+        lines(Event("tune", 0, 9))
+        clock.now += 60
+        lines(Event("tune", 1, 9, tuning=TuningProgress(512, 0.3, found(0.24), found(0.2), found(last))))
+        assert f"tune 1/9: loss {words} windows held back" in file.getvalue()

@@ -207,11 +207,11 @@ def _of_tuning(found: TuningProgress, progress: Progress) -> Iterator[tuple[str,
 
 
 def _held_back(found: TuningProgress) -> str:
-    """The losses of the given model and of the best form, on windows that are held back."""
+    """The losses of the given model, of the best form, and of the last where it is worse, on windows that are held back."""
     text = f"loss {found.given.loss:.4g} -> {found.best.loss:.4g}"
     if found.given.divergence is not None and found.best.divergence is not None:
         text += f", KL to the original {found.given.divergence.mean.value:.4g} -> {found.best.divergence.mean.value:.4g}"
-    return text
+    return f"{text}, last {found.last.loss:.4g}" if found.last.loss > found.best.loss else text
 
 
 def _layers(progress: Progress) -> str:

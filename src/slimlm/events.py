@@ -79,6 +79,8 @@ class TuningProgress:
     """The given model, on the windows that are held back."""
     best: HeldBackLoss
     """The best stored form, on the same windows."""
+    last: HeldBackLoss
+    """The stored form that was measured last."""
 
 
 @dataclass(frozen=True)

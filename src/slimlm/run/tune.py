@@ -161,6 +161,11 @@ def tune(
         prepared = _prepare(config, run)
         run.journal.begin()
         state = _loop(prepared, run)
+        if state.done and not state.best_step and not state.diverged:
+            run.notify(
+                "no form was better than the given model on the windows that are held back, so its weights are written as they "
+                "were; a smaller `rate` or more tokens may work"
+            )
         record = _finish(prepared, state, run)
         run.journal.remove()
     return Tuned(config.out, record)

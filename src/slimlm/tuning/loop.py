@@ -190,9 +190,9 @@ class Loop:
         return self.state
 
     def _progress(self) -> TuningProgress:
-        windows = self._task.windows
-        tokens = self.state.done * windows.batch * windows.train.shape[1]
-        return TuningProgress(tokens, self._last_loss, self.state.first, self.state.least)
+        windows, state = self._task.windows, self.state
+        tokens = state.done * windows.batch * windows.train.shape[1]
+        return TuningProgress(tokens, self._last_loss, state.first, state.least, state.checks[-1].held_back)
 
     def _run(self, notify: Notify) -> Iterator[None]:
         """One step after another, with the checks between them; a check that was made is not made again."""
